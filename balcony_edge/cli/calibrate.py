@@ -143,7 +143,7 @@ def _documents(path: Path, bundle: Bundle, most: int, longest: int) -> list[list
         parts += [(start, number, begin + ids[start : start + step]) for start in range(0, len(ids), step)]
     documents: list[list[int]] = []
     left = most
-    # In an order that does not depend on the places in the file, which may begin with one kind of text.
+    # Mixed, in the same order every time: a file may begin with one kind of text.
     for _, _, ids in sorted(parts, key=lambda part: (part[0], zlib.crc32(str(part[1]).encode()))):
         if left <= 0:
             break

@@ -157,7 +157,7 @@ def _measure(
         documents = {
             name: tokenized_documents(path, scorer.tokenizer, sources.limit) for name, path in sources.text.items()
         }
-        # Whatever can be wrong is found before the tasks, which may take hours; and the tasks find their names at once.
+        # What can be wrong is found before the tasks, which may take hours. A misspelt task is reported before the first one.
         reference = None if compare_with is None else compare_with()
         if documents:
             window_of(scorer if reference is None else reference, scorer, sources.window)

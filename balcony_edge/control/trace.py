@@ -124,7 +124,7 @@ class TraceWriter(LinesWriter):
         self._readings: tuple[Reading, ...] = ()
 
     def begin(self, state: ControllerState) -> None:
-        """Record that a reply begins, and the state from which it starts."""
+        """Record that a reply begins, or goes on, from this state."""
         self._start = state
 
     def write(self, costs: CostModel, seen: Observation, decision: Decision, latency_ms: float, pending: int) -> None:

@@ -96,7 +96,8 @@ class CompanyPlant(SimulatedDevice):
         ready = stream.stages[stage] if balcony else stream.stages[stage - 1] if stage else stream.length
         rows = min(rows, ready - cursors[stage])
         if rows <= 0:
-            raise AssertionError(f"{chunk.rows} rows of stage {stage} asked for, none is ready")
+            unit = f"{'balcony' if balcony else 'stage'} {stage}"
+            raise AssertionError(f"{chunk.rows} rows of {unit} asked for, none is ready")
         cursors[stage] += rows
         self.work(units[stage].pass_ms(rows, stream.length, 1 if balcony else None))
 

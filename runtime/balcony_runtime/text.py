@@ -97,7 +97,7 @@ class TextCodec:
         Args:
             prompt: tokens of the prompt; many templates open the thought in it.
         """
-        if not self._thinks:
+        if not self._thinks or self.control_token(THOUGHT[1]) is not None:  # texts have no control tokens
             return None
         return ThoughtReader(self.decode(prompt[-CONTEXT_TOKENS:], control_tokens=True).rstrip().endswith(THOUGHT[0]))
 
@@ -309,7 +309,9 @@ def _message(message: Any) -> dict[str, Any]:
             part.get(_PARTS.get(str(part.get("type")), "")) if isinstance(part, Mapping) else None for part in content
         ]
         if not all(isinstance(part, str) for part in parts):
-            raise InputError("message content: a list may hold only {'type': 'text', 'text': '...'}: give texts")
+            raise InputError(
+                "message content: a list may hold only texts, such as {'type': 'text', 'text': '...'}: give those"
+            )
         content = "\n".join(parts)  # type: ignore[arg-type]
     if not isinstance(content, str):
         raise InputError(f"message content = {content!r}: must be a text or a list of text parts: give a text")

@@ -84,27 +84,16 @@ class Together(Closing):
         """
         steps = deque[Step | Exception]()
         with ExitStack() as held:
-            decoder, stream = held.enter_context(self._joined(request))
+            decoder, stream = held.enter_context(_joined(self._requests, request))
             tokens = request.stream(self._requests.told(request, _taken(steps), decoder))
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
         self._scheduler.ask(stream, request.asked_s)
         return tokens
 
-    @contextmanager
-    def _joined(self, request: Request) -> Iterator[tuple[Decoder, Stream]]:
-        """A reply in the company; one generator, which the collector also unwinds in order."""
-        with self._requests.sequence(request) as sequence:
-            decoder = self._requests.decoder(request, sequence)
-            stream = self._scheduler.join(decoder, sequence, request.rows, request.cancelled)
-            try:
-                yield decoder, stream
-            finally:
-                self._scheduler.leave(stream)
-                request.forget_untold(sequence)
-
     def pause(self, stream: TokenStream) -> None:
         """Ask for no more tokens of a reply than those that are on the way, e.g. because its reader is slow."""
-        self._paused.add(stream)
+        if stream in self._open:
+            self._paused.add(stream)
 
     def resume(self, stream: TokenStream) -> None:
         """Ask for tokens again."""
@@ -155,6 +144,19 @@ class Together(Closing):
         """End all replies."""
         for tokens in self.open:
             self._end(tokens)
+
+
+@contextmanager
+def _joined(requests: Requests, request: Request) -> Iterator[tuple[Decoder, Stream]]:
+    """A reply in the company; one generator, which unwinds in order also where a ``Together`` is dropped without close()."""
+    with requests.sequence(request) as sequence:
+        decoder = requests.decoder(request, sequence)
+        stream = requests.scheduler.join(decoder, sequence, request.rows, request.cancelled)
+        try:
+            yield decoder, stream
+        finally:
+            requests.scheduler.leave(stream)
+            request.forget_untold(sequence)
 
 
 def _taken(steps: deque[Step | Exception]) -> Iterator[Step]:

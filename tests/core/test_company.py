@@ -233,6 +233,11 @@ def test_admission_says_what_would_be_possible() -> None:
     assert "another one asked for deadline_s = 10.1" in str(controller.refusal(SETTLED, dues, stream(9)))
     # what could not be held alone is not the others' fault
     assert controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=1.0))) is None
+    # a first token that comes too late anyway is no reason to break the others' gaps
+    late = stream(9, Budget(ttft_ms=1.0, tpot_ms=6.0), made_tokens=0, stage_rows=(40, 40, 40), balcony_rows=(40, 40, 1))
+    assert "a round of 4 streams takes 6.12 ms" in str(controller.refusal(SETTLED, three, late))
+    overdue = RoundSeen((*three.streams[:2], stream(3, Budget(deadline_s=1.0, expected_tokens=99))), now_s=10.0)
+    assert controller.refusal(SETTLED, overdue, stream(9, Budget(tpot_ms=6.0))) is None
 
 
 def test_rounds_teach_the_slowdown() -> None:

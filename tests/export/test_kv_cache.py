@@ -11,7 +11,6 @@ import pytest
 
 from balcony_edge.errors import InputError
 from balcony_export.quantize.blocks import Scheme
-from balcony_export.quantize.kv_cache import _turned
 from balcony_runtime.engine import Engine
 from tests.export.test_quantize import ROWS, exported
 from tests.runtime.arm.reference import mean_kl
@@ -47,14 +46,25 @@ def test_an_int8_cache_takes_a_quarter_and_schedules_agree(tiny: Any, tmp_path: 
     assert not (tmp_path / "none").exists()
 
 
-def test_keys_keep_their_range_at_positions_that_were_not_measured() -> None:
-    """The rotary embedding turns pairs of channels; slow pairs turn far beyond the text that was measured."""
-    generator = np.random.default_rng(3)
-    keys = generator.normal(size=(50, 2, 10)).astype(np.float32) * np.array([9, 1, 0.1, 5, 0.2, 3, 1, 1, 7, 0.5])
-    most = _turned(np.abs(keys).max(axis=0).astype(np.float32), 8)
-    assert most.shape == (2, 10) and (most[:, 8:] == np.abs(keys).max(axis=0).astype(np.float32)[:, 8:]).all()
-    for angle in np.linspace(0, 2 * np.pi, 60):
-        first, second = keys[..., :4], keys[..., 4:8]
-        turned = np.cos(angle) * first - np.sin(angle) * second, np.sin(angle) * first + np.cos(angle) * second
-        assert (np.abs(np.concatenate(turned, axis=-1)) <= most[:, :8] * 1.0001).all()
-    assert (most[:, :4] <= np.sqrt(2) * np.maximum(*np.split(np.abs(keys).max(axis=0)[:, :8], 2, axis=1)) + 1e-5).all()
+@pytest.mark.parametrize("turned", [0, 4, 8])
+def test_keys_keep_their_range_at_positions_that_were_not_measured(tiny: Any, turned: int) -> None:
+    """Whatever the angle of a pair, its channels stay within its length, and no range is wider than that."""
+    with Engine.open(tiny.path) as engine:
+        sequence = engine.new_sequence(max_length=60)
+        for exit_layer, ids in ((2, [(7 * i) % 100 for i in range(60)]), (3, []), (5, [])):
+            sequence.advance(exit_layer, ids)
+        stage: Any = sequence.state._graphs["stage_0"]  # type: ignore[attr-defined]
+        found = sequence.state.largest_cached(turned)["stage_0"]
+        for name, array in zip(stage.cache.names, stage.cache.held.arrays, strict=True):
+            values, half = array[0, :, :60], turned // 2  # (H, S, d)
+            plain = np.abs(values).max(axis=1)
+            if "past_key" not in name:
+                assert np.array_equal(found[name], plain)
+                continue
+            assert np.array_equal(found[name][:, turned:], plain[:, turned:])
+            first, second = values[..., :half], values[..., half:turned]
+            reached = np.zeros_like(found[name][:, :turned])
+            for angle in np.linspace(0, 2 * np.pi, 721):
+                turn = np.cos(angle) * first - np.sin(angle) * second, np.sin(angle) * first + np.cos(angle) * second
+                reached = np.maximum(reached, np.abs(np.concatenate(turn, axis=-1)).max(axis=1))
+            np.testing.assert_allclose(found[name][:, :turned], reached, rtol=1e-4)

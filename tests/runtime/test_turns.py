@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import threading
 import time
@@ -337,8 +336,7 @@ def test_replies_that_nobody_holds_leave_the_company(llm: LLM) -> None:
     replies.add(prompt, **ENDLESS)
     while not replies.step():
         pass
-    del replies
-    gc.collect()
+    del replies  # at once, and not when the collector comes by in some thread
     scheduler = llm._requests.scheduler
     assert not scheduler._streams and free_members(llm) == len(scheduler._pool.members)  # type: ignore[union-attr]
     assert ids(llm.generate(prompt, max_new_tokens=6, ignore_eos=True)) == alone

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,8 @@ import pytest
 
 from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
+from tests.serve.conftest import with_template
+from tests.serve.test_reach import THINKS
 
 pytest.importorskip("selenium")  # `make test` installs it
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
@@ -420,3 +423,17 @@ def test_nothing_is_wider_than_a_phone(page: Chrome) -> None:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     unnamed = "return [...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels.length).length"
     assert page.execute_script(unnamed) == 0
+
+
+def test_a_thought_is_shown_and_is_no_reply(
+    browser: Chrome, serve: Callable[..., Server], tiny: Any, tmp_path: Path
+) -> None:
+    """The tiny model never ends its thought; the question goes back to its field."""
+    thinker = serve(path=with_template(tiny.path, tmp_path, THINKS), name="tiny")
+    browser.get(thinker.url)
+    (chat,) = until(browser, lambda: chats(browser))
+    ask(chat, "hello")
+    until(browser, lambda: tokens(chat) and ended(chat))
+    assert "thought" in tokens(chat)[0].get_attribute("class")
+    assert part(chat, "error").text == "The reply ended within its thought."
+    assert part(chat, "text").get_property("value") == "hello" and complaints(browser) == []

@@ -40,7 +40,9 @@ def shared(serve: Callable[..., Server]) -> Iterator[httpx.Client]:
 
 def test_a_page_elsewhere_that_is_allowed(shared: httpx.Client) -> None:
     asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    asks["access-control-request-private-network"] = "true"
     before = shared.options(CHAT, headers={"origin": PAGE, **asks})  # no key: browsers send none before they may
+    assert before.headers["access-control-allow-private-network"] == "true"
     assert before.status_code == 200 and before.headers["access-control-allow-origin"] == PAGE
     assert "authorization" in before.headers["access-control-allow-headers"]
     assert shared.options(CHAT, headers={"origin": "https://evil.example", **asks}).status_code == 400
@@ -54,10 +56,20 @@ def test_a_page_elsewhere_that_is_allowed(shared: httpx.Client) -> None:
     assert "x-balcony-reason" in refused.headers["access-control-expose-headers"]
 
 
-@pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://", "a b", ""])
+@pytest.mark.parametrize("origin", [
+    "localhost:3000", "http://localhost:3000/", "http://", "a b", "", "https://*.example.com", "http://LocalHost:3000",
+    "http://localhost:80", "https://localhost:443", "http://a?b",
+])  # fmt: skip
 def test_an_origin_that_no_browser_sends(origin: str) -> None:
-    with pytest.raises(InputError, match=r"--allow-origin .*: is no origin: give a scheme and a host without a path"):
+    with pytest.raises(InputError, match=r"--allow-origin .*: is no origin as browsers send it: give scheme and host"):
         Server(lambda: pytest.fail("it must not load"), Settings(port=0, origins=(origin,)))
+
+
+def test_any_page_without_a_key_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    for origins, key, told in ((("*",), None, 1), (("null",), None, 2), (("*",), "secret", 2), ((PAGE,), None, 2)):
+        server = Server(lambda: pytest.fail("it must not load"), Settings(port=0, origins=origins, api_key=key))
+        server._socket.close()
+        assert caplog.text.count("any page that is open in a browser here may use this server") == told
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from balcony_edge.errors import BudgetError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
+from balcony_runtime.scheduling import stream
 from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.serve.work.jobs import Item, Job
 from balcony_runtime.serve.work.worker import Found, Worker
@@ -167,8 +168,9 @@ def test_a_budget_that_changes_while_its_reply_waits(llm: LLM) -> None:
     assert waits.stream.reply.tokens_per_exit == {2: 2}
 
 
-def test_a_job_that_waits_for_its_pace_ends_at_once(llm: LLM) -> None:
-    """Its gap is a minute, and it is alone in the decode thread."""
+def test_a_job_that_waits_for_its_pace_ends_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gap is a minute, and it is alone in the decode thread, which sleeps through it."""
+    monkeypatch.setattr(stream, "SLOW_TPS", 0.0)
     sent = Sent(llm)
     sent.worker.start()
     for key in (1, 2):

@@ -175,13 +175,13 @@ class Goals:
     def refusal(self, views: Sequence[View], factor: float) -> str | None:
         """Why the last of some streams cannot join the others now; None if it can.
 
-        It can if the shallowest exits hold the targets of all, itself included. A target that could not be held even alone, be
-        it that of a reply in progress, is no reason: nobody's wait would help. ``factor`` is the slowdown.
+        It can if the shallowest exits hold the targets of all, itself included. A gap that could not be held even alone, be it
+        that of a reply in progress, is no reason: nobody's wait would help. ``factor`` is the slowdown.
         """
         own = views[-1]
         if self._alone_ms(own) > own.period_ms:
             return None
-        held = [view for view in views if view.met and not self._is_hopeless(view)] or [own]
+        held = [view for view in views if view.met and self._alone_ms(view) <= view.period_ms]
         claims, limit_ms, lax_rows = self._claims(held, dict.fromkeys((view.stream.key for view in held), True))
         shallow = [claim._replace(highest=claim.lowest) for claim in claims]
         _, price_ms = assign(self._prices, self._quality, shallow, limit_ms, lax_rows)

@@ -294,7 +294,7 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 #: A template's own function for today's date, which gives one day.
-_ONE_DAY = "{%- macro strftime_now(form) -%}01 January 2025{%- endmacro -%}"
+_ONE_DAY = "{%- macro strftime_now(form) -%}01 January 2025{%- endmacro +%}"
 
 
 def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:

@@ -129,7 +129,7 @@ class Factors(NamedTuple):
 
 
 def factors_of(moment: torch.Tensor, padding: int = 0) -> Factors:
-    """Factorize second moments (K, K), with columns of zeros behind them; K³ operations, three times."""
+    """Factorize second moments (K, K), with columns of zeros behind them: three factorizations, each of about K³ operations."""
     moment = torch.nn.functional.pad(moment, (0, padding, 0, padding)).clone()
     sizes = moment.diagonal()
     silent = sizes == 0  # padding, and channels that never fired; they do not count for the typical size

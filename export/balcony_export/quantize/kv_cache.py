@@ -57,30 +57,14 @@ def cache_scales(bundle: Bundle, rows: Sequence[Sequence[int]], rotated: int) ->
                 state.run_stage(stage, 0, len(row))
                 if stage < len(layers) - 1:
                     state.run_exit(stage, 0, len(row), 0)
-            for graph, caches in state.largest_cached().items():
+            for graph, caches in state.largest_cached(rotated).items():
                 known = largest.setdefault(graph, dict(caches))
                 for name, sizes in caches.items():
                     known[name] = np.maximum(known[name], sizes)
     return {
-        graph: {
-            name: np.maximum((_turned(sizes, rotated) if "past_key" in name else sizes) * HEADROOM / 127, LEAST).astype(
-                np.float32
-            )
-            for name, sizes in caches.items()
-        }
+        graph: {name: np.maximum(sizes * HEADROOM / 127, LEAST).astype(np.float32) for name, sizes in caches.items()}
         for graph, caches in largest.items()
     }
-
-
-def _turned(sizes: npt.NDArray[np.float32], rotated: int) -> npt.NDArray[np.float32]:
-    """Largest keys at any position  # (H, d)
-
-    The rotary embedding turns pairs of channels. Slow pairs hardly turn within the text that was measured, and what is in one
-    channel there is in the other one at later positions; the length of a pair stays.
-    """
-    half = rotated // 2
-    pairs = np.hypot(sizes[:, :half], sizes[:, half:rotated])
-    return np.concatenate([pairs, pairs, sizes[:, rotated:]], axis=1)
 
 
 def quantize_caches(model: ir.Model, scales: Mapping[str, npt.NDArray[np.float32]]) -> None:

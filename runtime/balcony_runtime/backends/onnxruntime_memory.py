@@ -97,13 +97,22 @@ class Cache:
         one._hold(self.max_capacity, [array[index : index + 1] for array in self.held.arrays])
         return one
 
-    def largest(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Keys and values that have an axis of heads → largest absolute value of each channel."""
-        return {
-            name: np.abs(array[:, :, : self.rows]).max(axis=(0, 2)).astype(np.float32)
-            for name, array, axis in zip(self.names, self.held.arrays, self.axes, strict=True)
-            if axis == 2  # (B, H, S, d)
-        }
+    def largest(self, turned: int) -> dict[str, npt.NDArray[np.float32]]:
+        """Keys and values that have an axis of heads → largest absolute value of each channel at any position.
+
+        The rotary embedding turns pairs of a key's first ``turned`` channels, the slow ones over far more rows than are there:
+        what is in one channel here is in the other one at later positions. The length of a pair stays, so that is what counts.
+        """
+        found = {}
+        for name, array, axis in zip(self.names, self.held.arrays, self.axes, strict=True):
+            if axis != 2:  # (B, H, S, d)
+                continue
+            sizes = np.abs(array[:, :, : self.rows]).astype(np.float32)
+            if "past_key" in name:
+                first, second = sizes[..., : turned // 2], sizes[..., turned // 2 : turned]
+                first[:] = second[:] = np.hypot(first, second)
+            found[name] = sizes.max(axis=(0, 2))
+        return found
 
 
 class _PrefixCache(Cache):

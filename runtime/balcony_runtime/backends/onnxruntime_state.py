@@ -189,10 +189,10 @@ class OnnxRuntimeState:
         states = sum(states.nbytes for states in self._memory.states.values())
         return self._logits.nbytes + rows + states + sum(cache.touched_bytes() for cache in caches)
 
-    def largest_cached(self) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
-        """Graph → input → largest absolute value of each channel of its cache, over members and rows, (H, d)."""
+    def largest_cached(self, turned: int) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
+        """Graph → input → :meth:`.Cache.largest` of its cache, over members and rows, (H, d)."""
         self._reserve_decoded()
-        return {graph.name: graph.cache.largest() for graph in self._graphs.values() if graph.cache is not None}
+        return {graph.name: graph.cache.largest(turned) for graph in self._graphs.values() if graph.cache is not None}
 
     def reached(self, exit_index: int, rows: int) -> None:
         """Count the rows that shared passes have written on the way to an exit."""

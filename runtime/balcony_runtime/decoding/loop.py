@@ -238,6 +238,8 @@ class Decoder:
         latest = self._learned.state
         if latest is not self._latest:  # the slow loop is the device's: others have gone on with it
             self._state = self._state._replace(governor=latest.governor)
+            if self._environment.trace is not None:
+                self._environment.trace.begin(self._state)
         if costs is not None and costs is not self._costs:
             self._controller, self._costs, self._decision = Controller(costs), costs, None
         decision, sequence = self._decision, self._sequence

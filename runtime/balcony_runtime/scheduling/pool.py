@@ -405,7 +405,7 @@ class SequencePool:
             try:
                 logits = self._shared.run([self._places[move.sequence] for move in ordered], ordered)
             except KeyError:
-                self._engine.refuse_closed()  # meanwhile
+                self._engine.refuse_closed()  # another thread has closed it meanwhile
                 raise
         rows = {move.sequence: logits[place : place + 1] for place, move in enumerate(ordered)}
         return [rows[move.sequence] for move in moves]

@@ -150,7 +150,7 @@ def toolbox(
 
     Args:
         given: ``tools`` of the request, or None.
-        choice: ``tool_choice`` of the request: ``none``, ``auto``, ``required``, a function by name, or None.
+        choice: ``tool_choice`` of the request: ``none``, ``auto``, ``required``, a function by name, ``allowed_tools``, None.
         parallel: whether a reply may have several calls.
         written: gives how the model writes calls, and the token of this format's marker, if that is a control token.
 
@@ -189,8 +189,8 @@ def _allowed(tools: Sequence[Tool], choice: Mapping[str, Any]) -> tuple[tuple[To
     names = [_named(one) for one in listed] if isinstance(listed, Sequence) and not isinstance(listed, str) else []
     if mode not in ("auto", "required") or not names or not {tool.name for tool in tools} >= set(names):
         raise InputError(
-            f"tool_choice = {shown(choice)}: allowed_tools must have the mode 'auto' or 'required', and name functions of "
-            "tools: give {'mode': 'auto', 'tools': [{'type': 'function', 'function': {'name': ...}}]}"
+            f"tool_choice = {shown(choice)}: allowed_tools must have the mode 'auto' or 'required', and list only functions "
+            "that tools has: give {'mode': 'auto', 'tools': [{'type': 'function', 'function': {'name': ...}}]}"
         )
     return tuple(tool for tool in tools if tool.name in names), mode
 

@@ -22,8 +22,8 @@ _PLAIN = {
     "grammar": "grammar",
 }
 _OUTPUTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
-#: vLLM's options next to them, which say how its own compilers work.
-_OPTIONS = {"disable_fallback", "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"}
+#: vLLM's options next to them that ask for nothing here: there is one compiler, and JSON has one form.
+_OPTIONS = {"disable_fallback", "disable_any_whitespace"}
 _ANY_OBJECT = {"type": "object"}
 
 

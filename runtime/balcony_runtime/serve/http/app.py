@@ -1,6 +1,6 @@
 """The routes: paths of OpenAI, vLLM and llama.cpp's server.
 
-Owns the paths. Every error is OpenAI's object, whatever raised it.
+Owns the paths. Every error is OpenAI's object, whatever raised it; only a browser's question before a request gets plain text.
 """
 
 from __future__ import annotations
@@ -94,7 +94,14 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool, origins: 
     if not origins:
         return guard
     exposed = ["retry-after", "x-balcony-reason", "x-should-retry"]
-    return CORSMiddleware(guard, origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
+    return CORSMiddleware(
+        guard,
+        origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=exposed,
+        allow_private_network=True,  # what Chromium asks before a public page reaches a server at home
+    )
 
 
 class _Routes:

@@ -165,6 +165,8 @@ class Server:
         loopback = is_loopback(self._socket.getsockname()[0].partition("%")[0])
         if not loopback and settings.api_key is None:
             _log.warning("%s: anyone in the network may use this server: set --api-key", host)
+        elif settings.api_key is None and {"*", "null"} & set(settings.origins):
+            _log.warning("--allow-origin: any page that is open in a browser here may use this server: set --api-key")
         return uvicorn.Config(
             make_app(self.service, settings.api_key, loopback=loopback, origins=settings.origins),
             log_config=None,
@@ -247,10 +249,13 @@ class _Uvicorn(uvicorn.Server):
 def _refuse_wrong_origins(origins: Sequence[str]) -> None:
     """Refuse what no browser sends, and would never match."""
     for origin in origins:
-        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+        default = (origin.startswith("http:") and origin.endswith(":80")) or re.fullmatch("https:.*:443", origin)
+        if origin not in ("*", "null") and (
+            default or not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+", origin)
+        ):
             raise InputError(
-                f"--allow-origin {origin}: is no origin: give a scheme and a host without a path, such as "
-                "http://localhost:3000, or *"
+                f"--allow-origin {origin}: is no origin as browsers send it: give scheme and host in small letters, and a port "
+                "that is not the scheme's own, such as http://localhost:3000; or *"
             )
 
 
