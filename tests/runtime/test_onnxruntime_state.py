@@ -22,7 +22,7 @@ TOKENS = np.random.default_rng(6).integers(0, 320, (2, 12))
 
 def largest(sequence: TokenSequence) -> dict[str, dict[str, Any]]:
     state: Any = sequence.state
-    return dict(state.largest_cached())
+    return dict(state.largest_cached(0))
 
 
 def advanced(engine: Engine, tokens: Any, exit_layer: int = 5) -> TokenSequence:

@@ -74,7 +74,7 @@ def test_a_content_of_parts_is_their_text(codec: TextCodec) -> None:
 @pytest.mark.parametrize(
     ("content", "pattern"),
     [
-        ([{"type": "image", "url": "x"}], "a list may hold only {'type': 'text', 'text': '...'}"),
+        ([{"type": "image", "url": "x"}], "a list may hold only texts, such as {'type': 'text', 'text': '...'}"),
         ([{"type": "text"}], "a list may hold"),
         (["the fox"], "a list may hold"),
         (None, "message content = None: must be a text or a list of text parts"),

@@ -28,7 +28,7 @@ LIMIT_S, LATE_S = 0.6, 3.0
 @pytest.fixture(scope="module")
 def hasty(serve: Callable[..., Server]) -> Server:
     """A server that gives up soon, with few connections."""
-    limits = Limits(head_s=LIMIT_S, body_s=LIMIT_S, unread_s=LIMIT_S, connections=12, body_bytes=1_000_000)
+    limits = Limits(head_s=LIMIT_S, body_s=LIMIT_S, unread_s=LIMIT_S, connections=12, body_bytes=2_000_000)
     return serve(name="tiny", limits=limits)
 
 
@@ -112,7 +112,7 @@ def test_a_large_body_is_refused_before_it_is_read(hasty: Server, chunked: bool)
     size, piece = 100_000_000, b" " * 400_000
     length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
     with connect(hasty, HEAD + f"{length}\r\n\r\n".encode()) as connection:
-        for _ in range(4):  # the bound is 1 MB
+        for _ in range(6):  # the bound is 2 MB
             connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
         answer = all_of(connection)
     assert answer.startswith(b"HTTP/1.1 413") and b'"body_too_large"' in answer
