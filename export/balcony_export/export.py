@@ -333,7 +333,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _write_tokenizer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, directory: Path
 ) -> None:
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     backend.save(str(directory / "tokenizer.json"))
     if template is not None:
         special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}

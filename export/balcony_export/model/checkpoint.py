@@ -103,8 +103,8 @@ def load_model(
 def _restore_multipliers(model: PreTrainedModel) -> None:
     """Give Falcon-H1 its multipliers in float32: they are no weights, and were made in the type of those."""
     computed = getattr(sys.modules[type(model).__module__], "compute_mup_vector", None)
-    for module in model.modules() if computed is not None else ():
-        if "mup_vector" in module._buffers:
+    for module in model.modules():
+        if computed is not None and "mup_vector" in module._buffers:
             module.mup_vector = computed(model.config)
 
 
