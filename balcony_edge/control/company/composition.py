@@ -49,8 +49,10 @@ class Composer:
             slowdown: slowdown filter.
         """
         self._tokens.clear()
-        prompts = [view for view in ready if view.first]
-        steps = [view for view in ready if not view.first]
+        prompts: list[View] = []
+        steps: list[View] = []
+        for view in ready:
+            (prompts if view.first else steps).append(view)
         aims = any(view.period_ms < math.inf or (view.first and view.room_ms < math.inf) for view in (*ready, *waiting))
         # Without any target there is nothing to wait for: a deeper exit is taken at once, with all its pending rows.
         chosen = [(view, view.present if aims else view.goal) for view in steps]
@@ -67,7 +69,7 @@ class Composer:
         price_ms = self._price(chosen)
         chosen, price_ms, left = self._leave_out(chosen, price_ms, behind)
         waiting = [*waiting, *left]
-        limit_ms = min((view.bound_ms for view, _ in chosen), default=math.inf)
+        limit_ms = min([view.bound_ms for view, _ in chosen], default=math.inf)
         # Who waits must still get its token in a round like this one.
         waits_ms = [view.bound_ms - price_ms for view in waiting if not view.first and view.bound_ms < math.inf]
         limit_ms = min([limit_ms, *waits_ms])
@@ -78,7 +80,7 @@ class Composer:
             if portion is None:
                 chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
         # A target that was given up still says how long a gap may not be.
-        calm_ms = min([CALM_MS / slowdown.factor, *(GIVEN_UP * view.period_ms for view, _ in chosen)])
+        calm_ms = min([CALM_MS / slowdown.factor, *[GIVEN_UP * view.period_ms for view, _ in chosen]])
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         if prompt is not None and prompt.bound_ms < math.inf:

@@ -48,7 +48,7 @@ class Goals:
     ) -> tuple[tuple[object, ...], list[View]]:
         """Give every stream its goal; a new assignment only if something has changed."""
         drift = round(math.log(scale_of(slowdown, 0.9)) / DRIFT)
-        who = tuple((view.stream.key, id(view.stream.budget), view.first, view.highest) for view in views)
+        who = tuple([(view.stream.key, id(view.stream.budget), view.first, view.highest) for view in views])
         due = state.round // REASSIGN
         before = state.assigned_for
         if before[:1] == (who,) and before[2:] == (due,) and abs(before[1] - drift) <= 1:  # type: ignore[operator]

@@ -126,8 +126,10 @@ class JointController:
         views = self._views(seen.streams, state, slowdown, seen.now_s, ceiling)
         assigned_for, views = self._goals.assigned(state, views, slowdown, share)
         early_ms = self._early_ms(views, slowdown, seen.now_s)
-        ready = [view for view in views if view.stream.key not in early_ms]
-        waiting = [view for view in views if view.stream.key in early_ms]
+        ready, waiting = views, []
+        if early_ms:
+            ready = [view for view in views if view.stream.key not in early_ms]
+            waiting = [view for view in views if view.stream.key in early_ms]
         idle_ms = 0.0 if ready else min(early_ms.values(), default=0.0)
         if ready:
             chosen, chunk, price_ms = self._composer.compose(ready, waiting, slowdown)
@@ -149,7 +151,7 @@ class JointController:
             deepest=deepest,
         )
         streams = _streams_after(state.streams, views, chosen)
-        after = state._replace(
+        after = CompanyState(
             slowdown=slowdown,
             governor=governor,
             streams=streams,
