@@ -124,7 +124,7 @@ def test_a_channel_wakes_its_reader_for_items_and_times() -> None:
             assert channel.take() is not None
             loop.call_soon(channel.wake)
             await channel.wait(far_s)
-            channel.close()
+            channel.silence()
             assert all(timer.cancelled() or timer.when() <= loop.time() for timer in timers)
 
     asyncio.run(use())

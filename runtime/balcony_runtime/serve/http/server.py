@@ -249,7 +249,7 @@ class _Uvicorn(uvicorn.Server):
 def _refuse_wrong_origins(origins: Sequence[str]) -> None:
     """Refuse what no browser sends, and would never match."""
     for origin in origins:
-        default = (origin.startswith("http:") and origin.endswith(":80")) or re.fullmatch("https:.*:443", origin)
+        default = re.fullmatch("http:.*:80|https:.*:443", origin)
         if origin not in ("*", "null") and (
             default or not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+", origin)
         ):

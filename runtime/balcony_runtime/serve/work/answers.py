@@ -226,7 +226,7 @@ class Answer:
         if self._closed:
             return
         self._closed = True
-        self._channel.close()
+        self._channel.silence()
         if self._watch is not None:
             self._watch.cancel()
         for job in self.jobs:

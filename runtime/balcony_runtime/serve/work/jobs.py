@@ -106,23 +106,20 @@ class Channel:
         """Wait for an item or :meth:`wake`, or until a time on ``time.monotonic``; may return earlier without any of them."""
         loop = asyncio.get_running_loop()
         if self._alarm is None or self._alarm_s > until_s:  # an earlier alarm is left to ring: a timer a token is dear
-            self._silence()
+            self.silence()
             self._alarm, self._alarm_s = loop.call_later(until_s - time.monotonic(), self._ring), until_s
         self._reader = loop.create_future()
         await self._reader
 
-    def close(self) -> None:
-        """Free the alarm."""
-        self._silence()
+    def silence(self) -> None:
+        """Let no alarm ring any more."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     def _ring(self) -> None:
         self._alarm = None
         self.wake()
-
-    def _silence(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
 
 
 class Cost:
