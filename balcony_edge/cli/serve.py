@@ -92,18 +92,24 @@ def serve(
             prefix_directory=prefix_dir,
         )
 
-    limits = Limits(parallel, queue, max_body_mb << 20, request_timeout, saved_mb * 1_000_000)
+    limits = Limits(
+        parallel=parallel,
+        queue=queue,
+        body_bytes=max_body_mb << 20,
+        request_s=request_timeout,
+        saved_bytes=saved_mb * 1_000_000,
+    )
     settings = Settings(
-        host,
-        port,
-        name,
-        budget,
-        budgets,
-        api_key or None,
-        ssl_certfile,
-        ssl_keyfile,
-        limits,
-        drain_timeout,
-        allow_origin or (),
+        host=host,
+        port=port,
+        name=name,
+        budget=budget,
+        budgets=budgets,
+        api_key=api_key or None,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        limits=limits,
+        drain_s=drain_timeout,
+        origins=allow_origin or (),
     )
     Server(open_llm, settings).run()

@@ -42,7 +42,7 @@ DRIFT_DECAY = 0.8
 DRIFT_LIMIT = 5.5
 #: Error of a profile between two exits: additive costs miss cache effects; 8 % as a first estimate.
 EXIT_VARIANCE = 0.08**2
-#: Error of a profile between steps with and without catch-up: the price of a further row varies most (4 % to 18 % of the
+#: Error of a profile between steps with and without catch-up: the price of a further row varies most (4 % to 50 % of the
 #: first row).
 CATCH_UP_VARIANCE = 0.25**2
 #: Share of its offset that an unused exit forgets in ``DECAY_TOKENS``. After some 250 tokens the exit is tried again.
