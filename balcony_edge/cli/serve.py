@@ -105,7 +105,7 @@ def serve(
         name=name,
         budget=budget,
         budgets=budgets,
-        api_key=api_key or None,
+        api_key=(api_key or "").strip() or None,  # a secret from a file often ends in a newline
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         limits=limits,

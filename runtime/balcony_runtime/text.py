@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import BundleError, InputError
+from balcony_edge.errors import BundleError, InputError, shown
 from balcony_runtime.structure.formats import (
     DEFAULT,
     CallFormat,
@@ -169,14 +169,16 @@ class TextCodec:
         """Variables of the template that a request gives, next to its messages."""
         if not isinstance(template_kwargs or {}, Mapping) or _RESERVED & set(template_kwargs or ()):
             raise InputError(
-                f"chat_template_kwargs = {template_kwargs!r}: must be an object without {', '.join(sorted(_RESERVED))}: "
+                f"chat_template_kwargs = {shown(template_kwargs)}: must be an object without {', '.join(sorted(_RESERVED))}: "
                 "give e.g. {'enable_thinking': False}"
             )
         found = {"tools": list(tools), "documents": documents}
         if documents and (self._template is None or "documents" not in self._template.variables):
             raise InputError("documents: this bundle's chat template has no use for them: put them into a message")
         if not isinstance(documents, Sequence) or not all(isinstance(one, Mapping) for one in documents):
-            raise InputError(f"documents = {documents!r}: must be a list of objects: give e.g. [{{'text': '...'}}]")
+            raise InputError(
+                f"documents = {shown(documents)}: must be a list of objects: give e.g. [{{'text': '...'}}]"
+            )
         return {name: value for name, value in found.items() if value} | dict(template_kwargs or {})
 
     def _encode_literally(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
@@ -191,7 +193,7 @@ class TextCodec:
         for role in {message["role"] for message in messages} - _ROLES:
             if any(role in name for name in names):
                 raise InputError(
-                    f"role = {role!r}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"
+                    f"role = {shown(role)}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"
                 )
         spelled = re.compile("|".join(map(re.escape, names)))
 
@@ -247,7 +249,9 @@ class TextCodec:
 
     def decode(self, tokens: Sequence[int], *, control_tokens: bool = False) -> str:
         """Text of tokens, with or without the names of control tokens."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not control_tokens))
+        # decode() keeps Python's lock, which the thread that makes tokens needs; decode_batch() does not
+        (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=not control_tokens)
+        return str(text)
 
     def to_json(self) -> str:
         """The tokenizer as a tokenizer.json."""
@@ -297,12 +301,14 @@ def special_tokens(bundle: Bundle) -> dict[str, str]:
 def _message(message: Any) -> dict[str, Any]:
     """A copy of a message whose content is one text; a template would print anything else as Python prints it."""
     calls = message.get("tool_calls") if isinstance(message, Mapping) else None
-    if not isinstance(message, Mapping) or "role" not in message or ("content" not in message and not calls):
-        raise InputError(f"message {message!r}: must be a mapping with 'role' and 'content': give both")
+    # A reply that stopped before its first word comes back as null, or without the key.
+    may_be_empty = calls or (isinstance(message, Mapping) and message.get("role") == "assistant")
+    if not isinstance(message, Mapping) or "role" not in message or ("content" not in message and not may_be_empty):
+        raise InputError(f"message {shown(message)}: must be a mapping with 'role' and 'content': give both")
     if not isinstance(message["role"], str):
-        raise InputError(f"message role = {message['role']!r}: must be a text: give e.g. 'user'")
+        raise InputError(f"message role = {shown(message['role'])}: must be a text: give e.g. 'user'")
     content = message.get("content")
-    if content is None and calls:
+    if content is None and may_be_empty:
         content = ""
     if isinstance(content, list | tuple):
         parts = [
@@ -314,7 +320,7 @@ def _message(message: Any) -> dict[str, Any]:
             )
         content = "\n".join(parts)  # type: ignore[arg-type]
     if not isinstance(content, str):
-        raise InputError(f"message content = {content!r}: must be a text or a list of text parts: give a text")
+        raise InputError(f"message content = {shown(content)}: must be a text or a list of text parts: give a text")
     found = {**message, "content": _unicode(content)}
     found.pop("tool_calls", None)  # some templates refuse an empty list
     if calls:

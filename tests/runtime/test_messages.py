@@ -55,6 +55,14 @@ def test_system_messages_where_a_template_takes_them(bundle_copy: Path, rule: st
     assert codec.decode(codec.encode(said(turns))).strip() == shown
 
 
+def test_a_reply_that_stopped_before_its_first_word_comes_back(bundle_copy: Path) -> None:
+    """Vercel's AI SDK gives its empty text as null; other clients leave the key out."""
+    codec = write_template(bundle_copy, SHOWN)
+    told = [codec.encode([*said("u"), {"role": "assistant", **empty}, *said("u")])
+            for empty in ({"content": ""}, {"content": None}, {})]  # fmt: skip
+    assert told[0] == told[1] == told[2]
+
+
 def test_the_refusal_is_about_the_messages_that_were_given(bundle_copy: Path) -> None:
     rule = "{{ raise_exception(messages | map(attribute='role') | join(' ')) }}"
     with pytest.raises(InputError, match=r"the chat template refuses these messages \(system user system\)"):

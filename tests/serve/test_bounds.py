@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from balcony_runtime.serve.bodies.asked import Asked
+from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work import answers
 from balcony_runtime.serve.work.jobs import Channel, Ended, Job
@@ -97,6 +99,21 @@ def test_a_stream_that_waits_says_so_and_ends_at_the_time_limit(
     until(lambda: is_free(strict))
 
 
+def test_a_body_that_ends_while_the_server_stops(strict: Server) -> None:
+    """The guard has let its headers pass; no reply may begin that the end of the process would cut."""
+
+    async def ask() -> None:
+        await strict.service.answer(Asked(chat=False, model=None, prompts=["hi"]), {}, "")
+
+    strict.service.draining = True
+    try:
+        with pytest.raises(RefusedError, match="the server is stopping") as refused:
+            asyncio.run(ask())
+    finally:
+        strict.service.draining = False
+    assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "5")
+
+
 def test_a_channel_wakes_its_reader_for_items_and_times() -> None:
     """With one timer for many waits, which is left to ring early and is gone at the end."""
 
@@ -181,9 +198,10 @@ def test_requests_that_come_at_once_share_the_queue(strict: Server) -> None:
     until(lambda: is_free(strict))
 
 
-def test_the_watchdog_sees_a_decode_thread_that_hangs(serve: Callable[..., Server], monkeypatch: Any) -> None:
+def test_health_and_the_watchdog_see_a_decode_thread_that_hangs(serve: Callable[..., Server], monkeypatch: Any) -> None:
     server, gate = serve(), threading.Event()
-    assert all(server.service.makes_progress for _ in range(3))  # it has nothing to do
+    until(lambda: server.service.stuck_s == 0)  # it has nothing to do
+    monkeypatch.setattr("balcony_runtime.serve.http.app.STUCK_S", 0.2)
     with monkeypatch.context() as patch:
         patch.setattr("balcony_runtime.together.Together.step", lambda _: gate.wait() and [])
         statuses: list[int] = []
@@ -192,12 +210,14 @@ def test_the_watchdog_sees_a_decode_thread_that_hangs(serve: Callable[..., Serve
         )
         thread.start()
         until(lambda: len(server.service.slots) == 1)
-        until(lambda: not server.service.makes_progress)
-        assert not server.service.makes_progress
+        until(lambda: server.service.stuck_s > 0.2)
+        found = httpx.get(server.url + "/health", timeout=60)
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "stuck")
     gate.set()
     thread.join()
     assert statuses == [200]
-    until(lambda: is_free(server) and server.service.makes_progress)
+    until(lambda: is_free(server) and server.service.stuck_s == 0)
+    assert httpx.get(server.url + "/health", timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -288,6 +288,11 @@ def test_a_token_that_is_tapped_says_why(page: Chrome) -> None:
     token = next(one for one in tokens(chat) if one.text.strip())
     token.click()
     assert part(chat, "why").text == token.get_attribute("title") != ""
+    log, shown = part(chat, "log"), tokens(chat)
+    for key, place in ((Keys.ARROW_LEFT, -1), (Keys.ARROW_LEFT, -2), (Keys.ARROW_RIGHT, -1), (Keys.ARROW_RIGHT, -1)):
+        log.send_keys(key)
+        assert part(chat, "why").text == shown[place].get_attribute("title")
+        assert shown[place].get_attribute("title") in part(chat, "status-text").get_property("textContent")
 
 
 def test_the_strip_is_drawn_anew_after_the_window_has_changed(page: Chrome) -> None:

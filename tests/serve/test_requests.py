@@ -113,7 +113,7 @@ REFUSALS = [
         {"prompt": [7] * 300, "echo": True, "logprobs": 0, "max_tokens": 0},
         400,
         "context_length_exceeded",
-        "1 to 256",
+        "context size (256",
     ),
     Case(TEXT, {"prompt": "a", "stop": ["x"] * 65}, 400, "invalid_value", "at most 64 texts of at most 256 characters"),
     Case(TEXT, {"prompt": "a", "stop": "x" * 257}, 400, "invalid_value", "at most 64 texts of at most 256 characters"),
@@ -189,6 +189,28 @@ def test_no_top_p_is_the_likeliest_token(http: httpx.Client) -> None:
     greedy, narrow = (http.post(CHAT, json=HELLO | how).json() for how in
                       ({"temperature": 0}, {"temperature": 2, "top_p": 0}))  # fmt: skip
     assert greedy["choices"][0]["message"] == narrow["choices"][0]["message"]
+
+
+def test_a_refusal_does_not_repeat_a_large_value(http: httpx.Client) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+    for body in (
+        {"messages": [{"role": "user", "content": picture}]},
+        HELLO | {"logit_bias": {"1": 1000, "2": "x" * 999}},
+    ):
+        refused = http.post(CHAT, json=body)
+        assert refused.status_code == 400 and len(refused.text) < 500
+
+
+def test_a_number_longer_than_python_reads(http: httpx.Client) -> None:
+    assert http.get("/slots/" + "9" * 5000).status_code == 404
+
+
+def test_a_check_of_health_without_a_host(server: Server) -> None:
+    """As some balancers speak HTTP/1.0."""
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname or "", address.port or 0), 10) as connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_a_wrong_method_is_told_the_right_one(http: httpx.Client) -> None:

@@ -402,7 +402,7 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
             **os.environ,
             **watchdog,
             "NOTIFY_SOCKET": address.replace("\0", "@"),
-            "BALCONY_EDGE_API_KEY": "key",
+            "BALCONY_EDGE_API_KEY": "key\n",  # as a secret from a file often is
         }
         beats = []
 

@@ -69,6 +69,11 @@ def busy(message: str, reason: str, seconds: int) -> RefusedError:
     return RefusedError(429, message, reason, headers={"retry-after": str(seconds)})
 
 
+def draining() -> RefusedError:
+    """The server stops; a proxy may know another one."""
+    return RefusedError(503, "the server is stopping: use another one", "draining", headers={"retry-after": "5"})
+
+
 #: Error of the runtime → status, reason, and the field that it is about. The first match counts.
 _KINDS: tuple[tuple[type[BalconyError], int, str, str | None], ...] = (
     (InfeasibleError, 422, "infeasible", "budget"),

@@ -25,7 +25,7 @@ from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError
 from balcony_runtime.serve.bodies.asked import read_asked, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
-from balcony_runtime.serve.bodies.refusal import RefusedError, bad, refusal_of
+from balcony_runtime.serve.bodies.refusal import RefusedError, bad, draining, refusal_of
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
 from balcony_runtime.serve.http.openapi import document
 from balcony_runtime.serve.work.answers import EventStream, GoneError
@@ -40,6 +40,8 @@ _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; base-uri 'none'"
 )
+#: Seconds without a turn of the decode thread from which on the server calls itself unhealthy; a long prompt takes less.
+STUCK_S = 120.0
 #: Path → values of its parameters.
 _QUERIES = {"/slots/{key:int}": {"action": ACTIONS}}
 #: Path → fields of its body.
@@ -118,13 +120,17 @@ class _Routes:
     async def health(self, request: Request) -> Response:
         """Whether the model is loaded and requests are taken."""
         if self._service.draining:
-            raise RefusedError(503, "the server is stopping: use another one", "draining")
+            raise draining()
         self._service.llm  # noqa: B018 - refuses while the model is loading
+        if (stuck_s := self._service.stuck_s) > STUCK_S:
+            raise RefusedError(503, f"no reply has gone on for {stuck_s:.0f} s: start the server again", "stuck")
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
         """Metrics for Prometheus."""
-        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        # in a thread: a pass holds the lock of what counts the bytes of ended replies
+        text = await asyncio.to_thread(self._service.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, request: Request) -> Response:
         """This document."""
@@ -210,7 +216,7 @@ class _Routes:
             raise bad("tokens", None, "must be a list of token ids")
         if tokens:
             refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
-        text = llm.codec.decode(tokens, control_tokens=True)
+        text = await asyncio.to_thread(llm.codec.decode, tokens, control_tokens=True)
         return JSONResponse({"content": text, "prompt": text})
 
     async def props(self, request: Request) -> Response:

@@ -17,13 +17,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from balcony_runtime.serve.bodies.refusal import RefusedError
+from balcony_runtime.serve.bodies.refusal import RefusedError, draining
 from balcony_runtime.serve.work.answers import Message, Receive, Send
 from balcony_runtime.serve.work.service import Service
 
 _log = logging.getLogger("balcony_runtime.serve.requests")
 #: Key in the scope of a request whose answer writes its own line.
 LOGGED = "balcony.logged"
+#: Longest path, so that no number in it is longer than Python reads.
+LONGEST_PATH = 1000
 #: Paths that need no key: what a balancer asks, and the page, which has a field for the key.
 _OPEN = ("/health", "/v1/health", "/")
 
@@ -89,12 +91,15 @@ class Guard:
                 "start it with --allow-origin, or let a proxy pass the Host header on",
                 "foreign_origin",
             )
-        if self._loopback and self._api_key is None and not is_loopback(_split(f"//{host}").hostname or ""):
+        # A browser always names a host; a health check that speaks HTTP/1.0 need not.
+        if self._loopback and self._api_key is None and host and not is_loopback(_split(f"//{host}").hostname or ""):
             raise RefusedError(
                 403, f"host {host[:100]}: use localhost, or start the server with --api-key", "foreign_host"
             )
         if self._service.draining and request.method == "POST":
-            raise RefusedError(503, "the server is stopping: use another one", "draining", headers={"retry-after": "5"})
+            raise draining()
+        if len(request.scope["path"]) > LONGEST_PATH:
+            raise RefusedError(404, "no such path; docs/server.md lists them", "not_found")
 
     def _note(self, scope: Message, message: Message) -> None:
         """Count an answer, and log it if it is an error that no reply has logged."""

@@ -207,10 +207,11 @@ class Server:
         period_us, process = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
         if not period_us.isdigit() or process != str(os.getpid()):
             return
+        half_s = int(period_us) / 2e6  # as systemd advises
         while True:
-            if self.service.makes_progress:
+            if self.service.stuck_s < half_s:
                 _notify("WATCHDOG=1")
-            await asyncio.sleep(int(period_us) / 2e6)  # half of the time, as systemd advises
+            await asyncio.sleep(half_s)
 
 
 class _Uvicorn(uvicorn.Server):

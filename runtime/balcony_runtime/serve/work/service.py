@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from balcony_edge.budget import Budget, load_budget
+from balcony_edge.errors import ContextLengthError
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
 from balcony_runtime.requests import Request
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.named import Names
-from balcony_runtime.serve.bodies.refusal import RefusedError, busy
+from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining
 from balcony_runtime.serve.work.answers import Answer
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, deliver
@@ -178,9 +179,9 @@ class Service:
         self.llm.budget = own
 
     @property
-    def makes_progress(self) -> bool:
-        """Whether the decode thread does what it is asked for, or has nothing to do."""
-        return self._loaded is None or self._parts.worker.makes_progress()
+    def stuck_s(self) -> float:
+        """Seconds for which the decode thread has done nothing although it should; infinite if it has ended."""
+        return 0.0 if self._loaded is None else self._parts.worker.stuck_s
 
     @property
     def busy(self) -> bool:
@@ -190,7 +191,7 @@ class Service:
     @property
     def slots(self) -> Sequence[Job]:
         """Replies that have not ended."""
-        return tuple(job for job in self._jobs.values() if not job.ended)
+        return tuple(job for job in tuple(self._jobs.values()) if not job.ended)  # a thread asks, too: metrics
 
     @property
     def waiting(self) -> int:
@@ -216,9 +217,11 @@ class Service:
         """The answer to a request, not begun.
 
         Raises:
-            RefusedError: the queue is full, or the model is unknown.
+            RefusedError: the server is stopping, the queue is full, or the model is unknown.
             BalconyError: a prompt, a budget or a parameter is refused.
         """
+        if self.draining:  # the guard looked before the body came
+            raise draining()
         asked_s, meter = time.monotonic(), EnergyMeter(self.llm.readings)
         most_tokens = None if asked.max_tokens is None else min(max(asked.max_tokens, 1), self.llm.engine.max_length)
         budget = self.names.budget(asked.model, headers, asked.budget, most_tokens)
@@ -296,6 +299,11 @@ class Service:
                 llm.pool.recall(np.array(ids))
             text = ""
             if asked.echo:
+                if len(ids) > (most := llm.engine.max_length):  # before the text of millions is made
+                    raise ContextLengthError(
+                        f"the prompt has {len(ids)} tokens: this exceeds the available context size ({most} in this "
+                        "bundle): shorten the prompt, or export with a larger --context-length"
+                    )
                 text = prompt if isinstance(prompt, str) else llm.decode(prompt)
             for choice in range(asked.n):
                 request = None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from queue import SimpleQueue
 from typing import Any
@@ -47,8 +49,7 @@ class Worker:
         self._found: Found = []
         self._together: Together = llm.together()
         self._thread = threading.Thread(target=self._run, name="balcony-decode", daemon=True)
-        self._turns, self._seen_turns = 0, -1
-        self._idle = False
+        self._turned_s = time.monotonic()  # infinite while it waits for something to do
 
     def start(self) -> None:
         """Start the thread."""
@@ -61,10 +62,10 @@ class Worker:
         self._inbox.put(None)
         self._thread.join()
 
-    def makes_progress(self) -> bool:
-        """Whether the thread has taken a turn since the last call, or waits for something to do."""
-        before, self._seen_turns = self._seen_turns, self._turns
-        return self._thread.is_alive() and (self._idle or before != self._turns)
+    @property
+    def stuck_s(self) -> float:
+        """Seconds since its last turn; 0 while it waits for something to do, infinite if the thread has ended."""
+        return max(time.monotonic() - self._turned_s, 0.0) if self._thread.is_alive() else math.inf
 
     def prepare(self, ids: Sequence[int], **options: Any) -> Request:
         """The reply to a prompt, for a job; see :meth:`.Together.prepare`. Any thread may call it."""
@@ -96,7 +97,7 @@ class Worker:
     def _run(self) -> None:
         with self._together:
             while self._read_inbox():
-                self._turns += 1
+                self._turned_s = time.monotonic()
                 self._admit()
                 self._score()
                 self._step()
@@ -108,9 +109,10 @@ class Worker:
         """Do what others ask for; sleeps if there is nothing else to do. False if the thread must end."""
         busy = self._found or self._scoring or (self._waiting and self._room) or len(self._running) > len(self._paused)
         while not self._inbox.empty() or not busy:
-            self._idle = not busy
+            if not busy:
+                self._turned_s = math.inf
             message = self._inbox.get()
-            self._idle = False
+            self._turned_s = time.monotonic()
             if message is None:
                 return False
             act, job = message
@@ -139,8 +141,8 @@ class Worker:
             try:
                 resolved = self._llm.resolved(job.budget)
                 exit_layer = resolved.allowed_exits(self._llm.exit_layers)[-1]
-            except BalconyError as error:
-                self._found.append((job, error))
+            except Exception as error:  # the job ends, and the others go on
+                self._found.append((job, _told(error)))
                 continue
             self._scoring[job] = scored(self._llm.engine, job.ids, exit_layer, job.score)
 
