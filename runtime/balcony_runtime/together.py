@@ -155,8 +155,8 @@ def _joined(requests: Requests, request: Request) -> Iterator[tuple[Decoder, Str
         try:
             yield decoder, stream
         finally:
-            requests.scheduler.leave(stream)
-            request.forget_untold(sequence)
+            if requests.scheduler.leave(stream):
+                request.forget_untold(sequence)
 
 
 def _taken(steps: deque[Step | Exception]) -> Iterator[Step]:
@@ -164,5 +164,8 @@ def _taken(steps: deque[Step | Exception]) -> Iterator[Step]:
         if not steps:
             raise InputError("this reply is one of several: Together.step() brings its tokens; do not iterate over it")
         if isinstance(found := steps.popleft(), Exception):
-            raise found
+            try:
+                raise found
+            finally:
+                del found  # its traceback has this frame
         yield found

@@ -89,6 +89,21 @@ def test_a_step_is_one_launch_and_nothing_is_captured_in_a_reply(gpu: cuda_runti
         assert gpu.count("cudaGraphInstantiate") == 3
 
 
+def test_replies_that_end_together_leave_their_captures_to_the_next_ones(
+    gpu: cuda_runtime.Runtime, bundle: Bundle
+) -> None:
+    with opened(gpu, bundle) as (engine, _):
+        for _ in range(3):
+            sequences = [engine.new_sequence(max_length=64) for _ in range(3)]
+            for sequence in sequences:
+                sequence.advance(5, [1, 2, 3])
+                sequence.step(5, np.array([4]))
+            captured = gpu.count("cudaStreamBeginCapture")
+            del sequence, sequences
+            gc.collect()
+        assert captured == 3 * (1 + 3 + 3 + 1) and len(engine.backend.returned) == 3  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("target", ["rtx", "tensorrt"])
 def test_rows_that_engines_do_not_take_where_they_lie(gpu: cuda_runtime.Runtime, bundle: Bundle, target: str) -> None:
     """TensorRT takes addresses that 256 divides, and a row has 128 bytes here, as one of 64 values in half precision."""

@@ -23,6 +23,7 @@ from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS, Probing
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.stream import Stream
 from balcony_runtime.text import TextCodec
 from tests.replies import PRICES, all_at_once, free_members, ids
@@ -391,6 +392,66 @@ def test_an_interrupt_while_a_reply_leaves_takes_it_out(llm: LLM, monkeypatch: p
             stream.close()
     scheduler._running = ()
     assert not scheduler._streams
+
+
+def test_a_reading_that_fails_ends_only_who_needs_it(tiny: Any) -> None:
+    fails = False
+
+    def readings() -> tuple[Reading, ...]:
+        if fails:
+            raise RuntimeError("the sensor is gone")
+        return (Reading("board", "board", time.monotonic(), celsius=50.0),)
+
+    with LLM(Engine.open(tiny.path), TextCodec(Bundle.open(tiny.path)), Budget(), readings=readings) as llm:
+        llm.costs = PRICES
+        with llm.together() as replies:
+            hot = replies.add([1, 2], budget=Budget(temperature_c=70.0), **ENDLESS)
+            other = replies.add([3], max_new_tokens=12, ignore_eos=True)
+            replies.step()
+            fails = True
+            found: list[Any] = []
+            while other in replies.open:
+                found += replies.step()
+            assert [type(one) for stream, one in found if stream is hot][-1] is RuntimeError
+            assert len(other.reply.tokens) == 12 and other.reply.finish_reason == "length"
+
+
+def test_a_reply_that_the_collector_ends_in_its_own_round_stops_nobody(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object that was dropped in a reference cycle, while it still asked: the collector may come by in any thread."""
+    alone = ids(llm.generate([3, 4], max_new_tokens=8, ignore_eos=True))
+    dropped, closed = llm.together(), threading.Event()
+    with llm.together() as replies:
+        other = dropped.add([1, 2], **ENDLESS)
+        stream = replies.add([3, 4], max_new_tokens=8, ignore_eos=True)
+        while not (other.reply.tokens and stream.reply.tokens):
+            replies.step()
+            dropped.step()  # and asks again
+        step, pool = SequencePool.step, llm.pool
+        assert pool is not None
+
+        def collected(self: SequencePool, moves: Any) -> Any:
+            found = step(self, moves)
+            if len(moves) == 2:
+                dropped.close()  # as its finalizer would
+                closed.set()
+            return found
+
+        def go_on() -> None:
+            while not closed.is_set() and replies.open:
+                replies.step()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SequencePool, "step", collected)
+            thread = threading.Thread(target=go_on, daemon=True)
+            thread.start()
+            thread.join(20)
+            assert not thread.is_alive() and closed.is_set()
+        while replies.open:
+            replies.step()
+        assert ids(stream.reply) == alone
+    assert free_members(llm) == len(pool.members) and not llm._requests.scheduler._streams
 
 
 def test_a_plan_that_was_not_worth_it_is_not_made_for_every_token() -> None:

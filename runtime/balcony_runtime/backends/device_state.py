@@ -74,11 +74,14 @@ class DeviceBackend(Closing):
             )
         with self.alone():
             workspace = None
-            for old in [self.returned.popleft() for _ in range(len(self.returned))]:
-                if workspace is None and old.batch_size == batch_size:
+            for _ in range(len(self.returned)):
+                old = self.returned.popleft()
+                if old.batch_size != batch_size:
+                    old.free()
+                elif workspace is None:
                     workspace = old
                 else:
-                    old.free()
+                    self.returned.append(old)  # with its captures; :meth:`allocate` frees it where memory runs out
             if workspace is None:
                 workspace = Workspace(self, batch_size)
                 self._workspaces.add(workspace)

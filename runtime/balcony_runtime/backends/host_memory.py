@@ -69,8 +69,9 @@ def give_back(arrays: Iterable[npt.NDArray[Any]]) -> None:
     if _MADVISE is None:
         return
     for array in arrays:
-        begin = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        address = array.__array_interface__["data"][0]  # array.ctypes would import, which the end of a process refuses
+        begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (address + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
             _MADVISE(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 

@@ -125,6 +125,8 @@ class OnnxRuntimePool:
         """Store what stages made of the members' rows, at the boundaries after them."""
         after = slice(stages.start + 1, stages.stop + 1)
         self._memory.rows[after][:, members, rows] = self._memory.row[after][:, members, 0]
+        for member, row in zip(members.tolist(), rows.tolist(), strict=True):
+            self.state(member).reached(stages.stop - 1, row + 1)
 
     def result(self, exit_index: int, members: IntArray, rows: IntArray) -> None:
         """Remember the results of the members' exits for :meth:`logits`."""

@@ -77,12 +77,12 @@ class SequencePool:
     def of(
         cls, engine: Engine, members: int, files: PrefixFiles | None = None, kept_bytes: int = KEPT_BYTES
     ) -> SequencePool | None:
-        """A pool for sequences of an engine, or None if its graphs cannot share passes.
-
-        Raises:
-            MemoryError: the address space has no room for it.
-        """
-        pool = engine.backend.new_pool(members, engine.max_length)
+        """A pool for sequences of an engine; None if its graphs cannot share passes, or memory has no room for it."""
+        try:
+            pool = engine.backend.new_pool(members, engine.max_length)
+        except MemoryError:
+            _log.warning("no memory for %d replies that share passes: each runs by itself", members)
+            return None
         return None if pool is None else cls(engine, pool, files, kept_bytes)
 
     @property

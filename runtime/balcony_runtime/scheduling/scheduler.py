@@ -75,16 +75,14 @@ class Scheduler:
     ) -> None:
         self._bounds, self._row_bytes = bounds, row_bytes(engine.manifest)
         #: The prefixes on disk.
-        self.files: PrefixFiles | None = None
-        if bounds.directory is not None:
-            self.files = PrefixFiles(bounds.directory, engine, bounds.kept_bytes)
+        self.files = PrefixFiles(bounds.directory, engine, bounds.kept_bytes) if bounds.directory is not None else None
         self._engine, self._learned, self._costs, self._readings = engine, learned, costs, readings
         self._quality = tuple(quality)
         self._lock = threading.RLock()
         self._turn = threading.Condition(self._lock)
         self._streams: dict[int, Stream] = {}
         self._keys = itertools.count()
-        self._leading = False
+        self._leader: int | None = None  # the thread that leads a round
         self._running: Sequence[Stream] = ()
         self._company: frozenset[int] = frozenset()  # streams of the last round
         self._changes = 0  # how often a stream has begun, or a sequence has been given back
@@ -107,10 +105,7 @@ class Scheduler:
         with self._pool_lock:
             if not self._pool_made:
                 self._pool_made = True
-                try:
-                    self._pool = SequencePool.of(self._engine, MEMBERS, self.files, self._bounds.kept_bytes)
-                except MemoryError:
-                    _log.warning("no memory for %d replies that share passes: each runs by itself", MEMBERS)
+                self._pool = SequencePool.of(self._engine, MEMBERS, self.files, self._bounds.kept_bytes)
         return self._pool
 
     @property
@@ -177,14 +172,14 @@ class Scheduler:
     def _by_itself(self, stream: Stream) -> list[Step] | None:
         """Step a stream that goes on and is the only one, as a round would, but with fewer calls; None if a round is due."""
         with self._lock:
-            if self._leading or len(self._streams) > 1 or self._company or not stream.decoder.begun or stream.is_slow:
+            if self._leader or len(self._streams) > 1 or self._company or not stream.decoder.begun or stream.is_slow:
                 return None
-            self._leading, self._running = True, (stream,)
+            self._leader, self._running = threading.get_ident(), (stream,)
         try:
             return stream.decoder.step()
         finally:
             with self._lock:
-                self._leading, self._running = False, ()
+                self._leader, self._running = None, ()
                 if len(self._streams) > 1:  # others have come meanwhile
                     self._turn.notify_all()
 
@@ -223,14 +218,14 @@ class Scheduler:
         wait for streams that do not ask. The caller can then serve the readers of those, and call again.
         """
         with self._turn:
-            while not (answered := self._answered(streams)) and self._leading:
+            while not (answered := self._answered(streams)) and self._leader:
                 self._turn.wait()
             if not answered:
-                self._leading = True
+                self._leader = threading.get_ident()
                 try:
                     self._lead()
                 finally:
-                    self._leading = False
+                    self._leader = None
                     self._turn.notify_all()
                 answered = self._answered(streams)
             return answered
@@ -246,13 +241,14 @@ class Scheduler:
         with self._turn:
             self._turn.notify_all()
 
-    def leave(self, stream: Stream) -> None:
-        """Remove a stream; waits for a round of another thread that uses it."""
+    def leave(self, stream: Stream) -> bool:
+        """Remove a stream; waits for another thread's round with it. False if this thread's has it: the collector ended it."""
         with self._turn:
             stream.asks = False
             try:
-                while stream in self._running:
+                while stream in self._running and self._leader != threading.get_ident():
                     self._turn.wait(NAP_S)
+                return stream not in self._running
             finally:
                 self._streams.pop(stream.key, None)
                 if not self._streams:
@@ -420,12 +416,12 @@ class Scheduler:
         if self._trace is not None and self._priced is not None:
             try:
                 self._trace.write(self._priced, self._quality, before, seen, found, ended)
-            except InputError as error:  # a full disk ends no reply
+            except (InputError, TypeError, ValueError) as error:  # a full disk or an odd reading ends no reply
                 _log.warning("no rounds are recorded any more: %s", error)
                 self._recorded = None if self._recorded is self._trace else self._recorded
                 self._trace = None
         for key, decision in found.refused:
-            streams.pop(key).fail(InfeasibleError(f"{decision.reason}: raise the target or allow less depth"))
+            streams.pop(key).fail(InfeasibleError(f"{decision.reason}: {decision.cure}"))
         work_ns = time.perf_counter_ns()
         if found.chunk is not None and found.chunk.key in streams:
             streams[found.chunk.key].work_off(found.chunk)
@@ -439,9 +435,8 @@ class Scheduler:
             took_ms = (done_ns - begin_ns) / 1e6
             self._last = Measurement(self._engine.exit_layers[found.deepest], found.price_ms, took_ms)
         self._company, self._state = frozenset(moves), state
-        known = self._learned.state
-        known = known._replace(governor=state.governor, slowdown=known.slowdown.moved(state.slowdown))
-        self._learned.state = self._told = known
+        slowdown = self._learned.state.slowdown.moved(state.slowdown)
+        self._learned.state = self._told = self._learned.state._replace(governor=state.governor, slowdown=slowdown)
         now_s = time.monotonic()
         for stream, row in logits.items():
             decision, waited_ms = moves[stream.key], 1000 * (now_s - stream.asked_s)
@@ -466,10 +461,15 @@ class Scheduler:
             with stream.isolated():
                 found.append(self._seen_of(stream))
                 streams[stream.key] = stream
-        senses = any(one.budget.needs_sensors for one in found)
+        senses = [one.key for one in found if one.budget.needs_sensors]
         now_s, busy_s = time.monotonic(), self._learned.busy_ns / 1e9
-        readings, learned = self._readings() if senses else (), self._learned_alone()
-        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, learned)
+        try:
+            readings = self._readings() if senses else ()
+        except Exception as error:  # a function of the user's: those who need it end
+            for key in senses:
+                streams[key].fail(error)
+            return self._seen([one for one in asking if one.asks])
+        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, self._learned_alone())
 
     def _learned_alone(self) -> LearnedAlone | None:
         state = self._learned.state

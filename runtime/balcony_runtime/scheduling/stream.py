@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from balcony_edge.control.company.seen import Chunk
+from balcony_edge.control.governor import LEAST_PACE_TPS
 from balcony_runtime.decoding.loop import Decoder, Step, run_chunk
 from balcony_runtime.engine import TokenSequence
 
@@ -76,7 +77,11 @@ class Stream:
             Exception: the stream cannot go on.
         """
         if self._error is not None:
-            raise self._error
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame: memory of a device would wait for the collector of cycles
         found, self._found = self._found, []
         return found
 
@@ -90,8 +95,10 @@ class Stream:
     @property
     def is_slow(self) -> bool:
         """Whether it waits in rounds even if it is alone, so that who comes meanwhile does not wait for its long gap."""
-        pace_tps = self.decoder.budget.max_pace_tps
-        return pace_tps is not None and pace_tps < SLOW_TPS
+        budget = self.decoder.budget
+        if budget.needs_sensors and (budget.min_pace_tps or LEAST_PACE_TPS) < LEAST_PACE_TPS:
+            return True
+        return budget.max_pace_tps is not None and budget.max_pace_tps < SLOW_TPS
 
     def tell(self) -> None:
         """Answer with the tokens of a step that was interrupted after it had made them, if there are any."""
@@ -120,13 +127,15 @@ def undone(asking: Sequence[Stream]) -> Iterator[None]:
     An interrupt between the choice of a token and the end of the step that chose it loses a row: some tens of microseconds,
     with a structure some milliseconds.
     """
-    lengths = {stream.key: stream.sequence.length for stream in asking}
+    before = {stream.key: (stream.asked_s, stream.sequence.length) for stream in asking}
     try:
         yield
     except Exception:
         raise
     except BaseException:
         for stream in asking:
-            if stream.asks and stream.decoder.begun and not stream.decoder.untold:
-                stream.sequence.rollback(min(lengths[stream.key], stream.sequence.length))
+            asked_s, length = before[stream.key]
+            asks = stream.asks and stream.asked_s == asked_s  # and has not been answered, and asked again, meanwhile
+            if asks and stream.decoder.begun and not stream.decoder.untold:
+                stream.sequence.rollback(min(length, stream.sequence.length))
         raise
