@@ -163,7 +163,8 @@ class Budget(BaseModel):
     cpu_utilization: Share | None = None
     """Ceiling of the busy share of all CPUs, 0 to 1, including other processes."""
     battery_floor_percent: Annotated[float, Field(strict=True, gt=0, lt=100, allow_inf_nan=False)] | None = None
-    """Charge to keep, in percent. Depth falls over the 10 percent above it; at the floor the budget is infeasible."""
+    """Charge to keep, in percent. Depth falls over the 10 percent above it; at the floor
+    the pace falls to ``min_pace_tps`` (1 by default), and the budget is infeasible."""
     memory_mb: Positive | None = None
     """Ceiling of this process's memory, in MB. Depth falls over the last 5 %; at the ceiling the budget is infeasible."""
 

@@ -149,7 +149,7 @@ def write_together(contents: Mapping[Path, bytes], error_class: type[BalconyErro
 
 def sync(path: Path) -> None:
     """Wait until a file is on the disk."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows flushes only what may be written
         _flush(file)
 
 

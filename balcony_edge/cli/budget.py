@@ -88,8 +88,10 @@ def _meaning(budget: Budget) -> str:
     if budget.has_target:
         return "asks for the deepest exit that meets every target and ceiling"
     depth = "full depth" if budget.max_exit is None else "the deepest exit that its bounds allow"
-    ways = {
+    way = {
         "speculative": ", drafted at a shallow exit when that is faster",
         "confident": ", or a shallow exit that is confident enough",
-    }
-    return f"asks for {depth} at every token{ways.get(budget.policy, '')}; no target and no ceiling"
+    }.get(budget.policy, "")
+    if way and budget.max_exit is not None:
+        way += " (only if the bounds allow full depth)"
+    return f"asks for {depth} at every token{way}; no target and no ceiling"

@@ -37,9 +37,11 @@ def plan(
     asked, measured = asked_budget(budget, tpot_ms), DeviceProfile.load(profile)
     total = prompt_tokens + (asked.expected_tokens or REPLY_TOKENS)
     if total > measured.bundle.context_length:
+        fits = total - prompt_tokens < measured.bundle.context_length
+        cure = "give a shorter prompt" if fits else "lower expected_tokens, or take a profile of a longer context"
         raise ContextLengthError(
             f"--prompt-tokens {prompt_tokens}: prompt and reply take {total} tokens, but the context holds "
-            f"{measured.bundle.context_length}: give a shorter prompt"
+            f"{measured.bundle.context_length}: {cure}"
         )
     say_doubts(profile, measured)
     quality = None

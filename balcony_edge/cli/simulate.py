@@ -165,9 +165,9 @@ def load(text: str) -> Load:
     """
     from balcony_edge.control.trace import read_trace
     from balcony_edge.errors import InputError
-    from balcony_edge.simulation.loads import parse_load, recorded
+    from balcony_edge.simulation.loads import PARAMETERS, parse_load, recorded
 
-    if not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
+    if text.partition(":")[0] in PARAMETERS or not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
         return parse_load(text)
     tokens = read_trace(text).tokens
     times_s, slowdowns = [], []

@@ -118,6 +118,11 @@ class Decision(NamedTuple):
         return self.stops or (self.infeasible and budget.on_infeasible == "error")
 
     @property
+    def cure(self) -> str:
+        """What to do about the error with which a reply ends."""
+        return "let the device cool down" if self.stops else "ask for less in that target, or allow less depth"
+
+    @property
     def reason(self) -> str:
         """One line of plain words."""
         return "; ".join(part.text(self) if isinstance(part, Because | Stayed) else str(part) for part in self.words)

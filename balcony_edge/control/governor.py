@@ -21,7 +21,7 @@ reason of the token says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
@@ -181,12 +181,13 @@ def govern(before: Governor, demand: Demand) -> Governor:
         "battery_floor_percent": LEAST_SHARE if charge_left is not None and charge_left <= 0 else None,
     }
     shares = {key: share for key, share in found.items() if share is not None}
-    share = wanted = min([1.0, *shares.values()])
+    room = min(shares.values(), default=math.inf)  # above 1: part of what the ceilings allow is free
+    share = min(1.0, room)
     # The share rises by at most a tenth per tick, so that a reading that is too low does not allow a burst. It falls by
     # at most half, so that no gap looks like a hung stream.
     share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), LEAST_SHARE)
-    cap, caps = _depth(demand, before, charge_left, share)
-    binding = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
+    caps = _depth(demand, before, charge_left, share)
+    limiting = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
     after = before._replace(
         ticked_s=now_s,
         cpu=cpu,
@@ -196,7 +197,7 @@ def govern(before: Governor, demand: Demand) -> Governor:
         lost=unseen(budget, demand.readings, now_s),
         critical_c=critical_c,
     )
-    return _settle(after, demand, cap, list(dict.fromkeys([*binding, *caps])), hopeless=wanted <= 0)
+    return _settle(after, demand, room, limiting, caps)
 
 
 def _rested(governor: Governor) -> Governor:
@@ -209,19 +210,25 @@ def _rested(governor: Governor) -> Governor:
     return governor._replace(power=power, cpu=cpu, gpu=gpu, short_s=math.inf, infeasible=())
 
 
-def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], hopeless: bool) -> Governor:
+def _settle(governor: Governor, demand: Demand, room: float, limiting: list[str], caps: Mapping[str, int]) -> Governor:
     """Derive the depth from the share and the caps, with a dwell, and find what is out of reach.
 
-    ``hopeless``: whether a ceiling would be missed even without our load.
+    Args:
+        governor: state with the new share.
+        demand: input of the tick.
+        room: busy share that the ceilings allow; above 1 if a part of them stays free, 0 or less if they are missed even
+            without our load.
+        limiting: keys that limit the share.
+        caps: keys that limit the depth, with their deepest index; below ``lowest`` if they allow none.
     """
     budget, now_s, step_s = demand.budget, demand.now_s, demand.step_s
     needed_tps = max(demand.pace_tps / (1 - PACE_MARGIN), slowest_tps(budget)) if budget.pacing else math.inf
     ceiling, share = governor.ceiling, governor.share
     wanted = demand.lowest
-    for index in range(min(cap, demand.highest), demand.lowest, -1):
+    for index in range(min([demand.highest, *caps.values()]), demand.lowest, -1):
         # Going deeper needs a tenth more share than staying.
         free = 1.1 if index > ceiling else 1.0
-        if share >= 1 or share >= needed_tps * step_s[index] * free:
+        if (share >= 1 and room >= free) or share >= needed_tps * step_s[index] * free:
             wanted = index
             break
     if wanted != ceiling and now_s - governor.changed_s >= CEILING_DWELL_S:
@@ -229,14 +236,10 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
         governor = governor._replace(ceiling=wanted, changed_s=changed_s)
     floor_tps = least_pace_tps(budget, demand.pace_tps)
     short = share < 1 and (not budget.pacing or share < floor_tps * step_s[demand.lowest])
-    short = short or (hopeless and share <= LEAST_SHARE)
+    short = short or (room <= 0 and share <= LEAST_SHARE)
     late = share < 1 and share < demand.pace_tps * step_s[demand.lowest]
-    out = list(binding) if short else ["latency"] if late else []
-    at_once = [
-        key
-        for key in binding
-        if key in {"battery_floor_percent", "memory_mb", "energy_j_per_token"} and cap < demand.lowest
-    ]
+    out = limiting if short else ["latency"] if late else []
+    at_once = [key for key, deepest in caps.items() if deepest < demand.lowest]
     # The time to settle begins anew if a ceiling that is out of reach has another value than at the last tick. ``latency``
     # is no ceiling, so it never has.
     asked = budget.ceilings
@@ -247,7 +250,7 @@ def _settle(governor: Governor, demand: Demand, cap: int, binding: list[str], ho
     infeasible = (*(out if settled else ()), *at_once)
     return governor._replace(
         short_s=short_s,
-        binding=tuple(binding),
+        binding=tuple(dict.fromkeys([*limiting, *caps])),
         asked=tuple(asked.items()),
         infeasible=infeasible,
         pace_tps=share / step_s[demand.lowest],
@@ -312,8 +315,8 @@ def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None,
     return integral, critical, error + integral
 
 
-def _depth(demand: Demand, before: Governor, charge_left: float | None, share: float) -> tuple[int, list[str]]:
-    """Return the deepest index that charge, memory and energy allow, and the keys that limit it.
+def _depth(demand: Demand, before: Governor, charge_left: float | None, share: float) -> dict[str, int]:
+    """Return the deepest index that charge, memory and energy allow, each if it limits the depth.
 
     The index is below ``lowest`` if no index is allowed.
     """
@@ -322,8 +325,7 @@ def _depth(demand: Demand, before: Governor, charge_left: float | None, share: f
         "memory_mb": _on_a_ramp(demand, _memory_left(demand)),
         "energy_j_per_token": _affordable(demand, before, share),
     }
-    found = {key: cap for key, cap in caps.items() if cap is not None}
-    return min([demand.highest, *found.values()]), list(found)
+    return {key: deepest for key, deepest in caps.items() if deepest is not None}
 
 
 def _on_a_ramp(demand: Demand, room: float | None) -> int | None:

@@ -88,8 +88,8 @@ class Watch:
             self._budget, self._from_start = budget, first
             self._gaps_ms, self._seen = [], []
         self._gaps_ms.append(latency_ms)
-        if readings:
-            self.saw(now_s, readings)
+        # The second token's reading is the first after the prompt: joules need it, however soon it comes.
+        self.saw(now_s, readings, last=len(self._gaps_ms) == 2 and budget.energy_j_per_token is not None)
 
     def saw(self, now_s: float, readings: Sequence[Reading], *, last: bool = False) -> None:
         """Record the readings; also called when no token follows because the device is too hot (``last``)."""
@@ -180,7 +180,10 @@ class Watch:
         return max(means, default=None)
 
     def _joules(self) -> float | None:
-        mean_w, seconds = _mean([one.power for one in self._seen]), sum(self._later_ms) / 1000
+        decoding = (
+            self._seen[1:] if self._from_start and len(self._seen) > 1 else self._seen
+        )  # without the prompt's watts
+        mean_w, seconds = _mean([one.power for one in decoding]), sum(self._later_ms) / 1000
         return None if mean_w is None or not self._later_ms else mean_w * seconds / len(self._later_ms)
 
 

@@ -49,6 +49,20 @@ def test_joules_keep_their_rail() -> None:
             for n in range(8)] == ["board"] * 8  # fmt: skip
 
 
+def test_watts_of_the_board_come_before_those_of_its_parts() -> None:
+    """Five watts for the graphics alone must not let go of the board's fifteen; who is not held hears of it."""
+    board, graphics = Budget(power_w=15.0), Budget(power_w=5.0, power_rail="gpu")
+    assert merged_ceilings([board, graphics]) == board
+    assert merged_ceilings([Budget(power_w=3.0, power_rail="cpu"), graphics]).power_rail == "cpu"
+    power = (Reading("board", "board", 10.0, watts=10.0),)
+    _, found = decided([stream(0, board), stream(1, graphics), stream(2)], readings=power)
+    assert {move.key: move.decision.unseen for move in found.moves} == {0: False, 1: True, 2: False}
+    words = [move.decision.reason for move in found.moves]
+    assert ["no ceiling for the gpu rail: another reply has one for the board rail" in one for one in words] == [
+        False, True, False,
+    ]  # fmt: skip
+
+
 def test_the_pace_that_is_left_is_the_highest_that_is_asked_for() -> None:
     slow, fast = Budget(power_w=8.0, min_pace_tps=5.0), Budget(power_w=9.0, min_pace_tps=30.0, priority="latency")
     assert merged_ceilings([slow, fast]) == Budget(power_w=8.0, min_pace_tps=30.0, priority="latency")

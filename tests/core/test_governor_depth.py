@@ -107,6 +107,30 @@ def test_going_deeper_needs_a_tenth_more_share_than_staying(ceiling: int, after:
     assert found.ceiling == after
 
 
+@pytest.mark.parametrize(("ceiling", "celsius", "after"), [(3, 59.4, 3), (2, 59.4, 2), (2, 58.9, 3)])
+def test_a_ceiling_that_just_leaves_all_the_time_does_not_change_the_depth(
+    ceiling: int, celsius: float, after: int
+) -> None:
+    """50 tokens a second with 5 % free need more than all the time at the deepest exit: it is taken where a tenth is free."""
+    before = Governor(ticked_s=9.9, ceiling=ceiling, integral=1.0, binding=("temperature_c",))
+    found = tick(Budget(temperature_c=60), heat(celsius), before=before, pace_tps=50.0)
+    assert (found.share, found.ceiling) == (1.0, after)
+
+
+def test_a_key_that_takes_some_depth_is_not_out_of_reach_with_another() -> None:
+    """A battery in the middle of its ramp, next to memory at its ceiling, and next to heat that no pace holds."""
+    readings = (
+        Reading("b", "battery", 10.0, charge=0.25, charging=False),
+        Reading("p", "process", 10.0, memory_bytes=10**8),
+    )
+    found = tick(Budget(battery_floor_percent=20, memory_mb=100), *readings)
+    assert found.infeasible == ("memory_mb",) and set(found.binding) == {"battery_floor_percent", "memory_mb"}
+    asked = (("temperature_c", 60.0), ("battery_floor_percent", 20.0))
+    before = Governor(ticked_s=9.9, share=LEAST_SHARE, short_s=0.0, asked=asked)
+    found = tick(Budget(battery_floor_percent=20, temperature_c=60), readings[0], heat(90.0), before=before)
+    assert found.infeasible == ("temperature_c",)
+
+
 @pytest.mark.parametrize(
     ("short_s", "infeasible"), [(10.0 - SETTLING_S + 0.1, ()), (10.0 - SETTLING_S, ("temperature_c",))]
 )

@@ -293,3 +293,19 @@ def test_the_reading_that_ends_a_reply_counts_however_soon_it_comes() -> None:
         watch.token(limit, 10.0, 20.0, (Reading("b", "board", 10.0, celsius=50.0),), first=True)
         watch.saw(10.05, (Reading("b", "board", 10.05, celsius=80.0),), last=last)
         assert [verdict.held for verdict in watch.verdicts()] == [held]
+
+
+def test_joules_of_later_tokens_leave_out_the_prompt() -> None:
+    """The first reading is older than a prompt of ten seconds at 8 W; the tokens after it take 4 W."""
+
+    def measured(now_s: float) -> tuple[Reading, ...]:
+        joules = 8 * min(now_s, 1010.0) + 4 * max(now_s - 1010.0, 0.0)
+        return (Reading("board", "board", now_s, watts=4.0, joules=joules),)
+
+    watch, now_s = Watch(), 1000.0
+    for place, gap_ms in enumerate([10_000.0, *[50.0] * 40]):
+        # a token is told with the reading that its decision was made from, which is from before its step
+        watch.token(Budget(energy_j_per_token=0.25), now_s, gap_ms, measured(now_s), first=place == 0)
+        now_s += gap_ms / 1000
+    (verdict,) = watch.verdicts()
+    assert verdict.reached == pytest.approx(4.0 * 0.05, rel=0.01) and verdict.held

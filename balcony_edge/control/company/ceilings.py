@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from balcony_edge.budget import Budget
+from balcony_edge.budget import Budget, Rail
 
 #: Ceilings of which the lowest holds, and the one of which the highest holds.
 _LOWEST = (
@@ -20,12 +20,15 @@ _LOWEST = (
     "memory_mb",
 )
 _HIGHEST = "battery_floor_percent"
+#: Rails in the order in which their watts count: the board's include those of its parts.
+_RAILS: tuple[Rail, ...] = ("board", "cpu", "gpu")
 
 
 def merged_ceilings(budgets: Sequence[Budget]) -> Budget:
     """One budget with the strictest ceilings of several, of which some have any, and what else of them governs the device.
 
-    The lowest ``power_w`` counts with its own rail and window. Joules of another rail are then not held.
+    The lowest ``power_w`` of the board counts, or else of the CPU, or of the GPU, with its window. Watts and joules of other
+    rails are then not held (:func:`left_out`).
     No token is delayed if one budget forbids it; else the highest ``min_pace_tps`` is left, and the latency targets, too, if
     one budget has them before its ceilings.
     """
@@ -45,7 +48,7 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
     powered = [budget for budget in budgets if budget.power_w is not None]
     frugal = [budget for budget in budgets if budget.energy_j_per_token is not None]
     if powered:
-        strictest = min(powered, key=lambda budget: (budget.power_w, budget.power_rail, budget.power_window_s))
+        strictest = min(powered, key=lambda one: (_RAILS.index(one.power_rail), one.power_w, one.power_window_s))
         kept |= {key: getattr(strictest, key) for key in ("power_w", "power_rail", "power_window_s")}
     elif frugal:
         kept["power_rail"] = min(frugal, key=lambda budget: (budget.energy_j_per_token, budget.power_rail)).power_rail
@@ -63,3 +66,10 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
     elif paces:
         kept["min_pace_tps"] = max(paces)
     return Budget.model_validate(kept)
+
+
+def left_out(budget: Budget, ceilings: Budget) -> str | None:
+    """Why watts or joules of a budget are not held next to those of others, in words; None if they are, or it has none."""
+    if budget.power_rail == ceilings.power_rail or (budget.power_w is None and budget.energy_j_per_token is None):
+        return None
+    return f"no ceiling for the {budget.power_rail} rail: another reply has one for the {ceilings.power_rail} rail"

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.ceilings import merged_ceilings
+from balcony_edge.control.company.ceilings import left_out, merged_ceilings
 from balcony_edge.control.company.composition import Chosen, Composer
 from balcony_edge.control.company.goals import Goals
 from balcony_edge.control.company.prices import RoundEntry, RoundPrices
@@ -221,16 +221,19 @@ class JointController:
         limit_ms = view.room_ms * math.exp(quantile_of(budget.probability) * deviation)
         exits = self._costs.exits
         fits = exits[view.goal] if index < view.goal else None
-        why = _Why(predicted_ms, streams, None if view.met else budget, fits)
+        words: tuple[object, ...] = (_Why(predicted_ms, streams, None if view.met else budget, fits),)
+        other_rail = None if ceilings is None else left_out(budget, ceilings)
+        if governed:
+            words += device_words(governor, budget, 0.0) + (() if other_rail is None else (other_rail,))
         return Decision(
             exit_layer=exits[index],
             predicted_ms=predicted_ms,
             price_ms=price_ms,
             probability=probability_of(limit_ms, price_ms, deviation),
             infeasible=not view.met or (governed and bool(governor.out_of_reach(budget))),
-            words=(why, *(device_words(governor, budget, 0.0) if governed else ())),
+            words=words,
             stops=governed and governor.critical(budget),
-            unseen=governed and bool(governor.unseen(budget)),
+            unseen=governed and bool(other_rail or governor.unseen(budget)),
         )
 
     def _learn(self, state: CompanyState, last: Measurement | None) -> Slowdown:

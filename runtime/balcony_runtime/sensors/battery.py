@@ -64,7 +64,7 @@ class Battery(NothingOpen):
         absences = list(gone)
         if charge is None:
             absences.append(Absence(source, "no charge: neither charge, energy nor capacity can be read"))
-        if not draining or any(number_or_none(path / "online") == 1 for path in self._mains):
+        if not draining or any((number_or_none(path / "online") or 0) > 0 for path in self._mains):
             absences.append(Absence("battery:drain", "the device does not run only on its battery"))
         elif total is None:
             absences.append(Absence("battery:drain", "the battery's driver measures no current"))

@@ -299,10 +299,11 @@ def test_batteries(attributes: dict[str, object], wanted: dict[str, object], tmp
     assert ("battery:drain" in wanted) != ("battery:drain" in missing(sample))
 
 
-def test_a_weak_charger_hides_the_devices_draw(tmp_path: Path) -> None:
+@pytest.mark.parametrize("online", [1, 2])  # 2 is a charger whose voltage can be programmed
+def test_a_weak_charger_hides_the_devices_draw(tmp_path: Path, online: int) -> None:
     battery(tmp_path, status="Discharging", power_now=3000000, capacity=50)
     put(tmp_path / "class/power_supply/usb/type", "USB")
-    put(tmp_path / "class/power_supply/usb/online", 1)
+    put(tmp_path / "class/power_supply/usb/online", online)
     assert values(look(Battery(tmp_path))) == {"battery:BAT0": ("battery", 3.0, 0.5, False)}
 
 
