@@ -140,7 +140,8 @@ def run(
                 return
             asked_for: Any = text if system is None else [{"role": "system", "content": system}, _user(text)]
             ids = llm.encode(asked_for, chat=False if raw else None, control_tokens=control_tokens)
-            stream = llm.stream(ids, logprobs=logprobs, trace=writer, **options)
+            chat = llm.codec.has_chat_template and not raw  # its text begins, and does not go on with the prompt's
+            stream = llm.stream(ids, chat=chat, logprobs=logprobs, trace=writer, **options)
             plain = None if as_json else styles
             interrupted = (
                 show_live(stream, styles, llm.readings, lambda: llm.quality, lambda: llm.budget)

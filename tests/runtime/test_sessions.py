@@ -277,6 +277,26 @@ def test_a_full_disk_leaves_nothing(small_disk: Path, llm: LLM) -> None:
     assert not list(small_disk.iterdir())
 
 
+def test_messages_that_no_header_holds_keep_the_old_file(llm: LLM, tmp_path: Path) -> None:
+    chat, path = llm.chat(), tmp_path / "talk.session"
+    said(chat, "the quick brown fox")
+    chat.save(path)
+    before = path.read_bytes()
+    chat.messages[0]["note"] = "語" * 800_000  # an escape of six bytes for each
+    with pytest.raises(
+        InputError, match=r"the messages take 4,[0-9,]* bytes of the file's header, which has 4,194,304"
+    ):
+        chat.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_names_that_the_system_refuses_are_named(llm: LLM, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be read"):
+        Chat.load(llm, tmp_path / name)
+
+
 def test_an_empty_conversation_can_be_saved(llm: LLM, tmp_path: Path) -> None:
     llm.chat(system="be brief").save(tmp_path / "empty.session")
     again = Chat.load(llm, tmp_path / "empty.session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.speculate import (
     MEMORY,
+    MOST_DRAFTS,
     PRIOR_DRAFTS,
+    ROUND_TOKENS,
     DraftRound,
     Speculator,
     Standing,
@@ -325,6 +328,26 @@ def test_measured_times_correct_the_expected_speedup() -> None:
     for speculator, factor in ((slow_steps, 1.05), (slow_rounds, 1 / 1.2)):
         found = planned(speculator, costs())
         assert found is not None and found.speedup == pytest.approx(wanted.speedup * factor)
+
+
+def test_rounds_make_way_for_a_plain_step_now_and_then(llm: LLM) -> None:
+    """Without one, a price of plain steps that is too high would keep rounds on for ever."""
+    budget = Budget(policy="speculative")
+    llm.costs = costs(1.0, 1000.0)  # drafts cost nothing, so rounds seem to pay whatever they keep
+    drafted = [
+        token.decision.drafted > 0 for token in llm.stream([1, 2], max_new_tokens=400, ignore_eos=True, budget=budget)
+    ]
+    rows = [len(list(run)) for used, run in itertools.groupby(drafted) if used]
+    assert sum(drafted) > 200 and max(rows) <= ROUND_TOKENS + MOST_DRAFTS + 1 and len(rows) > 3
+
+
+def test_a_batch_in_lockstep_teaches_nothing(llm: LLM) -> None:
+    """Its steps have as many rows as it has members."""
+    llm.costs = costs()
+    members = [llm._requests.of(ids, budget=Budget(policy="speculative"), max_new_tokens=8) for ids in ([1, 2], [3, 4])]
+    assert len(llm._in_lockstep(members, None)) == 2
+    speculator = llm._learned.speculator
+    assert (speculator._plain_ratio, speculator._round_ratio) == (1.0, 1.0)
 
 
 def test_all_drafts_that_were_kept_were_judged() -> None:

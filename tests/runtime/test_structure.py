@@ -309,6 +309,14 @@ def test_log_probabilities_are_the_models_own(llm: LLM) -> None:
     assert tokens[1].logprob == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_seed_gives_the_same_text_with_log_probabilities(llm: LLM) -> None:
+    """Forced tokens draw no number, whether they run through the model or not."""
+    for seed in range(4):
+        params = SamplingParams(temperature=1.0, seed=seed, json_schema=PERSON)
+        whole = [token.id for token in llm.stream(PROMPT, sampling=params, logprobs=0)]
+        assert ids(llm, params) == whole
+
+
 def test_a_chat_goes_on_after_a_structured_turn(llm: LLM) -> None:
     chat = llm.chat()
     for _ in chat.send("the fox", sampling=SamplingParams(regex="(fox|dog) and balcony")):

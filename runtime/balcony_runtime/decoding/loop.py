@@ -251,7 +251,7 @@ class Decoder:
         self._state, self._decision = found
         self._latest = self._learned.state = self._state
         if self._decision.ends(budget):
-            raise InfeasibleError(f"{self._decision.reason}: raise the target or allow less depth")
+            raise InfeasibleError(f"{self._decision.reason}: {self._decision.cure}")
         return self._decision
 
     def _take_up(self, budget: Budget) -> None:
@@ -372,7 +372,10 @@ class Decoder:
         """Steps of forced tokens, which came with another token."""
         self._made += len(forced)
         ids = [np.array([token], np.int64) for token in forced]
-        given = last._replace(logits=None, target_ms=self._target_ms, latency_ms=0.0, caught_up_rows=0, forced=True)
+        decision = last.decision._replace(drafted=0)
+        given = last._replace(
+            logits=None, decision=decision, target_ms=self._target_ms, latency_ms=0.0, caught_up_rows=0, forced=True
+        )
         return [given._replace(ids=one) for one in ids]
 
     def follow(self, exit_layer: int, slowdown: Slowdown, governor: Governor) -> None:
@@ -384,6 +387,8 @@ class Decoder:
         self._decision = None
 
     def _policy_of(self, budget: Budget) -> Policy | None:
+        if self._sequence.batch_size > 1:  # a policy makes tokens of one sequence, and knows steps of one row
+            return None
         if budget.policy == "confident":
             return self._early_exits
         return self._learned.speculator if budget.speculates else None
@@ -394,7 +399,7 @@ class Decoder:
         A policy applies only to full-depth steps without a pace or a deadline.
         """
         sequence, budget, costs = self._sequence, self._budget, self._costs
-        if self._policy is None or costs is None or not self._made or sequence.batch_size > 1:
+        if self._policy is None or costs is None or not self._made:
             return None
         if decision.exit_layer != sequence.exits[-1] or decision.period_ms or budget.deadline_s is not None:
             return None

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from balcony_edge.errors import InputError
+from balcony_edge.errors import InputError, shown
 from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
 
 #: Largest bias or penalty. It is far beyond every logit, and small enough for float32 that no sum or product overflows.
@@ -124,12 +124,12 @@ class SamplingParams:
         for name, (kind, in_range, allowed, cure) in checks.items():
             value: Any = getattr(self, name)
             if not isinstance(value, kind) or not in_range(value) or (kind is Real and not _is_finite(value)):
-                raise InputError(f"{name} = {value!r}: must be {allowed}: {cure}")
+                raise InputError(f"{name} = {shown(value)}: must be {allowed}: {cure}")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
         for token, bias in biases:
             if not isinstance(token, Integral) or not isinstance(bias, Real) or not abs(bias) < LARGEST:
                 raise InputError(
-                    f"logit_bias = {self.logit_bias!r}: must give token ids a bias between ±{LARGEST:g} each; "
+                    f"logit_bias = {shown(self.logit_bias)}: must give token ids a bias between ±{LARGEST:g} each; "
                     "use -100 to ban a token"
                 )
 
@@ -331,7 +331,9 @@ class Sampler:
         return self._drawn(*self._candidates(logits, *guide))
 
     def _drawn(self, ids: IntArray, probabilities: npt.NDArray[np.float64]) -> int:
-        """Draw one of the tokens."""
+        """Draw one of the tokens. The only one needs no number: one that a structure forces draws none either."""
+        if len(ids) == 1:
+            return int(ids[0])
         reached = probabilities.cumsum()
         reached /= reached[-1]
         return int(ids[reached.searchsorted(self._random.random(), side="right")])

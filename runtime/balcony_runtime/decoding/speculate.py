@@ -30,6 +30,8 @@ from balcony_runtime.engine import TokenSequence
 
 #: Largest number of drafts in a round: with more, even an acceptance of nine in ten gains nothing.
 MOST_DRAFTS = 8
+#: Tokens of rounds after which a plain step is made: rounds alone would never correct the price of plain steps.
+ROUND_TOKENS = 64
 #: Weight of the bundle's agreement in the acceptance, in drafts, and weight of the past at every further round.
 PRIOR_DRAFTS, MEMORY = 8.0, 0.97
 #: Acceptance of an exit that was never evaluated.
@@ -98,6 +100,7 @@ class Speculator:
         }
         self._round_ratio = self._plain_ratio = 1.0
         self._probing = Probing()
+        self._since_plain = 0  # tokens of rounds since the last plain step
 
     def acceptance(self, exit_layer: int) -> float:
         """Learned probability that a draft of an exit is kept."""
@@ -107,7 +110,8 @@ class Speculator:
     def attempt(self, turn: Turn) -> Made | None:
         """Make the tokens of one round, or return None if a plain step is as fast or stages have a backlog."""
         sequence = turn.sequence
-        if max(sequence.stage_rows) > (MOST_DRAFTS if sequence.replays else 0):  # a round leaves at most so many
+        backlog = max(sequence.stage_rows) > (MOST_DRAFTS if sequence.replays else 0)  # a round leaves at most so many
+        if backlog or self._since_plain >= ROUND_TOKENS:
             return None
         room = sequence.max_length - sequence.length
         standing = Standing(sequence.length, room, sequence.balcony_rows, sequence.stage_rows, sequence.replays)
@@ -163,11 +167,13 @@ class Speculator:
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:
         """Correct the price of plain steps, and count this step towards the next probe."""
         self._probing.tokens += 1
+        self._since_plain = 0
         self._plain_ratio += RATIO_RATE * (measured_ms / predicted_ms - self._plain_ratio)
 
     def learn(self, planned: DraftRound, kept: int, measured_ms: float) -> None:
         """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony."""
         self._probing = Probing()
+        self._since_plain += kept + 1
         before, judged = self._counts[planned.exit_layer]
         tried = min(kept + 1, planned.drafts)  # drafts after the first refused one were never judged
         self._counts[planned.exit_layer] = (MEMORY * before + kept, MEMORY * judged + tried)

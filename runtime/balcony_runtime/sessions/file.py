@@ -197,7 +197,10 @@ class _Parts(Mapping[str, Array]):
         array = self._reader.array(name)
         if name + _SCALE not in self._reader.tensors:
             return array
-        return array * self._reader.array(name + _SCALE)
+        scale = self._reader.array(name + _SCALE)
+        if scale.shape != (*array.shape[:-1], 1):
+            raise self._reader.damaged(f"{name}{_SCALE} has the shape {scale.shape}")
+        return array * scale
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reader.tensors)
@@ -215,9 +218,9 @@ class _Reader:
 
     def __init__(self, path: Path, engine: Engine) -> None:
         self._path = path
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: cannot be read (it is not a file): give a file that was saved")
         try:
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: cannot be read (it is not a file): give a file that was saved")
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
@@ -235,11 +238,11 @@ class _Reader:
         if found[8 : 8 + len(_BEGIN)] != _BEGIN:
             raise InputError(f"{self._path}: is not a session: give a file that Chat.save or save_prefix wrote")
         if length > min(_MOST_HEADER, len(found) - 8):
-            raise self._damaged("its header ends after the file")
+            raise self.damaged("its header ends after the file")
         header = found[8 : 8 + length]
         place = slice(len(_BEGIN), len(_BEGIN) + len(_NO_HASH))
         if _hash_of_header(header) != header[place]:
-            raise self._damaged("its header does not match its hash")
+            raise self.damaged("its header does not match its hash")
         try:
             values = json.loads(header)
             metadata = values.pop("__metadata__")
@@ -249,15 +252,15 @@ class _Reader:
             if kind != "I64" or len(shape) != 2 or shape[0] != 1:
                 raise ValueError(kind)
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError) as error:
-            raise self._damaged(f"its header is not that of a session: {type(error).__name__}") from error
+            raise self.damaged(f"its header is not that of a session: {type(error).__name__}") from error
         end = 0
         for kind, sizes, begin, stop in self.tensors.values():
             if begin != end or stop - begin != math.prod(sizes) * np.dtype(_TYPES[kind]).itemsize:
-                raise self._damaged("its tensors do not follow one another")
+                raise self.damaged("its tensors do not follow one another")
             end = stop
         self._start = 8 + length
         if len(found) != self._start + end:
-            raise self._damaged(f"it has {len(found)} bytes instead of {self._start + end}")
+            raise self.damaged(f"it has {len(found)} bytes instead of {self._start + end}")
         self._refuse_foreign(engine, shape)
 
     @staticmethod
@@ -286,7 +289,7 @@ class _Reader:
         fits = len(stages) == count and len(balconies) == count - 1
         fits = fits and stages == sorted(stages, reverse=True) and stages[0] <= length
         if not fits or any(rows > before for rows, before in zip(balconies, stages, strict=False)):
-            raise self._damaged("its rows do not fit its tokens")
+            raise self.damaged("its rows do not fit its tokens")
 
     @property
     def tokens(self) -> IntArray:
@@ -317,11 +320,11 @@ class _Reader:
         with ThreadPoolExecutor(2) as threads:
             for name, right in zip(names, threads.map(matches, names), strict=True):
                 if not right:
-                    raise self._damaged(f"{name} does not match its hash")
+                    raise self.damaged(f"{name} does not match its hash")
         if self.array("tokens").size:
             refuse_foreign(self.array("tokens"), self._vocabulary)
 
-    def _damaged(self, why: str) -> InputError:
+    def damaged(self, why: str) -> InputError:
         return InputError(f"{self._path}: is damaged ({why}): {_CURE}")
 
     def close(self) -> None:
@@ -344,6 +347,10 @@ def _header(notes: Notes, tensors: _Tensors) -> bytes:
         begin, end = end, end + math.prod(shape) * np.dtype(_TYPES[kind]).itemsize
         values[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(values, separators=(",", ":")).encode()
+    if len(text) > _MOST_HEADER - 8:
+        raise InputError(
+            f"the messages take {len(text):,} bytes of the file's header, which has {_MOST_HEADER:,}: begin a new conversation"
+        )
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     filled = bytearray(text)
     filled[len(_BEGIN) : len(_BEGIN) + len(_NO_HASH)] = _hash_of_header(text)
