@@ -98,7 +98,7 @@ def train(
         float, typer.Option(help="GB on disk for states of the backbone, which later epochs reuse.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of rows and positions.")] = 0,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between held-out evaluations.")] = 200,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between held-out evaluations, which keep the best.")] = 500,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
     held_out_rows: Annotated[int, typer.Option(min=1, help="Number of rows kept out of training.")] = 24,
     compiled: Annotated[
@@ -116,12 +116,13 @@ def train(
 
     from balcony_edge.cli.console import stderr
     from balcony_edge.device.machine import checked_threads, has_bfloat16
-    from balcony_edge.errors import InputError, TrainingError
+    from balcony_edge.errors import InputError
     from balcony_export.data.corpus import build_corpus
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.balcony_files import load_balconies
     from balcony_export.model.checkpoint import load_tokenizer, load_trainable
     from balcony_export.train.config import TrainConfig
+    from balcony_export.train.run_files import run_directory
     from balcony_export.train.trainer import Start, Trainer
 
     if tokens is not None:
@@ -137,6 +138,7 @@ def train(
     uncut = None if teacher is None else _load_teacher(teacher, model, seq_len, loss)
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)
+    _refuse_checkpoint(run_directory(output, layers), resume)
     begun = None if start is None or resume else load_balconies(start, loaded, layers)  # a checkpoint has the weights
     begins_as, kind = _start(context, init, exit_module, start)
     config = TrainConfig(
@@ -178,12 +180,8 @@ def train(
     trainer = Trainer(loaded, corpus, config, output, start=begin, teacher=uncut, compiled=compiled)
     if precision == "bf16" and trainer.device.type == "cpu" and not has_bfloat16():
         stderr.print("this CPU has no bfloat16 instructions: --precision fp32 trains about three times as fast")
-    if resume:
-        if not trainer.resume():
-            raise TrainingError(f"{trainer.work}: has no checkpoint: train without --resume first")
+    if resume and trainer.resume():
         stderr.print(f"continuing from step {trainer.step}")
-    elif trainer.has_checkpoint():
-        raise TrainingError(f"{trainer.work}: has a checkpoint: continue with --resume, or remove the directory")
     before = {} if trainer.step else {e: kl for e, (kl, _) in trainer.evaluate().items()}
     if not trainer.processes.writes:
         trainer.run()
@@ -191,6 +189,17 @@ def train(
     with _progress_bar(trainer) as report:
         trainer.run(report)
     _finish(trainer, model, pretraining_tokens, before, as_json)
+
+
+def _refuse_checkpoint(work: Path, resume: bool) -> None:
+    """Refuse to resume nothing, and to begin where a run has begun."""
+    from balcony_edge.errors import TrainingError
+    from balcony_export.train.run_files import CHECKPOINT
+
+    if resume and not (work / CHECKPOINT).is_file():
+        raise TrainingError(f"{work}: has no checkpoint: train without --resume first")
+    if (work / CHECKPOINT).is_file() and not resume:
+        raise TrainingError(f"{work}: has a checkpoint: continue with --resume, or remove the directory")
 
 
 def _load_teacher(teacher: str, model: str, seq_len: int, loss: str) -> PreTrainedModel:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from balcony_export.data.corpus import Corpus, Rows
-from balcony_export.model.balcony_files import load_balconies
+from balcony_export.data.corpus import Corpus, Rows, build_corpus
+from balcony_export.data.documents import read_documents
+from balcony_export.model.balcony_files import is_whole, load_balconies
 from balcony_export.train.report import StepReport, plot_curves
 from balcony_export.train.trainer import METRICS
 from tests.export.distilling import SEQ_LEN, losses_of, trainer_of
@@ -277,6 +278,36 @@ def test_a_reused_pass_is_made_once_and_a_resumed_run_makes_the_same_states(
     assert losses_of(second)[8:] == losses_of(whole)[8:]
     for name, value in second.balconies[2].state_dict().items():
         assert torch.equal(value, whole.balconies[2].state_dict()[name])
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, make_tokenizer: Callable[[], Any]) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"the quick fox {n}"}) for n in range(30)))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": f"the lazy dog {n}"}) for n in range(30)))
+    whole = build_corpus([tmp_path], make_tokenizer(), seq_len=16)
+    twice = build_corpus([tmp_path, tmp_path / "a.jsonl", tmp_path / "a.jsonl"], make_tokenizer(), seq_len=16)
+    assert (whole.digest, list(whole.sources)) == (twice.digest, list(twice.sources))
+
+
+def test_a_chat_comes_before_a_text_that_repeats_it(tmp_path: Path) -> None:
+    """Alpaca's rows have both: the text is in a template of its own."""
+    row = {"instruction": "Name a fox.", "response": "Red.", "text": "### Instruction: Name a fox. ### Response: Red."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (document,) = read_documents(tmp_path / "rows.jsonl", chats=True)
+    assert document.text == "" and document.chat is not None
+    (document,) = read_documents(tmp_path / "rows.jsonl")
+    assert document.text == row["text"]
+
+
+def test_every_evaluation_keeps_the_best_and_a_checkpoint_needs_none(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=12, evaluate_every=5, checkpoint_minutes=0.0)
+    evaluated, evaluate = [], trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda **given: evaluated.append(trainer.step) or evaluate(**given))
+    kept: dict[int, dict[int, tuple[float, float]]] = {}
+    trainer.run(lambda progress: kept.setdefault(progress.step, dict(trainer.best)))
+    assert evaluated == [5, 5, 10, 10, 12, 12]  # the current and the averaged weights
+    assert not kept[5] and kept[6] and is_whole(tmp_path, 2)
 
 
 def test_states_of_a_residual_sum_in_float32_are_cached(

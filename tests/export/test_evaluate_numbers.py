@@ -174,6 +174,15 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
             b'{"question": "why", "choices": ["a", "b"]}\n',
             r"test\.jsonl:1: has no gold",
         ),
+        *(
+            (
+                "arc_easy",
+                "arc_easy/test.jsonl",
+                b'{"question": "why", "choices": ["a", "b"], "gold": ' + gold + b"}\n",
+                r"test\.jsonl:1: gold = .*: must be the index of a choice: give 0 to 1",
+            )
+            for gold in (b"-1", b"2", b'"A"', b"true")
+        ),
         ("lambada_openai", "lambada_openai/lambada_test.jsonl", b'{"text": "a b"}\n{"txt": 1}\n', r":2: has no text"),
         ("mmlu", "mmlu/dev_5shot.jsonl", b"{", r"dev_5shot\.jsonl:1: is not JSON"),
         ("mmlu", "mmlu/dev_5shot.jsonl", b"\xff\xfe", r"dev_5shot\.jsonl: is not UTF-8"),

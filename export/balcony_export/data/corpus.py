@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +125,10 @@ def build_corpus(
     """
     if not files:
         raise InputError(f"--data: no file is given: give {CHAT_FORMS}")
-    read = _read(files_in(files), tokenizer, mix or {})
+    once: dict[Path, Path] = {}
+    for path in files_in(files):  # a file of a directory may be named as well
+        once.setdefault(path.resolve(), path)
+    read = _read(once.values(), tokenizer, mix or {})
     documents = [one for _, given in read.values() for one in given]
     total = sum(len(document.tokens) for document in documents)
     begin = start_tokens(tokenizer)
@@ -162,7 +165,7 @@ class _KeyedDocument(NamedTuple):
 
 
 def _read(
-    paths: Iterator[Path], tokenizer: PreTrainedTokenizerBase, mix: Mapping[str, float]
+    paths: Iterable[Path], tokenizer: PreTrainedTokenizerBase, mix: Mapping[str, float]
 ) -> dict[str, tuple[dict[str, Any], list[_KeyedDocument]]]:
     """``file name -> (entry for the record, documents in the order of their keys)``"""
     read: dict[str, tuple[dict[str, Any], list[_KeyedDocument]]] = {}

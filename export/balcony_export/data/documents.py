@@ -84,10 +84,10 @@ def read_documents(path: Path, *, chats: bool = False) -> Iterator[Document]:
         for where, record in read_records(path, forms):
             fields = record if isinstance(record, dict) else {}
             chat = _chat(fields) if chats else None
-            if isinstance(fields.get("text"), str):
-                yield Document(where, fields["text"])
-            elif chat is not None:
+            if chat is not None:  # a text next to it repeats it in some other template, as in Alpaca's rows
                 yield Document(where, "", chat)
+            elif isinstance(fields.get("text"), str):
+                yield Document(where, fields["text"])
             else:
                 raise InputError(f'{where}: has no "text"{" and no chat" if chats else ""}: give {forms}')
 

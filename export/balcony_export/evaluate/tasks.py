@@ -31,7 +31,7 @@ import yaml
 from jinja2 import Environment, meta
 
 from balcony_edge.bundle.manifest import Estimate, TaskQuality, TaskSummary
-from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_edge.errors import InputError, MissingDependencyError, shown
 from balcony_export.data.documents import read_records
 from balcony_export.evaluate.scorer import Scorer
 
@@ -217,6 +217,11 @@ def _records(path: Path, fields: set[str]) -> list[dict[str, Any]]:
         if not isinstance(record, dict) or not fields <= record.keys():
             absent = sorted(fields - record.keys() if isinstance(record, dict) else fields)
             raise InputError(f"{where}: has no {absent[0]}: give {form}")
+        gold, choices = record.get("gold"), record.get("choices")
+        if "gold" in fields and isinstance(choices, list) and not (type(gold) is int and 0 <= gold < len(choices)):
+            raise InputError(
+                f"{where}: gold = {shown(gold)}: must be the index of a choice: give 0 to {len(choices) - 1}"
+            )
         records.append(record)
     return records
 

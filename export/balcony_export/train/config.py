@@ -48,7 +48,7 @@ class TrainConfig:
     module: BalconyKind = "decoder"
     loss: LossKind = "kl"
     seed: int = 0
-    evaluate_every: int = 200
+    evaluate_every: int = 500
     checkpoint_minutes: float = 5.0
     cache_gb: float = 0.0
 

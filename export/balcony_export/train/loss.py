@@ -130,7 +130,7 @@ class HeadLoss:
         self.weights_of = LOSS_WEIGHTS[kind]
         self.head, self.full = head, full or head
         if compiled is None:
-            compiled = head.weight.is_cuda or can_compile()
+            compiled = can_compile()
         self.kernel: _Kernel = torch.compile(_kl_kernel, dynamic=False) if compiled else _kl_kernel
         weight = head.weight.detach().to(dtype)
         offset = torch.zeros(len(weight), device=weight.device)

@@ -129,8 +129,6 @@ class Trainer:
         self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         frozen = (self.exits,) if self.full is self.exits else (self.exits, self.full)
         for one in frozen:
-            if not self.processes.sharded:
-                one.model.to(self.device)  # type: ignore[arg-type]
             if self.device.type == "cpu" and (can_compile() if compiled is None else compiled):
                 use_block_attention(*one.modules)  # type: ignore[arg-type]
             one.model.requires_grad_(False)
@@ -138,9 +136,11 @@ class Trainer:
         with torch.no_grad():
             self.layer_arguments = send_to_device(self.exits.layer_arguments(config.seq_len), self.device)
         for one in frozen:
-            cast_weights(one.model, dtype)
+            cast_weights(one.model, dtype)  # before it goes to the device, which may hold no more than that
             if self.processes.sharded:
                 self.processes.shard(one.model, one.parts.decoder)
+            else:
+                one.model.to(self.device)  # type: ignore[arg-type]
         full_head = None if self.full is self.exits else head_of(self.full)
         self.head = HeadLoss(head_of(self.exits), full_head, dtype=dtype, compiled=compiled, kind=config.loss)
         self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
@@ -350,10 +350,11 @@ class Trainer:
         self.schedule = planned
         return True
 
-    def checkpoint(self, judged: dict[int, Judged] | None = None) -> dict[int, Judged]:
-        """Write the run's state, and the balconies that are better than those written before; returns their quality."""
-        found = judged or self.judged()
-        for exit_layer, (kl, agreement, averaged) in found.items() if self.processes.writes else ():
+    def checkpoint(self, judged: dict[int, Judged] | None = None) -> None:
+        """Write the run's state if it is finite, and those judged balconies that are better than the ones written before."""
+        for exit_layer, balcony in self.balconies.items():
+            self._require_finite(exit_layer, sum(float(one.detach().double().sum()) for one in balcony.parameters()))
+        for exit_layer, (kl, agreement, averaged) in (judged or {}).items() if self.processes.writes else ():
             if exit_layer not in self.best or kl <= self.best[exit_layer][0]:
                 self.best[exit_layer] = (kl, agreement)
                 self._write(exit_layer, averaged=averaged)
@@ -370,7 +371,6 @@ class Trainer:
         }
         if self.processes.writes:
             save_run(self.work, self.balconies, self.averages, self.optimizers, state)
-        return found
 
     def _write(self, exit_layer: int, *, averaged: bool) -> None:
         made = {exit_layer: self.balconies[exit_layer]}
@@ -429,6 +429,7 @@ class Trainer:
             started = last_checkpoint = self.clock()
             deadline = None if self.config.minutes is None else started + 60 * self.config.minutes
             window: list[tuple[float, int]] = [(started, self.step)]
+            judged: dict[int, Judged] | None = None
             while self.step < self.schedule.total if deadline is None else self.clock() < deadline:
                 factor = self.schedule.factor(self.step)  # a new plan, below, is for later steps
                 loss = self.train_step()
@@ -439,22 +440,21 @@ class Trainer:
                     window = window[1:]  # the first step compiles the loss
                 per_step_s = (now - window[0][0]) / max(1, self.step - window[0][1])
                 due = now - last_checkpoint >= 60 * self.config.checkpoint_minutes
-                judged = self.judged() if due or self.step % self.config.evaluate_every == 0 else None
+                judged = self.judged() if self.step % self.config.evaluate_every == 0 else None
                 held_out = None if judged is None else {e: one.kl for e, one in judged.items()}
                 if deadline is not None and (self.step - first in (5, 10) or (self.step - first) % 20 == 0):
                     self.schedule.replan(self.step, self.step + int((deadline - self.clock()) / per_step_s))
-                total = self.schedule.total
                 tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
-                left_s = (total - self.step) * per_step_s if deadline is None else deadline - self.clock()
-                progress = StepReport(self.step, total, loss, held_out, tokens_per_s, left_s)
+                left_s = (self.schedule.total - self.step) * per_step_s if deadline is None else deadline - self.clock()
+                progress = StepReport(self.step, self.schedule.total, loss, held_out, tokens_per_s, left_s)
                 if self.processes.writes:
                     self._log(progress, factor)
                     report(progress)
-                if due:  # after the metrics, which a resumed run cuts off at the checkpoint
+                if due or judged:  # after the metrics, which a resumed run cuts off at the checkpoint
                     self.checkpoint(judged)
                     last_checkpoint = self.clock()
             self.schedule.total = min(self.schedule.total, self.step)  # the time is over, whatever the last plan was
-            self.checkpoint()
+            self.checkpoint(judged or self.judged())
         except OSError as error:
             what = f"writing failed ({error.strerror or error}): {self._kept()}: free space, then {self._again()}"
             raise TrainingError(f"{self.work}: {what}") from error
