@@ -28,6 +28,7 @@ import math
 from typing import NamedTuple
 
 from balcony_edge.control.decision import CatchUp, Measurement, Observation, Outlook
+from balcony_edge.control.slowdown import WITH_CATCH_UP
 from balcony_edge.device.costs import CostModel, UnitCost
 
 #: Largest cost of a late token at the entry, in rooms of its exit. A backlog that was worked off from the shallowest of
@@ -290,7 +291,7 @@ def _chunk(
 
 def _room_ms(outlook: Outlook, base: int) -> float:
     """Room of a step with a chunk next to it."""
-    return min(outlook.room_ms[base], outlook.room_ms[-1])
+    return min(outlook.room_ms[base], outlook.room_ms[WITH_CATCH_UP])
 
 
 def _base(

@@ -63,7 +63,7 @@ from balcony_edge.control.governor import (
     needed_tps,
     paced_ms,
 )
-from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
+from balcony_edge.control.slowdown import NOISE_FLOOR, WITH_CATCH_UP, Slowdown
 from balcony_edge.control.step_prices import StepPrices
 from balcony_edge.device.costs import CostModel
 
@@ -300,7 +300,7 @@ class Controller:
             present = None if recovery.goal is None else current
             way = way_back(self._costs, outlook, seen, chosen, present, credit, may_sprint=not recovery.wait)
         chosen, goal, sprint, catch_up, chunk_ms = way or Way(chosen, chosen)
-        offset_index = chosen if catch_up is None else -1
+        offset_index = chosen if catch_up is None else WITH_CATCH_UP
         price_ms = now_ms[chosen] + chunk_ms
         factor = math.exp(slowdown.mean + slowdown.offsets[offset_index])
         limit_ms = outlook.room_ms[offset_index] * math.exp(plan.quantile * deviation)
@@ -467,7 +467,7 @@ class Controller:
             return slowdown, (f"measurement of {last.measured_ms:g} ms at exit {last.exit_layer} ignored",)
         log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
         noise_scale = SWITCH_NOISE if state.tokens_since_switch == 1 else 1.0
-        return slowdown.update(-1 if state.catching_up else index, log_ratio, noise_scale), ()
+        return slowdown.update(WITH_CATCH_UP if state.catching_up else index, log_ratio, noise_scale), ()
 
 
 @lru_cache(maxsize=64)

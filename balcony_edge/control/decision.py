@@ -134,7 +134,7 @@ class Outlook(NamedTuple):
     Attributes:
         now_ms: price of the next step, pending rows included.
         steady_ms: price of a step without pending rows.
-        room_ms: largest price that holds the targets; the last entry is for a step with catch-up.
+        room_ms: largest price that holds the targets; the last entry (``WITH_CATCH_UP``) is for a step with catch-up.
         may_enter: whether the exit leaves enough time free to be entered.
         lowest, highest: shallowest and deepest allowed index.
         may_rise: whether a deeper exit may be taken (the dwell is over).

@@ -45,6 +45,8 @@ EXIT_VARIANCE = 0.08**2
 #: Error of a profile between steps with and without catch-up: the price of a further row varies most (4 % to 50 % of the
 #: first row).
 CATCH_UP_VARIANCE = 0.25**2
+#: Index of a step with catch-up, next to those of the exits; also of its room in an outlook.
+WITH_CATCH_UP = -1
 #: Share of its offset that an unused exit forgets in ``DECAY_TOKENS``. After some 250 tokens the exit is tried again.
 OFFSET_DECAY, DECAY_TOKENS = 1 / 16, 16
 #: Smallest variance after a pause between two replies, so that another load is noticed within two tokens.

@@ -13,7 +13,7 @@ from balcony_edge.control.company.goals import ELASTIC, STALL_MS, first_due
 from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.company.view import View
-from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.control.slowdown import WITH_CATCH_UP, Slowdown
 
 #: Longest round in milliseconds with rows of a prompt next to it, or of a prompt alone: who comes meanwhile waits so long.
 CALM_MS = 250.0
@@ -74,7 +74,7 @@ class Composer:
         waits_ms = [view.bound_ms - price_ms for view in waiting if not view.first and view.bound_ms < math.inf]
         limit_ms = min([limit_ms, *waits_ms])
         # Rounds with more rows next to them may be slower than their price, compared with the others.
-        share, portion = math.exp(-max(slowdown.offsets[-1], 0.0)), None
+        share, portion = math.exp(-max(slowdown.offsets[WITH_CATCH_UP], 0.0)), None
         if price_ms > limit_ms:
             portion = self._in_portions(chosen, limit_ms, share)
             if portion is None:

@@ -42,7 +42,7 @@ from balcony_edge.control.governor import (
     needed_tps,
     paced_ms,
 )
-from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.control.slowdown import WITH_CATCH_UP, Slowdown
 from balcony_edge.device.costs import CostModel
 
 #: Time over which the share of prompts is averaged.
@@ -136,7 +136,7 @@ class JointController:
         else:  # everybody waits for a pace
             chosen, (chunk, price_ms) = [], self._composer.catch_up(views, idle_ms / slowdown.factor)
         deepest = max((index for _, index in chosen), default=0)
-        offset = slowdown.offsets[-1 if chunk is not None or not chosen else deepest]
+        offset = slowdown.offsets[WITH_CATCH_UP if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)
         outcome = _Outcome(price_ms, predicted_ms, len(chosen), slowdown.deviation, governor, ceilings)
         found = Round(
@@ -244,7 +244,7 @@ class JointController:
         if not (0 < last.measured_ms < math.inf and 0 < last.predicted_ms < math.inf):
             return slowdown
         log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
-        return slowdown.update(-1 if state.caught_up else self._index[last.exit_layer], log_ratio, 1.0)
+        return slowdown.update(WITH_CATCH_UP if state.caught_up else self._index[last.exit_layer], log_ratio, 1.0)
 
     def _tick(self, governor: Governor, ceilings: Budget | None, slowdown: Slowdown, seen: RoundSeen) -> Governor:
         """The slow loop, for the ceilings of all streams together."""
