@@ -419,7 +419,7 @@ class LLM(Closing):
                     replies[member].append(token)
             if all(ended):
                 break
-        texts = [self.codec.stream(request.ids if request.continues else ()) for request in requests]
+        texts = (request.text for request in requests)
         return ["".join(map(text.push, reply)) + text.flush() for text, reply in zip(texts, replies, strict=True)]
 
     def chat(self, *, system: str | None = None) -> Chat:

@@ -32,7 +32,7 @@ from balcony_runtime.structure.formats import CallFormat
 from balcony_runtime.structure.grammar import Grammars, Guide
 from balcony_runtime.structure.tools import Toolbox, toolbox
 from balcony_runtime.telling import told
-from balcony_runtime.text import Message, StopStrings, TextCodec
+from balcony_runtime.text import Message, StopStrings, TextCodec, TextStream
 from balcony_runtime.tokens import refuse_foreign, whole
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Request(NamedTuple):
         prompted: what is told of the prompt.
         box: tools that the reply may call; None for none.
         asked_s: time of the request on ``time.monotonic``, from which its times count; None for the reply's first step.
-        continues: whether its text goes on with the prompt's, as that of a plain text does.
+        text: makes its text, which may go on with the prompt's, as that of a plain text does.
     """
 
     ids: list[int]
@@ -90,9 +90,9 @@ class Request(NamedTuple):
     cancelled: threading.Event
     watch: Watch
     prompted: Prompted
+    text: TextStream
     box: Toolbox | None = None
     asked_s: float | None = None
-    continues: bool = False
 
     @property
     def rows(self) -> int:
@@ -191,9 +191,9 @@ class Requests:
             cancelled=Cancellation(self.scheduler.wake),
             watch=Watch(),
             prompted=Prompted(len(ids)),
+            text=self._codec.stream(ids if self._continues(prompt, chat) else ()),
             box=box,
             asked_s=asked_s,
-            continues=self._continues(prompt, chat),
         )
 
     def box(self, tools: Any, choice: Any, parallel: bool = True) -> Toolbox | None:
@@ -278,8 +278,7 @@ class Requests:
 
     def told(self, request: Request, steps: Iterator[Step], decoder: Decoder) -> Iterator[Token]:
         """The tokens of a reply from its steps."""
-        text = self._codec.stream(request.ids if request.continues else ())
-        return told(steps, decoder, request, text, self._around.readings)
+        return told(steps, decoder, request, self._around.readings)
 
     def tokens(self, request: Request, sequence: TokenSequence | None) -> Iterator[Token]:
         """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""

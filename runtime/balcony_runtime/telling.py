@@ -14,18 +14,13 @@ from balcony_edge.errors import InfeasibleError
 from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.decoding.sampling import log_probabilities
 from balcony_runtime.reply import FinishReason, Token
-from balcony_runtime.text import TextStream
 
 if TYPE_CHECKING:
     from balcony_runtime.requests import Request
 
 
 def told(
-    steps: Iterator[Step],
-    decoder: Decoder,
-    asked: Request,
-    text: TextStream,
-    readings: Callable[[], tuple[Reading, ...]],
+    steps: Iterator[Step], decoder: Decoder, asked: Request, readings: Callable[[], tuple[Reading, ...]]
 ) -> Iterator[Token]:
     """The tokens of a reply, until it ends by itself, by a limit, or because it was cancelled.
 
@@ -33,10 +28,9 @@ def told(
         steps: steps of the decoder.
         decoder: the decoder.
         asked: what was asked for.
-        text: decoder of the text.
         readings: gives the latest reading of every sensor.
     """
-    stop, marker = asked.stop, None if asked.box is None else asked.box.marker_id
+    text, stop, marker = asked.text, asked.stop, None if asked.box is None else asked.box.marker_id
     for count in range(1, asked.max_new_tokens + 1):
         if asked.cancelled.is_set():
             return

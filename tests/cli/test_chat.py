@@ -20,6 +20,8 @@ from balcony_edge.cli.chat import Conversation, parse_command
 from balcony_edge.cli.console import depth_styles
 from balcony_edge.control.trace import read_trace, replay
 from balcony_edge.errors import BudgetError
+from balcony_runtime.text import TextCodec
+from tests.command import invoke_here
 
 PROGRAM = "from balcony_edge.cli import main; main()"
 
@@ -186,3 +188,12 @@ def test_json_holds_log_probabilities(tiny: Any) -> None:
     command = [sys.executable, "-c", PROGRAM, "run", str(tiny.path), "the fox", "-n", "3", "--json", "--logprobs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all(len(token["top_logprobs"]) == 2 for token in json.loads(done.stdout)["tokens"])
+
+
+def test_the_reply_in_a_chat_is_a_text_of_its_own(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers as in Llama 2 would otherwise begin it with a space."""
+    before, stream = [], TextCodec.stream
+    monkeypatch.setattr(TextCodec, "stream", lambda self, ids=(): before.append(len(ids)) or stream(self, ids))
+    for options in ((), ("--raw",)):
+        assert invoke_here("run", tiny.path, "the fox", "-n", "2", "--json", *options).returncode == 0
+    assert before[0] == 0 < before[-1]
