@@ -127,9 +127,15 @@ def test_prompts_that_came_lately_take_depth_before_the_next_one_comes() -> None
 
 
 def test_no_target_is_given_up_for_prompts_without_one() -> None:
-    """Two streams leave no time at all: the patient prompt gets none, and both keep their targets."""
-    state, _ = decided([stream(0, Budget(tpot_ms=6.1)), stream(1, Budget(tpot_ms=6.1)), stream(2, Budget(), **PROMPT)])
-    assert state.streams[0].met and state.streams[1].met
+    """Two streams leave no time at all: the patient prompt gets that of the tokens that may be late."""
+    strict = stream(0, Budget(tpot_ms=6.1))
+    for late, begins in ((0, True), (1, False)):  # one of ten tokens may be
+        state, found = decided([strict, stream(1, Budget(tpot_ms=6.1), late=late), stream(2, Budget(), **PROMPT)])
+        assert state.streams[0].met and state.streams[1].met
+        if begins:
+            assert not found.moves and found.chunk is not None and found.chunk.key == 2 and found.price_ms <= 6.1
+        else:
+            assert set(exits(found)) == {0, 1} and found.chunk is None
 
 
 def test_who_makes_room_for_nothing_is_not_left_out() -> None:

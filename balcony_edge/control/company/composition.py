@@ -83,8 +83,8 @@ class Composer:
         calm_ms = min([CALM_MS / slowdown.factor, *[GIVEN_UP * view.period_ms for view, _ in chosen]])
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
+        others = [view for view, _ in chosen] + [view for view in waiting if not view.first]
         if prompt is not None and prompt.bound_ms < math.inf:
-            others = [view for view, _ in chosen] + [view for view in waiting if not view.first]
             gap_ms = min((view.period_ms for view in others if view.met), default=math.inf)
             if self._must_run(prompt, others, price_ms, min(share * gap_ms - price_ms, calm_ms)):
                 return self._with_prompt(prompt, [], 0.0, math.inf)
@@ -94,6 +94,8 @@ class Composer:
             chosen, chunk, price_ms = self._with_prompt(prompt, chosen, price_ms, slack_ms)
             if chunk is not None or not chosen or chosen[-1][0] is prompt:
                 return chosen, chunk, price_ms
+            if prompt.bound_ms == math.inf and all(view.may_be_late for view in others):  # or it might never begin
+                return self._with_prompt(prompt, [], 0.0, calm_ms)
         return self._with_backlog(chosen, price_ms, slack_ms)
 
     def _leave_out(self, chosen: Chosen, price_ms: float, behind: bool) -> tuple[Chosen, float, list[View]]:
