@@ -45,7 +45,7 @@ def test_any_mix_of_streams_comes_to_its_end(seed: int, rate: float, burst: int)
         assert one.done and all(math.isfinite(gap) and gap > 0 for gap in one.gaps_ms)
         assert set(one.exits) <= set(one.arrival.budget.allowed_exits(DEMO.exits))
         assert one.refused_s is None or one.arrival.budget.on_infeasible == "error"
-    if streams:
+    if any(one.exits for one in streams):
         assert 0 < summary(streams, DEMO, quality)["mean_depth"] <= 1
 
 
