@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from balcony_edge.cli import budget
+from balcony_edge.cli.average import average
 from balcony_edge.cli.build import build
 from balcony_edge.cli.calibrate import calibrate
 from balcony_edge.cli.compare import compare
@@ -63,7 +64,8 @@ def _options(
 
 
 for verb in (
-    export, build, extract, verify, inspect, run, serve, train, cut, doctor, profile, plan, compare, simulate, replay, calibrate
+    export, build, extract, verify, inspect, run, serve, train, average, cut, doctor, profile, plan, compare, simulate, replay,
+    calibrate,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(budget.app, name="budget")

@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from balcony_edge.errors import CheckpointError, InputError
+from balcony_export.model.averaging import average
 from balcony_export.model.balcony import KINDS, BalconyKind, init_balconies, parse_exits
-from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
+from balcony_export.model.balcony_files import fingerprint, load_balconies, rows_seen, save_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
+from tests.command import invoke_here
 
 
 @pytest.mark.parametrize(
@@ -271,3 +273,49 @@ def test_rows_at_positions_are_those_of_the_whole_pass(
         torch.testing.assert_close(slopes[1][key], slope, rtol=1e-4, atol=1e-5)
     # no hook is left
     torch.testing.assert_close(balcony(hidden, **arguments).flatten(0, 1)[where], whole, rtol=0, atol=0)
+
+
+def test_the_mean_of_runs(tmp_path: Path, make_tiny: Callable[..., Any]) -> None:
+    model = make_tiny("llama")
+    base, record = fingerprint(model), {"held_out_kl": 1.0, "corpus": "digest", "rows": 7}
+    runs = []
+    for number, factor in enumerate((1.0, 2.0, 6.0)):
+        balconies = init_balconies(model, (2, 3))
+        for value in itertools.chain.from_iterable(one.state_dict().values() for one in balconies.values()):
+            value.mul_(factor)
+        runs.append(tmp_path / f"run{number}")
+        save_balconies(runs[-1], balconies, base, record)
+    done = invoke_here("average", *runs, "-o", tmp_path / "mean")
+    assert done.returncode == 0 and "means of 3 runs for exits 2, 3" in done.stdout
+    found = load_balconies(tmp_path / "mean", model)
+    for exit_layer, balcony in init_balconies(model, (2, 3)).items():
+        for name, value in balcony.state_dict().items():
+            torch.testing.assert_close(found[exit_layer].state_dict()[name], 3 * value, rtol=0.01, atol=1e-6)
+    training = json.loads((tmp_path / "mean/balconies.json").read_text())["exits"]["2"]["training"]
+    assert "held_out_kl" not in training and len(set(training["mean_of"])) == 3
+    assert rows_seen(tmp_path / "mean", (2, 3), "digest") == 7, "a run that starts from it goes on after them"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index["base"].update(weights_sha256="0" * 64), "has another base than"),
+        (lambda index: index["exits"].pop("3"), "has another exits than"),
+        (lambda index: index.update(layer=0), "has another layer than"),
+        (lambda index: index["exits"]["2"].update(sha256="0" * 64), "its sha256 differs"),
+    ],
+)
+def test_a_mean_of_what_is_not_alike_is_refused(
+    change: Callable[[Any], Any], words: str, tmp_path: Path, make_tiny: Callable[..., Any]
+) -> None:
+    model = make_tiny("llama")
+    for name in ("one", "two"):
+        save_balconies(tmp_path / name, init_balconies(model, (2, 3)), fingerprint(model))
+    index = json.loads((tmp_path / "one/balconies.json").read_text())
+    change(index)
+    (tmp_path / "one/balconies.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=words):
+        average([tmp_path / "one", tmp_path / "two"], tmp_path / "mean")
+    with pytest.raises(InputError, match="1 directory to average: give two or more"):
+        average([tmp_path / "two"], tmp_path / "mean")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def check_directory(path: Path, described: dict[str, Any], like: Balcony) -> dic
     require_writable(path, str(path), InputError, "name another directory")
     if not (path / INDEX).is_file():
         return {}
-    index = _read_index(path)
+    index = read_index(path)
     _check_base(path, index, described)
     if index["module"] != like.kind:
         raise CheckpointError(
@@ -163,27 +164,49 @@ def save_balconies(
     (kind,), (layer,) = ({getattr(balcony, key) for balcony in balconies.values()} for key in ("kind", "copies"))
     like = next(iter(balconies.values()))
     check_directory(path, base, like)
-    entries: dict[str, Any] = {}
-    written: dict[Path, bytes] = {}
-    for exit_layer, balcony in balconies.items():
-        tensors = {name: value.detach().to(STORED_DTYPE).cpu() for name, value in balcony.state_dict().items()}
-        _check_finite(path, exit_layer, tensors)
-        file = f"balcony_{exit_layer}.safetensors"
-        content = save({name: value.contiguous() for name, value in tensors.items()}, {"format": "pt"})
-        written[path / file], digest = content, hashlib.sha256(content).hexdigest()
-        entries[str(exit_layer)] = {"file": file, "sha256": digest, "training": training}
+    tensors = {exit_layer: balcony.state_dict() for exit_layer, balcony in balconies.items()}
+    for exit_layer, values in tensors.items():
+        check_finite(path, exit_layer, values)
     with locked(path):  # another run may write other exits
-        exits = check_directory(path, base, like) | entries
-        document = {
-            "format_version": FORMAT_VERSION,
-            "module": kind,
-            "layer": layer,
-            "dtype": "bfloat16",
-            "base": base,
-            "exits": dict(sorted(exits.items(), key=lambda item: int(item[0]))),
-        }
-        written[path / INDEX] = (json.dumps(document, indent=1) + "\n").encode()
-        write_together(written, CheckpointError, _CURE)
+        others = check_directory(path, base, like)
+        facts = {"base": base, "module": kind, "layer": layer}
+        write_balconies(path, tensors, facts, dict.fromkeys(tensors, training), others)
+
+
+def write_balconies(
+    path: Path,
+    tensors: Mapping[int, Mapping[str, torch.Tensor]],
+    facts: Mapping[str, Any],
+    training: Mapping[int, dict[str, Any] | None],
+    others: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the tensors of balconies and their index.
+
+    Args:
+        path: The directory.
+        tensors: Exit layer → name → tensor.
+        facts: ``base``, ``module`` and ``layer`` of the index.
+        training: Exit layer → record of the training.
+        others: Entries of balconies that are there already.
+    """
+    entries: dict[str, Any] = dict(others or {})
+    written: dict[Path, bytes] = {}
+    for exit_layer, values in tensors.items():
+        file = f"balcony_{exit_layer}.safetensors"
+        stored = {name: value.detach().to(STORED_DTYPE).cpu().contiguous() for name, value in values.items()}
+        content = save(stored, {"format": "pt"})
+        written[path / file], digest = content, hashlib.sha256(content).hexdigest()
+        entries[str(exit_layer)] = {"file": file, "sha256": digest, "training": training[exit_layer]}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "module": facts["module"],
+        "layer": facts["layer"],
+        "dtype": "bfloat16",
+        "base": facts["base"],
+        "exits": dict(sorted(entries.items(), key=lambda item: int(item[0]))),
+    }
+    written[path / INDEX] = (json.dumps(document, indent=1) + "\n").encode()
+    write_together(written, CheckpointError, _CURE)
 
 
 def load_balconies(
@@ -196,7 +219,7 @@ def load_balconies(
             tensors have another shape or values that are not finite.
     """
     path = Path(directory)
-    index = _read_index(path)
+    index = read_index(path)
     _check_base(path, index, fingerprint(model))
     there = {int(key): entry for key, entry in index["exits"].items()}
     wanted = tuple(sorted(there)) if exits is None else exits
@@ -209,9 +232,9 @@ def load_balconies(
     dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
     balconies = init_balconies(model, wanted, index["module"], layer=index["layer"])
     for exit_layer, balcony in balconies.items():
-        tensors = _read_tensors(path, there[exit_layer])
+        tensors = read_tensors(path, there[exit_layer])
         _check_shapes(path / there[exit_layer]["file"], tensors, balcony)
-        _check_finite(path, exit_layer, tensors)
+        check_finite(path, exit_layer, tensors)
         balcony.load_state_dict(tensors)
         balcony.to(device=device, dtype=dtype)
     return balconies
@@ -220,7 +243,7 @@ def load_balconies(
 def is_whole(directory: Path, exit_layer: int) -> bool:
     """Whether a directory has a balcony for this exit whose file is the one that the index names."""
     try:
-        _read_tensors(directory, _read_index(directory)["exits"][str(exit_layer)])
+        read_tensors(directory, read_index(directory)["exits"][str(exit_layer)])
     except (CheckpointError, KeyError):
         return False
     return True
@@ -228,7 +251,7 @@ def is_whole(directory: Path, exit_layer: int) -> bool:
 
 def digest_and_kind(directory: Path) -> tuple[str, BalconyKind]:
     """SHA-256 of a directory's index, which has the hash of every file in it, and the kind of its balconies."""
-    kind: BalconyKind = _read_index(directory)["module"]
+    kind: BalconyKind = read_index(directory)["module"]
     return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest(), kind
 
 
@@ -237,7 +260,7 @@ def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int | Non
 
     None if all records are of other corpora.
     """
-    entries = _read_index(directory)["exits"]
+    entries = read_index(directory)["exits"]
     facts = [(entries.get(str(e)) or {}).get("training") or {} for e in exits]
     known = [int(one["rows"]) for one in facts if one.get("corpus") == corpus]
     if known:
@@ -250,7 +273,7 @@ def trained_exits(directory: Path) -> tuple[int, ...]:
     if not (directory / INDEX).exists():
         names = (re.fullmatch(r"balcony_(\d+)\.safetensors", file.name) for file in directory.glob("balcony_*"))
         return tuple(int(name[1]) for name in names if name is not None)
-    entries = _read_index(directory)["exits"]
+    entries = read_index(directory)["exits"]
     return tuple(int(e) for e, facts in entries.items() if (facts.get("training") or {}).get("step") != 0)
 
 
@@ -270,7 +293,12 @@ def _canonical(value: Any) -> Any:
     return value if value is None or isinstance(value, bool) else str(value)
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a directory of balconies.
+
+    Raises:
+        CheckpointError: It is missing, damaged or of another format.
+    """
     file = path / INDEX
     if not file.is_file():
         raise CheckpointError(f"{path}: has no {INDEX}: give a directory that `balcony-edge train` wrote")
@@ -312,7 +340,12 @@ def _check_base(path: Path, index: dict[str, Any], described: dict[str, Any]) ->
             )
 
 
-def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of one entry of an index.
+
+    Raises:
+        CheckpointError: The file is missing or was changed.
+    """
     file = path / entry["file"]
     if not file.is_file():
         raise CheckpointError(f"{file}: is missing, but {INDEX} names it: copy the whole directory again")
@@ -336,7 +369,8 @@ def _check_shapes(file: Path, tensors: dict[str, torch.Tensor], balcony: Balcony
             )
 
 
-def _check_finite(path: Path, exit_layer: int, tensors: dict[str, torch.Tensor]) -> None:
+def check_finite(path: Path, exit_layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError for tensors with a value that is not finite."""
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(
