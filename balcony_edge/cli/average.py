@@ -26,6 +26,5 @@ def average(
 
     refuse_existing(output)
     exits = write(directories, output)
-    stdout.print(
-        f"[bold]{escape(str(output))}[/]: means of {len(directories)} runs for exits {', '.join(map(str, exits))}"
-    )
+    means = f"means of {len(directories)} runs for exits {', '.join(map(str, exits))}"
+    stdout.print(f"[bold]{escape(str(output))}[/]: {means}", soft_wrap=True)

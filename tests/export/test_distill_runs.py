@@ -413,7 +413,8 @@ def test_a_disk_that_fills_up_is_one_line(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, small_disk: Path
 ) -> None:
     (small_disk / "other").write_bytes(bytes(72_000))  # three quarters, so that the curve fills the rest soon
-    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, steps=2000)
+    options = {"work": small_disk, "steps": 2000, "evaluate_every": 10_000}
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path / "out", **options)
     with pytest.raises(TrainingError, match=r"writing failed .No space left on device.: there was no checkpoint yet"):
         trainer.run()
     assert 0 < trainer.step < 2000
