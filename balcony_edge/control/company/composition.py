@@ -83,7 +83,7 @@ class Composer:
         calm_ms = min([CALM_MS / slowdown.factor, *[GIVEN_UP * view.period_ms for view, _ in chosen]])
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
-        others = [view for view, _ in chosen] + [view for view in waiting if not view.first]
+        others = [] if prompt is None else [view for view, _ in chosen] + [view for view in waiting if not view.first]
         if prompt is not None and prompt.bound_ms < math.inf:
             gap_ms = min((view.period_ms for view in others if view.met), default=math.inf)
             if self._must_run(prompt, others, price_ms, min(share * gap_ms - price_ms, calm_ms)):
