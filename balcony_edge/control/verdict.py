@@ -180,10 +180,8 @@ class Watch:
         return max(means, default=None)
 
     def _joules(self) -> float | None:
-        decoding = (
-            self._seen[1:] if self._from_start and len(self._seen) > 1 else self._seen
-        )  # without the prompt's watts
-        mean_w, seconds = _mean([one.power for one in decoding]), sum(self._later_ms) / 1000
+        after_prompt = self._seen[1:] if self._from_start and len(self._seen) > 1 else self._seen
+        mean_w, seconds = _mean([one.power for one in after_prompt]), sum(self._later_ms) / 1000
         return None if mean_w is None or not self._later_ms else mean_w * seconds / len(self._later_ms)
 
 
