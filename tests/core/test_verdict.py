@@ -302,10 +302,10 @@ def test_joules_of_later_tokens_leave_out_the_prompt() -> None:
         joules = 8 * min(now_s, 1010.0) + 4 * max(now_s - 1010.0, 0.0)
         return (Reading("board", "board", now_s, watts=4.0, joules=joules),)
 
-    watch, now_s = Watch(), 1000.0
+    watch, budget, now_s = Watch(), Budget(energy_j_per_token=0.25), 1000.0
     for place, gap_ms in enumerate([10_000.0, *[50.0] * 40]):
         # a token is told with the reading that its decision was made from, which is from before its step
-        watch.token(Budget(energy_j_per_token=0.25), now_s, gap_ms, measured(now_s), first=place == 0)
+        watch.token(budget, now_s, gap_ms, measured(now_s), first=place == 0)
         now_s += gap_ms / 1000
     (verdict,) = watch.verdicts()
     assert verdict.reached == pytest.approx(4.0 * 0.05, rel=0.01) and verdict.held
