@@ -22,9 +22,7 @@ def average(
 
     from balcony_edge.cli.console import stdout
     from balcony_export.model.averaging import average as write
-    from balcony_export.output import refuse_existing
 
-    refuse_existing(output)
     exits = write(directories, output)
     means = f"means of {len(directories)} runs for exits {', '.join(map(str, exits))}"
     stdout.print(f"[bold]{escape(str(output))}[/]: {means}", soft_wrap=True)

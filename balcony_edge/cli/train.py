@@ -196,9 +196,10 @@ def _refuse_checkpoint(work: Path, resume: bool) -> None:
     from balcony_edge.errors import TrainingError
     from balcony_export.train.run_files import CHECKPOINT
 
-    if resume and not (work / CHECKPOINT).is_file():
+    begun = (work / CHECKPOINT).is_file()
+    if resume and not begun:
         raise TrainingError(f"{work}: has no checkpoint: train without --resume first")
-    if (work / CHECKPOINT).is_file() and not resume:
+    if begun and not resume:
         raise TrainingError(f"{work}: has a checkpoint: continue with --resume, or remove the directory")
 
 

@@ -35,9 +35,9 @@ def average(directories: Sequence[Path], output: Path) -> tuple[int, ...]:
     """
     if len(directories) < 2:
         raise InputError(f"{len(directories)} directory to average: give two or more")
-    indexes = [read_index(directory) for directory in directories]
-    last = indexes[-1]
-    for directory, index in zip(directories, indexes, strict=True):
+    runs = [(directory, read_index(directory)) for directory in directories]
+    _, last = runs[-1]
+    for directory, index in runs:
         differing = [key for key in _ALIKE if index[key] != last[key]]
         differing += ["exits"] if index["exits"].keys() != last["exits"].keys() else []
         if differing:
@@ -48,10 +48,7 @@ def average(directories: Sequence[Path], output: Path) -> tuple[int, ...]:
     means: dict[int, dict[str, torch.Tensor]] = {}
     records: dict[int, dict[str, Any]] = {}
     for exit_, entry in last["exits"].items():
-        found = [
-            read_tensors(directory, index["exits"][exit_])
-            for directory, index in zip(directories, indexes, strict=True)
-        ]
+        found = [read_tensors(directory, index["exits"][exit_]) for directory, index in runs]
         shapes = [{name: value.shape for name, value in tensors.items()} for tensors in found]
         if any(one != shapes[-1] for one in shapes):
             raise CheckpointError(f"balcony {exit_}: the directories have tensors of other shapes: train them again")
@@ -60,7 +57,7 @@ def average(directories: Sequence[Path], output: Path) -> tuple[int, ...]:
         record = dict(entry["training"] or {})
         for figure in ("held_out_kl", "held_out_agreement"):
             record.pop(figure, None)
-        records[int(exit_)] = record | {"mean_of": [index["exits"][exit_]["sha256"] for index in indexes]}
+        records[int(exit_)] = record | {"mean_of": [index["exits"][exit_]["sha256"] for _, index in runs]}
     with fresh_directory(output) as directory:
         write_balconies(directory, means, {key: last[key] for key in _ALIKE}, records)
     return tuple(means)
