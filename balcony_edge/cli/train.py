@@ -81,15 +81,6 @@ def train(
         list[str] | None,
         typer.Option(metavar="FILE=SHARE", help="Share of a file's documents to use, 0 to 1. Repeatable."),
     ] = None,
-    reuse: Annotated[
-        int, typer.Option(help="Number of steps that learn from one pass of the backbone, each at other positions.")
-    ] = 1,
-    window_steps: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Number of steps whose states stay in memory for --reuse; more steps delay the reuse of a row."
-        ),
-    ] = 64,
     average: Annotated[float, typer.Option(help="Memory of the averaged weights, 0 to 1.")] = 0.99,
     precision: Annotated[
         Literal["bf16", "fp32"], typer.Option(help="Type of the passes; weights are trained in fp32.")
@@ -150,8 +141,6 @@ def train(
         micro_rows=micro_rows or batch_rows,
         positions=positions,
         vocabulary=vocabulary,
-        reuse=reuse,
-        window_steps=window_steps,
         optimizer=optimizer,
         rate=rate,
         vector_rate=rate / 2 if vector_rate is None else vector_rate,
@@ -290,12 +279,12 @@ def _progress_bar(trainer: Trainer) -> Iterator[Callable[[StepReport], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task("first step", total=None, rate="")
+        task = bar.add_task("first step", total=1.0, rate="")
 
         def report(step: StepReport) -> None:
             losses = "  ".join(f"{e}: {value:.3f}" for e, value in step.loss.items())
             left = f"{step.tokens_per_s:.0f} tok/s, {step.eta_s / 60:.0f} min left"
-            bar.update(task, completed=step.step, total=step.total, description=f"loss {losses}", rate=left)
+            bar.update(task, completed=step.done, description=f"loss {losses}", rate=left)
             if step.held_out:
                 held_out = "  ".join(f"{e}: {value:.3f}" for e, value in step.held_out.items())
                 bar.console.print(f"step {step.step}: held-out KL {held_out}")

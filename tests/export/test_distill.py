@@ -15,7 +15,7 @@ import torch
 from balcony_export.data.corpus import Corpus, Rows, build_corpus
 from balcony_export.data.documents import read_documents
 from balcony_export.model.balcony_files import is_whole, load_balconies
-from balcony_export.train.report import StepReport, plot_curves
+from balcony_export.train.report import plot_curves
 from balcony_export.train.trainer import METRICS
 from tests.export.distilling import SEQ_LEN, losses_of, trainer_of
 
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_the_mean_loss_and_is_clipped(
         return clip(kept, bound)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
-    which = trainer.order.rows(trainer.order.places(0))
+    which = trainer.order.rows(0)
     rows = Rows(corpus.train.tokens[which], corpus.train.lengths[which])
     where = trainer.positions_of(rows, trainer.states.of(rows.tokens), [[0], [1]])
     out = model(torch.from_numpy(rows.tokens).long(), output_hidden_states=True)
@@ -97,7 +97,7 @@ def test_the_label_of_a_position_is_the_next_token(
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, loss=loss, positions=0)
     backward = Mock(wraps=trainer.head.backward)
     monkeypatch.setattr(trainer.head, "backward", backward)
-    which = trainer.order.rows(trainer.order.places(0))
+    which = trainer.order.rows(0)
     trainer.train_step()
     rows = zip(corpus.train.tokens[which], corpus.train.lengths[which], strict=True)
     assert backward.call_args.args[2].tolist() == [int(token) for row, length in rows for token in row[2:length]]
@@ -113,7 +113,7 @@ def test_a_step_compares_its_own_part_of_the_vocabulary(
     parts, sample = [], trainer.sample
     assert sample is not None
     for step in range(2):
-        text = corpus.train.tokens[trainer.order.rows(trainer.order.places(step))]
+        text = corpus.train.tokens[trainer.order.rows(step)]
         want = sample.draw(trainer.head.whole, torch.from_numpy(text).long().flatten(), [3, step])
         trainer.train_step()
         parts.append(backward.call_args.args[3])
@@ -161,11 +161,11 @@ def test_sampled_positions_are_distinct_and_follow_from_the_row(
     assert first != trainer.positions_of(rows, states, [[1, place] for _, place in seeds]).tolist()
     per_row = np.bincount(np.array(first) // SEQ_LEN, minlength=len(corpus.held_out.tokens))
     assert per_row.tolist() == [min(4, length - 1) for length in rows.lengths]
-    # a full row uses all of its positions before one is used again, whatever the number per step
-    seen = np.concatenate([trainer.positions_of(rows, states, seeds, again).numpy() for again in range(6)])
-    full = int(np.flatnonzero(rows.lengths == SEQ_LEN)[0])
-    counts = np.bincount(seen[seen // SEQ_LEN == full] % SEQ_LEN, minlength=SEQ_LEN)
-    assert counts[0] == 0 and set(counts[1:].tolist()) == {1, 2} and counts.sum() == 6 * 4
+    # all positions but the first are drawn sooner or later, and no padding ever
+    drawn = {
+        place for again in range(60) for place in trainer.positions_of(rows, states, [[again]] * len(seeds)).tolist()
+    }
+    assert drawn == {row * SEQ_LEN + at for row, length in enumerate(rows.lengths) for at in range(1, length)}
 
 
 # -- the loop
@@ -255,29 +255,6 @@ def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: 
     cached.run()
     assert losses_of(plain) == losses_of(cached)
     assert passes <= steps // 2 + 1 + 2  # the first epoch, and the held-out rows
-
-
-def test_a_reused_pass_is_made_once_and_a_resumed_run_makes_the_same_states(
-    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {"steps": 25, "reuse": 3, "window_steps": 5, "evaluate_every": 100}
-    whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole", **options)
-    passes, states = [], whole.states.of
-    monkeypatch.setattr(whole.states, "of", lambda tokens: passes.append(len(tokens)) or states(tokens))
-    whole.run()
-    assert passes[:10] == [2] * 10  # 15 steps learn from the first five passes, the last ten from the next five
-    assert len(passes) == 10 + 2  # and two of the held-out rows
-    first = trainer_of(make_tiny("llama"), corpus, tmp_path / "parts", **options)
-    first.work.mkdir(parents=True)
-    while first.step < 8:  # in the second pass over a window
-        first._log(StepReport(first.step, 25, first.train_step(), None, 0.0, 0.0), 1.0)
-    first.checkpoint()
-    second = trainer_of(make_tiny("llama"), corpus, tmp_path / "parts", **options)
-    assert second.resume()
-    second.run()
-    assert losses_of(second)[8:] == losses_of(whole)[8:]
-    for name, value in second.balconies[2].state_dict().items():
-        assert torch.equal(value, whole.balconies[2].state_dict()[name])
 
 
 def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, make_tokenizer: Callable[[], Any]) -> None:

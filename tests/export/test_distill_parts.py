@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.report import TrainingCost, pretraining_tokens
-from balcony_export.train.schedule import OptimizerKind, Schedule, make_optimizers, set_rate, windowed
+from balcony_export.train.schedule import OptimizerKind, Schedule, make_optimizers, set_rate
 from tests.export.distilling import SEQ_LEN
 
 
@@ -214,10 +213,9 @@ def test_files_of_one_name_are_all_used(
 
 
 def test_a_run_begins_after_the_rows_that_its_start_has_seen(tmp_path: Path, make_tiny: Callable[..., Any]) -> None:
-    order = Order(count=10, batch_rows=2, reuse=1, window_steps=1, seed=0, first=7)
-    assert order.rows(order.places(0)).tolist() == [7, 8]
-    assert order.rows(order.places(1)).tolist()[0] == 9
-    assert order.rows(order.places(1)).tolist()[1] == Order(10, 2, 1, 1, seed=0).rows(np.array([10]))[0]
+    order = Order(count=10, batch_rows=2, seed=0, first=7)
+    assert order.rows(0).tolist() == [7, 8] and order.learned(2) == 11
+    assert order.rows(1).tolist() == [9, Order(10, 2, seed=0).rows(5)[0]]
     model = make_tiny("llama")
     for exit_layer, rows in ((1, 40), (2, 60)):
         save_balconies(
@@ -253,30 +251,6 @@ def test_text_that_is_all_held_out_is_refused(tmp_path: Path, tiny: Any) -> None
     text.write_text(text.read_text() * 50)
     with pytest.raises(InputError, match="all of it has the text of held-out documents"):
         build_corpus([text], tiny.tokenizer, seq_len=SEQ_LEN, held_out_rows=4)
-
-
-def test_a_plan_that_ends_before_the_time_does_goes_on_at_its_last_rate() -> None:
-    """The time left is divided by a step's time and rounded down, so one step may be left over."""
-    schedule, now_s, factors = Schedule("trapezoidal", 0, 10**9, 0.4), 0.0, []
-    for step in range(10_000):
-        if now_s >= 600.5:
-            break
-        factors.append(schedule.factor(step))
-        now_s += 1.0
-        if step in (4, 9) or (step + 1) % 20 == 0:
-            schedule.replan(step + 1, step + 1 + int(600.5 - now_s))
-    assert len(factors) == 601 and factors[0] == 1.0
-    assert all(after <= before for before, after in pairwise(factors)) and factors[-1] < 0.01
-
-
-def test_a_pause_does_not_begin_the_decay() -> None:
-    """Ten minutes without the processor, in a run of 1 s a step: the rest is planned as if they had taken one."""
-    window, now_s = [(0.0, 0)], 0.0
-    for step in range(1, 301):
-        now_s += 600.0 if step == 250 else 20.0 if step == 270 else 1.0  # a checkpoint with its evaluation counts
-        window = windowed(window, now_s, step)
-    (first_s, first), (last_s, last) = window[0], window[-1]
-    assert (last - first, last) == (200, 300) and last_s - first_s == pytest.approx(219.0, rel=1e-3)
 
 
 def test_packing_loses_and_doubles_nothing() -> None:
@@ -348,51 +322,26 @@ def test_a_chat_has_the_same_text_on_every_day(tmp_path: Path, make_tokenizer: C
     assert digests[0] == digests[1] != digests[2] and "2025" in texts[0]
 
 
-def test_every_row_of_a_window_is_learned_from_as_often_as_asked() -> None:
-    steps = 40
-    order = Order(count=300, batch_rows=2, reuse=3, window_steps=steps, seed=0)
-    window = 2 * steps
-    places = np.stack([order.places(step) for step in range(2 * 3 * steps)])  # two windows
-    assert [order.turn(step) for step in range(2 * 3 * steps)] == 2 * [turn for turn in range(3) for _ in range(steps)]
-    for first in (0, 1):
-        part = places[first * 3 * steps :][: 3 * steps]
-        assert np.bincount(part.ravel(), minlength=2 * window)[first * window :][:window].tolist() == [3] * window
-        passes = part.reshape(3, -1).tolist()
-        assert passes[0] == list(range(first * window, (first + 1) * window))
-        assert passes[1] != passes[0] != passes[2] != passes[1]
-    assert order.rows(np.arange(300)).tolist() == list(range(300))
-    second = order.rows(np.arange(300, 600)).tolist()
-    assert second != list(range(300)) and sorted(second) == list(range(300))
-    assert order.rows(np.array([299, 300, 599])).tolist() == [299, second[0], second[-1]]
-    assert [order.seen(step) for step in (0, 10, 40, 120, 130)] == [0, 20, 80, 80, 100]
-    plain = Order(count=300, batch_rows=2, reuse=1, window_steps=steps, seed=0)
-    assert plain.turn(150) == 0
-    assert [plain.places(step).tolist() for step in (0, 1, 150)] == [[0, 1], [2, 3], [300, 301]]
+def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
+    order = Order(count=300, batch_rows=2, seed=0)
+    epochs = [[row for step in range(150) for row in order.rows(150 * epoch + step).tolist()] for epoch in range(3)]
+    assert epochs[0] == list(range(300)), "the corpus is already shuffled"
+    assert all(sorted(rows) == epochs[0] for rows in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    odd = Order(count=299, batch_rows=2, seed=0)  # a step across two epochs
+    assert odd.rows(149).tolist() == [298, np.random.default_rng([0, 1]).permutation(299)[0]]
 
 
 def test_schedules_have_their_shapes() -> None:
-    trapezoid = Schedule("trapezoidal", 10, 100, 0.4)
-    assert [trapezoid.factor(step) for step in (0, 4, 9, 59, 60, 80, 99)] == pytest.approx(
+    trapezoid = Schedule("trapezoidal", 10, 0.4)
+    assert [trapezoid.factor(step, step / 100) for step in (0, 4, 9, 59, 60, 80, 99)] == pytest.approx(
         [0.1, 0.5, 1, 1, 1, 0.5, 0.025]
     )
-    cosine = Schedule("cosine", 0, 100, 0.4)
-    assert [cosine.factor(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
-    trapezoid.replan(70, 110)  # in the decay, at 0.75: continue from there to the new end
-    assert [trapezoid.factor(step) for step in (70, 90, 110)] == pytest.approx([0.75, 0.375, 0])
-    early = Schedule("trapezoidal", 0, 1000, 0.5)
-    early.replan(80, 100)  # the end comes near: the decay begins now
-    assert [early.factor(step) for step in (80, 90, 99)] == pytest.approx([1, 0.5, 0.05])
-    assert Schedule(**trapezoid.state()) == trapezoid
-    trapezoid.restart(110, 210)  # it had ended: the full rate again, and a decay over 0.4 of the new part
-    assert [trapezoid.factor(step) for step in (110, 169, 170, 190, 209)] == pytest.approx([1, 1, 1, 0.5, 1 / 40])
-    warm = Schedule("trapezoidal", 50, 60, 0.4)
-    before = warm.factor(40)
-    warm.replan(40, 60)  # in the warm-up: the rate goes on as it was
-    assert warm.factor(40) == pytest.approx(before)
-    trapezoid.replan(120, 130)  # the new end comes nearer
-    assert [trapezoid.factor(step) for step in (120, 122, 126)] == pytest.approx([1, 1, 0.5])
-    cosine.restart(100, 120)
-    assert [cosine.factor(step) for step in (100, 110, 120)] == pytest.approx([1, 0.5, 0])
+    cosine = Schedule("cosine", 0, 0.4)
+    assert [cosine.factor(step, step / 100) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    warming = [Schedule("cosine", 10, 0.4).factor(4, 0.5), Schedule("trapezoidal", 10, 0.4).factor(4, 0.8)]
+    assert warming == pytest.approx([0.25, 0.25])
+    assert Schedule("trapezoidal", 0, 0.0).factor(0, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -411,7 +360,6 @@ def test_rates_and_decay_reach_the_optimizers(kind: OptimizerKind) -> None:
     [
         ({}, "a run needs exactly one of them"),
         ({"steps": 1, "minutes": 1.0}, "a run needs exactly one of them"),
-        ({"minutes": 1.0, "schedule": "cosine"}, "use trapezoidal"),
         ({"steps": 0}, "steps = 0: must be 1 or more"),
         ({"minutes": math.nan}, "must be a number above 0"),
         ({"minutes": math.inf}, "must be a number above 0"),

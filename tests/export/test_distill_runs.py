@@ -23,8 +23,10 @@ import torch
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.model.balcony_files import load_balconies, rows_seen
+from balcony_export.train import trainer as trainer_module
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.report import StepReport
+from balcony_export.train.run_files import read_state
 from balcony_export.train.trainer import METRICS, Start, Trainer
 from tests.command import unmeasured
 from tests.export.distilling import SEQ_LEN, losses_of, trainer_of
@@ -50,11 +52,6 @@ _SHARED = (
     _CHILD
     + """
 trainer = trainer_of(tiny_model("llama"), corpus, output, steps=5, micro_rows=1)
-try:
-    trainer_of(tiny_model("llama"), corpus, output / "again", steps=5, micro_rows=1, reuse=2)
-    assert not trainer.processes.sharded
-except InputError as error:
-    assert trainer.processes.sharded and "--reuse 2 with a sharded backbone" in str(error)
 trainer.run()
 held = [getattr(p, "_local_tensor", p).numel() / p.numel() for p in trainer.exits.parts.layers.parameters()]
 (output / f"process {trainer.processes.index} of {trainer.processes.count}").write_text(f"{min(held)} to {max(held)}")
@@ -142,7 +139,9 @@ def test_a_killed_run_goes_on_with_the_same_curve(
             assert torch.equal(whole.averages[exit_layer][name], resumed.averages[exit_layer][name])
 
 
-def test_a_resumed_run_must_be_the_same_run(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
+def test_a_resumed_run_must_be_the_same_run(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer_of(make_tiny("llama"), corpus, tmp_path, steps=2).run()
     with pytest.raises(TrainingError, match="made with another rate"):
         trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4, rate=1e-4).resume()
@@ -156,6 +155,14 @@ def test_a_resumed_run_must_be_the_same_run(make_tiny: Callable[..., Any], corpu
     with pytest.raises(InputError, match=r"3 steps \(--steps or --tokens\): 4 are already done"):
         trainer_of(make_tiny("llama"), corpus, tmp_path, steps=3).resume()
     assert trainer_of(make_tiny("llama"), corpus, tmp_path, steps=4).resume()  # a run that had ended
+    state = read_state(longer.work)
+    assert state is not None
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainingError, match="made with another version of balcony-edge:"),
+    ):
+        patch.setattr(trainer_module, "read_state", lambda work: {key: state[key] for key in state if key != "begun"})
+        longer.resume()
     (longer.work / "checkpoint.safetensors").write_bytes(b"cut")
     with pytest.raises(TrainingError, match=r"checkpoint\.safetensors: is damaged"):
         longer.resume()
@@ -270,7 +277,7 @@ def test_a_run_that_left_no_checkpoint_leaves_no_curve(
 ) -> None:
     killed = trainer_of(make_tiny("llama"), corpus, tmp_path)
     killed.work.mkdir(parents=True)
-    killed._log(StepReport(1, 12, killed.train_step(), None, 0.0, 0.0), 1.0)
+    killed._log(StepReport(1, 1 / 12, killed.train_step(), None, 0.0, 0.0), 1.0)
     again = trainer_of(make_tiny("llama"), corpus, tmp_path)
     again.run()
     assert [json.loads(line)["step"] for line in (again.work / METRICS).read_text().splitlines()] == list(range(12))
@@ -315,74 +322,65 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(
         trainer.run()
 
 
-def test_a_run_with_a_deadline_ends_at_it_with_a_rate_of_zero(
+@pytest.mark.parametrize("schedule", ["trapezoidal", "cosine"])
+def test_the_rate_of_a_run_with_a_deadline_follows_its_time(
+    schedule: Any, make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 1 s in three minutes; the first one compiles (60 s), and a pause takes 30 s. A second run begins anew."""
+    options = {"steps": None, "minutes": 3.0, "exits": (2,), "checkpoint_minutes": 10**6, "warmup_steps": 0}
+    model, now = make_tiny("llama", num_hidden_layers=3), 0.0
+    for number in (0, 1):
+        trainer = trainer_of(copy.deepcopy(model), corpus, tmp_path, **options, schedule=schedule)
+        assert trainer.resume() == bool(number)
+        step, began, begun_at = trainer.train_step, trainer.step, now
+        slow = {began: 60.0, began + 21: 30.0}
+
+        def timed(step: Callable[[], dict[int, float]] = step, trainer: Trainer = trainer, slow: Any = slow) -> Any:
+            nonlocal now
+            loss = step()
+            now += slow.get(trainer.step - 1, 1.0)
+            return loss
+
+        trainer.clock = lambda: now
+        monkeypatch.setattr(trainer, "train_step", timed)
+        reports: list[StepReport] = []
+        trainer.run(reports.append)
+        assert (trainer.step - began, now - begun_at) == (92, 180.0)
+        lines = [json.loads(line) for line in (trainer.work / METRICS).read_text().splitlines()][began:]
+        times = [0.0, *range(60, 81), *range(110, 180)]  # of the clock when a step begins
+        wanted = [
+            min(1.0, (1 - time / 180) / 0.4) if schedule == "trapezoidal" else (1 + math.cos(math.pi * time / 180)) / 2
+            for time in times
+        ]
+        assert [line["factor"] for line in lines] == pytest.approx(wanted, abs=1e-6)
+        assert [reports[20].done, reports[20].eta_s] == pytest.approx([80 / 180, 100.0])
+        assert reports[20].tokens_per_s == pytest.approx(2 * SEQ_LEN), "the first step compiles"
+        groups = [group for optimizer in trainer.optimizers[2] for group in optimizer.param_groups]
+        assert [group["lr"] / group["peak"] for group in groups] == pytest.approx([wanted[-1]] * len(groups))
+
+
+def test_a_run_that_goes_on_with_more_steps_has_their_rate(
     make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
 ) -> None:
-    now = 0.0
+    """One that was killed follows the plan of the new length; one that had ended begins again at the full rate."""
 
-    def clock() -> float:
-        nonlocal now
-        now += 2.0  # several readings a step: a step takes a few seconds of this clock
-        return now
+    def factors(steps: int, until: int) -> list[float]:
+        trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, steps=steps, exits=(2,), warmup_steps=0)
+        trainer.resume()
 
-    options = {"steps": None, "minutes": 10.0, "exits": (2,), "optimizer": "adamw", "checkpoint_minutes": 10**6}
-    trainer = trainer_of(make_tiny("llama", num_hidden_layers=3), corpus, tmp_path, **options)
-    trainer.clock = clock
-    trainer.run()
-    lines = [json.loads(line) for line in (trainer.work / METRICS).read_text().splitlines()]
-    factors = [line["factor"] for line in lines]
-    assert now == pytest.approx(600, rel=0.05)
-    assert max(factors) == 1.0
-    assert factors[-1] < 0.05
-    decaying = sum(factor < 1.0 for factor in factors[2:]) / len(factors)
-    assert 0.3 < decaying < 0.5  # the decay's share, 0.4
+        def stop(progress: StepReport) -> None:
+            if progress.step == until:
+                trainer.checkpoint()
+                raise KeyboardInterrupt
 
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.run(stop)
+        return [json.loads(line)["factor"] for line in (trainer.work / METRICS).read_text().splitlines()]
 
-def test_a_deadline_is_not_planned_by_the_first_step_which_compiles(
-    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {"steps": None, "minutes": 3.0, "exits": (2,), "checkpoint_minutes": 10**6}
-    trainer = trainer_of(make_tiny("llama", num_hidden_layers=3), corpus, tmp_path, **options)
-    now, step = 0.0, trainer.train_step
-
-    def slow() -> dict[int, float]:
-        nonlocal now
-        now += 1.0 if trainer.step else 60.0
-        return step()
-
-    trainer.clock = lambda: now
-    monkeypatch.setattr(trainer, "train_step", slow)
-    trainer.run()
-    assert (trainer.step, now) == (121, 180.0)
-    assert trainer.schedule.factor(trainer.step - 1) < 0.05
-
-
-def test_a_run_that_ended_at_its_deadline_begins_again_at_the_full_rate(
-    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its last steps were slower than the plan, which ends a few steps later."""
-
-    def trained(resume: bool) -> Trainer:
-        options = {"steps": None, "minutes": 1.0, "exits": (2,), "checkpoint_minutes": 10**6, "warmup_steps": 0}
-        trainer = trainer_of(make_tiny("llama", num_hidden_layers=3), corpus, tmp_path, **options)
-        now, step = 0.0, trainer.train_step
-
-        def slower() -> dict[int, float]:
-            nonlocal now
-            now += 1.0 if now < 42 else 1.5
-            return step()
-
-        assert trainer.resume() == resume
-        trainer.clock = lambda: now
-        monkeypatch.setattr(trainer, "train_step", slower)
-        trainer.run()
-        return trainer
-
-    first = trained(resume=False)
-    assert first.step < 60 and first.schedule.total == first.step
-    second = trained(resume=True)
-    factors = [json.loads(line)["factor"] for line in (second.work / METRICS).read_text().splitlines()]
-    assert factors[first.step : first.step + 20] == [1.0] * 20
+    assert factors(5, 4) == pytest.approx([1, 1, 1, 1])
+    assert factors(10, 99)[4:] == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25], abs=1e-6)
+    assert factors(15, 99)[10:] == pytest.approx([1, 1, 1, 1, 0.5], abs=1e-6)
+    assert len(factors(15, 99)) == 15, "it had ended"
 
 
 def test_nothing_is_dropped_at_random(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
@@ -444,7 +442,7 @@ def test_a_run_goes_on_after_the_rows_of_its_start_also_when_it_resumes(
         def counted() -> dict[int, float]:
             if trainer.step - begin == until:
                 raise KeyboardInterrupt
-            learned.extend(trainer.order.rows(trainer.order.places(trainer.step)).tolist())
+            learned.extend(trainer.order.rows(trainer.step).tolist())
             return train_step()
 
         trainer.train_step = counted  # type: ignore[method-assign]

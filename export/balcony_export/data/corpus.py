@@ -52,50 +52,30 @@ class Corpus:
 
 
 class Order:
-    """Order of the rows of a run: whole epochs in a seeded order, each row ``reuse`` times within a window of steps.
-
-    A run is a stream of rows, divided into windows. Each window is passed ``reuse`` times, in another order each time. So
-    anything costly that was computed for a row can be dropped at the end of its window.
+    """Order of the rows of a run: whole epochs, the later ones shuffled anew (the corpus is already shuffled).
 
     Args:
         count: Number of rows of the corpus.
         batch_rows: Rows per step.
-        reuse: Number of times that a row is learned from before the stream goes on.
-        window_steps: Steps of one pass of a window, if rows are reused.
-        seed: Seed of the later epochs (the corpus is already shuffled) and of the later passes of a window.
-        first: Number of rows that earlier runs have learned from; the stream begins after them.
+        seed: Seed of the later epochs.
+        first: Number of rows that earlier runs have learned from; the run begins after them.
     """
 
-    def __init__(self, count: int, batch_rows: int, reuse: int, window_steps: int, seed: int, first: int = 0) -> None:
-        self.count, self.batch_rows, self.reuse, self.seed, self.first = count, batch_rows, reuse, seed, first
-        self.window = batch_rows * (window_steps if reuse > 1 else 1)  # rows
+    def __init__(self, count: int, batch_rows: int, seed: int, first: int = 0) -> None:
+        self.count, self.batch_rows, self.seed, self.first = count, batch_rows, seed, first
 
-    def places(self, step: int) -> npt.NDArray[np.int64]:
-        """Places in the stream of the rows of a step, which are in one window  # (B,)"""
-        window, index = divmod(step * self.batch_rows, self.window * self.reuse)
-        again, index = divmod(index, self.window)
-        order = np.arange(self.window)
-        if again:
-            order = np.random.default_rng([self.seed, window, again]).permutation(self.window)
-        picked: npt.NDArray[np.int64] = window * self.window + order[index : index + self.batch_rows]
-        return picked
-
-    def turn(self, step: int) -> int:
-        """Number of earlier steps that learned from the rows of a step."""
-        return step * self.batch_rows // self.window % self.reuse
-
-    def seen(self, steps: int) -> int:
-        """Number of places in the stream that the first ``steps`` steps learned from."""
-        windows, rest = divmod(steps * self.batch_rows, self.window * self.reuse)
-        return windows * self.window + min(rest, self.window)
-
-    def rows(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Indices in the corpus of the rows at places of the stream  # (B,)"""
-        epochs, rows = np.divmod(places + self.first, self.count)
+    def rows(self, step: int) -> npt.NDArray[np.int64]:
+        """Indices in the corpus of the rows of a step  # (B,)"""
+        places = self.first + step * self.batch_rows + np.arange(self.batch_rows)
+        epochs, rows = np.divmod(places, self.count)
         for epoch in set(epochs.tolist()) - {0}:
             here = epochs == epoch
             rows[here] = np.random.default_rng([self.seed, epoch]).permutation(self.count)[rows[here]]
         return rows
+
+    def learned(self, steps: int) -> int:
+        """Number of rows, repeats counted, that this run and earlier ones have learned from after ``steps`` of its steps."""
+        return self.first + steps * self.batch_rows
 
 
 def build_corpus(

@@ -25,15 +25,13 @@ class TrainConfig:
 
     exits: tuple[int, ...]
     steps: int | None = None
-    minutes: float | None = None  # end after this time instead; the decay is re-planned during the run
+    minutes: float | None = None  # end after this time instead
     seq_len: int = 512
     batch_rows: int = 2  # per optimizer step; at equal tokens 2 are better than 4 (KL 6.6 and 7.4 at 0.15M tokens)
     micro_rows: int = 2  # rows per pass; if fewer than batch_rows, gradients accumulate
     # per row in the loss; 0: all, which at equal tokens has 4 % less KL than 256, 11 % less than 128
     positions: int = 0
     vocabulary: int = 8192  # tokens that a step compares (see `VocabularySample`); 0: all
-    reuse: int = 1  # steps that learn from one pass of the backbone
-    window_steps: int = 64  # steps whose states are kept for reuse (2.4 MB a row for the demo model)
     optimizer: OptimizerKind = "muon"
     rate: float = 6e-3
     vector_rate: float = 3e-3  # learning rate of all that is no matrix: norms, convolutions, experts (three axes)
@@ -61,11 +59,7 @@ class TrainConfig:
         """Raise InputError for values that are out of range or exclude each other."""
         if (self.steps is None) == (self.minutes is None):
             raise InputError("--steps (or --tokens) and --minutes: a run needs exactly one of them: give one")
-        if self.minutes is not None and self.schedule == "cosine":
-            raise InputError(
-                "--minutes with --schedule cosine: a cosine needs the number of steps in advance: use trapezoidal"
-            )
-        for name in ("seq_len", "batch_rows", "micro_rows", "reuse", "window_steps", "evaluate_every"):
+        for name in ("seq_len", "batch_rows", "micro_rows", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: must be 1 or more")
         if self.steps is not None and self.steps < 1:

@@ -1,6 +1,6 @@
 """Positions of a row that count in the loss of a distillation.
 
-Owns the choice: no padding, no attention sink, and if a recipe samples, other positions when a window uses a row again.
+Owns the choice: no padding, no attention sink, and if a recipe samples, positions that follow from a seed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ MASSIVE = 20.0
 
 
 def pick_positions(
-    rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int, positions: int, loss: LossKind
+    rows: Rows, states: torch.Tensor, seeds: list[list[int]], positions: int, loss: LossKind
 ) -> torch.Tensor:
     """Flat indices of the positions in the loss: no padding, no massive activation at any exit, sampled  # (n,)
 
     Args:
         rows: The rows  # (B, T)
         states: Their states at the exits, and the final normed ones  # (exits + 1, B, T, D)
-        seeds: Seed of each row's order of positions. Each use of a row takes the next positions of that order.
-        again: Number of earlier uses of the rows.
+        seeds: Seed of each row's sample.
         positions: Number of positions per row; 0 for all.
         loss: Kind of the loss.
     """
@@ -44,7 +43,5 @@ def pick_positions(
         return valid.flatten().nonzero()[:, 0]
     draws = np.stack([np.random.default_rng(seed).random(seq_len) for seed in seeds])
     order = torch.from_numpy(draws).masked_fill(~valid, 2.0).argsort(dim=1)  # (B, T), valid positions first
-    turn = again * positions + torch.arange(positions)[None]  # (1, P)
-    picked = order.gather(1, turn % valid.sum(dim=1, keepdim=True).clamp(min=1))  # (B, P)
-    kept = torch.zeros_like(valid).scatter_(1, picked, True) & valid
+    kept = torch.zeros_like(valid).scatter_(1, order[:, :positions], True) & valid
     return kept.flatten().nonzero()[:, 0]

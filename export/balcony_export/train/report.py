@@ -25,7 +25,7 @@ class StepReport:
 
     Attributes:
         step: Number of steps done.
-        total: Number of planned steps.
+        done: Share of the run that is over, 0 to 1.
         loss: Exit layer → loss of this step.
         held_out: Exit layer → KL on the held-out rows, if it was measured after this step.
         tokens_per_s: Speed of the last steps.
@@ -33,7 +33,7 @@ class StepReport:
     """
 
     step: int
-    total: int
+    done: float
     loss: dict[int, float]
     held_out: dict[int, float] | None
     tokens_per_s: float

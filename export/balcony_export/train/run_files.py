@@ -35,7 +35,7 @@ def save_run(
     optimizers: dict[int, list[torch.optim.Optimizer]],
     state: dict[str, Any],
 ) -> None:
-    """Write the run's state; ``state`` has everything that is not a tensor (step, schedule, best loss, configuration)."""
+    """Write the run's state; ``state`` has everything that is not a tensor (step, best loss, configuration)."""
     tensors: dict[str, torch.Tensor] = {}
     for exit_layer, balcony in balconies.items():
         for name, value in balcony.state_dict().items():

@@ -1,14 +1,14 @@
-"""Learning rate over steps, and optimizers.
+"""Learning rate over a run, and optimizers.
 
-Owns the schedule, a pure function of the step with one exception: a run that must end at a given time re-plans its last step
-on the way. The plan is part of a checkpoint, so that a resumed run repeats the same rates.
+Owns the shape of the rate, a pure function of the step and of the share of the run that is over. What that share is, of steps
+or of minutes, is the trainer's business.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,76 +16,34 @@ from torch import nn
 
 ScheduleKind = Literal["trapezoidal", "cosine"]
 OptimizerKind = Literal["muon", "adamw"]
-#: Steps whose mean time predicts the rest of a run, and the multiple of that mean above which a step was a pause: a process
-#: that was stopped for a while.
-WINDOW_STEPS, PAUSE = 200, 60.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then cosine or trapezoidal decay to zero at ``total`` steps.
+    """A warm-up, then a cosine to zero, or a constant rate (trapezoidal) and a line to zero.
 
-    Trapezoidal: constant until ``decay_start``, then linear. ``replan`` moves the end. Before the decay has begun, that also
-    moves its start; later, the line continues from the current factor.
+    Attributes:
+        kind: See above.
+        warmup: Steps of the warm-up, a line.
+        decay_share: Share of the run in which the rate falls (trapezoidal).
     """
 
     kind: ScheduleKind
     warmup: int
-    total: int
     decay_share: float
-    decay_start: int = -1  # -1: follows from total
-    decay_from: float = 1.0  # factor at decay_start
-    begin: int = 0  # step at which a run that had ended began again
 
-    def factor(self, step: int) -> float:
-        """Fraction of the peak rate at ``step``, counted from 0."""
-        warm = self._warm(step)
-        if self.kind == "cosine":
-            done = (step - self.begin) / (self.total - self.begin)
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        start = self._start()
-        if step < start:
-            return warm
-        return warm * self.decay_from * max(0.0, (self.total - step) / max(1, self.total - start))
+    def factor(self, step: int, done: float) -> float:
+        """Fraction of the peak rate.
 
-    def replan(self, step: int, total: int) -> None:
-        """Let the run end after ``total`` steps; ``step`` is the next.
-
-        A plan may end a step or two before the time does: these go on at the rate of the last one.
+        Args:
+            step: Number of steps done.
+            done: Share of the run that is over, 0 to 1.
         """
-        total = max(total, step + 1)
-        if self.kind == "trapezoidal" and step > self._start():
-            last = min(step, self.total - 1)
-            self.decay_from, self.decay_start = self.factor(last) / self._warm(last), step
-        elif self.kind == "trapezoidal" and step >= self._usual_start(total):
-            self.decay_start = step
-        self.total = total
-
-    def restart(self, step: int, total: int) -> None:
-        """Let a run that had ended begin again at ``step``, at the full rate."""
-        self.begin, self.decay_from, self.decay_start, self.total = step, 1.0, -1, max(total, step + 1)
-
-    def state(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def _warm(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-
-    def _start(self) -> int:
-        return self.decay_start if self.decay_start >= 0 else self._usual_start(self.total)
-
-    def _usual_start(self, total: int) -> int:
-        return self.begin + math.ceil((total - self.begin) * (1 - self.decay_share))
-
-
-def windowed(window: list[tuple[float, int]], now_s: float, step: int) -> list[tuple[float, int]]:
-    """The last pairs of (time, step), with a new one. A pause counts as a usual step: it must not begin the decay early."""
-    (first_s, first), (last_s, last) = window[0], window[-1]
-    usual_s = (last_s - first_s) / max(1, last - first)
-    pause_s = now_s - last_s - usual_s
-    if usual_s > 0 and pause_s > PAUSE * usual_s:
-        window = [(time_s + pause_s, at) for time_s, at in window]
-    return [*window[-WINDOW_STEPS:], (now_s, step)]
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.kind == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * done))
+        left = 1 - done
+        return warm * (left / self.decay_share if left < self.decay_share else 1.0)
 
 
 def make_optimizers(

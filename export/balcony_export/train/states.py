@@ -1,8 +1,7 @@
 """States of the frozen backbone: one pass gives the input of every balcony and the target of the loss.
 
-Owns which model the target is taken from, the backbone or a teacher that runs next to it, and how long states are kept: in
-memory while rows are reused, and in a cache on disk that saves the pass when a row comes again in a later epoch. Both models
-are frozen, so a state never goes stale.
+Owns which model the target is taken from, the backbone or a teacher that runs next to it, and a cache on disk that saves the
+pass when a row comes again in a later epoch. Both models are frozen, so a state never goes stale.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError
-from balcony_export.data.corpus import Order
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.loss import Head
 
@@ -54,7 +52,6 @@ class BackboneStates:
         exits: The frozen model with its balconies, in the precision of its passes.
         full: The model that the exits learn from, see :func:`full_model`.
         rows: Tokens of the training rows  # (R, T)
-        micro_rows: Rows per pass.
 
     Attributes:
         cache: Keeps states between epochs; None without one.
@@ -62,9 +59,8 @@ class BackboneStates:
 
     cache: StateCache | None = None
 
-    def __init__(self, exits: ExitModel, full: ExitModel, rows: npt.NDArray[np.int32], micro_rows: int) -> None:
-        self.exits, self.full, self.rows, self.micro_rows = exits, full, rows, micro_rows
-        self._kept: dict[int, torch.Tensor] = {}  # place in the stream of rows -> states  # (exits + 1, T, D)
+    def __init__(self, exits: ExitModel, full: ExitModel, rows: npt.NDArray[np.int32]) -> None:
+        self.exits, self.full, self.rows = exits, full, rows
 
     @torch.no_grad()
     def of(self, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
@@ -75,23 +71,7 @@ class BackboneStates:
         last = states if full is exits else full.run(ids, (full.depth,))
         return torch.stack([*(states.at[e] for e in exits.balconies), full.normed(full.depth, last)])
 
-    def at(self, places: npt.NDArray[np.int64], order: Order) -> torch.Tensor:
-        """States of the training rows at some places of the stream, all of one window  # (exits + 1, B, T, D)
-
-        A pass always runs the same ``micro_rows`` neighbours together, so that a resumed run gets the same bits as the run
-        that was killed. States are kept until their window is over.
-        """
-        window = places[0] // order.window
-        self._kept = {place: kept for place, kept in self._kept.items() if place // order.window == window}
-        for place in places.tolist():
-            if place not in self._kept:
-                first = place - place % self.micro_rows
-                rows = order.rows(np.arange(first, first + self.micro_rows))
-                for index, states in enumerate(self._of_rows(rows).unbind(1)):
-                    self._kept[first + index] = states
-        return torch.stack([self._kept[place] for place in places.tolist()], dim=1)
-
-    def _of_rows(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    def at(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """States of training rows, from the cache or through the backbone  # (exits + 1, B, T, D)"""
         if self.cache is not None and (cached := self.cache.get(rows)) is not None:
             return cached.to(self.exits.parts.embed.weight.device)

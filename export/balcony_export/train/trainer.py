@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -40,12 +41,14 @@ from balcony_export.train.parallel import Processes
 from balcony_export.train.positions import pick_positions
 from balcony_export.train.report import StepReport
 from balcony_export.train.run_files import CHECKPOINT, load_run, read_state, run_directory, save_run, trim_metrics
-from balcony_export.train.schedule import Schedule, make_optimizers, set_rate, windowed
+from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
 from balcony_export.train.states import BackboneStates, StateCache, full_model, head_of
 
 METRICS = "metrics.jsonl"
 #: Rows on which the full model's most probable tokens are ranked: 8,192 positions rank the first 4,096 well.
 _RANKING_ROWS = 16
+#: Steps whose mean time is the run's speed.
+_SPEED_STEPS = 200
 
 
 class Judged(NamedTuple):
@@ -103,11 +106,6 @@ class Trainer:
                 f"{self.processes.count} processes with {passes} passes a step: the number of passes (rows a step / rows a "
                 "pass) must be a multiple of the number of processes, and --minutes is only for one process"
             )
-        if self.processes.sharded and config.reuse > 1:
-            raise InputError(
-                f"--reuse {config.reuse} with a sharded backbone: all processes make each pass together, but reused rows need "
-                "different passes in each process: leave one of the two out"
-            )
         if self.processes.count > 1 and config.cache_gb:
             raise InputError(
                 f"{self.processes.count} processes with --cache-gb: the cache works for one process only: leave it out"
@@ -151,19 +149,19 @@ class Trainer:
                 balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay
             )
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
-        self.schedule = Schedule(config.schedule, config.warmup_steps, config.steps or 10**9, config.decay_share)
+        self.schedule = Schedule(config.schedule, config.warmup_steps, config.decay_share)
         self.order = self._order(start.rows_seen if start else 0)
         self.step, self.wall_s = 0, 0.0  # wall_s: spent training, resumed parts included
+        self.begun, self.begun_s = 0, 0.0  # step, and time of the clock, at which the rate's plan began
         self.best: dict[int, tuple[float, float]] = {}  # exit -> held-out KL and agreement of the written balcony
-        self.states = BackboneStates(self.exits, self.full, corpus.train.tokens, config.micro_rows)
+        self.states = BackboneStates(self.exits, self.full, corpus.train.tokens)
         self._held_out: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.sample = self._vocabulary_sample()
 
     # -- data
 
     def _order(self, first_row: int) -> Order:
-        config, rows = self.config, len(self.corpus.train.tokens)
-        return Order(rows, config.batch_rows, config.reuse, config.window_steps, config.seed, first_row)
+        return Order(len(self.corpus.train.tokens), self.config.batch_rows, self.config.seed, first_row)
 
     def _vocabulary_sample(self) -> VocabularySample | None:
         """Sampler of a step's vocabulary, ranked on the first rows of the corpus; None to compare the whole vocabulary."""
@@ -181,7 +179,7 @@ class Trainer:
         """Part of the vocabulary that this step compares, the same in all of its passes and processes."""
         if self.sample is None:
             return None
-        text = self.corpus.train.tokens[self.order.rows(self.order.places(self.step))]
+        text = self.corpus.train.tokens[self.order.rows(self.step)]
         return self.sample.draw(self.head.whole, torch.from_numpy(text).long().flatten(), [self.config.seed, self.step])
 
     def _open_cache(self) -> StateCache | None:
@@ -192,9 +190,9 @@ class Trainer:
         dtype = self._held_out_states()[0][0].dtype  # some backbones keep their residual sum in float32
         return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, dtype, key)
 
-    def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]], again: int = 0) -> torch.Tensor:
+    def positions_of(self, rows: Rows, states: torch.Tensor, seeds: list[list[int]]) -> torch.Tensor:
         """Flat indices of the positions in the loss: see :func:`pick_positions`  # (n,)"""
-        return pick_positions(rows, states, seeds, again, self.config.positions, self.config.loss).to(self.device)
+        return pick_positions(rows, states, seeds, self.config.positions, self.config.loss).to(self.device)
 
     # -- one step
 
@@ -206,16 +204,17 @@ class Trainer:
     def train_step(self) -> dict[int, float]:
         """One optimizer step of every exit; returns the loss of each exit."""
         config = self.config
-        chunks = np.split(self.order.places(self.step), config.batch_rows // config.micro_rows)
+        train, rows = self.corpus.train, self.order.rows(self.step)
+        chunks = np.split(np.arange(config.batch_rows), config.batch_rows // config.micro_rows)
         # loss per exit, then number of positions
         sums = torch.zeros(len(config.exits) + 1, dtype=torch.float64, device=self.device)
         part = self._part()
         for number in self.processes.share(len(chunks)):
-            states = self.states.at(chunks[number], self.order)
-            rows = self.order.rows(chunks[number])
-            picked = Rows(self.corpus.train.tokens[rows], self.corpus.train.lengths[rows])
-            seeds = [[config.seed, place] for place in chunks[number].tolist()]
-            where = self.positions_of(picked, states, seeds, self.order.turn(self.step))
+            which = rows[chunks[number]]
+            states, picked = self.states.at(which), Rows(train.tokens[which], train.lengths[which])
+            where = self.positions_of(
+                picked, states, [[config.seed, self.step, index] for index in chunks[number].tolist()]
+            )
             sums[-1] += len(where)
             full = states[-1].flatten(0, 1)[where]
             students = [
@@ -230,7 +229,7 @@ class Trainer:
         *kls, counted = sums.tolist()
         counted = max(counted, 1.0)
         losses = {exit_layer: kl / counted for exit_layer, kl in zip(config.exits, kls, strict=True)}
-        factor = self.schedule.factor(self.step)
+        factor = self.schedule.factor(self.step, self.done)
         for exit_layer, balcony in self.balconies.items():
             self._require_finite(exit_layer, losses[exit_layer])
             gradients = self.processes.gradients(balcony)
@@ -309,6 +308,14 @@ class Trainer:
     # -- the run
 
     @property
+    def done(self) -> float:
+        """Share of the run that is over, of its steps or of its minutes, 0 to 1."""
+        if self.config.steps is not None:
+            return (self.step - self.begun) / (self.config.steps - self.begun)
+        assert self.config.minutes is not None
+        return min(1.0, (self.clock() - self.begun_s) / (60 * self.config.minutes))
+
+    @property
     def tokens(self) -> int:
         """Tokens that the run has seen, with repeats."""
         return self.step * self.config.batch_rows * self.config.seq_len
@@ -329,6 +336,7 @@ class Trainer:
         differing += ["base model"] if state["base"] != self.base_facts else []
         differing += ["teacher"] if state.get("teacher") != self.teacher_facts else []
         differing += ["data"] if state["corpus"] != self.corpus.digest else []
+        differing += [] if "begun" in state else ["version of balcony-edge"]
         if differing:
             raise TrainingError(
                 f"{self.work}: its checkpoint was made with another {', '.join(differing)}: "
@@ -339,15 +347,12 @@ class Trainer:
         self.order = self._order(state["first_row"])
         # without balconies that a killed run has half replaced: the next checkpoint writes them again
         self.best = {int(e): (kl, hits) for e, (kl, hits) in state["best"].items() if is_whole(self.output, int(e))}
-        planned = Schedule(**state["schedule"])
-        if self.config.steps is not None and self.config.steps <= self.step and self.config.steps != planned.total:
-            raise InputError(
-                f"{self.config.steps} steps (--steps or --tokens): {self.step} are already done: give more"
-            )
-        if self.config.steps != planned.total:
-            go_on = planned.restart if self.step >= planned.total else planned.replan
-            go_on(self.step, self.config.steps or 10**9)  # with a deadline the plan changes during the run
-        self.schedule = planned
+        steps, planned = self.config.steps, state["steps"]
+        if steps is not None and steps <= self.step and steps != planned:
+            raise InputError(f"{steps} steps (--steps or --tokens): {self.step} are already done: give more")
+        # a run that ended, at its last step or at its time, begins again at the full rate
+        ended = planned is None or (steps != planned and self.step >= planned)
+        self.begun = self.step if ended else state["begun"]
         return True
 
     def checkpoint(self, judged: dict[int, Judged] | None = None) -> None:
@@ -362,7 +367,8 @@ class Trainer:
             "step": self.step,
             "wall_s": self.wall_s,
             "best": self.best,
-            "schedule": self.schedule.state(),
+            "steps": self.config.steps,
+            "begun": self.begun,
             "recipe": self.config.recipe(),
             "base": self.base_facts,
             "teacher": self.teacher_facts,
@@ -397,12 +403,12 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "corpus_tokens": self.corpus.train.num_tokens,
-            "epochs": round(self.order.seen(self.step) / len(self.corpus.train.tokens), 3),
+            "epochs": round(self.step * self.config.batch_rows / len(self.corpus.train.tokens), 3),
             "held_out_kl": round(held_out[0], 4),
             "held_out_agreement": round(held_out[1], 4),
             "data": self.corpus.sources,
             "corpus": self.corpus.digest,
-            "rows": self.order.first + self.order.seen(self.step),  # of the corpus; a next run begins after them
+            "rows": self.order.learned(self.step),  # of the corpus; a next run begins after them
         }
 
     def run(self, report: Callable[[StepReport], None] = lambda progress: None) -> None:
@@ -426,34 +432,27 @@ class Trainer:
             # now, to refuse rows that cannot be judged, and because several processes must do this at the same time
             self._held_out_states()
             self._begin()
-            started = last_checkpoint = self.clock()
-            deadline = None if self.config.minutes is None else started + 60 * self.config.minutes
-            window: list[tuple[float, int]] = [(started, self.step)]
+            self.begun_s = last_checkpoint = self.clock()
+            ends: deque[float] = deque([self.begun_s], maxlen=_SPEED_STEPS)
             judged: dict[int, Judged] | None = None
-            while self.step < self.schedule.total if deadline is None else self.clock() < deadline:
-                factor = self.schedule.factor(self.step)  # a new plan, below, is for later steps
+            while (done := self.done) < 1:
                 loss = self.train_step()
-                now = self.clock()
-                self.wall_s = before + now - started
-                window = windowed(window, now, self.step)
+                ends.append(now := self.clock())
+                self.wall_s = before + now - self.begun_s
                 if self.step == first + 2:
-                    window = window[1:]  # the first step compiles the loss
-                per_step_s = (now - window[0][0]) / max(1, self.step - window[0][1])
+                    ends.popleft()  # the first step compiles the loss
+                per_step_s = (now - ends[0]) / (len(ends) - 1)
                 due = now - last_checkpoint >= 60 * self.config.checkpoint_minutes
                 judged = self.judged() if self.step % self.config.evaluate_every == 0 else None
                 held_out = None if judged is None else {e: one.kl for e, one in judged.items()}
-                if deadline is not None and (self.step - first in (5, 10) or (self.step - first) % 20 == 0):
-                    self.schedule.replan(self.step, self.step + int((deadline - self.clock()) / per_step_s))
                 tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
-                left_s = (self.schedule.total - self.step) * per_step_s if deadline is None else deadline - self.clock()
-                progress = StepReport(self.step, self.schedule.total, loss, held_out, tokens_per_s, left_s)
+                progress = StepReport(self.step, self.done, loss, held_out, tokens_per_s, self._left_s(per_step_s))
                 if self.processes.writes:
-                    self._log(progress, factor)
+                    self._log(progress, self.schedule.factor(self.step - 1, done))
                     report(progress)
                 if due or judged:  # after the metrics, which a resumed run cuts off at the checkpoint
                     self.checkpoint(judged)
                     last_checkpoint = self.clock()
-            self.schedule.total = min(self.schedule.total, self.step)  # the time is over, whatever the last plan was
             self.checkpoint(judged or self.judged())
         except OSError as error:
             what = f"writing failed ({error.strerror or error}): {self._kept()}: free space, then {self._again()}"
@@ -462,6 +461,13 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             raise self._out_of_memory() from error
+
+    def _left_s(self, per_step_s: float) -> float:
+        """Time to the end of the run, seconds."""
+        if self.config.steps is not None:
+            return (self.config.steps - self.step) * per_step_s
+        assert self.config.minutes is not None
+        return max(0.0, self.begun_s + 60 * self.config.minutes - self.clock())
 
     def _require_finite(self, exit_layer: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -478,10 +484,9 @@ class Trainer:
 
     def _out_of_memory(self) -> TrainingError:
         config = self.config
-        again = "a new run may use a smaller --seq-len" + (" or --window-steps" if config.reuse > 1 else "")
         return TrainingError(
             f"step {self.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: {self._kept()}: "
-            f"lower --micro-rows and {self._again()}; {again}"
+            f"lower --micro-rows and {self._again()}; a new run may use a smaller --seq-len"
         )
 
     def _log(self, progress: StepReport, factor: float) -> None:

@@ -17,6 +17,7 @@ from balcony_export.data.corpus import Corpus, Order, Rows
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.loss import HeadLoss, VocabularySample
 from balcony_export.train.positions import pick_positions
+from balcony_export.train.schedule import Schedule
 from balcony_export.train.states import full_model, head_of
 
 #: Peak learning rate for a model of 135M parameters that was pretrained.
@@ -78,23 +79,23 @@ def tune(
     full_model(exits, teacher.model)
     head = HeadLoss(head_of(exits), head_of(teacher), dtype=torch.float32, compiled=False)
     rows = corpus.train
-    order = Order(len(rows.tokens), batch_rows, 1, 1, seed, 0)
+    order = Order(len(rows.tokens), batch_rows, seed)
     exits.model.requires_grad_(False)
     trained = [*exits.parts.layers.parameters(), *exits.parts.norm.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=_BETAS, weight_decay=0.0)
     sample: VocabularySample | None = None
-    warmup = max(1, int(_WARMUP_SHARE * steps))
+    schedule = Schedule("trapezoidal", int(_WARMUP_SHARE * steps), decay_share=1.0)
     losses: list[float] = []
     for step in range(steps):
-        which = order.rows(order.places(step))
+        which = order.rows(step)
         batch = Rows(rows.tokens[which], rows.lengths[which])
         tokens = torch.from_numpy(batch.tokens).long()
         with torch.no_grad():
             wanted = teacher.normed(teacher.depth, teacher.run(tokens, (teacher.depth,)))  # (B, T, D)
         got = exits.normed(exits.depth, exits.run(tokens, (exits.depth,)))
-        where = pick_positions(batch, torch.stack([wanted, wanted]), [], 0, 0, "kl")
+        where = pick_positions(batch, torch.stack([wanted, wanted]), [], 0, "kl")
         full = wanted.flatten(0, 1)[where]
         if sample is None and 0 < vocabulary < len(head.whole.weight):
             sample = VocabularySample(vocabulary, head.ranking(full))
@@ -108,7 +109,7 @@ def tune(
                 parameter.grad.div_(len(where))
         torch.nn.utils.clip_grad_norm_(trained, _CLIP)
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / warmup) * (1 - step / steps)
+            group["lr"] = rate * schedule.factor(step, step / steps)
         optimizer.step()
         optimizer.zero_grad()
         report(step + 1, losses[-1])
