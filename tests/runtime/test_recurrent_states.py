@@ -83,11 +83,24 @@ def test_a_state_is_that_of_a_run_from_scratch(actions: list[tuple[str, int]], c
 
 def test_a_rollback_runs_about_as_many_rows_again_as_it_takes_back() -> None:
     for distance in (0, 1, 5, 63, 100, 500, 1500):
-        layer = Layer()
-        for _ in range(2000):
-            layer.run([1])
-        # the last two states are kept; below them, a copy every SPACING rows, thinned out with the distance
-        assert layer.rollback(2000 - distance) <= (0 if distance <= 1 else max(distance, SPACING)), distance
+        for marked in ((), (130,), (1930, 1999)):
+            layer = Layer()
+            for _ in range(2000):
+                layer.run([1])
+                if len(layer.rows) in marked:  # the end of a prompt
+                    layer.states.copy(len(layer.rows))
+            # the last two states are kept; below them, a copy every SPACING rows, thinned out with the distance
+            again = layer.rollback(2000 - distance)
+            assert again <= (0 if distance <= 1 else max(distance, SPACING - 1)), (distance, marked)
+
+
+def test_copies_are_spaced_from_the_mark_before_them() -> None:
+    """A mark at 130 once left no copy up to 256, and going back by 3 rows from 257 ran 124 again."""
+    layer = Layer()
+    layer.run([1] * 130)
+    for _ in range(127):
+        layer.run([1])
+    assert layer.rollback(254) == 254 - 194
 
 
 def test_a_marked_state_makes_a_rollback_free() -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from balcony_edge.bundle.manifest import GraphSpec, is_state
 
-#: Rows between two copies that decode steps make; passes of as many rows or more end with a copy.
+#: Rows after the newest copy that make another one; passes of as many rows or more end with a copy.
 SPACING = 64
 #: Most copies of one graph, and most bytes that the copies of all graphs of a sequence may take.
 MOST_COPIES, COPY_BYTES = 8, 256 << 20
@@ -65,9 +65,9 @@ class RecurrentStates:
 
     def end(self, side: int, rows: int) -> None:
         """End the pass that read ``side``: the other side stands for ``rows`` rows now."""
-        before, self._rows[1 - side] = self._rows[side], rows
-        # A copy of the last rows is as good, and a new one could push it out: a round of drafts goes back to it.
-        if rows // SPACING > before // SPACING and not any(there > rows - SPACING for there in self._copies):
+        self._rows[1 - side] = rows
+        # Not sooner after a copy that was asked for: a new one could push it out, and a round of drafts goes back to it.
+        if rows - max(self._copies, default=0) >= SPACING:
             self.copy(rows)
 
     def copy(self, rows: int) -> None:
