@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,11 +173,15 @@ def train(
     if resume and trainer.resume():
         stderr.print(f"continuing from step {trainer.step}")
     before = {} if trainer.step else {e: kl for e, (kl, _) in trainer.evaluate().items()}
-    if not trainer.processes.writes:
-        trainer.run()
-        return
-    with _progress_bar(trainer) as report:
-        trainer.run(report)
+    with _saved_at_interrupts(trainer):
+        if not trainer.processes.writes:
+            trainer.run()
+            return
+        with _progress_bar(trainer) as report:
+            trainer.run(report)
+    if trainer.stopped:
+        stderr.print(f"{trainer.work}: step {trainer.step} is saved: continue with --resume", markup=False)
+        raise typer.Exit(130)
     _finish(trainer, model, pretraining_tokens, before, as_json)
 
 
@@ -268,6 +273,23 @@ def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | N
     refuse_given(context, options, ": the balconies that --start names have their own")
     digest, kind = digest_and_kind(start)
     return f"balconies {digest[:16]}", kind
+
+
+@contextmanager
+def _saved_at_interrupts(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run after its step, which is saved; a second one ends it at once."""
+
+    def interrupt(*_: object) -> None:
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        trainer.interrupted = True
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

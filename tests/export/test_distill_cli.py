@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typer.testing import CliRunner
 
 from balcony_edge.cli import app
 from balcony_edge.errors import BalconyError, InputError, TrainingError, UnsupportedModelError
+from balcony_export.train.report import StepReport
+from balcony_export.train.trainer import Trainer
 
 RECIPE = ("--seq-len", "24", "--held-out-rows", "4", "--json", "--positions", "8", "--no-compile")
 
@@ -61,6 +64,42 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     shutil.rmtree(out / "run")
     (tmp_path / "run").rename(out / "run")
     assert trained(*command, "--steps", "4", "--start", str(out), "--resume")["steps"] == 4
+
+
+def test_an_interrupt_saves_the_step(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C and SIGTERM, such as `timeout` sends; handlers are as before afterwards."""
+    command = [
+        "train",
+        str(tiny_checkpoint),
+        "--exits",
+        "2",
+        "--data",
+        str(text_file),
+        "-o",
+        str(tmp_path),
+        "--steps",
+        "40",
+    ]
+    run, handlers = Trainer.run, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, resume in ((signal.SIGINT, []), (signal.SIGTERM, ["--resume"])):
+
+        def interrupted(self: Trainer, report: Callable[[StepReport], None], number: int = number) -> None:
+            def then(progress: StepReport) -> None:
+                report(progress)
+                if progress.step in (5, 11):
+                    signal.raise_signal(number)
+
+            run(self, then)
+
+        monkeypatch.setattr(Trainer, "run", interrupted)
+        ended = CliRunner().invoke(app, [*command, *RECIPE, *resume])
+        assert ended.exit_code == 130 and not ended.stdout
+        assert f"step {12 if resume else 6} is saved: continue with --resume" in " ".join(ended.stderr.split())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    monkeypatch.setattr(Trainer, "run", run)
+    assert trained(tiny_checkpoint, "2", text_file, tmp_path, "--steps", "40", "--resume")["steps"] == 40
 
 
 def test_exits_are_added_one_at_a_time(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

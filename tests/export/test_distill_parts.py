@@ -26,6 +26,7 @@ from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.report import TrainingCost, pretraining_tokens
 from balcony_export.train.schedule import OptimizerKind, Schedule, make_optimizers, set_rate
+from benchmarks.paper.training_cost import SETTINGS, gflop_per_token
 from tests.export.distilling import SEQ_LEN
 
 
@@ -440,3 +441,16 @@ def test_a_process_without_positions_gives_zeros_where_others_wait_for_it() -> N
     several.count = 2
     assert [gradient.abs().sum().item() for gradient in several.gradients(one)] == [0.0, 0.0]
     assert one.weight.grad is not None and several.gradients(one)[0] is one.weight.grad
+
+
+def test_the_cost_of_a_run_is_counted_from_its_shapes() -> None:
+    """Products and full-square attention of SmolLM2-135M, by hand; a backward pass is twice a forward pass."""
+    setting = SETTINGS["SmolLM2-135M, our recipe"]
+    width, inner, keys, row = 576, 1536, 192, 512
+    attention = 4 * row * width  # scores and their products with the values
+    products = 2 * width * (2 * width + 2 * keys + 3 * inner)
+    found = gflop_per_token(setting)
+    assert found["backbone"] == pytest.approx(30 * (products + attention) / 1e9)
+    assert found["balconies"] == pytest.approx(3 * 3 * (products + attention) / 1e9)
+    assert found["heads"] == pytest.approx((1 + 2 * 3) * 2 * width * 8192 / 1e9)
+    assert 0.1 < found["optimizer"] < 0.2

@@ -26,7 +26,7 @@ from balcony_export.model.balcony_files import load_balconies, rows_seen
 from balcony_export.train import trainer as trainer_module
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.report import StepReport
-from balcony_export.train.run_files import read_state
+from balcony_export.train.run_files import log_step, read_state
 from balcony_export.train.trainer import METRICS, Start, Trainer
 from tests.command import unmeasured
 from tests.export.distilling import SEQ_LEN, losses_of, trainer_of
@@ -137,6 +137,26 @@ def test_a_killed_run_goes_on_with_the_same_curve(
         for name, value in whole.balconies[exit_layer].state_dict().items():
             assert torch.equal(value, resumed.balconies[exit_layer].state_dict()[name])
             assert torch.equal(whole.averages[exit_layer][name], resumed.averages[exit_layer][name])
+
+
+def test_an_interrupted_run_saves_its_step_and_goes_on_with_the_same_curve(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    """As in pieces of ten minutes: three of them make the run of one, bit for bit."""
+    whole = trainer_of(make_tiny("llama"), corpus, tmp_path / "whole")
+    whole.run()
+    for piece, last in enumerate((4, 9, 12)):
+        trainer = trainer_of(make_tiny("llama"), corpus, tmp_path / "pieces")
+        assert trainer.resume() == bool(piece)
+
+        def interrupt(progress: StepReport, trainer: Trainer = trainer, last: int = last) -> None:
+            trainer.interrupted = last < 12 and progress.step == last - 1  # seen by the next step
+
+        trainer.run(interrupt)
+        assert (trainer.step, trainer.stopped) == (last, last < 12)
+    assert losses_of(trainer) == losses_of(whole)
+    for name in ("balcony_2.safetensors", "balcony_3.safetensors"):
+        assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_resumed_run_must_be_the_same_run(
@@ -277,7 +297,8 @@ def test_a_run_that_left_no_checkpoint_leaves_no_curve(
 ) -> None:
     killed = trainer_of(make_tiny("llama"), corpus, tmp_path)
     killed.work.mkdir(parents=True)
-    killed._log(StepReport(1, 1 / 12, killed.train_step(), None, 0.0, 0.0), 1.0)
+    progress = StepReport(1, 1 / 12, killed.train_step(), None, 0.0, 0.0)
+    log_step(killed.work / METRICS, progress, tokens=48, factor=1.0, wall_s=0.0)
     again = trainer_of(make_tiny("llama"), corpus, tmp_path)
     again.run()
     assert [json.loads(line)["step"] for line in (again.work / METRICS).read_text().splitlines()] == list(range(12))

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: everything that the next step depends on, in one file.
+"""Files of a training run: its checkpoint, everything that the next step depends on, and its metrics, a line a step.
 
-Owns the file: safetensors (nothing is pickled) with the counters as JSON in its metadata. It is written under a temporary name
-and renamed, so that a kill -9 at any moment leaves the last good file. Randomness in a run follows from seed and step, so
-no generator state is needed.
+The checkpoint is one file, safetensors (nothing is pickled) with the counters as JSON in its metadata. It is written under a
+temporary name and renamed, so that a kill -9 at any moment leaves the last good file. Randomness in a run follows from seed
+and step, so no generator state is needed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import save
 from balcony_edge.errors import TrainingError
 from balcony_export.model.balcony import Balcony
 from balcony_export.model.balcony_files import write_file
+from balcony_export.train.report import StepReport
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -90,6 +91,30 @@ def load_run(
             document = optimizer.state_dict()
             document["state"] = slots.get((exit_layer, index), {})
             optimizer.load_state_dict(document)
+
+
+def log_step(path: Path, progress: StepReport, *, tokens: int, factor: float, wall_s: float) -> None:
+    """Add a line to the metrics.
+
+    Args:
+        path: The metrics file.
+        progress: The step.
+        tokens: Tokens that the run has seen, with repeats.
+        factor: Fraction of the peak rate that the step had.
+        wall_s: Time spent training, seconds.
+    """
+    line: dict[str, Any] = {
+        "step": progress.step - 1,
+        "tokens": tokens,
+        "factor": round(factor, 6),
+        "loss": {str(e): round(value, 6) for e, value in progress.loss.items()},
+        "tokens_per_s": round(progress.tokens_per_s, 1),
+        "wall_s": round(wall_s, 2),
+    }
+    if progress.held_out is not None:
+        line["held_out_kl"] = {str(e): round(value, 6) for e, value in progress.held_out.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def trim_metrics(path: Path, step: int) -> None:

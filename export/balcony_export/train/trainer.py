@@ -40,7 +40,15 @@ from balcony_export.train.loss import HeadLoss, VocabularyPart, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.positions import pick_positions
 from balcony_export.train.report import StepReport
-from balcony_export.train.run_files import CHECKPOINT, load_run, read_state, run_directory, save_run, trim_metrics
+from balcony_export.train.run_files import (
+    CHECKPOINT,
+    load_run,
+    log_step,
+    read_state,
+    run_directory,
+    save_run,
+    trim_metrics,
+)
 from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
 from balcony_export.train.states import BackboneStates, StateCache, full_model, head_of
 
@@ -84,6 +92,9 @@ class Trainer:
 
     Attributes:
         clock: Monotonic clock, seconds.
+        factor: Fraction of the peak rate that the last step had.
+        interrupted: Set by a signal handler or a report: the run ends after the step, and saves it.
+        stopped: Whether the run ended so.
     """
 
     def __init__(
@@ -112,6 +123,7 @@ class Trainer:
             )
         self.config, self.corpus, self.output = config, corpus, output
         self.clock: Callable[[], float] = time.monotonic
+        self.factor, self.interrupted, self.stopped = 0.0, False, False
         self.work = work or run_directory(output, config.exits)
         self.base_facts = fingerprint(model)
         seed = config.seed if config.start == "random" else None
@@ -196,18 +208,20 @@ class Trainer:
 
     # -- one step
 
-    def exit_rows(self, balcony: Balcony, states: torch.Tensor, index: int, where: torch.Tensor) -> torch.Tensor:
-        """Normed states of an exit at flat positions  # (n, D)"""
+    def _students(self, states: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
+        """Normed states of every exit at flat positions  # (n, D) each"""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return balcony.rows(states[index], where, **self.layer_arguments)
+            pairs = zip(self.balconies.values(), states, strict=False)  # the last states are the full model's
+            return [balcony.rows(state, where, **self.layer_arguments) for balcony, state in pairs]
 
     def train_step(self) -> dict[int, float]:
         """One optimizer step of every exit; returns the loss of each exit."""
-        config = self.config
+        config, self.factor = self.config, self.schedule.factor(self.step, self.done)
         train, rows = self.corpus.train, self.order.rows(self.step)
         chunks = np.split(np.arange(config.batch_rows), config.batch_rows // config.micro_rows)
-        # loss per exit, then number of positions
-        sums = torch.zeros(len(config.exits) + 1, dtype=torch.float64, device=self.device)
+        # loss per exit, number of positions, number of processes that were interrupted
+        sums = torch.zeros(len(config.exits) + 2, dtype=torch.float64, device=self.device)
+        sums[-1] = self.interrupted
         part = self._part()
         for number in self.processes.share(len(chunks)):
             which = rows[chunks[number]]
@@ -215,21 +229,16 @@ class Trainer:
             where = self.positions_of(
                 picked, states, [[config.seed, self.step, index] for index in chunks[number].tolist()]
             )
-            sums[-1] += len(where)
+            sums[-2] += len(where)
             full = states[-1].flatten(0, 1)[where]
-            students = [
-                self.exit_rows(self.balconies[exit_layer], states, index, where)
-                for index, exit_layer in enumerate(config.exits)
-            ]
             # the position after each; the very last one has none, and no loss on the text uses it
             following = (where + 1).clamp(max=picked.tokens.size - 1)
             labels = torch.from_numpy(picked.tokens).long().to(self.device).flatten()[following]
-            sums[:-1] += sums.new_tensor(self.head.backward(full, students, labels, part))
+            sums[:-2] += sums.new_tensor(self.head.backward(full, self._students(states, where), labels, part))
         self.processes.sum([sums])
-        *kls, counted = sums.tolist()
-        counted = max(counted, 1.0)
+        *kls, counted, interrupts = sums.tolist()
+        counted, self.stopped = max(counted, 1.0), interrupts > 0
         losses = {exit_layer: kl / counted for exit_layer, kl in zip(config.exits, kls, strict=True)}
-        factor = self.schedule.factor(self.step, self.done)
         for exit_layer, balcony in self.balconies.items():
             self._require_finite(exit_layer, losses[exit_layer])
             gradients = self.processes.gradients(balcony)
@@ -237,7 +246,7 @@ class Trainer:
             for gradient in gradients:
                 gradient.div_(counted)
             torch.nn.utils.clip_grad_norm_(balcony.parameters(), config.clip)
-            set_rate(self.optimizers[exit_layer], factor)
+            set_rate(self.optimizers[exit_layer], self.factor)
             for optimizer in self.optimizers[exit_layer]:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -259,11 +268,8 @@ class Trainer:
         for states, where in self._held_out_states():
             full = states[-1].flatten(0, 1)[where]
             count += len(where)
-            students = [
-                self.exit_rows(self.balconies[exit_layer], states, index, where)
-                for index, exit_layer in enumerate(self.config.exits)
-            ]
-            for exit_layer, (kl, same) in zip(self.config.exits, self.head.compare(full, students), strict=True):
+            compared = self.head.compare(full, self._students(states, where))
+            for exit_layer, (kl, same) in zip(self.config.exits, compared, strict=True):
                 totals[exit_layer][0] += float(kl.sum())
                 totals[exit_layer][1] += int(same.sum())
         self._exchange(exchanged)
@@ -319,10 +325,6 @@ class Trainer:
     def tokens(self) -> int:
         """Tokens that the run has seen, with repeats."""
         return self.step * self.config.batch_rows * self.config.seq_len
-
-    def has_checkpoint(self) -> bool:
-        """Whether the work directory has a checkpoint."""
-        return (self.work / CHECKPOINT).is_file()
 
     def resume(self) -> bool:
         """Continue from the checkpoint in the work directory; returns False if there is none."""
@@ -435,7 +437,7 @@ class Trainer:
             self.begun_s = last_checkpoint = self.clock()
             ends: deque[float] = deque([self.begun_s], maxlen=_SPEED_STEPS)
             judged: dict[int, Judged] | None = None
-            while (done := self.done) < 1:
+            while self.done < 1:
                 loss = self.train_step()
                 ends.append(now := self.clock())
                 self.wall_s = before + now - self.begun_s
@@ -448,11 +450,13 @@ class Trainer:
                 tokens_per_s = self.config.batch_rows * self.config.seq_len / per_step_s
                 progress = StepReport(self.step, self.done, loss, held_out, tokens_per_s, self._left_s(per_step_s))
                 if self.processes.writes:
-                    self._log(progress, self.schedule.factor(self.step - 1, done))
+                    log_step(self.work / METRICS, progress, tokens=self.tokens, factor=self.factor, wall_s=self.wall_s)
                     report(progress)
-                if due or judged:  # after the metrics, which a resumed run cuts off at the checkpoint
+                if due or judged or self.stopped:  # after the metrics, which a resumed run cuts off at the checkpoint
                     self.checkpoint(judged)
                     last_checkpoint = self.clock()
+                if self.stopped:
+                    return
             self.checkpoint(judged or self.judged())
         except OSError as error:
             what = f"writing failed ({error.strerror or error}): {self._kept()}: free space, then {self._again()}"
@@ -477,10 +481,10 @@ class Trainer:
             )
 
     def _kept(self) -> str:
-        return "the last checkpoint is kept" if self.has_checkpoint() else "there was no checkpoint yet"
+        return "the last checkpoint is kept" if (self.work / CHECKPOINT).is_file() else "there was no checkpoint yet"
 
     def _again(self) -> str:
-        return "continue with --resume" if self.has_checkpoint() else "train again"
+        return "continue with --resume" if (self.work / CHECKPOINT).is_file() else "train again"
 
     def _out_of_memory(self) -> TrainingError:
         config = self.config
@@ -488,17 +492,3 @@ class Trainer:
             f"step {self.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: {self._kept()}: "
             f"lower --micro-rows and {self._again()}; a new run may use a smaller --seq-len"
         )
-
-    def _log(self, progress: StepReport, factor: float) -> None:
-        line: dict[str, Any] = {
-            "step": progress.step - 1,
-            "tokens": self.tokens,
-            "factor": round(factor, 6),
-            "loss": {str(e): round(value, 6) for e, value in progress.loss.items()},
-            "tokens_per_s": round(progress.tokens_per_s, 1),
-            "wall_s": round(self.wall_s, 2),
-        }
-        if progress.held_out is not None:
-            line["held_out_kl"] = {str(e): round(value, 6) for e, value in progress.held_out.items()}
-        with (self.work / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
