@@ -40,7 +40,12 @@ def build(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Number of sequences of every pass.")] = 1,
-    block: Annotated[int, typer.Option(help="int4: number of inputs that share a scale: 32, 64 or 128.")] = 64,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            help="int4: number of inputs that share a scale: 32, 64 or 128 (default: that of the graphs, or 64)."
+        ),
+    ] = None,
     rounded_as: Annotated[
         Path | None, typer.Option(help="int4: use the integers of this int4 bundle, for example from GPTQ.")
     ] = None,
@@ -61,11 +66,11 @@ def build(
     from balcony_edge.errors import InputError
     from balcony_edge.files import require_writable_file
 
-    if block not in (32, 64, 128):
+    if block not in (None, 32, 64, 128):
         raise InputError(f"--block {block}: give 32, 64 or 128")
-    if rounded_as is not None and block != 64:
+    if rounded_as is not None and block is not None:
         raise InputError("--block with --rounded-as: the named bundle has its own block size: leave --block out")
-    if (rounded_as is not None or block != 64) and precision != "int4":
+    if (rounded_as is not None or block is not None) and precision != "int4":
         raise InputError(f"--precision {precision}: --block and --rounded-as are for int4: leave them out")
     if graphs_only and (sm or whole or timing_cache is not None):
         raise InputError("--graphs-only: --sm, --whole and --timing-cache only affect engines: leave them out")
@@ -104,7 +109,7 @@ class BuildOptions:
     operators: Literal["fused", "plain"]
     context_length: int
     batch_size: int = 1
-    block_size: int = 64
+    block_size: int | None = None  # None: that of existing graphs, or 64
 
     @property
     def name(self) -> str:
@@ -162,7 +167,7 @@ def _has_graphs(bundle: Bundle, wanted: BuildOptions) -> bool:
         bundle.engine_directory(wanted.name)
     except BundleError:  # missing or damaged: they are written again
         return False
-    keys = ("context_length", "batch_size", *(("block_size",) if wanted.precision == "int4" else ()))
+    keys = ("context_length", "batch_size", *(() if wanted.block_size is None else ("block_size",)))
     return all(getattr(bundle.manifest.engines[wanted.name], key) == getattr(wanted, key) for key in keys)
 
 
@@ -178,7 +183,7 @@ def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_
             f"{bundle.path}: {_difference(bundle, wanted)}: give the options of graphs that are there, or write others with "
             f"--graphs-only on a workstation ({error.name} is not installed here)"
         ) from error
-    form = Format(wanted.precision, wanted.operators, wanted.context_length, wanted.block_size)  # type: ignore[arg-type]
+    form = Format(wanted.precision, wanted.operators, wanted.context_length, wanted.block_size or 64)  # type: ignore[arg-type]
     rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)
     return make_graphs(bundle, directory, wanted.target, form, batch_size=wanted.batch_size, rounding=rounding)
 
@@ -191,7 +196,7 @@ def _difference(bundle: Bundle, wanted: BuildOptions) -> str:
     options = {"context_length": "--context-length", "batch_size": "--batch", "block_size": "--block"}
     for key, option in options.items():
         given, found = getattr(wanted, key), getattr(there[wanted.name], key)
-        if found is not None and found != given:
+        if None not in (given, found) and found != given:
             return f"the graphs of {wanted.name} have {option} {found}, and {given} was asked for"
     return f"the graphs of {wanted.name} are damaged, or --rounded-as asks for new ones"
 

@@ -155,7 +155,8 @@ def _measure(
 
     with closing(scorer):
         documents = {
-            name: tokenized_documents(path, scorer.tokenizer, sources.limit) for name, path in sources.text.items()
+            name: list(tokenized_documents(path, scorer.tokenizer, sources.limit))
+            for name, path in sources.text.items()
         }
         # What can be wrong is found before the tasks, which may take hours. A misspelt task is reported before the first one.
         reference = None if compare_with is None else compare_with()

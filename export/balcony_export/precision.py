@@ -75,10 +75,10 @@ def read_judged_texts(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase)
             )
         left, kept = JUDGED_TOKENS, []
         for document in tokenized_documents(path, tokenizer):
-            tokens = document.tokens[:left]
-            if len(tokens) >= 2:
-                kept.append(TokenizedDocument(document.where, tokens))
-                left -= len(tokens)
+            kept.append(TokenizedDocument(document.where, document.tokens[:left]))
+            left -= len(kept[-1].tokens)
+            if left < 2:
+                break  # the rest of a large file is not read
         found[name] = kept
     return found
 

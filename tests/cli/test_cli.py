@@ -251,6 +251,11 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("--timing-cache: TensorRT-RTX does not time kernels", *common, "--timing-cache", tmp_path / "t")
     refused("--block with --rounded-as", *common, "--precision", "int4", "--block", "32", "--rounded-as", bundle)
     refused("not a multiple of --block 64", *common, "--precision", "int4")
+    int4 = ("--precision", "int4", "--graphs-only")
+    assert invoke_here(*common, *int4, "--block", "32").returncode == 0
+    made = Bundle.open(bundle).manifest.engines["rtx-int4"]
+    assert invoke_here(*common, *int4).returncode == 0  # without --block, graphs that are there are not rounded anew
+    assert Bundle.open(bundle).manifest.engines["rtx-int4"] == made and made.block_size == 32
     refused("--block 7: give 32, 64 or 128", *common, "--precision", "int4", "--block", "7")
     refused("--block and --rounded-as are for int4", *common, "--block", "128")
     refused("tensorrt is not installed", *common, "--target", "tensorrt")

@@ -19,12 +19,14 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Estimate
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BalconyError, VerificationError
+from balcony_export import precision
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.report import as_document, build_report, markdown, tables
 from balcony_export.evaluate.scorer import BundleScorer, ScoringRequest, TorchScorer
 from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
 from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, ratio_of_sums, tokenized_documents
 from balcony_export.model.balcony_files import fingerprint, save_balconies
+from balcony_export.precision import read_judged_texts
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 TEXTS = (
@@ -247,7 +249,7 @@ def test_shots_come_from_their_file(bundle_scorer: BundleScorer, data: Path) -> 
 def test_shared_data_fits_the_task_files(bundle_scorer: BundleScorer) -> None:
     runs = evaluate_tasks(bundle_scorer, offline_tasks(), data=DATA, limit=2)
     assert all(run.qualities[task].examples == 2 for run in runs.values() for task in offline_tasks())
-    wiki = tokenized_documents(DATA / "wikitext2_raw/wiki.valid.raw", bundle_scorer.tokenizer)
+    wiki = list(tokenized_documents(DATA / "wikitext2_raw/wiki.valid.raw", bundle_scorer.tokenizer))
     assert len(wiki) == 60  # the articles of WikiText-2's validation split
 
 
@@ -264,7 +266,7 @@ def test_report_and_manifest(bundle_copy: Path, data: Path) -> None:
     record_quality(bundle_copy, report.qualities)
     after = Bundle.open(bundle_copy)  # every check of the bundle still holds
     assert after.manifest.fingerprint == before.fingerprint and after.manifest.files == before.files
-    assert not list(bundle_copy.glob("*.partial")) and not list(bundle_copy.glob(".*partial"))
+    assert not list(bundle_copy.rglob("*partial*"))
     kept = {exit_.exit_layer: exit_.quality for exit_ in after.manifest.exits}
     assert kept == report.qualities
     assert kept[2] is not None and set(kept[2].tasks) == {"arc_easy", "lambada_openai"}
@@ -286,7 +288,7 @@ def bad(tmp_path: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def test_bad_text(tmp_path: Path, bundle_scorer: BundleScorer) -> None:
+def test_bad_text(tmp_path: Path, bundle_scorer: BundleScorer, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {
         "empty.txt": (b" \n", "is empty"),
         "short.txt": (b"a", "has 1 token, and"),
@@ -297,8 +299,14 @@ def test_bad_text(tmp_path: Path, bundle_scorer: BundleScorer) -> None:
     }
     for name, (content, message) in cases.items():
         path = bad(tmp_path, name, content)
-        refused(message, lambda path=path: tokenized_documents(path, bundle_scorer.tokenizer))
-    refused("cannot be read", lambda: tokenized_documents(tmp_path / "absent.txt", bundle_scorer.tokenizer))
+        refused(message, lambda path=path: list(tokenized_documents(path, bundle_scorer.tokenizer)))
+    early = bad(
+        tmp_path, "early.jsonl", b'{"text": "the quick brown fox"}\n{"text": "a dog and a fox"}\n{"text": ""}\n'
+    )
+    monkeypatch.setattr(precision, "JUDGED_TOKENS", 6)
+    (judged,) = read_judged_texts([early], bundle_scorer.tokenizer).values()
+    assert [len(one.tokens) for one in judged] == [4, 2], "the rest of the file is not read"
+    refused("cannot be read", lambda: list(tokenized_documents(tmp_path / "absent.txt", bundle_scorer.tokenizer)))
     refused("takes 2 to 256", lambda: evaluate_text(bundle_scorer, documents(bundle_scorer.tokenizer), window=1000))
 
 

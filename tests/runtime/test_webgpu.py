@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from balcony_runtime.backends.webgpu import adapters as adapters_module
 from balcony_runtime.backends.webgpu import probe, provider, small_graphs
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
 from balcony_runtime.backends.webgpu.backend import WebGpuBackend
-from balcony_runtime.backends.webgpu.device import BoundPass
+from balcony_runtime.backends.webgpu.device import BoundPass, DeviceMemory, Value
 from balcony_runtime.engine import Engine
 from tests.conftest import tiny_model, tiny_tokenizer
 
@@ -100,6 +101,26 @@ def test_the_pick_tells_when_a_logit_is_not_a_number() -> None:
         logits[0, 0, 2] = bad
         (picked,) = ran(small_graphs.pick(), logits=logits)
         assert not np.isfinite(picked[0, 0, 1])
+
+
+def test_a_device_that_fails_at_any_call_of_a_pass_is_one_line() -> None:
+    """The first call of a step copies a token's row to the device, so it is the first to find a device that is gone."""
+
+    class Lost:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def fail(*_: Any, **__: Any) -> None:
+                raise RuntimeError("Device lost: VK_ERROR_DEVICE_LOST")
+
+            return fail
+
+    session = Mock(io_binding=Lost)
+    one = BoundPass("stage_0.onnx", session)
+    value, array = Value(object(), (1,)), np.zeros(1, np.float32)
+    calls = [lambda given=given: one.give("hidden_0", given) for given in (value, array)]
+    calls += [lambda given=given: one.take("hidden_1", given) for given in (value, array, None)]
+    for call in (*calls, lambda: one.made(DeviceMemory())):
+        with pytest.raises(DeviceError, match=r"^stage_0.onnx: .*the GPU was reset or removed: look at dmesg"):
+            call()
 
 
 def test_adapters_that_are_missing_name_their_cure(monkeypatch: pytest.MonkeyPatch) -> None:

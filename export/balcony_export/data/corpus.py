@@ -125,12 +125,10 @@ def build_corpus(
     kept = [document.tokens for document in held]
     if held_out_rows and not kept:
         raise InputError(
-            f"--data: {len(documents)} document(s) of {total} tokens: too few to hold one out: give more text"
+            f"{', '.join(read)}: {len(documents)} document(s) of {total} tokens: too few to hold one out: give more text"
         )
     if not learned:
-        raise InputError(
-            "--data: all of it has the text of held-out documents: give more text, or fewer --held-out-rows"
-        )
+        raise InputError(f"{', '.join(read)}: all of it has the text of held-out documents: give more text")
     learned.sort(key=lambda document: document.key)
     generator = np.random.default_rng(seed)
     train = pack([document.tokens for document in learned], seq_len, generator, begin)

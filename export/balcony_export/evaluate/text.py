@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -49,8 +49,8 @@ class _Sums:
 
 def tokenized_documents(
     path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-) -> list[TokenizedDocument]:
-    """Documents of a file, tokenized as the model is fed (with a start token if the tokenizer adds one).
+) -> Iterator[TokenizedDocument]:
+    """Documents of a file, tokenized as the model is fed (with a start token if the tokenizer adds one), one by one.
 
     Args:
         path: Text file of a form that :mod:`balcony_export.data.documents` reads.
@@ -60,12 +60,10 @@ def tokenized_documents(
     Raises:
         InputError: The file cannot be used, or a document has fewer than two tokens.
     """
-    documents = []
     for document in islice(read_documents(path), limit):
         tokens = tuple(int(token) for token in tokenizer(document.text, verbose=False)["input_ids"])
         require_two_tokens(document.where, tokens)
-        documents.append(TokenizedDocument(document.where, tokens))
-    return documents
+        yield TokenizedDocument(document.where, tokens)
 
 
 def evaluate_text(

@@ -47,7 +47,10 @@ class Value:
 
 
 class BoundPass:
-    """A graph with its inputs and outputs bound, to be run many times. Each call of a method may move bytes to the device."""
+    """A graph with its inputs and outputs bound, to be run many times. Each call of a method may move bytes to the device.
+
+    All of them raise DeviceError if the device fails.
+    """
 
     __slots__ = ("_arrays", "_binding", "_graph", "_run")
 
@@ -59,28 +62,30 @@ class BoundPass:
 
     def give(self, name: str, value: Value | Array) -> None:
         """Bind an input. An array is copied to the device now, unless the graph reads the input on the host."""
-        if isinstance(value, Value):
-            self._binding.bind_ortvalue_input(name, value.ort)
-        else:
-            self._arrays[name] = value
-            self._binding.bind_ortvalue_input(name, value_of(value))
+        try:
+            if isinstance(value, Value):
+                self._binding.bind_ortvalue_input(name, value.ort)
+            else:
+                self._arrays[name] = value
+                self._binding.bind_ortvalue_input(name, value_of(value))
+        except RuntimeError as error:
+            raise failure(self._graph, error) from error
 
     def take(self, name: str, value: Value | Array | None) -> None:
         """Bind an output to a value, to an array (the bytes of every run are copied to it), or to new device memory (None)."""
-        if value is None:
-            self._binding.bind_output(name, "webgpu")
-        elif isinstance(value, Value):
-            self._binding.bind_ortvalue_output(name, value.ort)
-        else:
-            self._arrays[name] = value
-            self._binding.bind_ortvalue_output(name, value_of(value))
+        try:
+            if value is None:
+                self._binding.bind_output(name, "webgpu")
+            elif isinstance(value, Value):
+                self._binding.bind_ortvalue_output(name, value.ort)
+            else:
+                self._arrays[name] = value
+                self._binding.bind_ortvalue_output(name, value_of(value))
+        except RuntimeError as error:
+            raise failure(self._graph, error) from error
 
     def run(self) -> None:
-        """Run the graph; with an array among its outputs, wait for it.
-
-        Raises:
-            DeviceError: the device failed.
-        """
+        """Run the graph; with an array among its outputs, wait for it."""
         try:
             self._run()  # not by a local name: a traceback would keep it
         except RuntimeError as error:
@@ -90,8 +95,11 @@ class BoundPass:
         """The output that was bound last, to new device memory, as a value of a memory."""
         value = Value(None, ())
         memory.values.add(value)
-        value.ort = self._binding.get_outputs()[-1]
-        value.shape = tuple(value.ort.shape())
+        try:
+            value.ort = self._binding.get_outputs()[-1]
+            value.shape = tuple(value.ort.shape())
+        except RuntimeError as error:
+            raise failure(self._graph, error) from error
         return value
 
     def drop(self) -> None:
