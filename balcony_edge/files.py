@@ -25,25 +25,16 @@ PARTIAL = ".partial-"
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock of a directory and hold it, if its file system has locks.
+def locked(path: Path, taken: BalconyError | None = None) -> Iterator[None]:
+    """Hold the lock of a directory, if its file system has locks. Wait for it, or raise ``taken`` if it is held elsewhere.
 
     The lock belongs to the open directory: the system frees it when its owner ends, and threads of one process exclude one
     another. A file with a process id would do neither: containers that share a volume use the same ids.
     """
-    lock = _lock(path, wait=True)
     try:
-        yield
-    finally:
-        _unlock(lock)
-
-
-@contextmanager
-def locked_alone(path: Path, taken: BalconyError) -> Iterator[None]:
-    """Hold the lock of a directory as :func:`locked` does, but raise ``taken`` at once if it is held elsewhere."""
-    try:
-        lock = _lock(path, wait=False)
+        lock = _lock(path, wait=taken is None)
     except BlockingIOError:
+        assert taken is not None
         raise taken from None
     try:
         yield

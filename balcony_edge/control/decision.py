@@ -113,14 +113,13 @@ class Decision(NamedTuple):
     stops: bool = False
     unseen: bool = False
 
-    def ends(self, budget: Budget) -> bool:
-        """Whether the reply ends with an error instead of this token."""
-        return self.stops or (self.infeasible and budget.on_infeasible == "error")
-
-    @property
-    def cure(self) -> str:
-        """What to do about the error with which a reply ends."""
-        return "let the device cool down" if self.stops else "ask for less in that target, or allow less depth"
+    def refusal(self, budget: Budget) -> str | None:
+        """Why the reply ends with an error instead of this token, and what to do; None if it goes on."""
+        if self.stops:
+            return f"{self.reason}: let the device cool down"
+        if self.infeasible and budget.on_infeasible == "error":
+            return f"{self.reason}: ask for less in that target, or allow less depth"
+        return None
 
     @property
     def reason(self) -> str:

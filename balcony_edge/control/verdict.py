@@ -89,15 +89,14 @@ class Watch:
             self._gaps_ms, self._seen = [], []
         self._gaps_ms.append(latency_ms)
         # The second token's reading is the first after the prompt: joules need it, however soon it comes.
-        self.saw(now_s, readings, last=len(self._gaps_ms) == 2 and budget.energy_j_per_token is not None)
+        needed = len(self._gaps_ms) == 2 and budget.energy_j_per_token is not None
+        if needed or not self._seen or now_s - self._seen[-1].now_s >= KEPT_S:
+            self.saw(now_s, readings)
 
-    def saw(self, now_s: float, readings: Sequence[Reading], *, last: bool = False) -> None:
-        """Record the readings; also called when no token follows because the device is too hot (``last``)."""
-        budget = self._budget
-        if budget is None:
-            return
-        if readings and (last or not self._seen or now_s - self._seen[-1].now_s >= KEPT_S):
-            self._seen.append(_seen(budget, now_s, readings))
+    def saw(self, now_s: float, readings: Sequence[Reading]) -> None:
+        """Keep the readings; also called when no token follows because the device is too hot."""
+        if self._budget is not None and readings:
+            self._seen.append(_seen(self._budget, now_s, readings))
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """Verdicts for every target of the last token's budget, in the order of the budget's keys."""

@@ -65,8 +65,8 @@ def simulate(
         context = plant.length + (rows[0][0] - 1 if not out else 0)
         seen = Observation(budget, context, *rows, last, len(out), 0.0, begin_s, plant.busy_s, plant.readings)
         state, decision = controller.decide(state, seen)
-        if decision.ends(budget):
-            raise InfeasibleError(f"after {len(out)} tokens, {begin_s:.1f} s: {decision.reason}: {decision.cure}")
+        if (why := decision.refusal(budget)) is not None:
+            raise InfeasibleError(f"after {len(out)} tokens, {begin_s:.1f} s: {why}")
         latency_ms, step_ms = plant.step(
             decision.exit_layer, decision.catch_up, period_ms=decision.period_ms, idle_ms=decision.idle_ms
         )

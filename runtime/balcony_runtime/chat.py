@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,12 +63,10 @@ class Chat:
             self._llm.encode(message)  # refuses an empty text
         self._end_open_work()
         stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, **options)
-        self._open_reply = TokenStream(
-            self._recorded(new, stream), stream.prompt, stream.cancelled, stream.limits, stream.watch, stream.box
-        )
+        self._open_reply = TokenStream(self._recorded(new, stream), stream.request)
         return self._open_reply
 
-    def _recorded(self, new: list[Message], stream: TokenStream) -> Iterator[Token]:
+    def _recorded(self, new: list[Message], stream: TokenStream) -> Generator[Token]:
         last = None
         try:
             for token in stream:

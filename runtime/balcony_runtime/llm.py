@@ -322,7 +322,7 @@ class LLM(Closing):
             MissingDependencyError: a structure or tools need llguidance, which is not installed.
         """
         request = self._requests.of(prompt, sequence=sequence, trace=trace, **options)
-        return request.stream(self._requests.tokens(request, sequence))
+        return TokenStream(self._requests.tokens(request, sequence), request)
 
     def generate(self, prompt: Prompt, **options: Unpack[ReplyOptions]) -> Reply:
         """Generate a whole reply; options and errors are those of :meth:`stream`."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.closing import Closing
 from balcony_edge.control.decision import Decision
-from balcony_edge.control.verdict import Verdict, Watch
+from balcony_edge.control.verdict import Verdict
 from balcony_runtime.structure.calls import CallReader, ToolCall, read
-from balcony_runtime.structure.tools import Toolbox
+
+if TYPE_CHECKING:
+    from balcony_runtime.requests import Request
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -195,26 +197,12 @@ class TokenStream(Closing, Iterator[Token]):
         print(stream.reply.finish_reason)
 
     Args:
-        tokens: source of the tokens; the stream closes it.
-        prompt: its prompt.
-        cancelled: event that :meth:`cancel` sets; the source ends when it is set.
-        limits: budget of the reply.
-        watch: record of the budget, which the source updates with each token; it gives the verdicts.
-        box: tools that the reply may call; None for none.
+        tokens: source of the tokens; the stream closes it. It ends when the request is cancelled.
+        request: what was asked for.
     """
 
-    def __init__(
-        self,
-        tokens: Iterator[Token],
-        prompt: Prompted,
-        cancelled: threading.Event,
-        limits: ReplyLimits,
-        watch: Watch | None = None,
-        box: Toolbox | None = None,
-    ) -> None:
-        self._source, self.prompt, self.cancelled = tokens, prompt, cancelled
-        self.limits, self.watch = limits, watch or Watch()
-        self.box = box
+    def __init__(self, tokens: Generator[Token], request: Request) -> None:
+        self._source, self.request = tokens, request
         self._tokens: list[Token] = []
         self._finish_reason: FinishReason | None = None
         self._step = threading.RLock()  # held while a thread runs the source
@@ -262,12 +250,13 @@ class TokenStream(Closing, Iterator[Token]):
         """The generation so far."""
         tokens = tuple(self._tokens)
         calls: tuple[ToolCall, ...] = ()
-        if self.box is None:
+        request = self.request
+        if request.box is None:
             text = "".join(token.text for token in tokens)
         else:
-            found = read(self.box, [(token.id, token.text) for token in tokens])
+            found = read(request.box, [(token.id, token.text) for token in tokens])
             text, calls = found.content, found.calls
-        verdicts, prompt = self.watch.verdicts(), self.prompt
+        verdicts, prompt = request.watch.verdicts(), request.prompted
         return Reply(text, tokens, prompt.tokens, self._finish_reason, verdicts, prompt.cached, calls)
 
     @property
@@ -277,7 +266,7 @@ class TokenStream(Closing, Iterator[Token]):
 
     def call_reader(self) -> CallReader | None:
         """A reader that splits the tokens into text and calls as they come; None without tools."""
-        return None if self.box is None else CallReader(self.box)
+        return None if self.request.box is None else CallReader(self.request.box)
 
     @property
     def budget(self) -> Budget:
@@ -285,15 +274,15 @@ class TokenStream(Closing, Iterator[Token]):
 
         A new one takes effect at the next token, and begins the verdicts anew.
         """
-        return self.limits.budget
+        return self.request.limits.budget
 
     @budget.setter
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
-        self.limits.replace(value)
+        self.request.limits.replace(value)
 
     def cancel(self) -> None:
         """End the stream before its next token; may be called from any thread."""
-        self.cancelled.set()
+        self.request.cancelled.set()
 
     def close(self) -> None:
         """End the stream and free its sequence; waits for a step that another thread is running."""
@@ -301,5 +290,4 @@ class TokenStream(Closing, Iterator[Token]):
         with self._step:
             if self._finish_reason is None:
                 self._finish_reason = "cancelled"
-            if (close := getattr(self._source, "close", None)) is not None:
-                close()
+            self._source.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -24,7 +24,7 @@ from balcony_runtime.backends.base import IntArray
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.reply import Prompted, ReplyLimits, Token, TokenStream
+from balcony_runtime.reply import Prompted, ReplyLimits, Token
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.scheduling.stream import Cancellation
 from balcony_runtime.structure.asked import Structure, structure_of
@@ -105,10 +105,6 @@ class Request(NamedTuple):
         if self.prompted.told and sequence.length > rows:
             with contextlib.suppress(InputError):  # the engine was closed meanwhile
                 sequence.rollback(rows)
-
-    def stream(self, tokens: Iterator[Token]) -> TokenStream:
-        """The stream of these tokens, as its user sees it."""
-        return TokenStream(tokens, self.prompted, self.cancelled, self.limits, self.watch, self.box)
 
 
 class Surroundings(NamedTuple):
@@ -276,11 +272,11 @@ class Requests:
         )
         return Decoder(sequence, prompt, request.sampler, environment)
 
-    def told(self, request: Request, steps: Iterator[Step], decoder: Decoder) -> Iterator[Token]:
+    def told(self, request: Request, steps: Iterator[Step], decoder: Decoder) -> Generator[Token]:
         """The tokens of a reply from its steps."""
         return told(steps, decoder, request, self._around.readings)
 
-    def tokens(self, request: Request, sequence: TokenSequence | None) -> Iterator[Token]:
+    def tokens(self, request: Request, sequence: TokenSequence | None) -> Generator[Token]:
         """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""
         with contextlib.ExitStack() as held:
             if sequence is None:

@@ -6,7 +6,7 @@ Owns what ends a reply and what a :class:`~balcony_runtime.reply.Token` says. It
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 from balcony_edge.device.readings import Reading
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def told(
     steps: Iterator[Step], decoder: Decoder, asked: Request, readings: Callable[[], tuple[Reading, ...]]
-) -> Iterator[Token]:
+) -> Generator[Token]:
     """The tokens of a reply, until it ends by itself, by a limit, or because it was cancelled.
 
     Args:
@@ -37,7 +37,7 @@ def told(
         try:
             step = next(steps, None)
         except InfeasibleError:
-            asked.watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else (), last=True)
+            asked.watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else ())
             raise
         if step is None:  # cancelled while it waited for its turn
             return

@@ -85,7 +85,7 @@ class Together(Closing):
         steps = deque[Step | Exception]()
         with ExitStack() as held:
             decoder, stream = held.enter_context(_joined(self._requests, request))
-            tokens = request.stream(self._requests.told(request, _taken(steps), decoder))
+            tokens = TokenStream(self._requests.told(request, _taken(steps), decoder), request)
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
         self._scheduler.ask(stream, request.asked_s)
         return tokens
@@ -110,7 +110,7 @@ class Together(Closing):
             Empty if no reply asks, if those that do were cancelled, or if the round brought no token: it may run a part of a
             long prompt, or all may wait for replies that are paused.
         """
-        for tokens in [tokens for tokens in self._open if tokens.cancelled.is_set()]:
+        for tokens in [tokens for tokens in self._open if tokens.request.cancelled.is_set()]:
             self._end(tokens)
         asking = {one.stream: one for one in self._open.values() if one.tokens not in self._paused or one.waits}
         found: list[tuple[TokenStream, Token | Exception]] = []

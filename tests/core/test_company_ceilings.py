@@ -202,4 +202,4 @@ def test_a_critical_temperature_ends_the_streams_that_name_it() -> None:
     limits = [Budget(critical_temperature_c=90.0), Budget(), Budget(critical_temperature_c=99.0)]
     _, found = decided([stream(key, one) for key, one in enumerate(limits)], readings=hot)
     assert [key for key, _ in found.refused] == [0]
-    assert "critical_temperature_c = 90: the hottest sensor is at 95 °C" in found.refused[0][1].reason
+    assert "critical_temperature_c = 90: the hottest sensor is at 95 °C" in found.refused[0][1]

@@ -98,7 +98,7 @@ def test_what_another_budget_could_not_hold_does_not_end_the_reply() -> None:
     state, decision = Controller(SMALL).decide(sure(8), seen)
     assert decision.infeasible
     _, decision = Controller(SMALL).decide(state, seen._replace(budget=ample, now_s=10.02))
-    assert not decision.infeasible and not decision.ends(ample)
+    assert not decision.infeasible and decision.refusal(ample) is None
 
 
 @pytest.mark.parametrize(("lost", "unseen"), [((), False), (("power_w",), True), (("temperature_c",), False)])

@@ -70,7 +70,7 @@ def test_a_reply_ends_where_it_must(
     stops: bool, infeasible: bool, on_infeasible: Literal["shallowest", "best_effort", "error"], ends: bool
 ) -> None:
     decision = Decision(8, stops=stops, infeasible=infeasible)
-    assert decision.ends(Budget(on_infeasible=on_infeasible)) is ends
+    assert (decision.refusal(Budget(on_infeasible=on_infeasible)) is not None) is ends
 
 
 @pytest.mark.parametrize(

@@ -288,10 +288,11 @@ def test_gaps_of_no_time_have_no_pace() -> None:
 
 def test_the_reading_that_ends_a_reply_counts_however_soon_it_comes() -> None:
     limit = Budget(critical_temperature_c=75.0)
-    for last, held in ((True, False), (False, True)):
+    hot = (Reading("b", "board", 10.05, celsius=80.0),)
+    for ends, held in ((True, False), (False, True)):
         watch = Watch()
         watch.token(limit, 10.0, 20.0, (Reading("b", "board", 10.0, celsius=50.0),), first=True)
-        watch.saw(10.05, (Reading("b", "board", 10.05, celsius=80.0),), last=last)
+        watch.saw(10.05, hot) if ends else watch.token(limit, 10.05, 20.0, hot, first=False)
         assert [verdict.held for verdict in watch.verdicts()] == [held]
 
 

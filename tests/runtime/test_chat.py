@@ -141,7 +141,7 @@ def test_cancelling_ends_before_the_next_token_and_keeps_what_was_said(llm: LLM)
     for count, _ in enumerate(stream, 1):
         if count == 3:
             threading.Thread(target=stream.cancel).start()
-            stream.cancelled.wait(5)
+            stream.request.cancelled.wait(5)
     assert len(stream.reply.tokens) == 3 and stream.reply.finish_reason == "cancelled"
     assert chat.messages[-1] == {"role": "assistant", "content": stream.reply.text}
 

@@ -142,7 +142,10 @@ class JointController:
         found = Round(
             moves=tuple(Move(view.stream.key, self._decision(view, index, outcome)) for view, index in chosen),
             refused=tuple(
-                (view.stream.key, self._decision(view, view.lowest, outcome)) for view in views if _ends(view, outcome)
+                (view.stream.key, why)
+                for view in views
+                if (ceilings is not None or not view.met)
+                and (why := self._decision(view, view.lowest, outcome).refusal(view.stream.budget)) is not None
             ),
             chunk=chunk,
             price_ms=price_ms,
@@ -273,8 +276,16 @@ class JointController:
 
 
 def _with_learned_alone(state: CompanyState, seen: RoundSeen) -> CompanyState:
-    """The state with what streams have learned by themselves."""
-    return state.with_learned(seen.learned, rested=seen.now_s - state.decided_s > LONGEST_ROUND_S)
+    """The state with what streams have learned by themselves since the last round.
+
+    Rounds are slower than their prices by other factors than single steps, so their slowdown gives way only after a while
+    without rounds.
+    """
+    if (learned := seen.learned) is None:
+        return state
+    rested = seen.now_s - state.decided_s > LONGEST_ROUND_S
+    slowdown = state.slowdown.moved(learned.slowdown) if rested else state.slowdown
+    return state._replace(slowdown=slowdown, governor=learned.governor)
 
 
 def _prompt_share(state: CompanyState, now_s: float) -> float:
@@ -289,16 +300,6 @@ def _runs_prompt(ready: Sequence[View], chosen: Chosen, chunk: Chunk | None) -> 
     if chunk is not None and any(view.first for view in ready if view.stream.key == chunk.key):
         return True
     return any(view.first for view, _ in chosen)
-
-
-def _ends(view: View, outcome: _Outcome) -> bool:
-    """Whether a stream ends here: its targets are out of reach and it asks for an error, or the device is too hot for it."""
-    governor, budget, governed = outcome.governor, view.stream.budget, outcome.ceilings is not None
-    if governed and governor.critical(budget):
-        return True
-    if budget.on_infeasible != "error":
-        return False
-    return not view.met or (governed and bool(governor.out_of_reach(budget)))
 
 
 def _entering(view: View) -> RoundEntry:

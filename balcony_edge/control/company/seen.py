@@ -112,17 +112,6 @@ class CompanyState(NamedTuple):
     prompted: bool = False
     decided_s: float = 0.0
 
-    def with_learned(self, learned: LearnedAlone | None, *, rested: bool) -> CompanyState:
-        """The state with what streams have learned by themselves since the last round.
-
-        Rounds are slower than their prices by other factors than single steps, so their slowdown gives way only to a newer one
-        (``rested``).
-        """
-        if learned is None:
-            return self
-        slowdown = self.slowdown.moved(learned.slowdown) if rested else self.slowdown
-        return self._replace(slowdown=slowdown, governor=learned.governor)
-
     def without(self, keys: Collection[int]) -> CompanyState:
         """The state after some streams have ended."""
         if not keys:
@@ -155,7 +144,7 @@ class Round(NamedTuple):
 
     Attributes:
         moves: streams that get a token; empty if the device works off rows only, or waits.
-        refused: streams whose targets cannot be met and that ask for an error in this case, with the reason.
+        refused: streams that end with an error, and why (:meth:`Decision.refusal`).
         chunk: rows that run first.
         price_ms: price at slowdown 1, chunk included.
         predicted_ms: expected time.
@@ -164,7 +153,7 @@ class Round(NamedTuple):
     """
 
     moves: tuple[Move, ...] = ()
-    refused: tuple[tuple[int, Decision], ...] = ()
+    refused: tuple[tuple[int, str], ...] = ()
     chunk: Chunk | None = None
     price_ms: float = 0.0
     predicted_ms: float = 0.0

@@ -28,7 +28,7 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]  # a
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import InputError, TrainingError, is_out_of_memory
-from balcony_edge.files import locked_alone
+from balcony_edge.files import locked
 from balcony_export.data.corpus import Corpus, Order, Rows
 from balcony_export.model.architecture import cast_weights
 from balcony_export.model.balcony import Balcony, init_balconies
@@ -425,7 +425,7 @@ class Trainer:
         """
         self.work.mkdir(parents=True, exist_ok=True)
         taken = TrainingError(f"{self.work}: another training writes there: wait for its end, or give another -o")
-        with locked_alone(self.work, taken) if self.processes.writes else nullcontext():
+        with locked(self.work, taken) if self.processes.writes else nullcontext():
             self._run(report)
 
     def _run(self, report: Callable[[StepReport], None]) -> None:

@@ -8,7 +8,6 @@ in :mod:`balcony_runtime.scheduling.shared_step`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.backends.host_memory import give_back, zeros
 from balcony_runtime.backends.onnxruntime_memory import Cache, Memory, value_of
-from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState, bound, bound_run, failed, run_step
+from balcony_runtime.backends.onnxruntime_state import OnnxRuntimeState, bound, bound_run, run_step
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -152,12 +151,7 @@ class OnnxRuntimePool:
         give_back([array[member] for array in arrays] + [rows[member] for rows in memory.rows])
 
     def _run(self, run: Callable[[], object], name: str) -> None:
-        begin = time.perf_counter_ns()
-        try:
-            run()
-        except RuntimeError as error:
-            raise failed(self._specs[name].file, error) from error
-        self.busy_ns += time.perf_counter_ns() - begin
+        self.busy_ns += run_step([run], self._specs[name].file)
 
     def _bind_program(self, first: int, exits: tuple[int, ...]) -> _Program:
         members = range(first, first + len(exits))

@@ -428,16 +428,11 @@ class OnnxRuntimeState:
         return binding
 
     def _run(self, graph: _Graph, binding: Any) -> None:
-        begin = time.perf_counter_ns()
-        try:
-            bound_run(self._backend.sessions[graph.name], binding)()
-        except RuntimeError as error:
-            raise failed(graph.spec.file, error) from error
-        self.busy_ns += time.perf_counter_ns() - begin
+        self.busy_ns += run_step([bound_run(self._backend.sessions[graph.name], binding)], graph.spec.file)
 
 
-def run_step(runs: Iterable[Callable[[], object]]) -> int:
-    """Make the calls of a decode step; returns the nanoseconds from the first one to the end of the last.
+def run_step(runs: Iterable[Callable[[], object]], what: str = "a decode step") -> int:
+    """Make the calls of a decode step, or one call; returns the nanoseconds from the first one to the end of the last.
 
     Raises:
         BundleError: a call failed.
@@ -447,7 +442,7 @@ def run_step(runs: Iterable[Callable[[], object]]) -> int:
         for run in runs:
             run()
     except RuntimeError as error:
-        raise failed("a decode step", error) from error
+        raise failed(what, error) from error
     return time.perf_counter_ns() - begin
 
 

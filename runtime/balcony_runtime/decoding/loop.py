@@ -250,8 +250,8 @@ class Decoder:
             found = self._controller.decide(self._state, self._observe(budget, last))
         self._state, self._decision = found
         self._latest = self._learned.state = self._state
-        if self._decision.ends(budget):
-            raise InfeasibleError(f"{self._decision.reason}: {self._decision.cure}")
+        if (why := self._decision.refusal(budget)) is not None:
+            raise InfeasibleError(why)
         return self._decision
 
     def _take_up(self, budget: Budget) -> None:

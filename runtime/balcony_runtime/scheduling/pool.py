@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -62,9 +63,8 @@ class SequencePool:
         #: Rows that prompts did not have to compute.
         self.reused = Reused()
         self._engine, self._pool = engine, pool
-        self._lock = threading.RLock()
-        self._working = False  # whether the thread that holds the lock is in the middle of something
-        self._returned: list[TokenSequence] = []
+        self._lock = threading.Lock()
+        self._returned: deque[TokenSequence] = deque()  # taken back by who holds the lock
         self._reading = threading.Lock()  # held while a file is read; the other lock is not
         self._members: list[TokenSequence | None] = [None] * pool.members
         self._places: dict[TokenSequence, int] = {}
@@ -298,28 +298,34 @@ class SequencePool:
     def give_back(self, sequence: TokenSequence) -> None:
         """End the use of a sequence, whose rows stay for prompts that begin alike; does nothing if it is not of this pool.
 
-        Python's collector may call it in any thread, also in one that is at work here.
+        It does not wait for a step: Python's collector may call it in any thread, also in one that is at work here.
         """
-        with self._lock:
-            self._returned.append(sequence)
-            if not self._working:
-                with self._locked():
-                    pass
+        self._returned.append(sequence)
+        self._settle()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock; at the end take back what was given back meanwhile."""
+        """Hold the lock, and take back what was given back before and meanwhile."""
         with self._lock:
-            self._working = True
+            self._take_back_returned()
             try:
                 yield
             finally:
-                try:
-                    while self._returned:
-                        self._take_back(self._returned[0])
-                        del self._returned[0]
-                finally:
-                    self._working = False
+                self._take_back_returned()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take back what was given back, unless somebody holds the lock, who does it then."""
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._take_back_returned()
+            finally:
+                self._lock.release()
+
+    def _take_back_returned(self) -> None:
+        while self._returned:
+            self._take_back(self._returned[0])
+            self._returned.popleft()
 
     def _take_back(self, sequence: TokenSequence) -> None:
         if sequence not in self._places or sequence in self._ended:

@@ -420,8 +420,8 @@ class Scheduler:
                 _log.warning("no rounds are recorded any more: %s", error)
                 self._recorded = None if self._recorded is self._trace else self._recorded
                 self._trace = None
-        for key, decision in found.refused:
-            streams.pop(key).fail(InfeasibleError(f"{decision.reason}: {decision.cure}"))
+        for key, why in found.refused:
+            streams.pop(key).fail(InfeasibleError(why))
         work_ns = time.perf_counter_ns()
         if found.chunk is not None and found.chunk.key in streams:
             streams[found.chunk.key].work_off(found.chunk)

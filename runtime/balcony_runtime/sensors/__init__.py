@@ -18,20 +18,17 @@ from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.nvml import Nvml
 from balcony_runtime.sensors.rapl import Rapl
 from balcony_runtime.sensors.raspberrypi import RaspberryPi
-from balcony_runtime.sensors.recorded import Recorded, load_readings
 from balcony_runtime.sensors.sampler import Sensors, SourceHealth
 from balcony_runtime.sensors.system import System
 from balcony_runtime.sensors.thermal import Thermal
 
 __all__ = [
     "Absence",
-    "Recorded",
     "Sensors",
     "Source",
     "SourceHealth",
     "SourceSample",
     "device_sources",
-    "load_readings",
 ]
 
 

@@ -78,18 +78,13 @@ class CallReader:
         self._state: Literal["text", "call", "arguments", "after", "content"] = "text"
         self._held = ""
         self._scan = _Scan()
-        self._names: list[str] = []
-        self._arguments: list[str] = []
+        self._calls: list[ToolCall] = []
         self.content = ""
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
         """The calls so far."""
-        pairs = zip(self._names, self._arguments, strict=True)
-        return tuple(ToolCall(self._id(index), name, text) for index, (name, text) in enumerate(pairs))
-
-    def _id(self, index: int) -> str:
-        return f"{self._key}{index:02d}"
+        return tuple(self._calls)
 
     def push(self, token: int, text: str) -> list[Piece]:
         """The pieces that a token completes."""
@@ -114,10 +109,10 @@ class CallReader:
         if piece.call is None:
             self.content += piece.text
         elif piece.begun is not None:
-            self._names.append(piece.begun.name)
-            self._arguments.append("")
+            self._calls.append(piece.begun)
         else:
-            self._arguments[piece.call] += piece.text
+            call = self._calls[piece.call]
+            self._calls[piece.call] = call._replace(arguments=call.arguments + piece.text)
 
     def _next(self) -> Piece | None:
         """The next piece of the text that is held, which may be empty; None if it needs more text."""
@@ -144,12 +139,12 @@ class CallReader:
         return self._shown(len(self._held) - kept) if len(self._held) > kept else None
 
     def _in_call(self) -> Piece | None:
-        heads = self._heads if self._names else self._first_heads
+        heads = self._heads if self._calls else self._first_heads
         for head, name in heads.items():
             if self._held.startswith(head):
                 self._held, self._state, self._scan = self._held[len(head) :], "arguments", _Scan()
-                index = len(self._names)
-                return Piece("", index, ToolCall(self._id(index), name, ""))
+                index = len(self._calls)
+                return Piece("", index, ToolCall(f"{self._key}{index:02d}", name, ""))
         if any(head.startswith(self._held) for head in heads):
             return None
         self._state = "content"  # of a format without a marker
@@ -160,7 +155,7 @@ class CallReader:
         text, self._held = self._held[:size], self._held[size:]
         if self._scan.done:
             self._state = "after"
-        return Piece(text, len(self._names) - 1)
+        return Piece(text, len(self._calls) - 1)
 
     def _after(self) -> Piece | None:
         if self._held.startswith(self._again):

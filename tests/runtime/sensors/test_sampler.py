@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ import pytest
 
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
-from balcony_runtime.sensors import Absence, Recorded, Sensors, SourceHealth, SourceSample, device_sources
+from balcony_runtime.sensors import Absence, Sensors, SourceHealth, SourceSample, device_sources
+from balcony_runtime.sensors.base import NothingOpen
 from balcony_runtime.sensors.battery import Battery
 from balcony_runtime.sensors.jetson import Jetson
 from balcony_runtime.sensors.system import System, busy_share
@@ -331,9 +333,23 @@ def test_closing_waits_for_all_hung_sources_together() -> None:
 
 def test_old_readings_are_not_shown_and_order_is_that_of_the_sources() -> None:
     now_s = [100.0]
-    recorded = Recorded([Reading("b", "cpu", 0.0, watts=1.0), Reading("a", "gpu", 0.0, watts=2.0)])
-    sensors = Sensors([recorded, Recorded([Reading("0", "cpu", 5.0, watts=3.0)])], clock=lambda: now_s[0])
-    with sensors:
+
+    class Measured(NothingOpen):
+        def __init__(self, *readings: Reading) -> None:
+            self.name, self.readings = readings[0].source, readings
+
+        def discover(self) -> None:
+            """It knows what it has."""
+
+        def read(self, now_s: float) -> SourceSample:
+            once, self.readings = self.readings, ()
+            return SourceSample(tuple(replace(one, time_s=now_s) for one in once))
+
+    sources = [
+        Measured(Reading("b", "cpu", 0.0, watts=1.0), Reading("a", "gpu", 0.0, watts=2.0)),
+        Measured(Reading("0", "cpu", 0.0, watts=3.0)),
+    ]
+    with Sensors(sources, clock=lambda: now_s[0]) as sensors:
         assert [reading.source for reading in sensors.latest()] == ["b", "a", "0"]
         now_s[0] = 102.0
         assert len(sensors.latest()) == 3

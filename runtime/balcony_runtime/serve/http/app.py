@@ -122,8 +122,8 @@ class _Routes:
         if self._service.draining:
             raise draining()
         self._service.llm  # noqa: B018 - refuses while the model is loading
-        if (stuck_s := self._service.stuck_s) > STUCK_S:
-            raise RefusedError(503, f"no reply has gone on for {stuck_s:.0f} s: start the server again", "stuck")
+        if self._service.stuck_s > STUCK_S:
+            raise RefusedError(503, "replies do not go on: start the server again", "stuck")
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
@@ -180,11 +180,10 @@ class _Routes:
                 await answer.opening()
                 return EventStream(answer)
             whole = await answer.whole()
-        except GoneError:
-            answer.close()
-            return Response(status_code=499)  # no one reads it
         except BaseException as error:
-            answer.fail(error)
+            answer.close(error)
+            if isinstance(error, GoneError):
+                return Response(status_code=499)  # no one reads it
             raise
         answer.close()
         return JSONResponse(whole)
@@ -321,11 +320,7 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    allowed = (
-        "no such path; docs/server.md lists them" if status == 404 else "no such method; docs/server.md lists them"
-    )
-    word = "not_found" if status == 404 else "method_not_allowed"
-    headers = error.headers if isinstance(error, HTTPException) else None  # Allow, of a wrong method
-    asked = f"{request.method} {request.scope['path'][:100]}"
-    return answer_of(RefusedError(status, f"{asked}: {allowed}", word, headers=headers))
+    assert isinstance(error, HTTPException)  # registered for no other
+    what, word = ("path", "not_found") if error.status_code == 404 else ("method", "method_not_allowed")
+    allowed = f"{request.method} {request.scope['path'][:100]}: no such {what}; docs/server.md lists them"
+    return answer_of(RefusedError(error.status_code, allowed, word, headers=error.headers))  # Allow, of a wrong method

@@ -192,10 +192,6 @@ class Answer:
         """Seconds until a client that does not read is given up, a little after the time limit."""
         return self._until_s - time.monotonic() + 1.0
 
-    def stalled(self) -> None:
-        """Note that the client did not read until the time limit."""
-        self._failed(_too_long(self._limit_s))
-
     def _taken(self, job: Job) -> None:
         job.buffered -= 1
         if job.paused and job.buffered <= FEW_BUFFERED:
@@ -207,22 +203,14 @@ class Answer:
         self.status, self.reason = refusal.status, refusal.reason
         return refusal
 
-    def fail(self, error: BaseException) -> None:
-        """End the answer because of an error that its endpoint met."""
-        if isinstance(error, asyncio.CancelledError):
-            self.status, self.reason = 503, "stopped"
-        elif not self.reason:
-            self._failed(error)
-        self.close()
-
     async def _watch_client(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._gone = True
         self._channel.wake()
 
-    def close(self) -> None:
-        """End what has not ended; may be called several times."""
+    def close(self, error: BaseException | None = None) -> None:
+        """End what has not ended, because of an error or because all has been sent; later calls do nothing."""
         if self._closed:
             return
         self._closed = True
@@ -232,8 +220,15 @@ class Answer:
         for job in self.jobs:
             if not job.ended:
                 self._worker.cancel(job)
-        if self._gone and not all(job.ended for job in self.jobs):
-            self.status, self.reason = 499, "disconnected"  # nginx's number for a client that went away
+        if self._gone:
+            if not all(job.ended for job in self.jobs):
+                self.status, self.reason = 499, "disconnected"  # nginx's number for a client that went away
+        elif isinstance(error, asyncio.CancelledError):
+            self.status, self.reason = 503, "stopped"
+        elif isinstance(error, TimeoutError):  # the client did not read until the time limit
+            self._failed(_too_long(self._limit_s))
+        elif error is not None and not self.reason:
+            self._failed(error)
         self._on_close(self)
 
     def log(self, client: str, model: str) -> None:
@@ -277,15 +272,12 @@ class EventStream:
                 async for event in answer.events():
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
-        except GoneError:
-            pass
-        except TimeoutError:
-            answer.stalled()
+        except (GoneError, TimeoutError) as error:
+            answer.close(error)
         except BaseException as error:
-            answer.fail(error)
+            answer.close(error)
             raise
-        finally:
-            answer.close()
+        answer.close()
 
 
 def _too_long(limit_s: float) -> RefusedError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
@@ -212,18 +212,3 @@ class Cost:
             "pending_rows": None if last is None else last.pending_rows,
             "reason": None if last is None else last.reason,
         }
-
-
-def deliver(
-    found: Sequence[tuple[Job, Item]], pause: Callable[[Job], None], on_token: Callable[[Token, bool], None]
-) -> None:
-    """Hand the items of a step to their answers, and pause replies whose readers are slow. Runs in the event loop."""
-    for job, item in found:
-        if isinstance(item, Token):
-            on_token(item, job.cost.tokens == 0)
-            job.cost.count(item)
-        job.buffered += 1
-        job.channel.put(job, item)
-        if job.buffered >= MOST_BUFFERED and not job.paused:
-            job.paused = True
-            pause(job)

@@ -29,7 +29,7 @@ from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining
 from balcony_runtime.serve.work.answers import Answer
 from balcony_runtime.serve.work.energy import EnergyMeter
-from balcony_runtime.serve.work.jobs import Cost, Job, deliver
+from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
 from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.shapes import Shapes, cached_tokens, prompt_tokens
 from balcony_runtime.serve.work.slots import Slots
@@ -205,13 +205,19 @@ class Service:
         return min(max(math.ceil(self._mean_s * rounds), 1), MOST_RETRY_S)
 
     def _deliver(self, found: Found) -> None:
-        deliver(found, self._parts.worker.pause, self._on_token)
-
-    def _on_token(self, token: Token, first: bool) -> None:
-        self.metrics.token(token, first=first)
-        decision = token.decision
-        if decision.price_ms > 0 and decision.predicted_ms > 0:
-            self._slowdown = decision.predicted_ms / decision.price_ms
+        """Hand the items of a step to their answers, and pause replies whose readers are slow. Runs in the event loop."""
+        for job, item in found:
+            if isinstance(item, Token):
+                self.metrics.token(item, first=job.cost.tokens == 0)
+                job.cost.count(item)
+                decision = item.decision
+                if decision.price_ms > 0 and decision.predicted_ms > 0:
+                    self._slowdown = decision.predicted_ms / decision.price_ms
+            job.buffered += 1
+            job.channel.put(job, item)
+            if job.buffered >= MOST_BUFFERED and not job.paused:
+                job.paused = True
+                self._parts.worker.pause(job)
 
     async def answer(self, asked: Asked, headers: Mapping[str, str], client: str) -> Answer:
         """The answer to a request, not begun.

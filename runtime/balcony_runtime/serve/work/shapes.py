@@ -117,7 +117,7 @@ class Shapes:
             verdict.to_dict() | {"index": job.index}
             for job in jobs
             if job.ended and job.stream is not None
-            for verdict in job.stream.watch.verdicts()
+            for verdict in job.stream.request.watch.verdicts()
         ]
         return {"timings": cost.timings(prompt_tokens(jobs), cached_tokens(jobs)), "balcony": facts}
 
@@ -249,7 +249,7 @@ def prompt_tokens(jobs: Sequence[Job]) -> int:
 def cached_tokens(jobs: Sequence[Job]) -> int:
     """Tokens of these prompts whose rows were there already."""
     first = {id(job.ids): job for job in reversed(jobs)}
-    return sum(0 if job.stream is None else job.stream.prompt.cached for job in first.values())
+    return sum(0 if job.stream is None else job.stream.request.prompted.cached for job in first.values())
 
 
 def usage(jobs: Sequence[Job]) -> dict[str, Any]:

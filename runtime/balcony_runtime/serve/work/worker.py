@@ -6,6 +6,7 @@ threads want from it they put into its inbox.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -119,7 +120,7 @@ class Worker:
             try:
                 act(job)
             except Exception as error:  # the job ends, and the others go on
-                self._found.append((job, _told(error)))
+                self._fail(job, error)
                 self._cancel(job)
             busy = True
         return True
@@ -142,7 +143,7 @@ class Worker:
                 resolved = self._llm.resolved(job.budget)
                 exit_layer = resolved.allowed_exits(self._llm.exit_layers)[-1]
             except Exception as error:  # the job ends, and the others go on
-                self._found.append((job, _told(error)))
+                self._fail(job, error)
                 continue
             self._scoring[job] = scored(self._llm.engine, job.ids, exit_layer, job.score)
 
@@ -153,7 +154,7 @@ class Worker:
         try:
             job.stream = self._together.begin(job.request)
         except Exception as error:
-            self._found.append((job, _told(error)))
+            self._fail(job, error)
         else:
             self._running[job.stream] = job
 
@@ -168,7 +169,7 @@ class Worker:
                 self._begin(job)
             except Exception as error:
                 del self._scoring[job]
-                self._found.append((job, _told(error)))
+                self._fail(job, error)
 
     def _step(self) -> None:
         if not self._together.open:
@@ -176,15 +177,25 @@ class Worker:
         try:
             for stream, item in self._together.step():  # also frees replies that were cancelled
                 job = self._running[stream]
-                self._found.append((job, _told(item) if isinstance(item, Exception) else item))
+                if isinstance(item, Exception):
+                    self._fail(job, item)
+                else:
+                    self._found.append((job, item))
                 if isinstance(item, Exception) or item.finish_reason is not None:
                     self._forget(job)
         except Exception as error:  # a bug: the replies end, and the server goes on
-            told = _told(error)
+            _log.error("the decode thread failed", exc_info=error)
             for job in list(self._running.values()):
-                self._found.append((job, told))
+                self._found.append((job, error))
                 self._forget(job)
-            self._together.close()
+            with contextlib.suppress(Exception):  # what failed may fail again
+                self._together.close()
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a job with an error; a bug's traceback goes to the log."""
+        if not isinstance(error, BalconyError):
+            _log.error("the decode thread failed", exc_info=error)
+        self._found.append((job, error))
 
     def _forget(self, job: Job) -> None:
         if job.stream is not None:
@@ -213,10 +224,3 @@ class Worker:
 def _rebudget(job: Job, budget: Budget | None) -> None:
     if job.request is not None and not job.ended:
         job.request.limits.replace(budget)
-
-
-def _told(error: Exception) -> Exception:
-    """The error, after a bug's traceback has gone to the log."""
-    if not isinstance(error, BalconyError):
-        _log.error("the decode thread failed", exc_info=error)
-    return error
