@@ -60,6 +60,10 @@ def serve(
     saved_mb: Annotated[
         int, typer.Option(min=0, help="Megabytes of slots saved by name, from which on no more are saved.")
     ] = 1000,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Write the decisions about replies at once as a trace, for `balcony-edge replay`."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
@@ -72,7 +76,10 @@ def serve(
     Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics, /props, /slots,
     and a page for people at /. One line of JSON for each request goes to stderr.
     """
+    from contextlib import nullcontext
+
     import balcony_edge
+    from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_runtime.serve.http.server import Server, Settings
     from balcony_runtime.serve.work.service import Limits
 
@@ -80,7 +87,7 @@ def serve(
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are one for each request that is not HTTP
 
     def open_llm() -> balcony_edge.LLM:
-        return balcony_edge.load(
+        llm = balcony_edge.load(
             bundle,
             budget=budget,
             profile=profile,
@@ -91,6 +98,8 @@ def serve(
             prefix_mb=prefix_mb,
             prefix_directory=prefix_dir,
         )
+        llm.record_rounds(rounds)
+        return llm
 
     limits = Limits(
         parallel=parallel,
@@ -112,4 +121,5 @@ def serve(
         drain_s=drain_timeout,
         origins=allow_origin or (),
     )
-    Server(open_llm, settings).run()
+    with RoundTraceWriter(record) if record is not None else nullcontext() as rounds:
+        Server(open_llm, settings).run()

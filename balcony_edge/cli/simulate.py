@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from balcony_edge.budget import Budget
     from balcony_edge.cli.arrivals import Company
+    from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.company.seen import Round
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.simulation.loads import Load
@@ -70,6 +71,7 @@ def simulate(
     from balcony_edge.cli.arrivals import explained, facts, parsed, show
     from balcony_edge.cli.budget import asked_budget, named_refusal
     from balcony_edge.cli.show import say_doubts
+    from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.trace import TraceWriter
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.errors import BudgetError
@@ -83,11 +85,9 @@ def simulate(
     say_doubts(profile, measured)
     costs = measured.costs
     if arrivals is not None:
-        if record is not None:
-            raise BudgetError("--record with --arrivals: a trace records one reply: leave out one of the two")
-        company = _company(
-            files, asked, measured, parsed(arrivals), (prompt_tokens, tokens, seconds), load(trace), seed, device
-        )
+        sizes = (prompt_tokens, tokens, seconds)
+        with RoundTraceWriter(record) if record is not None else nullcontext() as rounds:
+            company = _company(files, asked, measured, parsed(arrivals), sizes, load(trace), seed, device, rounds)
         _say_if_unmeasured(profile, measured, asked, device)
         figures, rows = facts(company), explained(company) if explain else None
         if as_json:
@@ -118,6 +118,7 @@ def _company(
     slowdowns: Load,
     seed: int,
     device: list[str] | None,
+    trace: RoundTraceWriter | None,
 ) -> Company:
     """Run the requests of ``--arrivals`` on the profile's device."""
     from balcony_edge.cli.arrivals import Company, classes
@@ -141,7 +142,9 @@ def _company(
         physics=constants,
         load=slowdowns,
         seed=seed,
+        admission=True,
         log=lambda *one: rounds.append(one),
+        trace=trace,
     )
     names = {id(budget): name for name, budget in named.items()}
     return Company(named, [(names[id(stream.arrival.budget)], stream) for stream in streams], rounds)

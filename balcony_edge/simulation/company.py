@@ -11,12 +11,15 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.prices import RoundEntry, RoundPrices
+from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen
+from balcony_edge.control.company.waiting import MOST_OVERTAKEN, in_order, overtakes
 from balcony_edge.control.decision import Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.simulation.plant import Physics, SimulatedDevice
@@ -41,6 +44,8 @@ class SimulatedStream:
         gaps_ms: gap before each token; the first is the time to first token.
         late_tokens: number of tokens after the first that missed ``tpot_ms``.
         refused_s: time at which it was refused; None if it was not.
+        key: its number.
+        overtaken: number of later requests that began while it waited.
     """
 
     arrival: Arrival
@@ -52,6 +57,8 @@ class SimulatedStream:
     emitted_s: float = 0.0
     late_tokens: int = 0
     refused_s: float | None = None
+    key: int = 0
+    overtaken: int = 0
 
     @property
     def done(self) -> bool:
@@ -79,9 +86,9 @@ class CompanyPlant(SimulatedDevice):
     def _prices(self) -> RoundPrices:
         return RoundPrices(self.costs)
 
-    def stream(self, arrival: Arrival) -> SimulatedStream:
-        exits = len(self.costs.exits)
-        return SimulatedStream(arrival, [0] * exits, [0] * (exits - 1), arrival.prompt_tokens, emitted_s=arrival.time_s)
+    def stream(self, arrival: Arrival, key: int = 0) -> SimulatedStream:
+        stages, balconies = [0] * len(self.costs.exits), [0] * (len(self.costs.exits) - 1)
+        return SimulatedStream(arrival, stages, balconies, arrival.prompt_tokens, emitted_s=arrival.time_s, key=key)
 
     @staticmethod
     def rows_due(stream: SimulatedStream) -> tuple[list[int], list[int]]:
@@ -131,10 +138,12 @@ def simulate_company(
     physics: Physics | None = None,
     load: Callable[[float], float] | None = None,
     most_streams: int = 16,
+    admission: bool = False,
     seed: int = 0,
     decide: Decide | None = None,
     plant_class: type[CompanyPlant] = CompanyPlant,
     log: Callable[[float, Round], object] | None = None,
+    trace: RoundTraceWriter | None = None,
 ) -> list[SimulatedStream]:
     """Run requests on a simulated device until all have ended.
 
@@ -144,32 +153,48 @@ def simulate_company(
         quality: agreement of each exit with the full depth.
         physics, load: as for :class:`.plant.SimulatedDevice`.
         most_streams: largest number of streams at once; later requests wait.
+        admission: whether a request waits until there is time for it, or is refused if its budget asks for that.
         seed: seed of the noise.
         decide: another controller to compare with.
         plant_class: another device to compare with.
         log: called with the time and each round.
+        trace: record of the rounds.
 
     Returns:
         One stream for every request, in their order.
     """
     plant = plant_class(costs, physics or Physics(), load or (lambda _: 1.0), seed)
-    decide = decide or JointController(costs, quality).decide
+    controller = JointController(costs, quality)
+    decide = decide or controller.decide
     state = CompanyState()
     last: Measurement | None = None
-    streams = [plant.stream(arrival) for arrival in arrivals]
+    streams = [plant.stream(arrival, key) for key, arrival in enumerate(arrivals)]
     waiting = list(range(len(streams)))
     active: list[int] = []
+
+    def seen_of(key: int) -> StreamSeen:
+        return _seen(plant, key, streams[key])
+
+    def refused(one: SimulatedStream) -> bool:
+        if not (admission and active):
+            return False
+        now = RoundSeen(tuple(map(seen_of, active)), None, plant.now_s)
+        return controller.refusal(state, now, seen_of(one.key)) is not None
+
     while waiting or active:
-        while waiting and streams[waiting[0]].arrival.time_s <= plant.now_s and len(active) < most_streams:
-            active.append(waiting.pop(0))
+        _admit([streams[key] for key in waiting], active, most_streams, refused, plant.now_s)
+        waiting = [key for key in waiting if key not in active and streams[key].refused_s is None]
         if not active:
-            plant.wait(streams[waiting[0]].arrival.time_s - plant.now_s)
-            last = None
+            if waiting:
+                plant.wait(streams[waiting[0]].arrival.time_s - plant.now_s)
+                last = None
             continue
-        seen = RoundSeen(
-            tuple(_seen(plant, key, streams[key]) for key in active), last, plant.now_s, plant.busy_s, plant.readings
-        )
-        state, found = decide(state, seen)
+        seen = RoundSeen(tuple(map(seen_of, active)), last, plant.now_s, plant.busy_s, plant.readings)
+        ended = [key for key in state.streams if key not in active]
+        before = state.without(ended)
+        state, found = decide(before, seen)
+        if trace is not None:
+            trace.write(costs, quality, before, seen, found, ended)
         for key, _ in found.refused:
             streams[key].refused_s = plant.now_s
         if log is not None:
@@ -187,12 +212,33 @@ def simulate_company(
         if measured_ms > 0 and not gone and all(len(stream.exits) > 1 for stream, _ in moves):
             last = Measurement(costs.exits[found.deepest], found.price_ms, measured_ms)
         active = [key for key in active if not streams[key].done]
-        # A newcomer ends a wait until somebody is due, and not the pace of a ceiling. Who waits for a place ends neither.
-        comes = bool(waiting) and len(active) < most_streams and not (found.moves or found.chunk)
-        next_s = streams[waiting[0]].arrival.time_s if comes else math.inf
-        plant.wait(min(found.wait_ms / 1000, max(next_s - plant.now_s, 0.0)))
-        state = state.without({key for key in state.streams if key not in active})
+        # A newcomer ends a wait until somebody is due, and not the pace of a ceiling. Who waits to begin ends neither.
+        comes = len(active) < most_streams and not (found.moves or found.chunk)
+        times_s = (streams[key].arrival.time_s for key in waiting if comes)
+        next_s = min((time_s for time_s in times_s if time_s > plant.now_s), default=math.inf)
+        plant.wait(min(found.wait_ms / 1000, next_s - plant.now_s))
     return streams
+
+
+def _admit(
+    waiting: Sequence[SimulatedStream],
+    active: list[int],
+    places: int,
+    refused: Callable[[SimulatedStream], bool],
+    now_s: float,
+) -> None:
+    """Let those begin that have come, and that there is a place and time for."""
+    come = [one for one in waiting if one.arrival.time_s <= now_s]
+    for one in in_order(come, lambda one: one.arrival.budget.weight):
+        if len(active) == places:
+            return
+        if not refused(one):
+            active.append(one.key)
+            overtakes(one, (other for other in come if other.key not in active))
+        elif one.arrival.budget.on_infeasible == "error":
+            one.refused_s = now_s
+        elif one.overtaken >= MOST_OVERTAKEN:
+            return
 
 
 def _seen(plant: CompanyPlant, key: int, stream: SimulatedStream) -> StreamSeen:
@@ -213,11 +259,17 @@ def _seen(plant: CompanyPlant, key: int, stream: SimulatedStream) -> StreamSeen:
 
 
 def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Sequence[float]) -> Mapping[str, float]:
-    """Figures of a run: tokens, share of late tokens, mean depth and agreement, 95th percentile of the first token's time."""
+    """Figures of a run: tokens, share of late tokens, mean depth and agreement, 95th percentile of the first token's time.
+
+    ``switches`` is the number of changes of the exit in 100 tokens, ``longest_gap_ms`` that of streams without a target, which
+    give way to all others.
+    """
     agreement = dict(zip(costs.exits, quality, strict=True))
     exits = [layer for stream in streams for layer in stream.exits]
     later = sum(max(len(stream.exits) - 1, 0) for stream in streams if stream.arrival.budget.tpot_ms is not None)
     firsts = sorted(stream.gaps_ms[0] for stream in streams if stream.gaps_ms)
+    switches = sum(one != other for stream in streams for one, other in pairwise(stream.exits))
+    lax = [stream for stream in streams if stream.arrival.budget.tpot_ms is stream.arrival.budget.deadline_s is None]
     return {
         "streams": len(streams),
         "refused": sum(stream.refused_s is not None for stream in streams),
@@ -225,5 +277,7 @@ def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Seque
         "late_share": sum(stream.late_tokens for stream in streams) / max(later, 1),
         "mean_depth": sum(exits) / max(len(exits), 1) / costs.exits[-1],
         "mean_agreement": sum(agreement[layer] for layer in exits) / max(len(exits), 1),
+        "switches": 100 * switches / max(len(exits), 1),
+        "longest_gap_ms": max((gap for stream in lax for gap in stream.gaps_ms[1:]), default=0.0),
         "ttft_p95_ms": firsts[int(0.95 * (len(firsts) - 1))] if firsts else math.nan,
     }

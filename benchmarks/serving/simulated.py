@@ -8,9 +8,11 @@ enough for all on average.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from random import Random
 from statistics import mean
 from typing import Any
 
@@ -19,6 +21,7 @@ from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.seen import CompanyState, Round, RoundSeen, StreamSeen
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
+from balcony_edge.errors import BudgetError
 from balcony_edge.simulation import company
 from benchmarks.serving.clairvoyant import deepest
 
@@ -67,6 +70,88 @@ def oracle(arrivals: Sequence[company.Arrival], seed: int) -> list[company.Simul
     return company.simulate_company(INT4, arrivals, quality=QUALITY, seed=seed, decide=decide, plant_class=_CaughtUp)
 
 
+#: Key of a budget → values of random mixes, some beyond what the device can hold.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "tpot_ms": (1.0, 8.0, 15.0, 40.0, 1e4),
+    "ttft_ms": (1.0, 50.0, 500.0, 1e5),
+    "deadline_s": (0.01, 1.0, 60.0),
+    "max_pace_tps": (2.0, 20.0, 200.0),
+    "power_w": (2.0, 5.0, 8.0, 500.0),
+    "temperature_c": (30.0, 45.0, 90.0),
+    "critical_temperature_c": (46.0, 100.0),
+    "cpu_utilization": (0.1, 0.5),
+    "energy_j_per_token": (0.01, 0.1),
+    "weight": (0.01, 1.0, 100.0),
+    "max_exit": INT4.exits,
+    "min_exit": INT4.exits,
+    "on_infeasible": ("error", "best_effort"),
+    "probability": (0.5, 0.99),
+    "dwell_tokens": (0, 4),
+}
+
+
+def _budget(chance: Random) -> Budget:
+    while True:
+        keys = {key: chance.choice(values) for key, values in VALUES.items() if chance.random() < 0.2}
+        if "deadline_s" in keys:
+            keys["expected_tokens"] = chance.choice((1, 12, 10**6))
+        try:
+            return Budget(**keys)
+        except BudgetError:  # the keys contradict one another
+            continue
+
+
+def mixes(count: int) -> dict[str, Any]:
+    """Item ``mixes`` of :mod:`benchmarks.serving.streams`: random mixes of random budgets, with admission, each to its end.
+
+    An exception ends the benchmark with its seed.
+    """
+    wrong: list[int] = []
+    streams = tokens = refused = most = 0
+    for seed in range(count):
+        chance = Random(seed)
+        classes = [
+            company.Arrival(0.0, chance.randint(1, 200), chance.randint(1, 6), _budget(chance)) for _ in range(6)
+        ]
+        arrivals = company.poisson(chance.uniform(4, 60), 1.0, classes, seed=seed, burst=chance.choice((1, 1, 4, 16)))[
+            :24
+        ]
+        company_size = [0]
+
+        def larger(_: float, found: Round, size: list[int] = company_size) -> None:
+            size[0] = max(size[0], len(found.moves))
+
+        try:
+            run = company.simulate_company(INT4, arrivals, quality=QUALITY, admission=True, seed=seed, log=larger)
+        except Exception as error:
+            raise RuntimeError(f"mix {seed}") from error
+        if not all(_sound(one) for one in run):
+            wrong.append(seed)
+        streams, most = streams + len(run), max(most, company_size[0])
+        tokens += sum(len(one.exits) for one in run)
+        refused += sum(one.refused_s is not None for one in run)
+    return {
+        "mixes": count,
+        "streams": streams,
+        "tokens": tokens,
+        "refused": refused,
+        "most_at_once": most,
+        "wrong": wrong,
+    }
+
+
+def _sound(one: company.SimulatedStream) -> bool:
+    """Whether a stream came to its end with finite gaps, at exits that its budget allows, or was refused as it may be."""
+    budget = one.arrival.budget
+    may_end = budget.on_infeasible == "error" or budget.critical_temperature_c is not None
+    return (
+        one.done
+        and all(0 < gap < math.inf for gap in one.gaps_ms)
+        and set(one.exits) <= set(budget.allowed_exits(INT4.exits))
+        and (one.refused_s is None or may_end)
+    )
+
+
 CLASSES = [
     company.Arrival(0.0, prompt, tokens, budget)
     for prompt, tokens, budget in (
@@ -92,7 +177,7 @@ def simulation(seeds: int) -> dict[str, Any]:
         return found
 
     for arrivals_a_second, burst in ((0.3, 1), (0.8, 1), (1.2, 1), (0.3, 3), (0.8, 3), (1.2, 3), (2.0, 8)):
-        ratios, of_bound, late, ideal = [], [], [], []
+        ratios, of_bound, late, ideal, switches, gaps = [], [], [], [], [], []
         for seed in range(seeds):
             arrivals = company.poisson(arrivals_a_second, 30.0, CLASSES, seed=seed, burst=burst)
             if not arrivals:
@@ -103,6 +188,8 @@ def simulation(seeds: int) -> dict[str, Any]:
             ratios.append(found["mean_depth"] / best["mean_depth"])
             of_bound.append(found["mean_depth"] / deepest(INT4, run, bin_s=BIN_S))
             late.append(found["late_share"])
+            switches.append(found["switches"])
+            gaps.append(found["longest_gap_ms"])
             ideal.append(best["late_share"])
         rows.append(
             {
@@ -112,6 +199,8 @@ def simulation(seeds: int) -> dict[str, Any]:
                 "depth_of_bound": round(mean(of_bound), 3),
                 "late": round(mean(late), 4),
                 "oracle_late": round(mean(ideal), 4),
+                "switches_per_100_tokens": round(mean(switches), 1),
+                "longest_gap_ms": round(max(gaps), 1),  # of streams without a target
             }
         )
     decisions = {count: round(1e6 * mean(spent_s[count]), 1) for count in sorted(spent_s) if count in (2, 4, 8, 16)}

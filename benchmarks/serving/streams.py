@@ -11,6 +11,7 @@
     simulation   random arrivals of classes of budgets on a simulated device: mean depth compared with an oracle that pays
                  nothing for pending rows and knows the device, and with a bound for one that knows the future; late tokens; the
                  time of a decision (:mod:`benchmarks.serving.simulated`)
+    mixes        10,000 random mixes of random budgets in simulation: exceptions, gaps that are no numbers, exits not allowed
 
 The last line on stdout is one JSON object; tables go to stderr. Exit code 1 if a bar is missed. Stop everything else first.
 """
@@ -47,7 +48,7 @@ from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
 from benchmarks.peer_workers.worker import log_softmax
 from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
-from benchmarks.serving.simulated import simulation
+from benchmarks.serving.simulated import mixes, simulation
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 COUNTS = (4, 8)
@@ -367,15 +368,19 @@ def bars(found: dict[str, Any]) -> dict[str, Any]:
         more = max(row["late"] - row["oracle_late"] for row in measured["rows"])
         held["simulated late share above the oracle's"] = bar(round(more, 4), 0.05)
         held["decision for 8 streams, µs"] = bar(measured["decision_us"].get(8, 0.0), 150)
+    if (measured := found.get("mixes")) is not None:
+        held["mixes with a stream that is wrong"] = bar(len(measured["wrong"]), 0)
     return held
 
 
 def main() -> int:
     """Parse the command line, run, print; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description="Several replies at once.")
-    parser.add_argument("bundle", type=Path, nargs="?", help="bundle; without one only the simulation runs")
+    parser.add_argument("bundle", type=Path, nargs="?", help="bundle; without one only the simulations run")
     parser.add_argument("--quick", action="store_true", help="few repetitions: checks only that it runs")
-    parser.add_argument("--only", default="throughput,mixed,exact,python,targets,soak,simulation", help="items to run")
+    parser.add_argument(
+        "--only", default="throughput,mixed,exact,python,targets,soak,simulation,mixes", help="items to run"
+    )
     arguments = parser.parse_args()
     only, quick = set(arguments.only.split(",")), arguments.quick
     if unknown := only - set(parser.get_default("only").split(",")):
@@ -401,6 +406,8 @@ def main() -> int:
         found["simulation"] = simulation(1 if quick else 5)
         for row in found["simulation"]["rows"]:
             print(json.dumps(row), file=sys.stderr)
+    if "mixes" in only:
+        found["mixes"] = mixes(20 if quick else 10_000)
     found |= {"neighbours": neighbours.report(), "bars": bars(found)}
     missed = print_bars(found["bars"])
     print(json.dumps(found, ensure_ascii=False))

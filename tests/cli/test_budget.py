@@ -167,7 +167,11 @@ def test_simulate_with_arrivals_tells_what_each_class_got(tmp_path: Path) -> Non
     assert "a round of 3 streams takes" in " ".join(row["reason"] for row in found["intervals"])
     told = invoke(*common, "--explain")
     assert "stream: exit" in told and "first token" in told
-    assert json.loads(invoke(*common, "--json")) == {key: found[key] for key in ("streams", "rounds", "classes")}
+    assert json.loads(invoke(*common, "--record", "rounds.jsonl", "--json")) == {
+        key: found[key] for key in ("streams", "rounds", "classes")
+    }
+    replayed = json.loads(invoke("replay", "rounds.jsonl", "--json"))
+    assert replayed == {"rounds": found["rounds"], "streams": found["streams"], "differences": []}
 
 
 def test_simulate_refuses(tmp_path: Path) -> None:
@@ -181,9 +185,6 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     refused("one reply has one budget: also give --arrivals", *common, "--budget", budget)
     refused("--arrivals speed=3: 'speed=3' is not known: give e.g. rate=0.8", *common, "--arrivals", "speed=3")
     refused("--arrivals rate=0: must have a rate of 0.001 to 1000 a second", *common, "--arrivals", "rate=0")
-    refused(
-        "--record with --arrivals: a trace records one reply", *common, "--arrivals", "rate=1", "--record", "x.jsonl"
-    )
     refused("--device mass=3: must be one of idle_w, busy_w", *common, "--device", "mass=3")
     for word, allowed in (
         ("busy_w=x", "busy_w must be 0 to 100000"),

@@ -12,6 +12,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.seen import CompanyState, RoundSeen, StreamSeen
 from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError
 from tests.prices import DEMO
 from tests.properties import CHANCE, examples
@@ -24,6 +25,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "ttft_ms": (1e-3, 5.0, 300.0, 1e5),
     "deadline_s": (1e-3, 1.0, 5.0, 1e4),
     "max_pace_tps": (0.1, 5.0, 100.0),
+    "power_w": (0.5, 5.0, 500.0),
+    "temperature_c": (30.0, 90.0),
+    "cpu_utilization": (0.05, 0.9),
+    "energy_j_per_token": (1e-3, 10.0),
     "weight": (0.01, 100.0),
     "max_exit": EXITS,
     "on_infeasible": ("error",),
@@ -64,7 +69,8 @@ def test_every_company_gets_a_round(chance: Random) -> None:
     streams = {key: random_stream(chance, key) for key in range(chance.randint(1, 12))}
     now_s = 10.0
     for _ in range(5):
-        seen = RoundSeen(tuple(streams.values()), None, now_s)
+        measured = Reading("board", "board", now_s, watts=chance.uniform(0, 20), celsius=chance.uniform(20, 110))
+        seen = RoundSeen(tuple(streams.values()), None, now_s, readings=chance.choice(((), (measured,))))
         state, found = controller.decide(state, seen)
         *others, newcomer = seen.streams
         controller.refusal(state, seen._replace(streams=tuple(others) or seen.streams), newcomer)
@@ -76,7 +82,7 @@ def test_every_company_gets_a_round(chance: Random) -> None:
             assert math.isfinite(move.decision.predicted_ms) and 0 <= move.decision.probability <= 1
             streams[move.key] = one._replace(made_tokens=one.made_tokens + 1, asked_s=now_s)
         for key, why in found.refused:
-            assert streams.pop(key).budget.on_infeasible == "error" and "infeasible" in why
+            assert streams.pop(key).budget.on_infeasible == "error" and why.endswith("or allow less depth")
         if not streams:
             return
         now_s += chance.choice((0.0, 0.001, 0.05, 3.0))

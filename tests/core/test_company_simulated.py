@@ -14,6 +14,7 @@ from balcony_edge.simulation.company import Arrival, CompanyPlant, poisson, simu
 from balcony_edge.simulation.plant import Physics
 from tests.prices import DEMO
 from tests.properties import examples
+from tests.replies import PRICES
 
 CLASSES = [
     Arrival(0.0, prompt, tokens, budget)
@@ -91,6 +92,26 @@ def test_chunks_name_rows_that_exist() -> None:
     plant.run_chunk(one, Chunk(0, 1, 9))
     plant.run_chunk(one, Chunk(0, 0, 2, balcony=True))
     assert one.stages == [5, 5, 0, 0] and one.balconies == [2, 0, 0]
+
+
+def test_who_there_is_no_time_for_waits_or_is_refused() -> None:
+    """Six ask for a gap that three can have at once; one of them does not want to wait, and one counts more than the others."""
+    asked = [Budget(tpot_ms=8.0)] * 4 + [Budget(tpot_ms=8.0, on_infeasible="error"), Budget(tpot_ms=8.0, weight=9)]
+    arrivals = [Arrival(0.0, 2, 40, budget) for budget in asked]
+    runs = [simulate_company(PRICES, arrivals, quality=(0.5, 0.7, 1.0), admission=asked) for asked in (True, False)]
+    assert [[one.refused_s for one in run] for run in runs] == [[None] * 4 + [0.0, None], [None] * 6]
+    assert all(len(one.exits) == 40 for run in runs for one in run if one.refused_s is None)
+    order, crowded = ([one.key for one in sorted(run, key=lambda one: sum(one.gaps_ms[:1]))] for run in runs)
+    assert order[1:4] == [0, 1, 5] and crowded == [0, 1, 2, 3, 4, 5], "the weightiest is among the first three"
+
+
+def test_changes_of_exits_and_waits_are_counted() -> None:
+    one, other = (CompanyPlant(DEMO, Physics(), lambda _: 1.0).stream(Arrival(0.0, 4, 4, Budget())) for _ in range(2))
+    first, second, *_ = DEMO.exits
+    one.exits, one.gaps_ms = [first, first, second, first], [50.0, 10.0, 70.0, 10.0]
+    other.exits, other.gaps_ms = [second] * 4, [500.0, 10.0, 10.0, 10.0]
+    found = summary([one, other], DEMO, QUALITY)
+    assert (found["switches"], found["longest_gap_ms"]) == (25.0, 70.0)
 
 
 def test_who_waits_for_a_place_does_not_stop_the_clock() -> None:

@@ -17,12 +17,13 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
+from balcony_edge.control.company.waiting import MOST_OVERTAKEN
 from balcony_edge.errors import BusyError, InputError
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
 from balcony_runtime.scheduling import scheduler as scheduler_module
-from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, row_bytes
+from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.text import TextCodec
 from tests.replies import PRICES, PROMPTS, all_at_once, free_members, ids
 

@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.control.company.round_trace import read_rounds, replay_rounds
 from balcony_edge.device.machine import cpu_name
 from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
@@ -413,6 +414,7 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
             return message
 
         command = [*COMMAND, "serve", str(tiny.path), "--port", str(port), "--budgets", str(tmp_path)]
+        command += ["--record", str(tmp_path / "rounds.jsonl")]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": "Bearer key"}) as client:
@@ -422,6 +424,8 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
                 process.send_signal(signal.SIGHUP)
                 assert heard().startswith(b"RELOADING=1") and heard() == b"READY=1"
                 assert client.get("/v1/models/tiny-llama:fresh").status_code == 200
+                both = {"prompt": [[5, 6], [7, 8]], "max_tokens": 6, "budget": {"tpot_ms": 500}}
+                assert client.post("/v1/completions", json=both).status_code == 200
                 body = SLOW | {"model": "tiny-llama:calm", "budget": None, "max_tokens": 60}
                 with client.stream("POST", CHAT, json=body) as answer:
                     lines = answer.iter_lines()
@@ -434,6 +438,9 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
             process.kill()
     assert process.returncode == 0, errors
     assert '"tokens": 60' in errors and "Traceback" not in errors
+    recorded = read_rounds(tmp_path / "rounds.jsonl")
+    assert {len(one.exits) for one in recorded.rounds} >= {2}, "both replies in one round"
+    assert [found.chunk for found in replay_rounds(recorded)] == [one.chunk for one in recorded.rounds]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import numpy as np
 
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.seen import CompanyState, LearnedAlone, RoundSeen, StreamSeen
+from balcony_edge.control.company.waiting import MOST_OVERTAKEN, in_order, overtakes
 from balcony_edge.control.controller import ControllerState
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
@@ -27,7 +28,7 @@ from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling.admission import MOST_OVERTAKEN, Bounds, in_order, overtakes, row_bytes
+from balcony_runtime.scheduling.admission import Bounds, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.scheduling.stream import Stream, undone

@@ -17,11 +17,11 @@ from queue import SimpleQueue
 from typing import Any
 
 from balcony_edge.budget import Budget
+from balcony_edge.control.company.waiting import in_order, overtakes
 from balcony_edge.errors import BalconyError
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
 from balcony_runtime.requests import Request
-from balcony_runtime.scheduling.admission import in_order, overtakes
 from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
 from balcony_runtime.serve.work.likelihood import scored
 from balcony_runtime.together import Together
@@ -35,7 +35,7 @@ class Worker:
 
     Args:
         llm: the loaded bundle; nothing else may decode with it.
-        parallel: most replies in progress; others wait in the order of :func:`.admission.in_order`. Paused ones do not count.
+        parallel: most replies in progress; others wait in the order of :func:`.waiting.in_order`. Paused ones do not count.
         most: most replies in progress, paused ones included.
         deliver: takes the items of a step; called in the decode thread.
     """
