@@ -113,21 +113,20 @@ def mixes(count: int) -> dict[str, Any]:
         classes = [
             company.Arrival(0.0, chance.randint(1, 200), chance.randint(1, 6), _budget(chance)) for _ in range(6)
         ]
-        arrivals = company.poisson(chance.uniform(4, 60), 1.0, classes, seed=seed, burst=chance.choice((1, 1, 4, 16)))[
-            :24
-        ]
-        company_size = [0]
+        rate, burst = chance.uniform(4, 60), chance.choice((1, 1, 4, 16))
+        arrivals = company.poisson(rate, 1.0, classes, seed=seed, burst=burst)[:17]
+        sizes = [0]
 
-        def larger(_: float, found: Round, size: list[int] = company_size) -> None:
-            size[0] = max(size[0], len(found.moves))
+        def counted(_: float, found: Round, sizes: list[int] = sizes) -> None:
+            sizes.append(len(found.moves))
 
         try:
-            run = company.simulate_company(INT4, arrivals, quality=QUALITY, admission=True, seed=seed, log=larger)
+            run = company.simulate_company(INT4, arrivals, quality=QUALITY, admission=True, seed=seed, log=counted)
         except Exception as error:
             raise RuntimeError(f"mix {seed}") from error
         if not all(_sound(one) for one in run):
             wrong.append(seed)
-        streams, most = streams + len(run), max(most, company_size[0])
+        streams, most = streams + len(run), max(most, *sizes)
         tokens += sum(len(one.exits) for one in run)
         refused += sum(one.refused_s is not None for one in run)
     return {

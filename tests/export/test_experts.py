@@ -28,7 +28,6 @@ from balcony_export.model.experts import Use, dense_from, experts_in
 from balcony_export.quantize.blocks import Quantizer, parse_precision
 from balcony_export.quantize.experts import EXPERT_ROWS, _block_size
 from balcony_export.quantize.gptq import second_moments
-from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.trainer import Trainer
@@ -38,6 +37,7 @@ from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.shared_step import PoolMove
 from tests.conftest import Exported, tiny_tokenizer
+from tests.engine_sets import write_graphs
 from tests.export.experts import MIXTURES, mixture_exits, tiny_mixture
 from tests.properties import examples
 from tests.runtime.test_conformance import BACKENDS, actions, play

@@ -31,6 +31,8 @@ from balcony_export.model.balcony import init_balconies
 from balcony_export.model.layer import memory_of
 from balcony_runtime.backends.onnxruntime import open_session
 
+pytestmark = pytest.mark.model  # each test traces layers
+
 Array = npt.NDArray[np.float32]
 _SIZES: dict[str, Any] = {
     "vocab_size": 320,

@@ -32,7 +32,7 @@ from balcony_export.graph.ir_tools import graph_spec
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 from balcony_export.tensorrt import engine_set as tensorrt_module
-from balcony_export.tensorrt.engine_set import rounding_of, write_graphs
+from balcony_export.tensorrt.engine_set import rounding_of
 from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt.integers import Rounding
 from balcony_export.tensorrt.plain import plain_operators
@@ -46,7 +46,7 @@ from balcony_runtime.backends.tensorrt_builder import (
     profiles,
 )
 from balcony_runtime.engine import Engine
-from tests.engine_sets import build_engines
+from tests.engine_sets import build_engines, write_graphs
 
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2")
 #: What `make test` builds of them, ten seconds each: every kind of mask, norm and rope once.

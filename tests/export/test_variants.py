@@ -24,7 +24,6 @@ from balcony_export.model.balcony_files import fingerprint, load_balconies, save
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
-from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import LOSS_WEIGHTS, Head, HeadLoss
@@ -32,6 +31,7 @@ from balcony_export.train.trainer import Trainer
 from balcony_export.variants.extract import extract, layout_warning, submodel
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
+from tests.engine_sets import write_graphs
 from tests.hybrids import EXPORTED
 
 IDS = [(11 * i * i + 5 * i + 2) % 320 for i in range(30)]

@@ -15,7 +15,6 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
 from balcony_edge.cli.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError
-from balcony_export.tensorrt.engine_set import write_graphs
 from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.backends import choose as choose_module
 from balcony_runtime.backends import cuda, onnxruntime_device, tensorrt
@@ -28,6 +27,7 @@ from balcony_runtime.backends.tensorrt_builder import import_tensorrt
 from balcony_runtime.backends.webgpu import adapters as adapters_module
 from balcony_runtime.backends.webgpu import provider
 from balcony_runtime.backends.webgpu.adapters import Adapter
+from tests.engine_sets import write_graphs
 
 GRAPH = GraphSpec(
     file="norm.onnx", inputs=(TensorSpec(name="hidden", dtype="float16", shape=("batch", "queries", 8)),),

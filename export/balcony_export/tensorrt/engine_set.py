@@ -15,8 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from balcony_edge.bundle.bundle import Bundle, file_spec
-from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
-from balcony_edge.bundle.manifest import EngineSet, Manifest
+from balcony_edge.bundle.manifest import EngineSet
 from balcony_edge.errors import InputError
 from balcony_export.graph.ir_tools import FAR_WEIGHTS, graph_spec, relative_distance
 from balcony_export.graph.weights import WeightFile
@@ -26,15 +25,6 @@ from balcony_runtime.backends.tensorrt_builder import Target
 from balcony_runtime.backends.token_table import unpacked
 
 _EXPORT_ONE = "export one with --precision int4,positive,block=64,head=4 --calibration TEXT"
-
-
-def write_graphs(
-    bundle: Bundle, name: str, target: Target, form: Format, *, batch_size: int = 1, rounding: Rounding | None = None
-) -> Manifest:
-    """Write the graphs of an engine set and record them, replacing a set of that name. Arguments as in :func:`make_graphs`."""
-    with new_engine_directory(bundle.path, name) as directory:
-        engines = make_graphs(bundle, directory, target, form, batch_size=batch_size, rounding=rounding)
-        return record_engines(bundle.path, name, engines, directory)
 
 
 def make_graphs(
