@@ -19,14 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from balcony_edge.budget import Rail
+from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.control.decision import CatchUp
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 
 #: Seconds between two samples of the simulated sensors.
 SAMPLE_S = 0.1
-#: Rows of one portion of idle work, as in the runtime.
-IDLE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.errors import BalconyError, InputError
-from balcony_runtime.decoding.loop import IDLE_ROWS
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.sessions import file

@@ -16,6 +16,7 @@ import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import ConfidenceSpec
+from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.control.company.seen import Chunk, StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState, quantile_of
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 #: Latest reading of every sensor, and the time at which they were read.
 Readings = tuple[tuple[Reading, ...], float]
-#: Rows of one portion of idle work. Idle work can be ended at the end of each portion.
-IDLE_ROWS = 8
 
 
 class Step(NamedTuple):
