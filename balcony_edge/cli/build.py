@@ -183,7 +183,9 @@ def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_
             f"{bundle.path}: {_difference(bundle, wanted)}: give the options of graphs that are there, or write others with "
             f"--graphs-only on a workstation ({error.name} is not installed here)"
         ) from error
-    form = Format(wanted.precision, wanted.operators, wanted.context_length, wanted.block_size or 64)  # type: ignore[arg-type]
+    there = bundle.manifest.engines.get(wanted.name)
+    block = wanted.block_size or (there and there.block_size) or 64
+    form = Format(wanted.precision, wanted.operators, wanted.context_length, block)  # type: ignore[arg-type]
     rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)
     return make_graphs(bundle, directory, wanted.target, form, batch_size=wanted.batch_size, rounding=rounding)
 

@@ -17,7 +17,10 @@ _COMPARED = ("exit_layer", "period_ms", "infeasible", "catch_up")
 
 def replay(
     trace: Annotated[
-        Path, typer.Argument(help="File that `run --trace`, `simulate --record` or `LLM.record_rounds` wrote.")
+        Path,
+        typer.Argument(
+            help="File that `run --trace`, `simulate --record`, `serve --record` or `record_rounds` wrote."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

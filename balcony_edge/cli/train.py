@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     schedule: Annotated[Literal["trapezoidal", "cosine"], typer.Option(help="Decay of the rate.")] = "trapezoidal",
     warmup_steps: Annotated[int, typer.Option(help="Number of steps with rising rate.")] = 50,
-    decay_share: Annotated[float, typer.Option(help="Share of the steps with falling rate (trapezoidal).")] = 0.4,
+    decay_share: Annotated[float, typer.Option(help="Share of the run with falling rate (trapezoidal).")] = 0.4,
     clip: Annotated[float, typer.Option(help="Largest gradient norm of a balcony.")] = 1.0,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 2,
@@ -283,6 +284,9 @@ def _saved_at_interrupts(trainer: Trainer) -> Iterator[None]:
         if trainer.interrupted:
             raise KeyboardInterrupt
         trainer.interrupted = True
+        os.write(
+            2, b"the step ends and is saved; once more ends the run at once\n"
+        )  # rich may be in the middle of a line
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

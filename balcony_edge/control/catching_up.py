@@ -31,7 +31,7 @@ from balcony_edge.control.decision import CatchUp, Measurement, Observation, Out
 from balcony_edge.control.slowdown import WITH_CATCH_UP
 from balcony_edge.device.costs import CostModel, UnitCost
 
-#: Rows of one portion of work in a wait, which can be ended at the end of each portion.
+#: Rows of one portion of the work in a wait. A wait can end after each portion.
 IDLE_ROWS = 8
 #: Largest cost of a late token at the entry, in rooms of its exit. A backlog that was worked off from the shallowest of
 #: four exits leaves up to nine rows at the deepest stage. In int4, where a further row costs a quarter of the first,

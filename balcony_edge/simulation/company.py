@@ -227,17 +227,20 @@ def _admit(
     refused: Callable[[SimulatedStream], bool],
     now_s: float,
 ) -> None:
-    """Let those begin that have come, and that there is a place and time for."""
-    come = [one for one in waiting if one.arrival.time_s <= now_s]
-    for one in in_order(come, lambda one: one.arrival.budget.weight):
-        if len(active) == places:
-            return
-        if not refused(one):
-            active.append(one.key)
-            overtakes(one, (other for other in come if other.key not in active))
-        elif one.arrival.budget.on_infeasible == "error":
-            one.refused_s = now_s
-        elif one.overtaken >= MOST_OVERTAKEN:
+    """Let those begin that have come, and that there is a place and time for, as the scheduler does."""
+    while len(active) < places:
+        come = [one for one in waiting if one.arrival.time_s <= now_s and not one.done and one.key not in active]
+        held = False  # by one that was overtaken too often
+        for one in in_order(come, lambda one: one.arrival.budget.weight):
+            if not held and not refused(one):
+                active.append(one.key)
+                overtakes(one, (other for other in come if other is not one))
+                break
+            if one.arrival.budget.on_infeasible == "error":
+                one.refused_s = now_s
+            else:
+                held = held or one.overtaken >= MOST_OVERTAKEN
+        else:
             return
 
 
@@ -261,15 +264,15 @@ def _seen(plant: CompanyPlant, key: int, stream: SimulatedStream) -> StreamSeen:
 def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Sequence[float]) -> Mapping[str, float]:
     """Figures of a run: tokens, share of late tokens, mean depth and agreement, 95th percentile of the first token's time.
 
-    ``switches`` is the number of changes of the exit in 100 tokens, ``longest_gap_ms`` that of streams without a target, which
-    give way to all others.
+    ``switches`` is the number of changes of the exit in 100 tokens, ``longest_gap_ms`` that of streams that ask for nothing,
+    which give way to all others.
     """
     agreement = dict(zip(costs.exits, quality, strict=True))
     exits = [layer for stream in streams for layer in stream.exits]
     later = sum(max(len(stream.exits) - 1, 0) for stream in streams if stream.arrival.budget.tpot_ms is not None)
     firsts = sorted(stream.gaps_ms[0] for stream in streams if stream.gaps_ms)
     switches = sum(one != other for stream in streams for one, other in pairwise(stream.exits))
-    lax = [stream for stream in streams if stream.arrival.budget.tpot_ms is stream.arrival.budget.deadline_s is None]
+    lax = [stream for stream in streams if stream.arrival.budget == Budget()]
     return {
         "streams": len(streams),
         "refused": sum(stream.refused_s is not None for stream in streams),

@@ -78,7 +78,7 @@ def read_judged_texts(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase)
             kept.append(TokenizedDocument(document.where, document.tokens[:left]))
             left -= len(kept[-1].tokens)
             if left < 2:
-                break  # the rest of a large file is not read
+                break  # the rest of a large file is neither tokenized nor checked
         found[name] = kept
     return found
 

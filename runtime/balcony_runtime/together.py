@@ -137,13 +137,14 @@ class Together(Closing):
     def _end(self, tokens: TokenStream) -> None:
         one = self._open.pop(tokens)
         self._paused.discard(tokens)
-        tokens.close()
-        one.held.close()
+        with one.held:
+            tokens.close()
 
     def close(self) -> None:
-        """End all replies."""
-        for tokens in self.open:
-            self._end(tokens)
+        """End all replies, also those after one whose end fails."""
+        with ExitStack() as all_of_them:
+            for tokens in self.open:
+                all_of_them.callback(self._end, tokens)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def test_who_there_is_no_time_for_waits_or_is_refused() -> None:
     """Six ask for a gap that three can have at once; one of them does not want to wait, and one counts more than the others."""
     asked = [Budget(tpot_ms=8.0)] * 4 + [Budget(tpot_ms=8.0, on_infeasible="error"), Budget(tpot_ms=8.0, weight=9)]
     arrivals = [Arrival(0.0, 2, 40, budget) for budget in asked]
-    runs = [simulate_company(PRICES, arrivals, quality=(0.5, 0.7, 1.0), admission=asked) for asked in (True, False)]
+    runs = [simulate_company(PRICES, arrivals, quality=(0.5, 0.7, 1.0), admission=one) for one in (True, False)]
     assert [[one.refused_s for one in run] for run in runs] == [[None] * 4 + [0.0, None], [None] * 6]
     assert all(len(one.exits) == 40 for run in runs for one in run if one.refused_s is None)
     order, crowded = ([one.key for one in sorted(run, key=lambda one: sum(one.gaps_ms[:1]))] for run in runs)

@@ -150,7 +150,7 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_with_the_same_curve(
         assert trainer.resume() == bool(piece)
 
         def interrupt(progress: StepReport, trainer: Trainer = trainer, last: int = last) -> None:
-            trainer.interrupted = last < 12 and progress.step == last - 1  # seen by the next step
+            trainer.interrupted = last < 12 and progress.step == last - 1  # during the next step
 
         trainer.run(interrupt)
         assert (trainer.step, trainer.stopped) == (last, last < 12)

@@ -305,7 +305,7 @@ def test_bad_text(tmp_path: Path, bundle_scorer: BundleScorer, monkeypatch: pyte
     )
     monkeypatch.setattr(precision, "JUDGED_TOKENS", 6)
     (judged,) = read_judged_texts([early], bundle_scorer.tokenizer).values()
-    assert [len(one.tokens) for one in judged] == [4, 2], "the rest of the file is not read"
+    assert [len(one.tokens) for one in judged] == [4, 2], "the rest of the file is not tokenized"
     refused("cannot be read", lambda: list(tokenized_documents(tmp_path / "absent.txt", bundle_scorer.tokenizer)))
     refused("takes 2 to 256", lambda: evaluate_text(bundle_scorer, documents(bundle_scorer.tokenizer), window=1000))
 

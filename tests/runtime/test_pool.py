@@ -290,21 +290,25 @@ def test_a_prompt_starts_from_the_longest_prefix_of_another_one(tiny_engine: Eng
 def test_a_sequence_may_be_collected_in_the_middle_of_a_step(
     tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The collector gives it back in the thread that steps, which holds the lock; its member is free after the step."""
-    pool = new_pool(tiny_engine, 2)
-    steps, lost = pool.take(), pool.take()
-    assert steps is not None and lost is not None
+    """The collector gives it back in the thread that steps, or in another, which does not wait; its member is free later."""
+    pool = new_pool(tiny_engine, 3)
+    steps, lost, other = pool.take(), pool.take(), pool.take()
+    assert steps is not None and lost is not None and other is not None
     steps.advance(2, [1, 2, 3])
     run = SharedStep.run
 
     def collected(self: SharedStep, *arguments: Any) -> Any:
         pool.give_back(lost)
-        assert pool.in_use == 2, "not before the step has ended"
+        thread = threading.Thread(target=pool.give_back, args=(other,), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), "it waited for the step"
+        assert pool.in_use == 3, "not before the step has ended"
         return run(self, *arguments)
 
     monkeypatch.setattr(SharedStep, "run", collected)
     pool.step([PoolMove(steps, 2, 4)])
-    assert pool.in_use == 1 and not pool.holds(lost)
+    assert pool.in_use == 1 and not pool.holds(lost) and not pool.holds(other)
 
 
 def test_ended_sequences_make_room(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

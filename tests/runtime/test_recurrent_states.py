@@ -96,11 +96,26 @@ def test_a_rollback_runs_about_as_many_rows_again_as_it_takes_back() -> None:
 
 def test_copies_are_spaced_from_the_mark_before_them() -> None:
     """A mark at 130 once left no copy up to 256, and going back by 3 rows from 257 ran 124 again."""
-    layer = Layer()
-    layer.run([1] * 130)
-    for _ in range(127):
-        layer.run([1])
-    assert layer.rollback(254) == 254 - 194
+    for passes in (
+        128 * [2],
+        [130, *127 * [1]],
+        [100, 30, *127 * [1]],
+    ):  # of three stages, which end with copies in common
+        layer = Layer()
+        for count in passes:
+            layer.run([1] * count)
+            if len(layer.rows) == 130:
+                layer.states.copy(130)
+        if len(layer.rows) < 257:
+            layer.run([1] * (257 - len(layer.rows)))
+        assert layer.rollback(254) == 254 - 192
+    for drafts in range(30):  # a mark just before a line of the grid
+        layer = Layer()
+        layer.run([1] * (192 - drafts))
+        layer.states.copy(192 - drafts)
+        for _ in range(drafts + 63):
+            layer.run([1])
+        assert layer.rollback(252) < SPACING
 
 
 def test_a_marked_state_makes_a_rollback_free() -> None:

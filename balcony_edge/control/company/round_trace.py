@@ -33,7 +33,7 @@ _STREAM = pydantic.TypeAdapter(StreamSeen)
 _CHUNK = pydantic.TypeAdapter(Chunk | None)
 #: Beginning of a part.
 _BEGIN = '{"rounds":'
-_AGAIN = "record it again with LLM.record_rounds"
+_AGAIN = "record it again (serve --record, simulate --arrivals --record, LLM.record_rounds)"
 
 
 class RecordedRound(NamedTuple):

@@ -23,7 +23,7 @@ class Schedule:
     """A warm-up, then a cosine to zero, or a constant rate (trapezoidal) and a line to zero.
 
     Attributes:
-        kind: See above.
+        kind: Shape of the rate after the warm-up.
         warmup: Steps of the warm-up, a line.
         decay_share: Share of the run in which the rate falls (trapezoidal).
     """

@@ -221,7 +221,6 @@ class Trainer:
         chunks = np.split(np.arange(config.batch_rows), config.batch_rows // config.micro_rows)
         # loss per exit, number of positions, number of processes that were interrupted
         sums = torch.zeros(len(config.exits) + 2, dtype=torch.float64, device=self.device)
-        sums[-1] = self.interrupted
         part = self._part()
         for number in self.processes.share(len(chunks)):
             which = rows[chunks[number]]
@@ -235,6 +234,7 @@ class Trainer:
             following = (where + 1).clamp(max=picked.tokens.size - 1)
             labels = torch.from_numpy(picked.tokens).long().to(self.device).flatten()[following]
             sums[:-2] += sums.new_tensor(self.head.backward(full, self._students(states, where), labels, part))
+        sums[-1] = self.interrupted  # now, and not before the passes, which may take a minute
         self.processes.sum([sums])
         *kls, counted, interrupts = sums.tolist()
         counted, self.stopped = max(counted, 1.0), interrupts > 0
@@ -352,9 +352,9 @@ class Trainer:
         steps, planned = self.config.steps, state["steps"]
         if steps is not None and steps <= self.step and steps != planned:
             raise InputError(f"{steps} steps (--steps or --tokens): {self.step} are already done: give more")
-        # a run that ended, at its last step or at its time, begins again at the full rate
-        ended = planned is None or (steps != planned and self.step >= planned)
-        self.begun = self.step if ended else state["begun"]
+        # the rate begins anew after the last step of a plan, and after minutes
+        begins_anew = planned is None or (steps != planned and self.step >= planned)
+        self.begun = self.step if begins_anew else state["begun"]
         return True
 
     def checkpoint(self, judged: dict[int, Judged] | None = None) -> None:
@@ -452,6 +452,7 @@ class Trainer:
                 if self.processes.writes:
                     log_step(self.work / METRICS, progress, tokens=self.tokens, factor=self.factor, wall_s=self.wall_s)
                     report(progress)
+                self.stopped = self.stopped and self.done < 1
                 if due or judged or self.stopped:  # after the metrics, which a resumed run cuts off at the checkpoint
                     self.checkpoint(judged)
                     last_checkpoint = self.clock()

@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from balcony_edge.bundle.manifest import GraphSpec, is_state
 
-#: Rows after the newest copy that make another one; passes of as many rows or more end with a copy.
+#: Rows between two copies that decode steps make; passes of as many rows or more end with a copy.
 SPACING = 64
+#: Most rows of a round of drafts.
+ROUND = 16
 #: Most copies of one graph, and most bytes that the copies of all graphs of a sequence may take.
 MOST_COPIES, COPY_BYTES = 8, 256 << 20
 
@@ -66,8 +68,10 @@ class RecurrentStates:
     def end(self, side: int, rows: int) -> None:
         """End the pass that read ``side``: the other side stands for ``rows`` rows now."""
         self._rows[1 - side] = rows
-        # Not sooner after a copy that was asked for: a new one could push it out, and a round of drafts goes back to it.
-        if rows - max(self._copies, default=0) >= SPACING:
+        # Copies of all stages lie on one grid, or a rollback would go back a little further at every stage. A spaced copy right
+        # after a requested one could push that one out, and a round of drafts goes back to it.
+        newest = max(self._copies, default=0)
+        if rows // SPACING > newest // SPACING and rows - newest > ROUND:
             self.copy(rows)
 
     def copy(self, rows: int) -> None:

@@ -259,7 +259,9 @@ class SequencePool:
             rows = len(file.load(path, self._engine, sequence).tokens[0])
         finally:
             self.give_back(sequence)
-        if not self.holds(sequence):
+        with self._locked():
+            kept = self.holds(sequence)
+        if not kept:
             least, most_mb = LEAST_SHARED, self.kept_bytes / 1e6
             raise InputError(
                 f"{path}: {rows} tokens are not kept: prefix_mb = {most_mb:g} must have room for {least} or more"
@@ -306,13 +308,15 @@ class SequencePool:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock, and take back what was given back before and meanwhile."""
-        with self._lock:
-            self._take_back_returned()
-            try:
-                yield
-            finally:
+        try:
+            with self._lock:
                 self._take_back_returned()
-        self._settle()
+                try:
+                    yield
+                finally:
+                    self._take_back_returned()
+        finally:
+            self._settle()
 
     def _settle(self) -> None:
         """Take back what was given back, unless somebody holds the lock, who does it then."""

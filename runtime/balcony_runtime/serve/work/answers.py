@@ -220,14 +220,13 @@ class Answer:
         for job in self.jobs:
             if not job.ended:
                 self._worker.cancel(job)
-        if self._gone:
-            if not all(job.ended for job in self.jobs):
-                self.status, self.reason = 499, "disconnected"  # nginx's number for a client that went away
+        if self._gone and not all(job.ended for job in self.jobs):
+            self.status, self.reason = 499, "disconnected"  # nginx's number for a client that went away
         elif isinstance(error, asyncio.CancelledError):
             self.status, self.reason = 503, "stopped"
         elif isinstance(error, TimeoutError):  # the client did not read until the time limit
             self._failed(_too_long(self._limit_s))
-        elif error is not None and not self.reason:
+        elif not (error is None or isinstance(error, GoneError) or self.reason):
             self._failed(error)
         self._on_close(self)
 

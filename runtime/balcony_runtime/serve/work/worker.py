@@ -6,7 +6,6 @@ threads want from it they put into its inbox.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
@@ -188,8 +187,10 @@ class Worker:
             for job in list(self._running.values()):
                 self._found.append((job, error))
                 self._forget(job)
-            with contextlib.suppress(Exception):  # what failed may fail again
+            try:
                 self._together.close()
+            except Exception as failed:  # what failed may fail again
+                _log.error("the replies could not be ended", exc_info=failed)
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End a job with an error; a bug's traceback goes to the log."""
