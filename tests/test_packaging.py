@@ -30,11 +30,11 @@ for name in ("torch", "onnx", "transformers", "tests"):
 import balcony_edge, balcony_runtime
 assert "site-packages" in balcony_edge.__file__, balcony_edge.__file__
 for package in (balcony_edge, balcony_runtime):
-    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=lambda name: None):
         try:
             importlib.import_module(module.name)
         except balcony_edge.BalconyError as error:
-            extra = "serve" if ".serve." in module.name else "tensorrt"
+            extra = "serve" if ".serve" in module.name else "tensorrt"
             assert extra == "serve" or module.name.endswith((".cuda", ".tensorrt"))
             assert f"pip install 'balcony-edge[{extra}]'" in str(error)
 with balcony_edge.load(sys.argv[1]) as llm:
