@@ -11,7 +11,8 @@
     simulation   random arrivals of classes of budgets on a simulated device: mean depth compared with an oracle that pays
                  nothing for pending rows and knows the device, and with a bound for one that knows the future; late tokens; the
                  time of a decision (:mod:`benchmarks.serving.simulated`)
-    mixes        10,000 random mixes of random budgets in simulation: exceptions, gaps that are no numbers, exits not allowed
+    mixes        10,000 random mixes of random budgets in simulation: exceptions, gaps that are no numbers, exits not allowed;
+                 it takes about half an hour
 
 The last line on stdout is one JSON object; tables go to stderr. Exit code 1 if a bar is missed. Stop everything else first.
 """
