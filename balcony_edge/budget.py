@@ -275,6 +275,11 @@ class Budget(BaseModel):
         return self.has_target or self.policy != "plain"
 
     @property
+    def may_end(self) -> bool:
+        """Whether it may end a reply with an error: where a target is out of reach, or the device too hot."""
+        return self.on_infeasible == "error" or self.critical_temperature_c is not None
+
+    @property
     def needs_sensors(self) -> bool:
         """Whether there is a ceiling that only sensors can see."""
         return any(getattr(self, key) is not None for key in _CEILINGS)

@@ -142,12 +142,11 @@ def mixes(count: int) -> dict[str, Any]:
 def _sound(one: company.SimulatedStream) -> bool:
     """Whether a stream came to its end with finite gaps, at exits that its budget allows, or was refused as it may be."""
     budget = one.arrival.budget
-    may_end = budget.on_infeasible == "error" or budget.critical_temperature_c is not None
     return (
         one.done
         and all(0 < gap < math.inf for gap in one.gaps_ms)
         and set(one.exits) <= set(budget.allowed_exits(INT4.exits))
-        and (one.refused_s is None or may_end)
+        and (one.refused_s is None or budget.may_end)
     )
 
 

@@ -145,6 +145,7 @@ class JointController:
                 (view.stream.key, why)
                 for view in views
                 if (ceilings is not None or not view.met)
+                and view.stream.budget.may_end
                 and (why := self._decision(view, view.lowest, outcome).refusal(view.stream.budget)) is not None
             ),
             chunk=chunk,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]  # accelerate ships no types
 from transformers import PreTrainedModel
@@ -187,12 +188,12 @@ class Trainer:
             seen.append(states[used.to(states.device)])
         return VocabularySample(self.config.vocabulary, self.head.ranking(torch.cat(seen)))
 
-    def _part(self) -> VocabularyPart | None:
-        """Part of the vocabulary that this step compares, the same in all of its passes and processes."""
+    def _part(self, rows: npt.NDArray[np.int64]) -> VocabularyPart | None:
+        """Part of the vocabulary that this step compares; from all of its rows, so the same in all passes and processes."""
         if self.sample is None:
             return None
-        text = self.corpus.train.tokens[self.order.rows(self.step)]
-        return self.sample.draw(self.head.whole, torch.from_numpy(text).long().flatten(), [self.config.seed, self.step])
+        text = torch.from_numpy(self.corpus.train.tokens[rows]).long().flatten()
+        return self.sample.draw(self.head.whole, text, [self.config.seed, self.step])
 
     def _open_cache(self) -> StateCache | None:
         shape = (len(self.config.exits) + 1, self.config.seq_len, self.exits.model.config.hidden_size)
@@ -221,7 +222,7 @@ class Trainer:
         chunks = np.split(np.arange(config.batch_rows), config.batch_rows // config.micro_rows)
         # loss per exit, number of positions, number of processes that were interrupted
         sums = torch.zeros(len(config.exits) + 2, dtype=torch.float64, device=self.device)
-        part = self._part()
+        part = self._part(rows)
         for number in self.processes.share(len(chunks)):
             which = rows[chunks[number]]
             states, picked = self.states.at(which), Rows(train.tokens[which], train.lengths[which])

@@ -8,13 +8,14 @@ refers to them through a :class:`Value` or a :class:`BoundPass`. Nothing here kn
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from balcony_runtime.backends.webgpu.provider import NAME, Provider, failure
 
 #: Type of logits.
 _FLOAT: DType = "float32"
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Value:
@@ -46,6 +49,19 @@ class Value:
         self.ort, self.shape = ort, shape
 
 
+def _failing(call: Callable[Concatenate[BoundPass, _P], _R]) -> Callable[Concatenate[BoundPass, _P], _R]:
+    """Let a call of a pass raise DeviceError where ONNX Runtime's error says that the device failed."""
+
+    @functools.wraps(call)
+    def told(self: BoundPass, /, *arguments: _P.args, **named: _P.kwargs) -> _R:
+        try:
+            return call(self, *arguments, **named)
+        except RuntimeError as error:
+            raise failure(self._graph, error) from error
+
+    return told
+
+
 class BoundPass:
     """A graph with its inputs and outputs bound, to be run many times. Each call of a method may move bytes to the device.
 
@@ -60,46 +76,38 @@ class BoundPass:
         self._run: Any = bound_run(session, self._binding)
         self._arrays: dict[str, Array] = {}  # ONNX Runtime refers to their memory
 
+    @_failing
     def give(self, name: str, value: Value | Array) -> None:
         """Bind an input. An array is copied to the device now, unless the graph reads the input on the host."""
-        try:
-            if isinstance(value, Value):
-                self._binding.bind_ortvalue_input(name, value.ort)
-            else:
-                self._arrays[name] = value
-                self._binding.bind_ortvalue_input(name, value_of(value))
-        except RuntimeError as error:
-            raise failure(self._graph, error) from error
+        if isinstance(value, Value):
+            self._binding.bind_ortvalue_input(name, value.ort)
+        else:
+            self._arrays[name] = value
+            self._binding.bind_ortvalue_input(name, value_of(value))
 
+    @_failing
     def take(self, name: str, value: Value | Array | None) -> None:
         """Bind an output to a value, to an array (the bytes of every run are copied to it), or to new device memory (None)."""
-        try:
-            if value is None:
-                self._binding.bind_output(name, "webgpu")
-            elif isinstance(value, Value):
-                self._binding.bind_ortvalue_output(name, value.ort)
-            else:
-                self._arrays[name] = value
-                self._binding.bind_ortvalue_output(name, value_of(value))
-        except RuntimeError as error:
-            raise failure(self._graph, error) from error
+        if value is None:
+            self._binding.bind_output(name, "webgpu")
+        elif isinstance(value, Value):
+            self._binding.bind_ortvalue_output(name, value.ort)
+        else:
+            self._arrays[name] = value
+            self._binding.bind_ortvalue_output(name, value_of(value))
 
+    @_failing
     def run(self) -> None:
         """Run the graph; with an array among its outputs, wait for it."""
-        try:
-            self._run()  # not by a local name: a traceback would keep it
-        except RuntimeError as error:
-            raise failure(self._graph, error) from error
+        self._run()  # not by a local name: a traceback would keep it
 
+    @_failing
     def made(self, memory: DeviceMemory) -> Value:
         """The output that was bound last, to new device memory, as a value of a memory."""
         value = Value(None, ())
         memory.values.add(value)
-        try:
-            value.ort = self._binding.get_outputs()[-1]
-            value.shape = tuple(value.ort.shape())
-        except RuntimeError as error:
-            raise failure(self._graph, error) from error
+        value.ort = self._binding.get_outputs()[-1]
+        value.shape = tuple(value.ort.shape())
         return value
 
     def drop(self) -> None:
