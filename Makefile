@@ -64,14 +64,14 @@ test: $(READY)
 	+$(TWO) test-device test-export test-webgpu check
 
 # Stand-ins run instead of a GPU, so tests must reach nearly all of each of these.
-ON_GPU := cuda device_state tensorrt
+ON_GPU := cuda state tensorrt
 test-device: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' tests/cli tests/core tests/runtime tests/serve --cov --cov-report=term-missing:skip-covered
-	for each in $(ON_GPU); do $(BIN)/python -m coverage report --include="*/backends/$$each.py" --fail-under=95 || exit 1; done
+	for each in $(ON_GPU); do $(BIN)/python -m coverage report --include="*/backends/accelerator/$$each.py" --fail-under=95 || exit 1; done
 
 # Without coverage, which would add a third to the time of these tests and one point to the 93 % of the others.
 test-export: $(READY)
-	$(BIN)/python -m pytest -m 'not deep' tests/export tests/test_*.py
+	$(BIN)/python -m pytest -m 'not deep' tests/export tests/benchmarks tests/test_*.py
 
 # Another build of ONNX Runtime, in a directory of its own that comes before the environment's. Without it, or without an
 # adapter, the tests skip and name the command that brings it; the next run tries to bring it again. One thread of llvmpipe
@@ -80,10 +80,10 @@ $(WEBGPU)/.ready: $(READY)
 	rm -rf $(WEBGPU)
 	-$(BIN)/python -m pip install --quiet --no-deps --target $(WEBGPU) --group webgpu && touch $@
 
-ON_WEBGPU := LP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(WEBGPU) $(BIN)/python -m pytest -q tests/runtime/test_webgpu.py \
-	tests/runtime/test_webgpu_schedules.py
+ON_WEBGPU := LP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(WEBGPU) $(BIN)/python -m pytest -q tests/runtime/backends/test_webgpu.py \
+	tests/runtime/backends/test_webgpu_schedules.py
 test-webgpu: $(WEBGPU)/.ready
-	$(ON_WEBGPU) tests/runtime/test_conformance.py -m 'webgpu and not deep'
+	$(ON_WEBGPU) tests/runtime/backends/test_conformance.py -m 'webgpu and not deep'
 
 test-fast: $(READY)
 	+$(TWO) check test-quick
@@ -94,7 +94,7 @@ test-quick: $(READY)
 test-deep: $(READY) $(WEBGPU)/.ready
 	$(BIN)/python -m pytest -q -m deep --timeout 7200
 	$(ON_WEBGPU) tests/test_smollm2.py -m 'webgpu and deep' --timeout 7200
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutation/mutants.py
 	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=explore --timeout 7200
 	$(MAKE) test-mutation
 
@@ -103,7 +103,7 @@ $(MUTATION): $(READY)
 	touch $@
 
 test-mutation: $(MUTATION)
-	$(BIN)/python tests/mutation.py $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE))
+	$(BIN)/python tests/mutation/mutation.py $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE))
 
 # Installs nothing: without an environment of make it takes the Python at hand.
 test-gpu:

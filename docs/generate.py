@@ -64,8 +64,8 @@ RULES = """\
 ERRORS = """\
 # Errors
 
-*Written by `python docs/generate.py` from `tests/refusals.py`; a test runs every line of the table, and another one fails when
-this page is stale.*
+*Written by `python docs/generate.py` from `tests/support/refusals.py`; a test runs every line of the table, and another one
+fails when this page is stale.*
 
 An error that the user can cure is one line on stderr: what was given, what is allowed, what to do. The exit code is 1, or 2 for
 usage and 130 for Ctrl-C. In Python the same line is the message of a `balcony_edge.BalconyError`
@@ -133,7 +133,7 @@ def budget_page() -> str:
 def errors_page() -> str:
     """Errors: one row per bad input that has a description."""
     sys.path.insert(0, str(DOCS.parent))  # the tests are not installed
-    from tests.refusals import REFUSALS  # noqa: PLC0415 - found only now
+    from tests.support.refusals import REFUSALS  # noqa: PLC0415 - found only now
 
     rows = ["| given | message |", "|---|---|"]
     for refusal in REFUSALS:

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from balcony_export.export import ExportOptions, Traced, export_bundle, trace
 from balcony_export.model.balcony import Balcony, init_balconies
 from balcony_export.model.exits import ExitModel
-from tests.traces import SharedTraces, unwatched
+from tests.support.traces import SharedTraces, unwatched
 
 pytest_plugins = ("tests.fixtures",)
 transformers.logging.set_verbosity_error()

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import settings
 
 from balcony_edge.errors import BalconyError
-from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.backends.webgpu.provider import find_provider
 from balcony_runtime.engine import Engine
 
@@ -83,7 +83,7 @@ def pytest_collection_finish() -> None:
 
 def find_gpu() -> None:
     """Raise if there is no NVIDIA GPU, or no package to ask for one."""
-    from balcony_runtime.backends.cuda import compute_capability
+    from balcony_runtime.backends.accelerator.cuda import compute_capability
 
     compute_capability()
 

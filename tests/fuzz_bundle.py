@@ -30,7 +30,7 @@ import numpy as np
 
 from balcony_edge.bundle.bundle import fingerprint, sha256_file
 from balcony_edge.bundle.manifest import MANIFEST
-from balcony_edge.cli.inspect import inspect
+from balcony_edge.cli.device.inspect import inspect
 from balcony_edge.errors import BalconyError
 from balcony_runtime.llm import LLM
 

@@ -34,8 +34,8 @@ from balcony_export.model.balcony_files import INDEX, load_balconies, save_balco
 from balcony_export.model.balcony_files import fingerprint as base_of
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.engine import Engine, TokenSequence
-from tests.command import unmeasured
-from tests.properties import CHANCE, examples
+from tests.support.command import unmeasured
+from tests.support.properties import CHANCE, examples
 
 FUZZ = Path(__file__).with_name("fuzz_bundle.py")
 

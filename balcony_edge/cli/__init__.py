@@ -1,4 +1,4 @@
-"""The command line: one module per verb, with heavy imports inside the verb.
+"""The command line: one module per verb, in three groups, with heavy imports inside the verb.
 
 Owns the rules that hold for every verb. A ``BalconyError`` becomes one line on stderr and exit code 1; a usage error has exit
 code 2, Ctrl-C 130; a bug keeps its traceback. People get tables and progress bars; with ``--json`` programs get one document
@@ -16,25 +16,25 @@ from typing import Annotated
 
 import typer
 
-from balcony_edge.cli import budget
-from balcony_edge.cli.average import average
-from balcony_edge.cli.build import build
-from balcony_edge.cli.calibrate import calibrate
-from balcony_edge.cli.compare import compare
-from balcony_edge.cli.cut import cut
-from balcony_edge.cli.doctor import doctor
-from balcony_edge.cli.eval import evaluate
-from balcony_edge.cli.export import export
-from balcony_edge.cli.extract import extract
-from balcony_edge.cli.inspect import inspect
-from balcony_edge.cli.plan import plan
-from balcony_edge.cli.profile import profile
-from balcony_edge.cli.replay import replay
-from balcony_edge.cli.run import run
-from balcony_edge.cli.serve import serve
-from balcony_edge.cli.simulate import simulate
-from balcony_edge.cli.train import train
-from balcony_edge.cli.verify import verify
+from balcony_edge.cli.budgets.budget import app as budget
+from balcony_edge.cli.budgets.compare import compare
+from balcony_edge.cli.budgets.plan import plan
+from balcony_edge.cli.budgets.replay import replay
+from balcony_edge.cli.budgets.simulate import simulate
+from balcony_edge.cli.device.calibrate import calibrate
+from balcony_edge.cli.device.doctor import doctor
+from balcony_edge.cli.device.inspect import inspect
+from balcony_edge.cli.device.profile import profile
+from balcony_edge.cli.device.run import run
+from balcony_edge.cli.device.serve import serve
+from balcony_edge.cli.workstation.average import average
+from balcony_edge.cli.workstation.build import build
+from balcony_edge.cli.workstation.cut import cut
+from balcony_edge.cli.workstation.eval import evaluate
+from balcony_edge.cli.workstation.export import export
+from balcony_edge.cli.workstation.extract import extract
+from balcony_edge.cli.workstation.train import train
+from balcony_edge.cli.workstation.verify import verify
 from balcony_edge.errors import BalconyError, is_out_of_memory
 
 app = typer.Typer(
@@ -63,13 +63,16 @@ def _options(
     """Options before the verb."""
 
 
-for verb in (
-    export, build, extract, verify, inspect, run, serve, train, average, cut, doctor, profile, plan, compare, simulate, replay,
-    calibrate,
-):  # fmt: skip
-    app.command()(verb)
-app.add_typer(budget.app, name="budget")
-app.command("eval")(evaluate)  # the function cannot be called eval, which is a builtin
+WORK, RUN, PLAN = "Make a bundle", "Run it on a device", "Choose a budget"
+for heading, verbs in {
+    WORK: (train, average, cut, export, build, verify, extract),
+    RUN: (inspect, run, serve, doctor, profile, calibrate),
+    PLAN: (plan, compare, simulate, replay),
+}.items():
+    for verb in verbs:
+        app.command(rich_help_panel=heading)(verb)
+app.command("eval", rich_help_panel=WORK)(evaluate)  # the function cannot be called eval, which is a builtin
+app.add_typer(budget, name="budget", rich_help_panel=PLAN)
 
 #: Packages that only a workstation has.
 WORKSTATION = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf")

@@ -1,6 +1,6 @@
-"""Output that several verbs share: replies as they are generated, their summaries, and doubts about a device profile.
+"""Output that several verbs share: replies and their summaries, engine sets, and doubts about a device profile.
 
-Owns the wording and the tables. The consoles are :mod:`.console`; the live view is :mod:`.live`.
+Owns the wording and the tables. The consoles are :mod:`.console`; the live view is :mod:`.device.live`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from balcony_edge.cli.console import stderr, write_text
+from balcony_edge.cli.console import stderr, stdout, write_text
 from balcony_edge.errors import BalconyError
 
 if TYPE_CHECKING:
+    from balcony_edge.bundle.manifest import EngineSet
     from balcony_edge.device.profile import DeviceProfile
     from balcony_runtime.reply import Reply, TokenStream
 
@@ -106,3 +108,35 @@ def _counted(count: int, noun: str) -> str:
     """``1 switch``, ``2 switches``."""
     plural = f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
     return f"{count} {noun if count == 1 else plural}"
+
+
+def engine_facts(engines: EngineSet, graph: str) -> dict[str, Any]:
+    """Facts about one engine; ``bytes`` is None if it was not built."""
+    spec, engine = engines.graphs[graph], engines.engines.get(graph)
+    return {
+        "graph": graph,
+        "weight_bytes": spec.weight_bytes,
+        "bytes": None if engine is None else engines.files[engine.file].bytes,
+        "layers": None if engine is None else engine.layers,
+        "attention": None if engine is None else engine.attention,
+    }
+
+
+def show_engines(name: str, engines: EngineSet) -> None:
+    """One set of engines as a table."""
+    made = f"{engines.builder} for {_capabilities(engines)}" if engines.engines else "graphs only: build on the device"
+    title = f"tensorrt/{name}: {engines.operators} operators, caches of {engines.context_length} rows, {made}"
+    table = Table("engine", "weights, MB", "with code, MB", "layers", "attention")
+    for graph in engines.graphs:
+        facts = engine_facts(engines, graph)
+        size = "" if facts["bytes"] is None else f"{facts['bytes'] / 1e6:.1f}"
+        weights = f"{facts['weight_bytes'] / 1e6:.1f}"
+        table.add_row(escape(graph), weights, size, str(facts["layers"] or ""), facts["attention"] or "")
+    stdout.print(escape(title), highlight=False)
+    stdout.print(table)
+
+
+def _capabilities(engines: EngineSet) -> str:
+    if engines.compute_capabilities:
+        return f"compute capability {', '.join(engines.compute_capabilities)}"
+    return "every supported GPU" if engines.target == "rtx" else "the GPU of the machine that built it"

@@ -16,7 +16,7 @@ the other. Differences below two standard errors of the share of misses are ties
 is optimal, but it is not known beforehand, so a tie is the best possible result there.)
 
 The other parts: the way back to the full depth after a load has ended; power, temperature and deadlines; the cost of a
-decision; and random budgets over random traces (tests/core/test_controller_properties.py).
+decision; and random budgets over random traces (tests/core/control/test_controller_properties.py).
 
 With ``--real BUNDLE`` the bundle runs under competing processes: :mod:`.contention`. Stop everything else then.
 
@@ -336,7 +336,7 @@ def main() -> int:
     begin = time.perf_counter()
     sys.path.insert(0, str(Path(__file__).parents[2]))  # so that it finds the other modules if it is run as a file
     from benchmarks.control.controller_limits import gauges, out_of_reach  # noqa: PLC0415
-    from tests.core.test_controller_properties import soundness  # noqa: PLC0415
+    from tests.core.control.test_controller_properties import soundness  # noqa: PLC0415
 
     found: dict[str, Any] = {
         "benchmark": "controller",

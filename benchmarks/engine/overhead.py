@@ -28,7 +28,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_runtime.backends.base import Backend, State
-from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine

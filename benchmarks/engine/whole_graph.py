@@ -20,10 +20,10 @@ import onnxruntime as ort
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import WEIGHTS
 from balcony_runtime.backends.base import FloatArray
-from balcony_runtime.backends.onnxruntime import open_session
-from balcony_runtime.backends.onnxruntime_memory import BUCKET
-from balcony_runtime.backends.onnxruntime_state import bound_run
-from balcony_runtime.backends.packed_weights import joined_step
+from balcony_runtime.backends.graph_files.packed import joined_step
+from balcony_runtime.backends.onnxruntime.backend import open_session
+from balcony_runtime.backends.onnxruntime.memory import BUCKET
+from balcony_runtime.backends.onnxruntime.state import bound_run
 from balcony_runtime.backends.token_table import TokenTable
 
 

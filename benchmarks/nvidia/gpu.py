@@ -81,7 +81,7 @@ def tokens_per_second(engine: Engine, exit_layer: int, batch: int, tokens: int) 
 def opened(bundle: Bundle, device: str, engines: str | None, graphs: bool) -> Backend:
     """Open the backend, with or without CUDA graphs."""
     if device == "tensorrt" and not graphs:
-        from balcony_runtime.backends import tensorrt  # noqa: PLC0415 - an extra
+        from balcony_runtime.backends.accelerator import tensorrt  # noqa: PLC0415 - an extra
 
         return tensorrt.open_backend(bundle, engines or next(iter(bundle.manifest.engines)), capture=False)
     return open_backend(bundle, device, engines)  # type: ignore[arg-type]

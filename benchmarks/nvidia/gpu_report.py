@@ -70,7 +70,7 @@ class Piece:
 def pieces(directory: Path) -> tuple[Piece, ...]:
     """All pieces in their order."""
     demo, big, text = directory / "demo", directory / "llama-3-8b", directory / "text.txt"
-    tests = (*PYTEST, "tests/runtime/test_conformance.py", "-k")
+    tests = (*PYTEST, "tests/runtime/backends/test_conformance.py", "-k")
     here = (*PYTHON, "benchmarks.nvidia.gpu_report")
     exits = ("--exits", "0.5x,0.6x,0.7x")
     train = (
@@ -282,7 +282,7 @@ def card() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     try:
-        from balcony_runtime.backends.cuda import compute_capability  # noqa: PLC0415 - an extra
+        from balcony_runtime.backends.accelerator.cuda import compute_capability  # noqa: PLC0415 - an extra
 
         found["capability"] = compute_capability()
         found["targets"] = targets(found["capability"], found["packages"])
@@ -296,7 +296,7 @@ def card() -> dict[str, Any]:
 def targets(capability: str, packages: Collection[str] = ()) -> list[str]:
     """The TensorRTs for a card, the first to be taken: TensorRT-RTX if it knows the card; the other if not, or if installed."""
     from balcony_edge.errors import BalconyError  # noqa: PLC0415 - the report also runs where it is not installed
-    from balcony_runtime.backends.tensorrt_builder import Builder  # noqa: PLC0415 - likewise
+    from balcony_runtime.backends.accelerator.tensorrt_builder import Builder  # noqa: PLC0415 - likewise
 
     try:
         found = ["rtx"] if capability in Builder("rtx").known_capabilities else []
@@ -310,7 +310,7 @@ def targets(capability: str, packages: Collection[str] = ()) -> list[str]:
 def build(bundle: Path) -> None:
     """Build engines in float16 with the TensorRT that supports this GPU."""
     from balcony_edge.cli import main  # noqa: PLC0415 - only this needs it
-    from balcony_runtime.backends.cuda import compute_capability  # noqa: PLC0415 - an extra
+    from balcony_runtime.backends.accelerator.cuda import compute_capability  # noqa: PLC0415 - an extra
 
     here = compute_capability()
     (name, *_), known = targets(here), ("--sm", here)

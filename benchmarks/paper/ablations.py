@@ -1,6 +1,6 @@
 """The paper's ablations and Table 4 on a small model that is trained here, in an hour or less on two cores.
 
-    python -m benchmarks.paper.ablations --data TEXT.jsonl [--steps 600] [--plot docs/ablations.png]
+    python -m benchmarks.paper.ablations --data TEXT.jsonl [--steps 600] [--plot docs/pictures/ablations.png]
 
 A Llama of eight layers (3.5M parameters, a vocabulary of 2,048 made from the text) is trained on the text. Then each variant
 is trained on half as many steps: balconies as in the paper; from random weights; only the MLP, the attention or the norm; with

@@ -1,6 +1,6 @@
 """JSON schemas made at random: supported ones, ones with keywords that are refused by name, and hostile ones.
 
-Owns the generator that :mod:`.structured` and tests/runtime/test_structure.py share. Every supported schema has short
+Owns the generator that :mod:`.structured` and tests/runtime/structure/test_structure.py share. Every supported schema has short
 instances: texts and lists are bounded, so that a random model comes to an end.
 """
 

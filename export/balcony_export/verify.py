@@ -28,7 +28,7 @@ from balcony_export.model.architecture import describe, embedded_rows
 from balcony_export.model.exits import ExitModel
 from balcony_export.model.experts import mixture
 from balcony_export.quantize.blocks import stored_weights
-from balcony_runtime.backends.onnxruntime import open_session
+from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
 from balcony_runtime.text import TextCodec

@@ -267,7 +267,7 @@ class TokenSequence:
         """Keep what a rollback to the present rows needs, so that it has no rows to run again.
 
         Only recurrent layers need it. The number of such checkpoints is bounded; without one, a rollback by n rows runs about
-        as many again (:mod:`.backends.recurrent`).
+        as many again (:mod:`.backends.onnxruntime.recurrent`).
         """
         self.state.checkpoint(self.stage_cursor, self.balcony_cursor)
 

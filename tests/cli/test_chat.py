@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 import balcony_edge
-from balcony_edge.cli.chat import Conversation, parse_command
 from balcony_edge.cli.console import depth_styles
+from balcony_edge.cli.device.chat import Conversation, parse_command
 from balcony_edge.control.trace import read_trace, replay
 from balcony_edge.errors import BudgetError
 from balcony_runtime.text import TextCodec
-from tests.command import invoke_here
+from tests.support.command import invoke_here
 
 PROGRAM = "from balcony_edge.cli import main; main()"
 

@@ -24,12 +24,12 @@ import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.cli import app, reported
-from balcony_edge.cli.calibrate import _documents
 from balcony_edge.cli.console import depth_styles
+from balcony_edge.cli.device.calibrate import _documents
 from balcony_edge.cli.show import show_stream
 from balcony_edge.errors import EngineBuildError, InfeasibleError
-from balcony_runtime.backends import tensorrt_builder
-from tests.command import COMMAND, invoke, invoke_here, refused, unmeasured
+from balcony_runtime.backends.accelerator import tensorrt_builder
+from tests.support.command import COMMAND, invoke, invoke_here, refused, unmeasured
 
 
 @pytest.fixture(scope="session")
@@ -296,7 +296,7 @@ def test_training_needs_a_length(tiny_checkpoint: Path, text_file: Path, tmp_pat
 
 
 def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
-    golden = Path(__file__).parents[1] / "core" / "golden.jsonl"
+    golden = Path(__file__).parents[1] / "core" / "control" / "golden.jsonl"
     done = invoke_here("replay", golden, "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["tokens"] == sum(found["exits"].values()) == 120, done

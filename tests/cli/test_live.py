@@ -21,7 +21,7 @@ from rich.console import Console
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.cli.console import depth_styles
-from balcony_edge.cli.live import LiveView, show_live
+from balcony_edge.cli.device.live import LiveView, show_live
 from balcony_edge.device.readings import Reading
 from balcony_runtime.decoding.confident import Telemetry
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.cli.export import _report
-from tests.command import invoke_here
+from balcony_edge.cli.workstation.export import _report
+from tests.support.command import invoke_here
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 50
 

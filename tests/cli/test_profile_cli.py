@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
-from tests.command import invoke, invoke_here, refused
+from tests.support.command import invoke, invoke_here, refused
 
 GRID = ("--quick", "-p", "16", "-n", "5", "-d", "0,40", "--pending", "2,5", "-r", "3", "--threads", "1")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")

@@ -16,8 +16,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from tests.command import invoke_here
-from tests.command import refused as refused_here
+from tests.support.command import invoke_here
+from tests.support.command import refused as refused_here
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()"]
 

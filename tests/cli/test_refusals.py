@@ -1,4 +1,4 @@
-"""Every bad input of tests/refusals.py gets its one line and leaves nothing behind."""
+"""Every bad input of tests/support/refusals.py gets its one line and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.command import invoke_here
-from tests.refusals import REFUSALS, Refusal, lay_out
+from tests.support.command import invoke_here
+from tests.support.refusals import REFUSALS, Refusal, lay_out
 
 
 @pytest.fixture(scope="module")

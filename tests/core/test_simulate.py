@@ -20,7 +20,7 @@ from balcony_edge.errors import InfeasibleError, InputError
 from balcony_edge.simulation.loads import parse_load, recorded
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, explain, simulate, summary
-from tests.prices import BOARD, DEMO, windows_w
+from tests.support.prices import BOARD, DEMO, windows_w
 
 PROFILES = Path(__file__).parents[2] / "profiles"
 

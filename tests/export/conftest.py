@@ -15,9 +15,9 @@ from balcony_export.export import ExportOptions, Traced, export_bundle, trace
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.exits import ExitModel
 from tests.conftest import Exported, tiny_model, tiny_tokenizer
-from tests.export.distilling import SEQ_LEN
-from tests.export.experts import MIXTURES, mixture_exits
-from tests.hybrids import HYBRIDS, TWO_LAYERS
+from tests.export.graph.experts import MIXTURES, mixture_exits
+from tests.export.train.distilling import SEQ_LEN
+from tests.support.hybrids import HYBRIDS, TWO_LAYERS
 
 
 @pytest.fixture(scope="module")

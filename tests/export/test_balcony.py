@@ -22,7 +22,7 @@ from balcony_export.model.balcony import KINDS, BalconyKind, init_balconies, par
 from balcony_export.model.balcony_files import fingerprint, load_balconies, rows_seen, save_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
-from tests.command import invoke_here
+from tests.support.command import invoke_here
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,9 @@ from balcony_export.train.tune import closeness, tune
 from balcony_export.variants.cut import BALCONIES, narrow, round_backbone, save_cut
 from balcony_export.verify import reference_logits
 from benchmarks.paper.compression import Method, Subject, factorize, make, mark_best, methods
-from tests.command import invoke_here
-from tests.export.distilling import SEQ_LEN, trainer_of
-from tests.export.experts import mixture_exits
+from tests.export.graph.experts import mixture_exits
+from tests.export.train.distilling import SEQ_LEN, trainer_of
+from tests.support.command import invoke_here
 
 ROWS = [[int(token) for token in np.random.default_rng(seed).integers(1, 320, 48)] for seed in range(12)]
 IDS = ROWS[0][:24]

@@ -13,7 +13,7 @@ from balcony_edge.errors import CheckpointError, UnsupportedModelError
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, save_balconies
 from balcony_export.model.exits import ExitModel
-from tests.hybrids import HYBRIDS, SIMILAR
+from tests.support.hybrids import HYBRIDS, SIMILAR
 
 TOKENS = torch.tensor([[(7 * i + 3 * j) % 319 + 1 for i in range(20)] for j in range(2)])
 ARCHITECTURES = (

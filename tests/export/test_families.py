@@ -17,14 +17,14 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_runtime.chat import Chat
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
-from tests.command import invoke_here
 from tests.conftest import Exported, tiny_model, tiny_tokenizer
-from tests.export.experts import MIXTURES, tiny_mixture
-from tests.hybrids import HYBRIDS, TWO_LAYERS
-from tests.properties import examples
-from tests.runtime import test_pool as pools
-from tests.runtime.test_conformance import actions, play
-from tests.runtime.test_recurrent import check_replay
+from tests.export.graph.experts import MIXTURES, tiny_mixture
+from tests.runtime.backends.test_conformance import actions, play
+from tests.runtime.backends.test_recurrent import check_replay
+from tests.runtime.scheduling import test_pool as pools
+from tests.support.command import invoke_here
+from tests.support.hybrids import HYBRIDS, TWO_LAYERS
+from tests.support.properties import examples
 
 pytestmark = pytest.mark.model
 
@@ -44,7 +44,7 @@ def few_and_many(names: tuple[str, ...], more: tuple[str, ...] = ()) -> list[Any
     return few + [pytest.param(name, 100, marks=pytest.mark.deep, id=f"{name}-many") for name in (*names, *more)]
 
 
-# Of HYBRIDS, tests/runtime/test_recurrent.py plays a few schedules.
+# Of HYBRIDS, tests/runtime/backends/test_recurrent.py plays a few schedules.
 @pytest.mark.hypothesis  # its examples are drawn inside
 @pytest.mark.parametrize(
     ("name", "count"), few_and_many((*MIXTURES, "lfm2", *OTHERS), (*HYBRIDS, "granite-hybrid-moe", "qwen3-next-moe"))

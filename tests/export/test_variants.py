@@ -31,8 +31,8 @@ from balcony_export.train.trainer import Trainer
 from balcony_export.variants.extract import extract, layout_warning, submodel
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
-from tests.engine_sets import write_graphs
-from tests.hybrids import EXPORTED
+from tests.support.engine_sets import write_graphs
+from tests.support.hybrids import EXPORTED
 
 IDS = [(11 * i * i + 5 * i + 2) % 320 for i in range(30)]
 PROMPTS = ("the quick brown fox jumps", "over the lazy dog and the balcony")

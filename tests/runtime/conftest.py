@@ -14,7 +14,7 @@ from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.quantize.blocks import parse_precision
 from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.structure.grammar import Grammars
-from tests.engine_sets import write_graphs
+from tests.support.engine_sets import write_graphs
 
 #: Rows of tokens to calibrate on: GPTQ, and the scales of an int8 cache.
 ROWS = [[(7 * i + 13 * j) % 120 + 1 for i in range(48)] for j in range(40)]

@@ -10,9 +10,9 @@ import pytest
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
-from balcony_runtime.backends import onnxruntime_state
+from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
 from balcony_runtime.engine import Engine
-from tests.runtime.cuda_stand_in import onnxruntime, runtime
+from tests.runtime.backends.cuda_stand_in import onnxruntime, runtime
 
 
 def test_an_engine_on_a_device_may_be_closed_twice(with_engine_sets: Callable[[str], Bundle]) -> None:

@@ -24,7 +24,7 @@ from balcony_edge.bundle.bundle import Bundle, fingerprint, sha256_file
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.device.machine import available_cpus
 from balcony_edge.errors import BundleError, InputError
-from balcony_runtime.backends import onnxruntime_state
+from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
 from balcony_runtime.engine import Engine, TokenSequence
 
 
@@ -90,7 +90,7 @@ def test_an_interrupt_at_any_point_of_a_growing_cache_leaves_the_logits_right(
     tiny: Any, tiny_engine: Engine, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C at every instruction of growing, and at every line around it; the sequence then continues unharmed."""
-    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_memory.BUCKET", 8)
+    monkeypatch.setattr("balcony_runtime.backends.onnxruntime.memory.BUCKET", 8)
     tokens = np.random.default_rng(3).integers(0, 320, (batch, 20))
     want = {e: tiny_engine.new_sequence(batch_size=batch).advance(e, tokens)[:, 0] for e in (2, 5)}
     growing = {"grow", "_reserve", "bucketed", "zeros", "touched_bytes"}
@@ -225,7 +225,7 @@ def test_decode_steps_follow_a_cache_that_has_grown(
     tiny: Any, tiny_engine: Engine, batch: int, exit_layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Later rows must not be written to arrays that an earlier step was bound to."""
-    monkeypatch.setattr("balcony_runtime.backends.onnxruntime_memory.BUCKET", 8)
+    monkeypatch.setattr("balcony_runtime.backends.onnxruntime.memory.BUCKET", 8)
     tokens = np.random.default_rng(8).integers(0, 320, (batch, 40))
     with Engine.of(Bundle.open(tiny.path).portable()) as engine:
         sequence = engine.new_sequence(batch_size=batch)
@@ -419,7 +419,7 @@ def test_a_disk_that_is_full_of_packed_weights_is_one_line_and_left_empty(tiny: 
 
 
 def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) -> None:
-    from balcony_runtime.backends.onnxruntime_state import bound_run
+    from balcony_runtime.backends.onnxruntime.state import bound_run
 
     class Elsewhere:
         """A session of a version that keeps its inner object under another name."""

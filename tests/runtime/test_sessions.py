@@ -26,8 +26,8 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.sessions import file
-from tests.properties import CHANCE, examples
-from tests.runtime.test_conformance import assert_equal, from_scratch
+from tests.runtime.backends.test_conformance import assert_equal, from_scratch
+from tests.support.properties import CHANCE, examples
 
 
 @pytest.fixture

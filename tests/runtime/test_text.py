@@ -19,7 +19,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.text import StopStrings, TextCodec, TextStream
-from tests.properties import examples
+from tests.support.properties import examples
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
 from balcony_runtime.serve.work.service import Limits, Service
-from tests.command import COMMAND, refused
+from tests.support.command import COMMAND, refused
 
 CHAT = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
-from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from balcony_runtime.engine import Engine
 
 #: Factor on the largest measured value, and the smallest scale, for channels that never fired.

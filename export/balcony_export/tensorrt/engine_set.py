@@ -1,7 +1,7 @@
 """Graphs for TensorRT in a bundle: ``tensorrt/<name>/``, from which engines are built here or on the device.
 
 Owns the directory and its entry in the manifest. The graphs come from :mod:`.graphs`. Engines are built by
-:mod:`balcony_runtime.backends.tensorrt_builder`, which does not need this package.
+:mod:`balcony_runtime.backends.accelerator.tensorrt_builder`, which does not need this package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from balcony_export.graph.ir_tools import FAR_WEIGHTS, graph_spec, relative_dist
 from balcony_export.graph.weights import WeightFile
 from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt.integers import Rounding
-from balcony_runtime.backends.tensorrt_builder import Target
+from balcony_runtime.backends.accelerator.tensorrt_builder import Target
 from balcony_runtime.backends.token_table import unpacked
 
 _EXPORT_ONE = "export one with --precision int4,positive,block=64,head=4 --calibration TEXT"

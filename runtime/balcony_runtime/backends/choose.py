@@ -63,7 +63,7 @@ def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
     if not manifest.engines:
         return Choice("cpu", None, "the bundle has no graphs for GPUs: make them with `balcony-edge build`")
     try:
-        from balcony_runtime.backends.cuda import compute_capability  # noqa: PLC0415 - an extra
+        from balcony_runtime.backends.accelerator.cuda import compute_capability  # noqa: PLC0415 - an extra
 
         capability = compute_capability()
     except BalconyError as error:
@@ -82,7 +82,7 @@ def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
 
 def _runs_here(engines: EngineSet, capability: str) -> bool:
     """Whether a set's engines run on a GPU with the TensorRT that is installed."""
-    from balcony_runtime.backends.tensorrt_builder import MODULES, import_tensorrt  # noqa: PLC0415 - likewise
+    from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, import_tensorrt  # noqa: PLC0415 - likewise
 
     known = engines.compute_capabilities or (RTX_GPUS if engines.target == "rtx" else (capability,))
     if not engines.engines or capability not in known:
@@ -132,7 +132,7 @@ def open_backend(
             device = "cpu"
         engines = engines or chosen
     if device == "cpu" and engines is None:
-        from balcony_runtime.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
+        from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
         return OnnxRuntimeBackend(bundle, threads=threads, packed=packed, verify_hashes=verify_hashes)
     threads = None if threads is None else checked_threads(threads)
@@ -148,12 +148,12 @@ def open_backend(
         raise InputError(f"packed weights are for the CPU and the bundle's own graphs: leave them out, or {cure}")
     engines = engines or _only(bundle, device)
     if device == "tensorrt":
-        from balcony_runtime.backends import tensorrt  # noqa: PLC0415 - likewise
+        from balcony_runtime.backends.accelerator import tensorrt  # noqa: PLC0415 - likewise
 
         return tensorrt.open_backend(bundle, engines, verify_hashes=verify_hashes)
-    from balcony_runtime.backends import onnxruntime_device  # noqa: PLC0415 - likewise
+    from balcony_runtime.backends.accelerator import onnxruntime  # noqa: PLC0415 - likewise
 
-    return onnxruntime_device.open_backend(bundle, engines, device, threads=threads, verify_hashes=verify_hashes)
+    return onnxruntime.open_backend(bundle, engines, device, threads=threads, verify_hashes=verify_hashes)
 
 
 def _faster(bundle: Bundle, threads: int | None, verify_hashes: bool) -> Backend:

@@ -146,7 +146,7 @@ def _handle(index: int) -> Any:
 def _used_by_cuda(gpus: tuple[Any, ...]) -> int | None:
     """Index of the GPU that the runtime uses; None if CUDA does not say."""
     try:
-        from balcony_runtime.backends.cuda import pci_bus_id  # noqa: PLC0415 - an extra
+        from balcony_runtime.backends.accelerator.cuda import pci_bus_id  # noqa: PLC0415 - an extra
 
         wanted = _pci(pci_bus_id())
     except BalconyError:

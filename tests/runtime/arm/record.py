@@ -22,9 +22,9 @@ from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
 from balcony_export.verify import at_level_1, reference_logits
 from tests.conftest import EXITS, VOCABULARY, tiny_model, tiny_tokenizer
-from tests.hybrids import HYBRIDS
 from tests.runtime.arm.reference import PROMPT, Logits, logits_of, tokens_of
 from tests.runtime.conftest import ROWS
+from tests.support.hybrids import HYBRIDS
 
 #: Architectures of the tests that run on Arm; the first ones also with graphs of accelerators' engine sets.
 WITH_ENGINE_SETS = ("llama", "qwen3", "gemma2", "gemma3", "smollm3", "lfm2")

@@ -1,6 +1,6 @@
 """A plugin in place of tests/conftest.py for a machine without torch: bundles that ``record.py`` made on another one.
 
-BALCONY_RECORDED=DIRECTORY pytest --noconftest -p tests.fixtures -p tests.runtime.arm.recorded tests/runtime/test_conformance.py
+BALCONY_RECORDED=DIRECTORY pytest --noconftest -p tests.fixtures -p tests.runtime.arm.recorded TESTS
 """
 
 from __future__ import annotations

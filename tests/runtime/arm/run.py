@@ -36,16 +36,16 @@ PROCESSORS = {
 MAIN = "cortex-a76"
 #: Tests of the device side that make exact switching, and run without what only a workstation has.
 SUITE = (
-    "test_conformance.py",
-    "test_recurrent.py",
-    "test_recurrent_states.py",
+    "backends/test_conformance.py",
+    "backends/test_recurrent.py",
+    "backends/test_recurrent_states.py",
     "test_precisions.py",
-    "test_pool.py",
+    "scheduling/test_pool.py",
     "test_engine.py",
-    "test_onnxruntime_state.py",
-    "test_token_sequence.py",
-    "test_scheduler.py",
-    "test_admission.py",
+    "backends/test_onnxruntime_state.py",
+    "decoding/test_token_sequence.py",
+    "scheduling/test_scheduler.py",
+    "scheduling/test_admission.py",
     "test_sessions.py",
 )
 #: Largest page of an Arm kernel, in bytes.

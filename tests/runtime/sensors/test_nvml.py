@@ -69,7 +69,7 @@ def test_two_gpus_keep_their_numbers(library: Path) -> None:
 def test_of_several_gpus_budgets_are_about_the_one_that_cuda_uses(library: Path) -> None:
     """CUDA's first GPU is NVML's second here. Without CUDA all GPUs count."""
     program = """
-from balcony_runtime.backends import cuda
+from balcony_runtime.backends.accelerator import cuda
 cuda.pci_bus_id = lambda: "0000:65:00.0"
 print(json.dumps(look()))
 """

@@ -34,7 +34,7 @@ class BalconyExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opti
     def run(self) -> None:
         """Export; a problem is one line on stderr and exit code 1."""
         from balcony_edge.cli import reported  # noqa: PLC0415 - optimum imports this file at every start
-        from balcony_edge.cli.export import export  # noqa: PLC0415 - likewise
+        from balcony_edge.cli.workstation.export import export  # noqa: PLC0415 - likewise
 
         options: dict[str, Any] = {key: value for key, value in vars(self.args).items() if key != "func"}
         reported(lambda: export(**options))

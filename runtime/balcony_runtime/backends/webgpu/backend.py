@@ -10,8 +10,8 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.closing import Closing
 from balcony_edge.errors import BundleError
-from balcony_runtime.backends.graph_file import check_graph, nodes_of
-from balcony_runtime.backends.onnxruntime import check_io
+from balcony_runtime.backends.graph_files.check import check_graph, nodes_of
+from balcony_runtime.backends.onnxruntime.backend import check_io
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.backends.webgpu import small_graphs
 from balcony_runtime.backends.webgpu.device import WebGpuDevice

@@ -21,11 +21,11 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import DType
 from balcony_edge.errors import BundleError, DeviceError
+from balcony_runtime.backends.accelerator.device import ITEM_BYTES
 from balcony_runtime.backends.base import Array, closed
-from balcony_runtime.backends.device import ITEM_BYTES
-from balcony_runtime.backends.onnxruntime import open_session
-from balcony_runtime.backends.onnxruntime_memory import value_of
-from balcony_runtime.backends.onnxruntime_state import bound_run
+from balcony_runtime.backends.onnxruntime.backend import open_session
+from balcony_runtime.backends.onnxruntime.memory import value_of
+from balcony_runtime.backends.onnxruntime.state import bound_run
 from balcony_runtime.backends.webgpu import small_graphs
 from balcony_runtime.backends.webgpu.provider import NAME, Provider, failure
 

@@ -1,0 +1,1 @@
+"""Verbs about budgets: what a device can keep, tried and explained without it."""

@@ -1,0 +1,104 @@
+"""``balcony-edge plan``: the expected effect of a budget on a profiled device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from balcony_edge.simulation.plan import Check, Plan
+
+
+def plan(
+    profile: Annotated[Path, typer.Option(help="Device profile that `balcony-edge profile` wrote.")],
+    budget: Annotated[Path | None, typer.Option(help="Budget file (profiles/*.toml).")] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(help="Target instead of a budget file: milliseconds between two tokens.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle whose evaluation to use, if the device profile has none.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1, help="Length of the prompt.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show for each exit whether it meets each target, with which probability, and what the controller would do."""
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.cli.budgets.budget import asked_budget, named_refusal
+    from balcony_edge.cli.console import stderr
+    from balcony_edge.cli.show import say_doubts
+    from balcony_edge.device.profile import DeviceProfile
+    from balcony_edge.errors import ContextLengthError
+    from balcony_edge.simulation.plan import REPLY_TOKENS, make_plan
+
+    asked, measured = asked_budget(budget, tpot_ms), DeviceProfile.load(profile)
+    total = prompt_tokens + (asked.expected_tokens or REPLY_TOKENS)
+    if total > measured.bundle.context_length:
+        fits = total - prompt_tokens < measured.bundle.context_length
+        cure = "give a shorter prompt" if fits else "lower expected_tokens, or take a profile of a longer context"
+        raise ContextLengthError(
+            f"--prompt-tokens {prompt_tokens}: prompt and reply take {total} tokens, but the context holds "
+            f"{measured.bundle.context_length}: {cure}"
+        )
+    say_doubts(profile, measured)
+    quality = None
+    if bundle is not None:
+        from balcony_runtime.profiler.results import quality_figures
+
+        manifest = Bundle.open(bundle, verify_hashes=False).manifest
+        if manifest.fingerprint != measured.bundle.fingerprint:
+            stderr.print(f"{bundle} is not the bundle of the device profile", style="yellow", markup=False)
+        quality = quality_figures(manifest)
+    with named_refusal(budget):
+        found = make_plan(measured, asked, prompt_tokens=prompt_tokens, quality=quality)
+    if as_json:
+        exits = [{**asdict(exit_), "met": exit_.met} for exit_ in found.exits]
+        print(json.dumps({**asdict(found), "exits": exits}))  # noqa: T201 - programs read this
+        return
+    _show(found)
+
+
+def _show(found: Plan) -> None:
+    from rich.table import Table
+
+    from balcony_edge.cli.console import depth_styles, stdout
+
+    styles = depth_styles(tuple(exit_.exit_layer for exit_ in found.exits))
+    table = Table("exit", "tokens/s", "first, ms", "J/token", "agrees", "targets", "share")
+    for exit_ in found.exits:
+        checks = "\n".join(map(_words, exit_.checks)) if exit_.allowed else "not allowed by the budget"
+        table.add_row(
+            str(exit_.exit_layer),
+            f"{exit_.tokens_per_s:.1f}",
+            f"{exit_.ttft_ms:.1f}",
+            "" if exit_.joules_per_token is None else f"{exit_.joules_per_token:.3f}",
+            "" if exit_.agreement is None else f"{exit_.agreement:.0%}",
+            checks or "none asked for",
+            f"{found.shares.get(exit_.exit_layer, 0.0):.0%}",
+            style=styles[exit_.exit_layer],
+        )
+    stdout.print(table)
+    known = [f"{found.tokens_per_s:.1f} tokens a second"]
+    if found.joules_per_token is not None:
+        known.append(f"{found.joules_per_token:.3f} joules a token")
+    if found.agreement is not None:
+        known.append(f"agreement with the full model {found.agreement:.0%}")
+    stdout.print(f"the controller: {found.reason}", markup=False, soft_wrap=True)
+    stdout.print(f"expected: {', '.join(known)}", markup=False, soft_wrap=True)
+    if not found.feasible:
+        near = ", ".join(f"{target} = {value:.4g}" for target, value in found.nearest.items())
+        stdout.print(
+            f"[red]no allowed exit meets every target[/]; nearest values that one meets: {near}", soft_wrap=True
+        )
+    for note in found.notes:
+        stdout.print(note, style="yellow", markup=False, soft_wrap=True)
+
+
+def _words(check: Check) -> str:
+    answer = {True: "met", False: "missed", None: "unknown"}[check.met]
+    odds = "" if check.probability is None else f", p={check.probability:.2f}"
+    expected = "not measured" if check.expected is None else f"{check.expected:.4g}"
+    return f"{check.target} {check.asked:g}: {answer} ({expected}{odds})"

@@ -1,0 +1,239 @@
+"""``balcony-edge simulate``: tries a budget against a device profile and a load, without the device."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from balcony_edge.budget import Budget
+    from balcony_edge.cli.budgets.arrivals import Company
+    from balcony_edge.control.company.round_trace import RoundTraceWriter
+    from balcony_edge.control.company.seen import Round
+    from balcony_edge.device.profile import DeviceProfile
+    from balcony_edge.simulation.loads import Load
+    from balcony_edge.simulation.plant import Physics
+
+
+def simulate(
+    profile: Annotated[Path, typer.Option(help="Device profile that `balcony-edge profile` wrote.")],
+    budget: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Budget file (profiles/*.toml); repeatable with --arrivals, where each is a class of requests."
+        ),
+    ] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(help="Target instead of a budget file: milliseconds between two tokens.")
+    ] = None,
+    trace: Annotated[
+        str,
+        typer.Option(
+            help="Load: a trace that `run --trace` wrote, or one of idle, constant, step, ramp, square and bursts, "
+            "with parameters as in square:high=1.7."
+        ),
+    ] = "idle",
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, help="Most tokens to make.")] = 256,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Most seconds to simulate.")] = 600.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Constant of the simulated device, repeatable: idle_w=2 (watts without a step), busy_w=6 (watts that a step "
+            "adds), ambient_c=25, kelvin_per_watt=6, tau_s=40, throttle_c=95, battery_j=0, charge=1, others_utilization=0, "
+            "... These are the defaults; a profile's own watts replace the first two."
+        ),
+    ] = None,
+    arrivals: Annotated[
+        str | None,
+        typer.Option(
+            help="Simulate many streams at once: requests a second, as in rate=0.8, or rate=0.8,burst=3 for three at a time. "
+            "Each gets one of the budgets, --prompt-tokens and --tokens; requests come for --seconds."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    record: Annotated[Path | None, typer.Option(help="Write the run as a trace.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show for each interval at the same exits why they were chosen.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Try a budget offline under a load: exits, late tokens, watts and degrees."""
+    from contextlib import nullcontext
+
+    from balcony_edge.cli.budgets.arrivals import explained, facts, parsed, show
+    from balcony_edge.cli.budgets.budget import asked_budget, named_refusal
+    from balcony_edge.cli.show import say_doubts
+    from balcony_edge.control.company.round_trace import RoundTraceWriter
+    from balcony_edge.control.trace import TraceWriter
+    from balcony_edge.device.profile import DeviceProfile
+    from balcony_edge.errors import BudgetError
+    from balcony_edge.simulation import simulate as simulation
+    from balcony_edge.simulation.plant import Plant
+
+    files = budget or []
+    if len(files) > 1 and arrivals is None:
+        raise BudgetError(f"--budget {files[0]} --budget {files[1]}: one reply has one budget: also give --arrivals")
+    asked, measured = asked_budget(files[0] if files else None, tpot_ms), DeviceProfile.load(profile)
+    say_doubts(profile, measured)
+    costs = measured.costs
+    if arrivals is not None:
+        sizes = (prompt_tokens, tokens, seconds)
+        with RoundTraceWriter(record) if record is not None else nullcontext() as rounds:
+            company = _company(files, asked, measured, parsed(arrivals), sizes, load(trace), seed, device, rounds)
+        _say_if_unmeasured(profile, measured, asked, device)
+        figures, rows = facts(company), explained(company) if explain else None
+        if as_json:
+            print(json.dumps(figures if rows is None else {**figures, "intervals": rows}))  # noqa: T201 - for programs
+        else:
+            show(figures, rows)
+        return
+    with named_refusal(files[0] if files else None):
+        resolved = asked.for_bundle(measured.agreement())
+    plant = Plant(costs, physics(device or [], measured, resolved), load(trace), prompt_tokens=prompt_tokens, seed=seed)
+    with TraceWriter(record) if record is not None else nullcontext() as writer:
+        run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
+    _say_if_unmeasured(profile, measured, asked, device)
+    found = simulation.summary(run, resolved)
+    intervals = [interval._asdict() for interval in simulation.explain(run)] if explain else None
+    if as_json:
+        print(json.dumps(found if intervals is None else {**found, "intervals": intervals}))  # noqa: T201 - for programs
+        return
+    _show(found, intervals)
+
+
+def _company(
+    files: list[Path],
+    own: Budget,
+    profile: DeviceProfile,
+    arriving: tuple[float, int],
+    sizes: tuple[int, int, float],
+    slowdowns: Load,
+    seed: int,
+    device: list[str] | None,
+    trace: RoundTraceWriter | None,
+) -> Company:
+    """Run the requests of ``--arrivals`` on the profile's device."""
+    from balcony_edge.cli.budgets.arrivals import Company, classes
+    from balcony_edge.cli.budgets.budget import named_refusal
+    from balcony_edge.control.company.assignment import qualities
+    from balcony_edge.simulation.company import Arrival, poisson, simulate_company
+
+    agreement, (prompt_tokens, tokens, seconds) = profile.agreement(), sizes
+    named = {}
+    for name, budget in classes(files, own).items():
+        with named_refusal(name):
+            named[name] = budget.for_bundle(agreement)
+    asked = [Arrival(0.0, prompt_tokens, tokens, budget) for budget in named.values()]
+    arrivals = poisson(arriving[0], seconds, asked, seed=seed, burst=arriving[1])
+    constants = physics(device or [], profile, own)
+    rounds: list[tuple[float, Round]] = []
+    streams = simulate_company(
+        profile.costs,
+        arrivals,
+        quality=qualities(agreement),
+        physics=constants,
+        load=slowdowns,
+        seed=seed,
+        admission=True,
+        log=lambda *one: rounds.append(one),
+        trace=trace,
+    )
+    names = {id(budget): name for name, budget in named.items()}
+    return Company(named, [(names[id(stream.arrival.budget)], stream) for stream in streams], rounds)
+
+
+def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, device: list[str] | None) -> None:
+    """Print on stderr that watts and degrees are no measurement, if the profile has none and none were given."""
+    from balcony_edge.cli.console import stderr
+
+    given = {word.partition("=")[0] for word in device or ()}
+    if profile.powered(budget.power_rail) is None and given.isdisjoint({"idle_w", "busy_w"}):
+        line = "has no power measurement: watts and degrees are those of a small board; give --device idle_w=... and busy_w=..."
+        stderr.print(f"{path}: {line}", style="yellow", markup=False, soft_wrap=True)
+
+
+def load(text: str) -> Load:
+    """A generated load by name, or the slowdowns of a recorded run.
+
+    Raises:
+        InputError: the text is neither, or the run has no slowdowns.
+    """
+    from balcony_edge.control.trace import read_trace
+    from balcony_edge.errors import InputError
+    from balcony_edge.simulation.loads import PARAMETERS, parse_load, recorded
+
+    if text.partition(":")[0] in PARAMETERS or not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
+        return parse_load(text)
+    tokens = read_trace(text).tokens
+    times_s, slowdowns = [], []
+    for before, token in pairwise(tokens):
+        last = token.seen.last
+        if last is not None and last.predicted_ms > 0 and last.measured_ms > 0:
+            times_s.append(before.seen.now_s - tokens[0].seen.now_s)  # start of the measured step
+            slowdowns.append(last.measured_ms / last.predicted_ms)
+    if not times_s:
+        raise InputError(f"--trace {text}: has no predicted times: record a run whose budget has a target")
+    return recorded(times_s, slowdowns)
+
+
+def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics:
+    """Constants of the simulated device: the profile's watts of the budget's rail, and those given as ``key=value``.
+
+    With measured watts the device does not throttle unless ``throttle_c`` is given: its heat sink is unknown, so the defaults
+    would make it throttle or not by chance.
+
+    Raises:
+        InputError: a key is unknown, or a value is not a number in its range.
+    """
+    from balcony_edge.errors import InputError
+    from balcony_edge.simulation.plant import RANGES, Physics
+
+    values: dict[str, Any] = {"rail": budget.power_rail}
+    measured = profile.powered(budget.power_rail)
+    if measured is not None:
+        idle_w, busy_w = measured
+        values |= {"idle_w": idle_w, "busy_w": busy_w, "throttle_c": math.inf}
+    defaults = asdict(Physics())
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in RANGES:
+            raise InputError(f"--device {word}: must be one of {', '.join(RANGES)}, as key=value, e.g. busy_w=8")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        least, most = RANGES[key]
+        if not least <= value <= most:
+            raise InputError(f"--device {word}: {key} must be {least:g} to {most:g}, e.g. busy_w=8")
+        values[key] = type(defaults[key])(value)
+    return Physics(**values)
+
+
+def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None:
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+
+    if intervals is not None:
+        table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", "reason")
+        for interval in intervals:
+            table.add_row(
+                f"{interval['begin_s']:.2f}",
+                f"{interval['end_s']:.2f}",
+                str(interval["exit_layer"]),
+                str(interval["tokens"]),
+                f"{interval['mean_ms']:.1f}",
+                f"{interval['slowdown']:.2f}",
+                interval["reason"],
+            )
+        stdout.print(table)
+    for key, value in facts.items():
+        stdout.print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}", markup=False)

@@ -1,0 +1,1 @@
+"""Verbs that run a bundle, or describe it or the device."""

@@ -1,0 +1,205 @@
+"""``balcony-edge build``: TensorRT engines from a bundle, also for GPUs of other machines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from balcony_edge.cli.show import engine_facts, show_engines
+
+#: Default for the rows of the caches, if the bundle's context is longer.
+CONTEXT_LENGTH = 2048
+
+if TYPE_CHECKING:
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.bundle.manifest import EnginePrecision, EngineSet
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote, in fp32 or fp16.")],
+    target: Annotated[
+        Literal["rtx", "tensorrt"],
+        typer.Option(
+            help="rtx: TensorRT-RTX, which builds without a GPU; tensorrt: the enterprise edition (JetPack), on its GPU."
+        ),
+    ] = "rtx",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"],
+        typer.Option(help="Precision of weights; activations are in half precision."),
+    ] = "fp16",
+    operators: Annotated[
+        Literal["fused", "plain"],
+        typer.Option(help="plain: for TensorRT before 10.15, such as 10.13 of JetPack 7.0 and 7.1."),
+    ] = "fused",
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of the KV caches; attention time grows with them (default: the bundle's context, at most 2048)."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Number of sequences of every pass.")] = 1,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            help="int4: number of inputs that share a scale: 32, 64 or 128 (default: that of the graphs, or 64)."
+        ),
+    ] = None,
+    rounded_as: Annotated[
+        Path | None, typer.Option(help="int4: use the integers of this int4 bundle, for example from GPTQ.")
+    ] = None,
+    sm: Annotated[str, typer.Option(help="rtx: compute capabilities, such as 86,89,120 (default: all).")] = "",
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Also build one engine of the whole backbone with all exits as outputs.")
+    ] = False,
+    graphs_only: Annotated[
+        bool, typer.Option("--graphs-only", help="Only write the graphs; the device builds the engines.")
+    ] = False,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="tensorrt: file of kernel timings, reused between runs.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Build one engine per stage, balcony and head into BUNDLE/tensorrt/. Existing graphs are reused."""
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.errors import InputError
+    from balcony_edge.files import require_writable_file
+
+    if block not in (None, 32, 64, 128):
+        raise InputError(f"--block {block}: give 32, 64 or 128")
+    if rounded_as is not None and block is not None:
+        raise InputError("--block with --rounded-as: the named bundle has its own block size: leave --block out")
+    if (rounded_as is not None or block is not None) and precision != "int4":
+        raise InputError(f"--precision {precision}: --block and --rounded-as are for int4: leave them out")
+    if graphs_only and (sm or whole or timing_cache is not None):
+        raise InputError("--graphs-only: --sm, --whole and --timing-cache only affect engines: leave them out")
+    if timing_cache is not None and target == "rtx":
+        raise InputError("--timing-cache: TensorRT-RTX does not time kernels while it builds: leave it out")
+    if timing_cache is not None:
+        require_writable_file(timing_cache, f"--timing-cache {timing_cache}", InputError, "name another place")
+    capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
+    rows = default_context(bundle) if context_length is None else context_length
+    wanted = BuildOptions(target, precision, operators, rows, batch_size, block)
+    builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}
+    build_into(bundle, wanted, builder_options, rounded_as=rounded_as, whole=whole)
+    name = wanted.name
+    engines = Bundle.open(bundle, verify_hashes=False).manifest.engines[name]
+    if as_json:
+        facts = [engine_facts(engines, key) for key in engines.graphs]
+        document = {"bundle": str(bundle), "name": name, "builder": engines.builder, "engines": facts}
+        print(json.dumps(document))  # noqa: T201 - for programs
+        return
+    show_engines(name, engines)
+
+
+def default_context(bundle: Path) -> int:
+    """Default for the rows of the caches: the bundle's context, at most ``CONTEXT_LENGTH``."""
+    from balcony_edge.bundle.bundle import Bundle
+
+    return min(CONTEXT_LENGTH, Bundle.open(bundle, verify_hashes=False).manifest.model.context_length)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """An engine set: options of ``build`` of the same names."""
+
+    target: Literal["rtx", "tensorrt"]
+    precision: EnginePrecision
+    operators: Literal["fused", "plain"]
+    context_length: int
+    batch_size: int = 1
+    block_size: int | None = None  # None: that of existing graphs, or 64
+
+    @property
+    def name(self) -> str:
+        """Name of the set in a bundle."""
+        return f"{self.target}-{self.precision}" + ("-plain" if self.operators == "plain" else "")
+
+
+def build_into(
+    path: Path,
+    wanted: BuildOptions,
+    builder_options: dict[str, Any] | None,
+    *,
+    rounded_as: Path | None = None,
+    whole: bool = False,
+) -> None:
+    """Write an engine set's graphs if they are missing, and build the engines unless ``builder_options`` is None.
+
+    An existing set stays as it is until the new one is complete.
+    """
+    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
+    from balcony_edge.cli.console import native_stderr_dropped, progress_bar
+
+    name, bundle = wanted.name, Bundle.open(path)
+    with native_stderr_dropped(), progress_bar() as progress, new_engine_directory(path, name) as directory:
+        builder = None
+        if builder_options is not None:
+            from balcony_runtime.backends.accelerator.tensorrt_builder import Builder
+
+            builder = Builder(wanted.target, batch_size=wanted.batch_size, **builder_options)
+        if rounded_as is not None or not _has_graphs(bundle, wanted):
+            progress("writing graphs", 0.0)
+            engines = _make_graphs(bundle, directory, wanted, rounded_as)
+        elif builder is None:
+            return
+        else:
+            from balcony_runtime.backends.accelerator.tensorrt_builder import link_files
+
+            engines = bundle.manifest.engines[name]
+            link_files(bundle.engine_directory(name), engines, directory)
+        if builder is not None:
+            from balcony_runtime.backends.accelerator.tensorrt_builder import make_engines
+
+            graphs = [key for key in engines.graphs if whole or key != "backbone"]
+            engines = make_engines(
+                directory, engines, builder, graphs, lambda what, done: progress(what, 0.3 + 0.7 * done)
+            )
+        record_engines(path, name, engines, directory)
+
+
+def _has_graphs(bundle: Bundle, wanted: BuildOptions) -> bool:
+    from balcony_edge.errors import BundleError
+
+    try:
+        bundle.engine_directory(wanted.name)
+    except BundleError:  # missing or damaged: they are written again
+        return False
+    keys = ("context_length", "batch_size", *(() if wanted.block_size is None else ("block_size",)))
+    return all(getattr(bundle.manifest.engines[wanted.name], key) == getattr(wanted, key) for key in keys)
+
+
+def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_as: Path | None) -> EngineSet:
+    from balcony_edge.bundle.bundle import Bundle as Opened
+    from balcony_edge.errors import InputError
+
+    try:
+        from balcony_export.tensorrt.engine_set import make_graphs, rounding_of
+        from balcony_export.tensorrt.graphs import Format
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{bundle.path}: {_difference(bundle, wanted)}: give the options of graphs that are there, or write others with "
+            f"--graphs-only on a workstation ({error.name} is not installed here)"
+        ) from error
+    there = bundle.manifest.engines.get(wanted.name)
+    block = wanted.block_size or (there and there.block_size) or 64
+    form = Format(wanted.precision, wanted.operators, wanted.context_length, block)  # type: ignore[arg-type]
+    rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)
+    return make_graphs(bundle, directory, wanted.target, form, batch_size=wanted.batch_size, rounding=rounding)
+
+
+def _difference(bundle: Bundle, wanted: BuildOptions) -> str:
+    """What differs between the graphs that were asked for and those in the bundle."""
+    there = bundle.manifest.engines
+    if wanted.name not in there:
+        return f"has graphs of {', '.join(there) or 'no set'}, and {wanted.name} was asked for"
+    options = {"context_length": "--context-length", "batch_size": "--batch", "block_size": "--block"}
+    for key, option in options.items():
+        given, found = getattr(wanted, key), getattr(there[wanted.name], key)
+        if None not in (given, found) and found != given:
+            return f"the graphs of {wanted.name} have {option} {found}, and {given} was asked for"
+    return f"the graphs of {wanted.name} are damaged, or --rounded-as asks for new ones"

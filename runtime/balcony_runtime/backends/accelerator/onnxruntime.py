@@ -1,0 +1,121 @@
+"""ONNX Runtime over device memory: runs the graphs of an engine set through CUDA's execution provider, or on the CPU.
+
+Owns the sessions. All tensors are bound by pointer, so rows and caches never leave the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import DeviceError
+from balcony_runtime.backends.accelerator.device import Device, HostDevice, Launch, Region, array_dtype
+from balcony_runtime.backends.accelerator.state import DeviceBackend
+from balcony_runtime.backends.graph_files.check import check_graph
+from balcony_runtime.backends.installed import checked_onnxruntime
+from balcony_runtime.backends.onnxruntime.backend import open_session
+from balcony_runtime.backends.onnxruntime.state import first_line
+
+#: Device name → ONNX Runtime's provider and the kind of memory that it binds.
+PROVIDERS = {
+    "cuda": ("CUDAExecutionProvider", "cuda"),
+    "cpu": ("CPUExecutionProvider", "cpu"),
+}
+#: The number of bfloat16 in ONNX's TensorProto.DataType. NumPy has no such type, and IO binding also takes the number.
+_BFLOAT16 = 16
+
+
+class OnnxRuntimeExecutor:
+    """Sessions of an engine set's graphs; implements :class:`.device.Executor`."""
+
+    #: ``TensorScatter`` and ``ScatterElements`` may write to their input, because they do not change other values.
+    in_place = True
+    batch_size: int | None = None
+
+    def __init__(
+        self,
+        directory: Path,
+        files: Mapping[str, str],
+        provider: str,
+        options: dict[str, Any],
+        threads: int | None = None,
+    ) -> None:
+        name, self._memory = PROVIDERS[provider]
+        if name not in checked_onnxruntime().get_available_providers():
+            raise DeviceError(
+                f"--device {provider}: this build of ONNX Runtime has no {name}: "
+                "pip uninstall onnxruntime, then install 'balcony-edge[gpu]'; or run with --device cpu"
+            )
+        providers = [(name, options)] if options else [name]
+        # On the CPU the purpose is to check the files. A product fused with its DequantizeLinear would also round its inputs.
+        entries = {"session.disable_quant_qdq": "1"} if provider == "cpu" else None
+        self._sessions = {
+            graph: open_session(directory / file, threads=threads, providers=providers, entries=entries)
+            for graph, file in files.items()
+        }
+        if strays := [graph for graph, session in self._sessions.items() if session.get_providers()[0] != name]:
+            # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
+            raise DeviceError(f"{strays[0]}: ONNX Runtime could not start {name}: see `balcony-edge doctor`")
+
+    def prepare(self, graph: str, tensors: Mapping[str, Region], *, to_capture: bool = False) -> Launch:
+        """A session allocates memory while it runs, so its launches are never captured."""
+        session = self._sessions[graph]
+        binding = session.io_binding()
+        for names, bind in (
+            ([value.name for value in session.get_inputs()], binding.bind_input),
+            ([value.name for value in session.get_outputs()], binding.bind_output),
+        ):
+            for name in names:
+                region = tensors[name]
+                kind = _BFLOAT16 if region.dtype == "bfloat16" else array_dtype(region.dtype)
+                bind(name, self._memory, 0, kind, region.shape, region.pointer)
+
+        def launch() -> None:
+            try:
+                session.run_with_iobinding(binding)
+            except RuntimeError as error:
+                raise DeviceError(
+                    f"{graph}: ONNX Runtime failed while running it ({first_line(error)}): free memory"
+                ) from error
+
+        return Launch(launch)
+
+    def close(self) -> None:
+        self._sessions.clear()
+
+
+def open_backend(
+    bundle: Bundle, engines: str, provider: str, *, threads: int | None = None, verify_hashes: bool = True
+) -> DeviceBackend:
+    """Open an engine set's graphs with ONNX Runtime.
+
+    Args:
+        bundle: bundle with the set.
+        engines: name of the set.
+        provider: key of :data:`PROVIDERS`.
+        threads: size of ONNX Runtime's shared pool, if this is the first engine of the process.
+        verify_hashes: whether the set's files are hashed.
+
+    Raises:
+        BundleError: the set is missing or damaged, or a graph cannot be loaded.
+        DeviceError: the device is missing.
+    """
+    directory, chosen = bundle.engine_directory(engines, verify_hashes=verify_hashes), bundle.manifest.engines[engines]
+    device: Device = HostDevice()
+    options: dict[str, Any] = {}
+    if provider == "cuda":
+        from balcony_runtime.backends.accelerator.cuda import CudaDevice  # noqa: PLC0415 - an extra
+
+        device = cuda = CudaDevice(capture=False)
+        options = {"device_id": "0", "user_compute_stream": str(cuda.stream)}
+    files = {name: spec.file for name, spec in chosen.graphs.items() if name != "backbone"}
+    try:
+        for file in files.values():
+            check_graph(directory / file, chosen.files)
+        executor = OnnxRuntimeExecutor(directory, files, provider, options, threads)
+    except BaseException:
+        device.close()
+        raise
+    return DeviceBackend(bundle.manifest, chosen, device, executor, f"ONNX Runtime, {PROVIDERS[provider][0]}")

@@ -1,0 +1,172 @@
+"""The joint decision while prompts run: chunks between tokens, first tokens in time, and the depth that makes room for them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.seen import Chunk, StreamState
+from tests.support.company import SETTLED, decided, exits, stream
+from tests.support.prices import SMALL
+
+#: A prompt of 200 rows: 53 ms of work at exit 4, or 25 rounds next to a stream at 10 ms.
+PROMPT: dict[str, Any] = {
+    "made_tokens": 0,
+    "stage_rows": (200,) * 3,
+    "balcony_rows": (200, 200, 1),
+    "context_length": 199,
+}
+
+
+def test_a_prompt_runs_in_chunks_between_the_tokens_of_others() -> None:
+    prompt = stream(1, Budget(), made_tokens=0, stage_rows=(140,) * 3, balcony_rows=(140, 140, 1), context_length=39)
+    limit_ms = 25.0
+    _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), prompt])
+    assert set(exits(found)) == {0} and found.chunk is not None and found.chunk.key == 1
+    assert found.chunk.stage == 0, "one stage at a time: the first row of a pass is the dearest"
+    assert found.price_ms <= 0.976 * limit_ms
+    unit = SMALL.stages[0]
+    longer_ms = found.price_ms + unit.pass_ms(found.chunk.rows + 1, 39) - unit.pass_ms(found.chunk.rows, 39)
+    assert longer_ms > 0.974 * limit_ms, "one more row would be late"
+    # stage 0 keeps the last row for the first token; the next stage takes what the one before has run
+    _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), prompt._replace(stage_rows=(1, 140, 140))])
+    assert found.chunk is not None and found.chunk.stage == 1
+    short = prompt._replace(stage_rows=(30,) * 3, balcony_rows=(30, 30, 1))
+    _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), short])
+    assert found.chunk == Chunk(1, 0, 29)
+    # the last rows bring the first token
+    rest = prompt._replace(stage_rows=(3, 3, 3), balcony_rows=(3, 3, 1))
+    _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), rest])
+    assert set(exits(found)) == {0, 1} and found.chunk is None
+
+
+def test_a_prompt_leaves_time_for_who_waits() -> None:
+    """The other stream is due in 15 ms, and its pace wants no token yet: 14.6 ms are left for the prompt's rows."""
+    waits = stream(0, Budget(max_pace_tps=60.0, tpot_ms=20.0), asked_s=9.995)
+    prompt = stream(1, Budget(), made_tokens=0, stage_rows=(200,) * 3, balcony_rows=(200, 200, 1), context_length=199)
+    _, found = decided([waits, prompt])
+    assert not found.moves and found.chunk is not None and 13.5 <= found.price_ms <= 14.7
+
+
+def test_depth_makes_room_for_a_first_token_in_time() -> None:
+    """500 rows within 600 ms: 3 rows a millisecond at most, which the tokens of the other stream leave at exit 4 only."""
+    other = stream(0, Budget(tpot_ms=25.0))
+    prompt = {"made_tokens": 0, "stage_rows": (500,) * 3, "balcony_rows": (500, 500, 1), "context_length": 499}
+    _, relaxed = decided([other, stream(1, Budget(), started_s=10.0, **prompt)])
+    _, urgent = decided([other, stream(1, Budget(ttft_ms=600.0), started_s=10.0, **prompt)])
+    assert relaxed.chunk is not None and urgent.chunk is not None
+    assert urgent.chunk.rows > relaxed.chunk.rows and exits(urgent)[0] < exits(relaxed)[0]
+
+
+def test_a_deadline_that_has_passed_next_to_a_prompt_that_is_due() -> None:
+    """The first has no time left at all; it gives its target up, and the prompt's target is held."""
+    over = stream(1, Budget(deadline_s=2.0, expected_tokens=50), started_s=0.0)
+    prompt = stream(
+        2, Budget(ttft_ms=500.0), made_tokens=0, stage_rows=(30, 30, 30), balcony_rows=(30, 30, 1), started_s=9.9
+    )
+    state, found = decided([over, prompt])
+    assert not state.streams[1].met and state.streams[2].met
+    assert exits(found) or found.chunk is not None
+
+
+def test_patient_streams_step_aside_for_a_prompt_that_is_due() -> None:
+    """Who can wait for three rounds leaves its time to the rows of a prompt with ``ttft_ms``, to no other prompt's."""
+    steady = stream(1, Budget(tpot_ms=30.0), asked_s=9.999)
+    patient = stream(2, Budget(tpot_ms=500.0))
+    rows = {"made_tokens": 0, "stage_rows": (80, 80, 80), "balcony_rows": (80, 80, 1)}
+    assert set(exits(decided([steady, patient, stream(3, Budget(ttft_ms=900.0), started_s=9.9, **rows)])[1])) == {1}
+    assert set(exits(decided([steady, patient, stream(3, Budget(), started_s=9.9, **rows)])[1])) == {1, 2}
+
+
+def test_a_prompt_that_would_be_late_runs_at_once_while_the_others_may_be_late() -> None:
+    other, due = stream(0, Budget(tpot_ms=10.0)), stream(1, Budget(ttft_ms=80.0), started_s=10.0, **PROMPT)
+    state, found = decided([other, due])
+    assert exits(found) == {1: 4} and found.chunk is None and state.streams[1].met
+    assert found.price_ms == pytest.approx(3 + 199 * 0.25 + 1 + 199 * 0.125 + 1), "whole, and alone"
+
+    # one token of ten may be late at a probability of 0.9; after the first there is none left
+    before = SETTLED._replace(streams={0: StreamState(0, 0, 9)})
+    _, found = decided([other._replace(late=1), due], before)
+    assert set(exits(found)) == {0}
+    _, found = decided([other._replace(late=1, made_tokens=20), due], before)
+    assert exits(found) == {1: 4}
+    # a gap that is late already does not become longer
+    _, found = decided([other._replace(asked_s=9.98), due], before)
+    assert set(exits(found)) == {0}
+    # nobody waits for longer than a quarter of a second
+    long = due._replace(stage_rows=(1200,) * 3, balcony_rows=(1200, 1200, 1), budget=Budget(ttft_ms=400.0))
+    _, found = decided([other, long])
+    assert set(exits(found)) == {0}
+    # a prompt with time left waits for the gaps of the others, and so does one that would be late in any case
+    for ttft_ms in (400.0, 40.0):
+        _, found = decided([other, due._replace(budget=Budget(ttft_ms=ttft_ms))])
+        assert 0 in exits(found) and 1 not in exits(found), ttft_ms
+
+
+def test_prompts_that_came_lately_take_depth_before_the_next_one_comes() -> None:
+    one = stream(0, Budget(tpot_ms=11.0))  # full depth takes 10 ms
+    _, found = decided([one])
+    assert exits(found) == {0: 8}
+    state, share = SETTLED._replace(decided_s=10.0), 0.0
+    for step in range(1, 100):
+        now_s = 10.0 + 0.05 * step
+        waits = stream(1, Budget(), started_s=10.0, **PROMPT)
+        state, found = decided([one._replace(asked_s=now_s), waits], state, now_s=now_s)
+        assert share <= state.prompt_share
+        share = state.prompt_share
+    assert share == pytest.approx(1 - math.exp(-98 * 0.05 / 10)), "since the decision after the first"
+    busy = state._replace(streams={}, assigned_for=())
+    _, found = decided([one._replace(asked_s=now_s)], busy, now_s=now_s)
+    assert exits(found) == {0: 4}
+    # it is forgotten, and does not count while nothing runs
+    _, found = decided([one._replace(asked_s=now_s + 60)], busy, now_s=now_s + 60)
+    assert exits(found) == {0: 8}
+
+
+def test_no_target_is_given_up_for_prompts_without_one() -> None:
+    """Two streams leave no time at all: the patient prompt gets that of the tokens that may be late."""
+    strict = stream(0, Budget(tpot_ms=6.1))
+    for late, begins in ((0, True), (1, False)):  # one of ten tokens may be
+        state, found = decided([strict, stream(1, Budget(tpot_ms=6.1), late=late), stream(2, Budget(), **PROMPT)])
+        assert state.streams[0].met and state.streams[1].met
+        if begins:
+            assert not found.moves and found.chunk is not None and found.chunk.key == 2 and found.price_ms <= 6.1
+        else:
+            assert set(exits(found)) == {0, 1} and found.chunk is None
+
+
+def test_who_makes_room_for_nothing_is_not_left_out() -> None:
+    """The first has 7 ms left, of which its own token leaves 1.8: too few for a row, but enough for the others' rows."""
+    due = stream(9, Budget(ttft_ms=5000.0), started_s=10.0, **PROMPT)
+    tight = stream(0, Budget(tpot_ms=30.0, max_exit=4), asked_s=9.977)
+    others = [stream(key, Budget(tpot_ms=100.0, max_exit=4)) for key in (1, 2)]
+    _, found = decided([tight, *others, due])
+    assert exits(found) == {0: 4, 1: 4, 2: 4} and found.chunk is None and found.price_ms == pytest.approx(5.75)
+
+
+def test_rounds_with_rows_next_to_them_are_as_slow_as_they_were_measured() -> None:
+    prompt, one = stream(1, Budget(), **PROMPT), stream(0, Budget(tpot_ms=20.0))
+    _, found = decided([one, prompt])
+    slow = SETTLED._replace(slowdown=SETTLED.slowdown._replace(offsets=(0.0, 0.0, 0.0, math.log(1.25))))
+    _, slower = decided([one, prompt], slow)
+    assert found.chunk is not None and slower.chunk is not None
+    assert 0.95 * 20 < found.price_ms <= 0.976 * 20 and 0.95 * 20 < 1.25 * slower.price_ms <= 0.976 * 20
+
+
+def test_a_prompt_whose_time_has_passed_goes_before_one_that_has_no_time() -> None:
+    patient = stream(1, Budget(), started_s=5.0, **PROMPT)
+    late = stream(2, Budget(ttft_ms=100.0), started_s=9.0, **PROMPT)
+    state, found = decided([stream(0, Budget(tpot_ms=25.0)), patient, late])
+    assert not state.streams[2].met and found.chunk is not None and found.chunk.key == 2
+
+
+def test_rows_of_a_prompt_in_front_of_its_balcony_come_in_portions_too() -> None:
+    """They are the last that its first token needs; whole, they would not fit next to a stream with a target."""
+    waits = stream(1, made_tokens=0, stage_rows=(1, 200, 200), balcony_rows=(200, 200, 1), context_length=199)
+    _, found = decided([stream(0, Budget(tpot_ms=10.0)), waits._replace(budget=Budget(max_exit=4))])
+    assert exits(found) == {0: 8} or 0 in exits(found)
+    assert found.chunk is not None and found.chunk.rows > 1
+    assert found.chunk == Chunk(1, 0, found.chunk.rows, balcony=True)

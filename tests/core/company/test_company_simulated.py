@@ -1,0 +1,128 @@
+"""Several streams on a simulated device with the joint controller: any mix of them, and what each of them gets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.seen import Chunk, Round
+from balcony_edge.simulation.company import Arrival, CompanyPlant, poisson, simulate_company, summary
+from balcony_edge.simulation.plant import Physics
+from tests.support.prices import DEMO
+from tests.support.properties import examples
+from tests.support.replies import PRICES
+
+CLASSES = [
+    Arrival(0.0, prompt, tokens, budget)
+    for prompt, tokens, budget in (
+        (30, 60, Budget(tpot_ms=30.0)),
+        (60, 80, Budget(tpot_ms=60.0)),
+        (100, 60, Budget(tpot_ms=120.0, min_exit=17)),
+        (40, 50, Budget(deadline_s=4.0, expected_tokens=50)),
+        (20, 40, Budget()),
+        (20, 40, Budget(max_exit=20, max_pace_tps=8.0)),
+        (200, 20, Budget(ttft_ms=800.0)),
+        (20, 30, Budget(tpot_ms=2.0)),
+        (20, 30, Budget(tpot_ms=2.0, on_infeasible="error")),
+        (20, 40, Budget(power_w=5.0, tpot_ms=80.0)),
+    )
+]
+
+#: Agreement of the exits of DEMO.
+QUALITY = (0.5, 0.6, 0.7, 1.0)
+
+
+@examples(12)
+@given(st.integers(0, 10_000), st.floats(0.3, 4.0), st.integers(1, 6))
+def test_any_mix_of_streams_comes_to_its_end(seed: int, rate: float, burst: int) -> None:
+    arrivals = poisson(rate, 6.0, CLASSES, seed=seed, burst=burst)
+    quality = (0.6, 0.66, 0.74, 1.0)
+    streams = simulate_company(DEMO, arrivals, quality=quality, seed=seed)
+    for one in streams:
+        assert one.done and all(math.isfinite(gap) and gap > 0 for gap in one.gaps_ms)
+        assert set(one.exits) <= set(one.arrival.budget.allowed_exits(DEMO.exits))
+        assert one.refused_s is None or one.arrival.budget.on_infeasible == "error"
+    if any(one.exits for one in streams):
+        assert 0 < summary(streams, DEMO, quality)["mean_depth"] <= 1
+
+
+def test_a_feasible_company_is_in_time() -> None:
+    """Three classes at a quarter of the device's capacity: at most a tenth late, as their probability says."""
+    classes = [Arrival(0.0, 30, 120, Budget(tpot_ms=target)) for target in (30.0, 45.0, 90.0)]
+    quality = (0.6, 0.66, 0.74, 1.0)
+    streams = simulate_company(DEMO, poisson(0.4, 30.0, classes, seed=4), quality=quality, seed=2)
+    found = summary(streams, DEMO, quality)
+    assert len(streams) > 6 and found["late_share"] <= 0.05 and found["mean_depth"] > 0.9
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_readers_at_one_pace_keep_the_full_depth(count: int) -> None:
+    """The budget of profiles/reading.toml: 166.7 ms between two tokens leave time for everybody's deepest exit."""
+    budget = Budget(max_pace_tps=6.0, tpot_ms=180.0)
+    streams = simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)] * count, quality=QUALITY)
+    for one in streams:
+        assert one.exits == [30] * 40 and one.late_tokens == 0
+        assert sum(one.gaps_ms[1:]) / 39 == pytest.approx(1000 / 6, rel=0.01)
+
+
+def test_a_target_comes_before_a_pace_of_the_same_gap() -> None:
+    budget = Budget(max_pace_tps=25.0, tpot_ms=40.0)
+    streams = simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)] * 2, quality=QUALITY)
+    assert [one.late_tokens for one in streams] == [0, 0]
+
+
+def test_a_deadline_is_kept_at_its_own_pace() -> None:
+    budget = Budget(deadline_s=4.0, expected_tokens=40, max_pace_tps=10.1)
+    for one in simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)] * 2, quality=QUALITY):
+        assert sum(one.gaps_ms) <= 4000 and sum(one.exits) / 40 > 17
+
+
+def test_chunks_name_rows_that_exist() -> None:
+    """The plant refuses rows that are not ready; every mix above would stop there."""
+    plant = CompanyPlant(DEMO, Physics(), lambda _: 1.0)
+    one = plant.stream(Arrival(0.0, 8, 1, Budget()))
+    one.length = 8
+    with pytest.raises(AssertionError, match="3 rows of stage 1 asked for, none is ready"):
+        plant.run_chunk(one, Chunk(0, 1, 3))
+    plant.run_chunk(one, Chunk(0, 0, 5))
+    plant.run_chunk(one, Chunk(0, 1, 9))
+    plant.run_chunk(one, Chunk(0, 0, 2, balcony=True))
+    assert one.stages == [5, 5, 0, 0] and one.balconies == [2, 0, 0]
+
+
+def test_who_there_is_no_time_for_waits_or_is_refused() -> None:
+    """Six ask for a gap that three can have at once; one of them does not want to wait, and one counts more than the others."""
+    asked = [Budget(tpot_ms=8.0)] * 4 + [Budget(tpot_ms=8.0, on_infeasible="error"), Budget(tpot_ms=8.0, weight=9)]
+    arrivals = [Arrival(0.0, 2, 40, budget) for budget in asked]
+    runs = [simulate_company(PRICES, arrivals, quality=(0.5, 0.7, 1.0), admission=one) for one in (True, False)]
+    assert [[one.refused_s for one in run] for run in runs] == [[None] * 4 + [0.0, None], [None] * 6]
+    assert all(len(one.exits) == 40 for run in runs for one in run if one.refused_s is None)
+    order, crowded = ([one.key for one in sorted(run, key=lambda one: sum(one.gaps_ms[:1]))] for run in runs)
+    assert order[1:4] == [0, 1, 5] and crowded == [0, 1, 2, 3, 4, 5], "the weightiest is among the first three"
+
+
+def test_changes_of_exits_and_waits_are_counted() -> None:
+    one, other = (CompanyPlant(DEMO, Physics(), lambda _: 1.0).stream(Arrival(0.0, 4, 4, Budget())) for _ in range(2))
+    first, second, *_ = DEMO.exits
+    one.exits, one.gaps_ms = [first, first, second, first], [50.0, 10.0, 70.0, 10.0]
+    other.exits, other.gaps_ms = [second] * 4, [500.0, 10.0, 10.0, 10.0]
+    found = summary([one, other], DEMO, QUALITY)
+    assert (found["switches"], found["longest_gap_ms"]) == (25.0, 70.0)
+
+
+def test_who_waits_for_a_place_does_not_stop_the_clock() -> None:
+    """The only place is taken by a stream that waits for its pace: the time passes, and the other one follows."""
+    rounds: list[float] = []
+
+    def counted(now_s: float, found: Round) -> None:
+        rounds.append(now_s)
+        assert len(rounds) < 100, "the clock stands still"
+
+    paced = Arrival(0.0, 8, 4, Budget(max_pace_tps=10.0))
+    first, second = simulate_company(DEMO, [paced, paced], quality=(1, 1, 1, 1), most_streams=1, log=counted)
+    assert all(gap == pytest.approx(100, rel=0.3) for gap in first.gaps_ms[1:])
+    assert second.gaps_ms[0] > 300 and len(second.exits) == 4

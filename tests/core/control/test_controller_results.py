@@ -1,0 +1,191 @@
+"""What the controller returns: every field of a decision, and the state that the next token starts from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.catching_up import HELD, Recovery
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import Decision, Observation
+from balcony_edge.control.governor import Governor
+from balcony_edge.control.slowdown import Slowdown
+from balcony_edge.control.step_prices import CONTEXT_STEP
+from balcony_edge.device.costs import UnitCost
+from balcony_edge.device.readings import Reading
+from tests.support.prices import SMALL
+
+STEADY = (1, 1, 1)
+WATT = (Reading("x", "board", 10.0, watts=1.0),)
+
+
+def sure(exit_layer: int | None, tokens: int = 100) -> ControllerState:
+    """A state whose filter has settled on a slowdown of 1."""
+    slowdown = Slowdown(variance=0.0, noise_variance=0.02**2)
+    return ControllerState(exit_layer, tokens, catching_up=False, tpot_ms=12.0, slowdown=slowdown)
+
+
+def test_without_a_target_a_decision_predicts_nothing_and_the_state_starts_over() -> None:
+    state = sure(8)._replace(catching_up=True, recovery=Recovery(goal=8))
+    after, decision = Controller(SMALL).decide(state, Observation(Budget(), 0, STEADY, STEADY))
+    words = ("deepest allowed exit, no target",)
+    assert decision == Decision(8, 0.0, 0.0, 1.0, False, None, 0.0, 0.0, words)
+    assert after == state._replace(
+        tokens_since_switch=1, catching_up=False, tpot_ms=math.inf, recovery=Recovery(goal=None)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exit_layer": 4},
+        {"tokens_since_switch": 7},
+        {"catching_up": True},
+        {"tpot_ms": 12.0},
+        {"recovery": Recovery(goal=8)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_without_a_target_the_short_way_keeps_a_state_that_says_so(change: dict[str, Any]) -> None:
+    controller = Controller(SMALL)
+    rested = sure(8, tokens=1)._replace(tpot_ms=math.inf)
+    kept = controller.shortcut(Budget(), rested, 0, None)
+    assert kept is not None and kept[0] is rested  # the same object: nothing is made for a token without a target
+    assert controller.shortcut(Budget(), rested._replace(**change), 0, None) == kept
+
+
+def test_the_short_way_plans_a_budget_that_it_meets_first() -> None:
+    budget = Budget(tpot_ms=12)
+    stayed = Controller(SMALL).shortcut(budget, sure(8), 0, None)
+    assert stayed is not None
+    assert stayed[0].tokens_since_switch == 101
+    assert stayed[1].exit_layer == 8 and stayed[1].price_ms == 10.0
+
+
+def test_the_deepest_exit_held_for_long_forgets_earlier_sprints() -> None:
+    budget = Budget(tpot_ms=12, max_pace_tps=1000)  # a pace: the decision is weighed
+    for exit_layer, tokens, sprints in ((8, HELD, 0), (8, HELD - 1, 3), (6, HELD, 3)):
+        state = sure(exit_layer, tokens)._replace(recovery=Recovery(sprints=3))
+        seen = Observation(budget, 0, STEADY, STEADY, None, made_tokens=5)
+        assert Controller(SMALL).decide(state, seen)[0].recovery.sprints == sprints
+
+
+@pytest.mark.parametrize(("short", "infeasible"), [((), False), (("power_w",), True)])
+def test_a_ceiling_out_of_reach_makes_a_decision_infeasible(short: tuple[str, ...], infeasible: bool) -> None:
+    asked = (("power_w", 5.0),)
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, infeasible=short, asked=asked))
+    seen = Observation(Budget(power_w=5), 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, WATT)
+    decision = Controller(SMALL).decide(state, seen)[1]
+    assert decision.infeasible is infeasible
+    for other in (Budget(power_w=6), Budget(temperature_c=80)):  # the last tick was for another budget
+        assert Controller(SMALL).decide(state, seen._replace(budget=other))[1].infeasible is False
+
+
+def test_the_next_reply_hears_of_what_is_out_of_reach_from_a_tick_of_its_own() -> None:
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, short_s=1.0, infeasible=("latency",)))
+    after = state.for_next_reply().governor
+    assert after.infeasible == () and after.short_s == 1.0
+
+
+def test_what_another_budget_could_not_hold_does_not_end_the_reply() -> None:
+    memory = (Reading("p", "process", 10.0, memory_bytes=50_000_000),)
+    small, ample = Budget(memory_mb=1), Budget(memory_mb=1e6, on_infeasible="error")
+    seen = Observation(small, 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, memory)
+    state, decision = Controller(SMALL).decide(sure(8), seen)
+    assert decision.infeasible
+    _, decision = Controller(SMALL).decide(state, seen._replace(budget=ample, now_s=10.02))
+    assert not decision.infeasible and decision.refusal(ample) is None
+
+
+@pytest.mark.parametrize(("lost", "unseen"), [((), False), (("power_w",), True), (("temperature_c",), False)])
+def test_a_decision_says_whether_a_ceiling_of_its_budget_is_unseen(lost: tuple[str, ...], unseen: bool) -> None:
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, lost=lost))
+    seen = Observation(Budget(power_w=5), 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, WATT)
+    assert Controller(SMALL).decide(state, seen)[1].unseen is unseen
+    assert Controller(SMALL).decide(state, seen._replace(budget=Budget(tpot_ms=12)))[1].unseen is False
+
+
+def test_a_critically_hot_device_stops_the_reply_that_names_the_limit() -> None:
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, critical_c=91.0))
+    for limit_c, stops in ((90.0, True), (92.0, False)):
+        budget = Budget(temperature_c=80, critical_temperature_c=limit_c)
+        seen = Observation(budget, 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0)
+        assert Controller(SMALL).decide(state, seen)[1].stops is stops
+
+
+def test_time_of_the_last_switch_is_kept_until_the_next() -> None:
+    for exit_layer, switched_s, tokens in ((8, 3.0, 101), (6, 10.0, 1), (None, 3.0, 101)):
+        state = sure(exit_layer)._replace(switched_s=3.0)
+        seen = Observation(Budget(tpot_ms=12), 0, STEADY, STEADY, None, 5, 0.0, 10.0)
+        after, decision = Controller(SMALL).decide(state, seen)
+        assert decision.exit_layer == 8
+        # the short way leaves the time alone as well
+        assert (after.switched_s, after.tokens_since_switch) == (switched_s, tokens)
+
+
+def test_a_backlog_alone_makes_no_target_infeasible() -> None:
+    seen = Observation(Budget(tpot_ms=12, min_exit=8), 0, (1, 1, 101), STEADY, None, made_tokens=5)
+    decision = Controller(SMALL).decide(sure(8), seen)[1]
+    assert (decision.exit_layer, decision.price_ms, decision.infeasible) == (8, 35.0, False)
+
+
+def test_the_wait_before_the_first_token_is_taken_off_its_time() -> None:
+    # 1,010.3 ms, of which a second has gone: 10.04 with the margin of the filter, and the deepest exit takes 10
+    for now_s, exit_layer in ((6.0, 8), (6.001, 6)):
+        seen = Observation(Budget(ttft_ms=1010.3), 0, STEADY, STEADY, None, made_tokens=0, started_s=5.0, now_s=now_s)
+        assert Controller(SMALL).decide(sure(None), seen)[1].exit_layer == exit_layer
+
+
+def test_prices_are_those_of_the_context_rounded_down() -> None:
+    grows = replace(SMALL, stages=(UnitCost(3.0, 0.25, 10.0), *SMALL.stages[1:]))
+    budget, context = Budget(tpot_ms=1e3), 7 * CONTEXT_STEP
+    for length in (context, context + CONTEXT_STEP - 1):
+        seen = Observation(budget, length, STEADY, STEADY, None, made_tokens=5)
+        decision = Controller(grows).decide(sure(8), seen)[1]
+        assert decision.price_ms == pytest.approx(grows.steady_ms(8, context))
+
+
+def test_a_balconys_backlog_is_priced_at_its_context_with_one_query() -> None:
+    grows = replace(SMALL, balconies=(UnitCost(1.0, 0.125, 10.0), *SMALL.balconies[1:]))
+    rows, context = (5, 1, 1), 7 * CONTEXT_STEP
+    seen = Observation(Budget(tpot_ms=1e3, max_exit=4), context, STEADY, rows, None, made_tokens=5)
+    decision = Controller(grows).decide(sure(4), seen)[1]
+    assert decision.price_ms == pytest.approx(grows.step_ms(4, STEADY, rows, context))
+
+
+@pytest.mark.parametrize(
+    ("left_s", "remaining", "share", "period_ms"),
+    [
+        (5.0, 100, 0.1, 47.5),  # 20 tokens a second, with a twentieth for jitter
+        (0.5, 1, 0.01, 475.0),
+        (5.0, 1, 0.1, 100.0),  # there is time: the share of the device alone makes the gap
+    ],
+)
+def test_a_busy_share_leaves_the_pace_that_a_deadline_needs(
+    left_s: float, remaining: int, share: float, period_ms: float
+) -> None:
+    budget = Budget(
+        power_w=5,
+        deadline_s=10 + left_s,
+        expected_tokens=remaining + 1,
+        min_exit=8,
+        min_pace_tps=0.5,
+        priority="latency",
+    )
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=share))
+    seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
+    assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
+
+
+@pytest.mark.parametrize(("priority", "period_ms"), [("latency", 47.5), ("limits", 100.0)])
+def test_a_busy_share_leaves_the_pace_of_a_gap_if_latency_comes_first(
+    priority: Literal["latency", "limits"], period_ms: float
+) -> None:
+    budget = Budget(power_w=5, tpot_ms=50, min_exit=8, priority=priority)
+    state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=0.1))
+    seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
+    assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)

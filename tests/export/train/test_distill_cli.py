@@ -1,0 +1,153 @@
+"""Distillation as a command: `balcony-edge train` on real files, exits one at a time, and refusals before the training."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from accelerate.commands.launch import (  # type: ignore[import-untyped]
+    _validate_launch_command,
+    launch_command_parser,
+)
+from typer.testing import CliRunner
+
+from balcony_edge.cli import app
+from balcony_edge.errors import BalconyError, InputError, TrainingError, UnsupportedModelError
+from balcony_export.train.report import StepReport
+from balcony_export.train.trainer import Trainer
+
+RECIPE = ("--seq-len", "24", "--held-out-rows", "4", "--json", "--positions", "8", "--no-compile")
+
+
+def trained(model: Path, exits: str, text: Path, output: Path, *options: str) -> dict[str, Any]:
+    """Output of the command."""
+    command = ["train", str(model), "--exits", exits, "--data", str(text), "-o", str(output)]
+    command += [*RECIPE, *options]
+    result: dict[str, Any] = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
+    return result
+
+
+def refused(kind: type[BalconyError], words: str, *arguments: Any) -> None:
+    with pytest.raises(kind, match=words):
+        trained(*arguments)
+
+
+def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "balconies"
+    command = (tiny_checkpoint, "2,3", text_file, out)
+    document = trained(*command, "--tokens", "240")
+    assert (document["steps"], document["tokens"], set(document["exits"])) == (5, 240, {"2", "3"})
+    work = out / "run/2-3"
+    assert (work / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    refused(TrainingError, "continue with --resume", *command, "--tokens", "240")
+    before = (work / "checkpoint.safetensors").read_bytes()
+    assert trained(*command, "--steps", "7", "--resume")["steps"] == 7
+    assert (work / "checkpoint.safetensors").read_bytes() != before
+    (work / "curve.png").unlink()
+    (work / "curve.png").mkdir()  # a picture that cannot be written takes nothing else away
+    assert trained(*command, "--minutes", "0.02", "--resume")["steps"] > 7
+    # start from balconies in the output directory, whose index the first checkpoint changes
+    (out / "run").rename(tmp_path / "old-run")
+    assert trained(*command, "--steps", "2", "--start", str(out))["steps"] == 2
+    (out / "run").rename(tmp_path / "run")
+    refused(TrainingError, "already has balcony 2", *command, "--steps", "2")
+    (out / "run/2-3").mkdir(parents=True)  # of a run that was killed before its first checkpoint
+    refused(TrainingError, "already has balcony 2", *command, "--steps", "2")
+    shutil.rmtree(out / "run")
+    (tmp_path / "run").rename(out / "run")
+    assert trained(*command, "--steps", "4", "--start", str(out), "--resume")["steps"] == 4
+
+
+def test_an_interrupt_saves_the_step(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C and SIGTERM, such as `timeout` sends; handlers are as before afterwards."""
+    command = [
+        "train",
+        str(tiny_checkpoint),
+        "--exits",
+        "2",
+        "--data",
+        str(text_file),
+        "-o",
+        str(tmp_path),
+        "--steps",
+        "40",
+    ]
+    run, handlers = Trainer.run, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, resume in ((signal.SIGINT, []), (signal.SIGTERM, ["--resume"])):
+
+        def interrupted(self: Trainer, report: Callable[[StepReport], None], number: int = number) -> None:
+            def then(progress: StepReport) -> None:
+                report(progress)
+                if progress.step in (5, 11):
+                    signal.raise_signal(number)
+
+            run(self, then)
+
+        monkeypatch.setattr(Trainer, "run", interrupted)
+        ended = CliRunner().invoke(app, [*command, *RECIPE, *resume])
+        assert ended.exit_code == 130 and not ended.stdout
+        assert f"step {12 if resume else 6} is saved: continue with --resume" in " ".join(ended.stderr.split())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    monkeypatch.setattr(Trainer, "run", run)
+    assert trained(tiny_checkpoint, "2", text_file, tmp_path, "--steps", "40", "--resume")["steps"] == 40
+
+
+def test_exits_are_added_one_at_a_time(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "balconies"
+    trained(tiny_checkpoint, "2", text_file, out, "--steps", "3")
+    files = ("balcony_2.safetensors", "run/2/metrics.jsonl", "run/2/checkpoint.safetensors", "run/2/curve.png")
+    before = [(out / name).read_bytes() for name in files]
+    trained(tiny_checkpoint, "3", text_file, out, "--steps", "3")
+    assert [(out / name).read_bytes() for name in files] == before
+    assert set(json.loads((out / "balconies.json").read_text())["exits"]) == {"2", "3"}
+    refused(TrainingError, "already has balcony 3", tiny_checkpoint, "3,4", text_file, out, "--steps", "3")
+    # trained together they get the same weights as alone
+    together = tmp_path / "together"
+    trained(tiny_checkpoint, "2,3", text_file, together, "--steps", "3")
+    for name in ("balcony_2.safetensors", "balcony_3.safetensors"):
+        assert (together / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_attention_that_the_fused_kernel_cannot_do_is_trained(
+    make_tiny: Callable[..., Any], make_tokenizer: Callable[[], Any], text_file: Path, tmp_path: Path
+) -> None:
+    """Gemma 2 caps its scores, so transformers refuses PyTorch's fused attention for it."""
+    make_tiny("gemma2").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    document = trained(tmp_path / "model", "2", text_file, tmp_path / "out", "--steps", "2")
+    exit_ = document["exits"]["2"]
+    assert document["steps"] == 2 and 0 < exit_["held_out_kl"] <= exit_["held_out_kl_before"]
+
+
+def test_models_and_rows_that_cannot_be_are_refused_before_the_training(
+    tiny_checkpoint: Path, make_tokenizer: Callable[[], Any], text_file: Path, tmp_path: Path
+) -> None:
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 300, "n_positions": 32}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    out = tmp_path / "out"
+    command = (text_file, out, "--steps", "1")
+    refused(UnsupportedModelError, "model type 'gpt2'", tmp_path / "gpt2", "1", *command)
+    too_long = (*command, "--seq-len", "100000")
+    refused(InputError, r"--seq-len 100000: this model's context holds \d+ tokens", tiny_checkpoint, "2", *too_long)
+    assert not out.exists()
+
+
+def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> None:
+    text = (Path(__file__).parents[3] / "docs/training.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^ +accelerate launch (.+)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command, flag in zip(commands, ("multi_gpu", "use_fsdp"), strict=True):
+        given = launch_command_parser().parse_args(shlex.split(command))
+        checked, *_ = _validate_launch_command(given)
+        assert getattr(checked, flag) and checked.num_processes == 4

@@ -1,0 +1,54 @@
+"""Takes the place of ONNX Runtime's CUDA provider: sessions of the CPU whose runs go into a stream of the stand-in for CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from balcony_runtime.backends.accelerator import onnxruntime as onnxruntime_device
+from balcony_runtime.backends.onnxruntime.backend import open_session
+from tests.runtime.backends.cuda_stand_in.runtime import Runtime
+
+
+class _Session:
+    """A session that runs in the stream of its options, as `user_compute_stream` says."""
+
+    def __init__(self, cuda: Runtime, session: Any, options: dict[str, str]) -> None:
+        self._cuda, self._session, self._stream = cuda, session, int(options["user_compute_stream"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        code = self._cuda.launch(self._stream, functools.partial(self._session.run_with_iobinding, binding), [])
+        if int(code):
+            raise RuntimeError(f"CUDA failure {int(code)}\nand more lines")
+
+
+@contextlib.contextmanager
+def installed(cuda: Runtime) -> Iterator[None]:
+    """This provider in the place of the real one."""
+    table, ort, before = (
+        onnxruntime_device.PROVIDERS,
+        onnxruntime_device.checked_onnxruntime(),
+        onnxruntime_device.open_session,
+    )
+
+    def opened(path: Path, *, providers: list[tuple[str, dict[str, str]]], **_: Any) -> Any:
+        return _Session(cuda, open_session(path), providers[0][1])
+
+    listed = ort.get_available_providers
+    onnxruntime_device.open_session = opened  # type: ignore[assignment]
+    ort.get_available_providers = lambda: ["CUDAExecutionProvider", *listed()]
+    onnxruntime_device.PROVIDERS = {**table, "cuda": ("CUDAExecutionProvider", "cpu")}
+    try:
+        yield
+    finally:
+        onnxruntime_device.open_session, onnxruntime_device.PROVIDERS = before, table
+        ort.get_available_providers = listed

@@ -1,0 +1,271 @@
+"""The choice of `auto` and its reason, and the engines that a GPU refuses, as far as a machine without a GPU can test them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import balcony_edge
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
+from balcony_edge.cli.device.doctor import engine_facts
+from balcony_edge.errors import BundleError, DeviceError, InputError
+from balcony_export.tensorrt.graphs import Format
+from balcony_runtime.backends import choose as choose_module
+from balcony_runtime.backends.accelerator import cuda, tensorrt
+from balcony_runtime.backends.accelerator import onnxruntime as onnxruntime_device
+from balcony_runtime.backends.accelerator.cuda import check
+from balcony_runtime.backends.accelerator.device import Region
+from balcony_runtime.backends.accelerator.onnxruntime import PROVIDERS, OnnxRuntimeExecutor
+from balcony_runtime.backends.accelerator.tensorrt_builder import import_tensorrt
+from balcony_runtime.backends.choose import choose
+from balcony_runtime.backends.onnxruntime.backend import open_session
+from balcony_runtime.backends.webgpu import adapters as adapters_module
+from balcony_runtime.backends.webgpu import provider
+from balcony_runtime.backends.webgpu.adapters import Adapter
+from tests.support.engine_sets import write_graphs
+
+GRAPH = GraphSpec(
+    file="norm.onnx", inputs=(TensorSpec(name="hidden", dtype="float16", shape=("batch", "queries", 8)),),
+    outputs=(), parameters=8, weight_bytes=16,
+)  # fmt: skip
+
+SOFTWARE = Adapter("llvmpipe", "CPU", half=True)
+CARD = Adapter("a card", "discrete GPU", half=False)
+
+
+def engine_set(**changes: Any) -> EngineSet:
+    options: dict[str, Any] = {
+        "target": "rtx",
+        "precision": "fp16",
+        "operators": "fused",
+        "context_length": 64,
+        "batch_size": 1,
+        "graphs": {"norm": GRAPH},
+        "engines": {"norm": EngineSpec(file="norm.engine", layers=3)},
+        "builder": "tensorrt_rtx 1.7",
+        "compute_capabilities": ("86", "89"),
+        "files": {},
+    }
+    return EngineSet(**{**options, **changes})
+
+
+def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
+    refuse, here = tensorrt._refuse_misfits, Path("b/tensorrt/rtx-fp16")
+    refuse(here, engine_set(), "tensorrt_rtx 1.7", "89")
+    refuse(here, engine_set(compute_capabilities=()), "tensorrt_rtx 1.7", "120")
+    for engines, version, capability, message in (
+        (engine_set(engines={}), "tensorrt_rtx 1.7", "89", "has graphs but no engines: build them"),
+        (engine_set(), "tensorrt_rtx 1.8", "89", "built by tensorrt_rtx 1.7, but this machine has tensorrt_rtx 1.8"),
+        (
+            engine_set(),
+            "tensorrt_rtx 1.7",
+            "87",
+            r"built for compute capability 86, 89, but this GPU has 87: build with --sm 87",
+        ),
+    ):
+        with pytest.raises(BundleError, match=message):
+            refuse(here, engines, version, capability)
+
+
+def test_a_pass_takes_the_first_profile_that_holds_it() -> None:
+    class Engine:
+        num_optimization_profiles = 3
+
+    def profile(rows: int) -> int:
+        return tensorrt._profile_for("hidden", {"hidden": Region(0, (1, rows, 8), "float16")}, Engine())
+
+    assert [profile(rows) for rows in (1, 8, 9, 64, 65, 512)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Bundle.open(tiny.path).manifest
+    assert choose(manifest)[:2] == ("cpu", None) and "no graphs for GPUs" in choose(manifest).reason
+    here = engine_set(builder=f"tensorrt_rtx {import_tensorrt('rtx').__version__}")
+    built = manifest.model_copy(update={"engines": {"rtx-fp16": here, "graphs": engine_set(engines={})}})
+    try:
+        cuda.compute_capability()
+    except DeviceError as error:
+        assert choose(built) == ("cpu", None, str(error), False)
+    for capability, wanted, reason in (
+        ("89", ("tensorrt", "rtx-fp16"), "engines for this GPU"),
+        (
+            "87",
+            ("cpu", None),
+            "no engines for compute capability 87 and the TensorRT that is installed, and ONNX Runtime has",
+        ),
+    ):
+        monkeypatch.setattr(cuda, "compute_capability", lambda capability=capability: capability)
+        choice = choose(built)
+        assert choice[:2] == wanted and reason in choice.reason and choice.unfit == (wanted[0] == "cpu")
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "89")
+    assert choose(built, "graphs").device == "cpu", "the graphs that are named, and not another set's engines"
+    other = manifest.model_copy(update={"engines": {"a": engine_set(builder="tensorrt_rtx 0.1")}})
+    assert choose(other, "a").device == "tensorrt", "opening it says that it must be built again"
+    for changes in ({"builder": "tensorrt_rtx 0.1"}, {"target": "tensorrt", "builder": "tensorrt 10.0"}):
+        assert choose(manifest.model_copy(update={"engines": {"a": engine_set(**changes)}})).device == "cpu"
+    anywhere = manifest.model_copy(update={"engines": {"a": here.model_copy(update={"compute_capabilities": ()})}})
+    assert choose(anywhere).device == "tensorrt"
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "90")
+    assert choose(anywhere).device == "cpu", "TensorRT-RTX knows no H100"
+
+
+def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Bundle.open(tiny.path).manifest
+    found = provider.Provider(("x",), (), [SOFTWARE, CARD])
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: found)
+    assert choose(manifest)[:3] == ("webgpu", None, "ONNX Runtime has WebGPU, and there is a GPU: a card")
+    found.adapters.remove(CARD)  # type: ignore[union-attr]
+    assert choose(manifest)[:3] == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
+    unfit = choose_module.Choice("cpu", None, "no engines for compute capability 87", unfit=True)
+    monkeypatch.setattr(choose_module, "_on_nvidia", lambda *_: unfit)
+    both = "no engines for compute capability 87; WebGPU has no GPU here, only llvmpipe"
+    assert choose(manifest) == ("cpu", None, both, True), "why neither GPU path runs"
+    portable = Bundle.open(tiny.path).portable().manifest
+    assert choose(portable).device == "cpu"
+
+
+def test_auto_takes_the_gpu_of_a_system_that_lists_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS and Windows: Metal and Direct3D 12, without Vulkan's list."""
+    monkeypatch.setattr(provider, "is_installed", lambda: True)
+    monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), None))
+    monkeypatch.setattr(adapters_module, "adapters", lambda: None)
+    device, _, reason, _ = choose(Bundle.open(tiny.path).manifest)
+    assert (device, reason) == (
+        "webgpu",
+        "ONNX Runtime has WebGPU, and there is a GPU: this system's, which nothing names",
+    )
+    (facts,) = [facts for facts in engine_facts() if facts["engine"] == "webgpu"]
+    assert (facts["adapters"], facts["used"]) == ([], provider.NAME)
+    assert facts["note"] == (
+        "no list of adapters on this system: bundles run on it with --device webgpu; --device auto takes the faster one of it "
+        "and the CPU"
+    )
+
+
+def test_engine_sets_are_named_where_there_are_several(tiny: Any, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny.path, tmp_path / "b"))
+    with pytest.raises(BundleError, match="has no engine set for cuda: make one with `balcony-edge build`"):
+        balcony_edge.load(path, device="cuda")
+    for name in ("one", "two"):
+        write_graphs(Bundle.open(path), name, "rtx", Format("fp16", "fused", 64))
+    with pytest.raises(BundleError, match="has engine sets one, two: name one with --engines"):
+        balcony_edge.load(path, device="cuda")
+    with pytest.raises(InputError, match="packed weights are for the CPU"):
+        balcony_edge.load(path, device="cpu", engines="one", packed=tmp_path / "packed")
+    with balcony_edge.load(path, device="cpu", engines="two") as llm:
+        reply = llm.generate("the fox", max_new_tokens=4, ignore_eos=True)
+        assert len(reply.tokens) == 4 and llm.engine.backend.max_length == 64
+        scored = llm.generate("the fox", max_new_tokens=4, ignore_eos=True, logprobs=1)
+        assert [token.id for token in scored.tokens] == [token.id for token in reply.tokens]
+        assert all(token.logprob is not None for token in scored.tokens)
+
+
+def test_a_build_without_the_provider_is_refused_and_not_run_on_the_cpu(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(tiny.path, tmp_path / "b"))
+    write_graphs(Bundle.open(path), "one", "rtx", Format("fp16", "fused", 64))
+    directory = path / "tensorrt" / "one"
+    with pytest.raises(
+        DeviceError,
+        match=r"--device cuda: this build of ONNX Runtime has no CUDAExecutionProvider.*balcony-edge\[gpu\]",
+    ):
+        OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "cuda", {})
+    # The provider is listed but does not start: ONNX Runtime then uses the CPU, with a warning.
+    monkeypatch.setitem(PROVIDERS, "cuda", ("AzureExecutionProvider", "cpu"))
+    monkeypatch.setattr(onnxruntime_device, "open_session", lambda path, **_: open_session(path))
+    with pytest.raises(DeviceError, match="norm: ONNX Runtime could not start AzureExecutionProvider"):
+        OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "cuda", {})
+
+
+def test_cuda_errors_are_one_line_with_a_cure() -> None:
+    errors = cuda.cudart.cudaError_t
+    assert check((errors.cudaSuccess, 7)) == 7 and check((errors.cudaSuccess, 1, 2)) == (1, 2)
+    for code, cure in (
+        (errors.cudaErrorMemoryAllocation, "out of memory .*: ask for a shorter context"),
+        (errors.cudaErrorNoDevice, "no CUDA-capable device .*: install NVIDIA's driver"),
+        (errors.cudaErrorLaunchFailure, "this process can no longer use the GPU"),
+        (errors.cudaErrorInvalidValue, "nvidia-smi"),
+    ):
+        with pytest.raises(DeviceError, match=cure) as caught:
+            check((code, None))
+        assert "\n" not in str(caught.value)
+
+
+class CompiledKernels:
+    """The part of TensorRT-RTX's cache that needs no GPU: bytes in, bytes out."""
+
+    def __init__(self) -> None:
+        self.blob = b""
+
+    def deserialize(self, blob: bytes) -> None:
+        self.blob = blob
+
+    def serialize(self) -> bytes:
+        return self.blob
+
+
+class OneEngine:
+    """Returns configurations as an engine does, and keeps the last."""
+
+    def create_runtime_config(self) -> OneEngine:
+        return self
+
+    def set_execution_context_allocation_strategy(self, strategy: object) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> CompiledKernels:
+        return CompiledKernels()
+
+    def set_runtime_cache(self, cache: CompiledKernels) -> None:
+        self.cache = cache
+
+
+def test_compiled_kernels_are_kept_next_to_the_engines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, first, second = tmp_path / "kernels-89.cache", OneEngine(), OneEngine()
+    kernels = tensorrt._KernelCache(path)
+    kernels.save()
+    assert not path.exists()  # nothing was compiled
+    kernels.config_for(first, "managed by us")
+    kernels.config_for(second, "managed by us")
+    assert first.cache is second.cache and first.strategy == "managed by us"
+    kernels.save()
+    assert not path.exists()  # still nothing was compiled
+    first.cache.blob = b"compiled"
+    kernels.save()
+    assert path.read_bytes() == b"compiled" and list(tmp_path.iterdir()) == [path]
+
+    again = tensorrt._KernelCache(path)
+    again.config_for(first, None)
+    assert first.cache.blob == b"compiled"
+    first.cache.blob = b"more"
+    (tmp_path / "file").write_text("not a directory")
+    blocked = tensorrt._KernelCache(tmp_path / "file" / "kernels.cache")
+    blocked.config_for(first, None)
+    first.cache.blob = b"more"
+    blocked.save()
+    assert "cannot be written (File exists): make it writable to keep compiled kernels" in caplog.text
+
+
+def test_a_pool_that_the_host_made_is_used(tiny: Any) -> None:
+    """The application made ONNX Runtime's global pool and a session on it before it loads a bundle."""
+    program = (
+        "import sys, onnxruntime as ort\n"
+        "ort.set_global_thread_pool_sizes(1, 1)\n"
+        "options = ort.SessionOptions()\n"
+        "options.use_per_session_threads = False\n"
+        "own = ort.InferenceSession(sys.argv[1] + '/norm.onnx', options)\n"
+        "import balcony_edge\n"
+        "with balcony_edge.load(sys.argv[1]) as llm:\n"
+        "    print(len(llm.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True).tokens))\n"
+    )
+    command = [sys.executable, "-c", program, str(tiny.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr

@@ -1,0 +1,432 @@
+"""Engine sets on a GPU, over stand-ins for CUDA, TensorRT and ONNX Runtime's CUDA provider: captures, contexts, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx
+from cuda.bindings import runtime as real
+from onnx import TensorProto, helper
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import BundleError, DeviceError, InputError
+from balcony_runtime.backends.accelerator import onnxruntime as onnxruntime_device
+from balcony_runtime.backends.accelerator import tensorrt
+from balcony_runtime.backends.accelerator.device import HostDevice, Region
+from balcony_runtime.backends.accelerator.onnxruntime import OnnxRuntimeExecutor
+from balcony_runtime.backends.accelerator.tensorrt_builder import Builder, make_log
+from balcony_runtime.engine import Engine
+from tests.runtime.backends.cuda_stand_in import onnxruntime as cuda_provider
+from tests.runtime.backends.cuda_stand_in import runtime as cuda_runtime
+from tests.runtime.backends.cuda_stand_in import tensorrt as stand_in
+from tests.support.engine_sets import build_engines
+
+EXITS = (2, 3, 5)
+SETS = {"rtx": "rtx-fp32", "tensorrt": "tensorrt-fp32-plain"}
+ERRORS = real.cudaError_t
+
+
+@pytest.fixture
+def gpu() -> Iterator[cuda_runtime.Runtime]:
+    with cuda_runtime.installed() as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def bundle(with_engine_sets: Callable[[str], Bundle], tmp_path: Path) -> Bundle:
+    """The tiny Llama with both engine sets, as a copy."""
+    return Bundle.open(Path(shutil.copytree(with_engine_sets("llama").path, tmp_path / "bundle")))
+
+
+@contextlib.contextmanager
+def opened(
+    gpu: cuda_runtime.Runtime, bundle: Bundle, target: str = "rtx", **options: Any
+) -> Iterator[tuple[Engine, stand_in.TensorRT]]:
+    with stand_in.installed(gpu, target) as trt:
+        built = stand_in.with_engines(Bundle.open(bundle.path), SETS[target], **options)
+        with Engine.of(built, device="tensorrt", engines=SETS[target]) as engine:
+            yield engine, trt
+
+
+def written(engine: Engine, count: int = 9) -> list[int]:
+    """Greedy tokens at the exits in turn, each by a decode step: nothing is pending."""
+    sequence = engine.new_sequence(max_length=64)
+    ids, made = sequence.advance(5, [7, 3, 5, 11])[:, -1].argmax(-1), []
+    for index in range(count):
+        made.append(int(ids[0]))
+        sequence.catch_up()
+        ids = sequence.step_best(EXITS[index % 3], ids)
+    return made
+
+
+def test_a_step_is_one_launch_and_nothing_is_captured_in_a_reply(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    with opened(gpu, bundle) as (engine, _):
+        sequence = engine.new_sequence(max_length=64)
+        graphs = 1 + 3 + 3 + 1  # token table, stages, exits, head
+        assert gpu.count("cudaStreamBeginCapture") == gpu.count("cudaStreamEndCapture") == graphs
+        sequence.advance(5, [1, 2, 3])
+        for steps, exit_layer in enumerate((5, 2, 3, 2, 5), 1):
+            sequence.catch_up()
+            sequence.step(exit_layer, np.array([4]))
+            assert gpu.count("cudaGraphLaunch") == steps
+        del sequence
+        gc.collect()
+        again = engine.new_sequence(max_length=32)  # other lengths use the same memory and the same captures
+        again.advance(5, [1, 2, 3])
+        again.step(5, np.array([4]))
+        assert gpu.count("cudaStreamBeginCapture") == graphs
+        assert gpu.count("cudaGraphInstantiate") == 3
+
+
+def test_replies_that_end_together_leave_their_captures_to_the_next_ones(
+    gpu: cuda_runtime.Runtime, bundle: Bundle
+) -> None:
+    with opened(gpu, bundle) as (engine, _):
+        for _ in range(3):
+            sequences = [engine.new_sequence(max_length=64) for _ in range(3)]
+            for sequence in sequences:
+                sequence.advance(5, [1, 2, 3])
+                sequence.step(5, np.array([4]))
+            captured = gpu.count("cudaStreamBeginCapture")
+            del sequence, sequences
+            gc.collect()
+        assert captured == 3 * (1 + 3 + 3 + 1) and len(engine.backend.returned) == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+def test_rows_that_engines_do_not_take_where_they_lie(gpu: cuda_runtime.Runtime, bundle: Bundle, target: str) -> None:
+    """TensorRT takes addresses that 256 divides, and a row has 128 bytes here, as one of 64 values in half precision."""
+    tokens = np.random.default_rng(3).integers(0, 320, 24)
+    with opened(gpu, bundle, target) as (engine, trt), Engine.of(bundle) as reference:
+        with engine.backend.alone():  # type: ignore[attr-defined]
+            ids = engine.backend.allocate((1, 3), "int64").part(1, (1, 1))  # type: ignore[attr-defined]
+            assert not trt.contexts[0].set_tensor_address("ids", ids.pointer)
+        sequence, same = engine.new_sequence(max_length=64), reference.new_sequence(max_length=64)
+        begin = 0
+        for count, exit_layer, rows in ((4, 5, 3), (3, 2, 2), (5, 3, 4), (1, 5, 6), (8, 2, 1), (3, 5, 20)):
+            part, begin = tokens[begin : begin + count], begin + count
+            got, want = (one.advance(exit_layer, part, num_logits=rows) for one in (sequence, same))
+            assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_sides_that_take_turns_have_two_captures_each(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    with opened(gpu, bundle, "tensorrt") as (engine, _):
+        captures = 1 + 2 * 3 + 2 * 2 + 1 + 1  # the last exit is a norm, without a cache
+        engine.new_sequence(max_length=64)
+        assert gpu.count("cudaStreamBeginCapture") == captures
+        found = written(engine)
+        assert gpu.count("cudaStreamBeginCapture") == captures and gpu.count("cudaGraphLaunch") > 9
+    with Engine.of(bundle) as reference:
+        assert found == written(reference)
+
+
+def test_contexts_are_made_at_the_start_and_captured_ones_are_used_once(
+    gpu: cuda_runtime.Runtime, bundle: Bundle
+) -> None:
+    with opened(gpu, bundle) as (engine, trt):
+        shared = len(trt.contexts)
+        profiles = [e.num_optimization_profiles for e in engine.backend.executor._engines.values()]  # type: ignore[attr-defined]
+        assert shared == sum(profiles)
+        kept = engine.new_sequence(max_length=64)
+        own = trt.contexts[shared:]
+        assert len(own) == 8 and all(context.captured for context in own)
+        eager = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+        assert all(c.config.dynamic_shapes_kernel_specialization_strategy == eager for c in own if c.config)
+        written(engine)
+        assert len(trt.contexts) == shared + 2 * 8  # the second sequence has memory of its own
+        assert not any(context.captured for context in trt.contexts[:shared])
+        assert kept.length == 0
+
+
+def test_engines_that_cannot_be_captured_run_without_graphs(
+    gpu: cuda_runtime.Runtime, bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(gpu, bundle, capturable=False) as (engine, _):
+        kept, found = engine.new_sequence(), written(engine)
+        assert caplog.text.count("lm_head: its engine cannot be captured, which is slower: build it with") == 1
+        assert kept.length == 0
+        assert gpu.count("cudaStreamBeginCapture") == gpu.count("cudaGraphLaunch") == 0
+    caplog.clear()
+    # The enterprise TensorRT cannot be asked: the capture fails, and the error says why.
+    with opened(gpu, bundle, "tensorrt", capturable=False) as (engine, _):
+        kept = engine.new_sequence()
+        assert written(engine) == found
+        assert (
+            caplog.text.count("lm_head: TensorRT could not start it (it allocates memory while it runs (in enqueue")
+            == 1
+        )
+        assert kept.length == 0
+    with (
+        stand_in.installed(gpu, "rtx"),
+        tensorrt.open_backend(Bundle.open(bundle.path), SETS["rtx"], capture=False) as bare,
+    ):
+        assert written(Engine(bare)) == found
+    with Engine.of(bundle) as reference:
+        assert written(reference) == found
+
+
+def test_kernels_are_kept_for_the_next_start(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    with opened(gpu, bundle) as (engine, _):
+        written(engine)
+    built = Bundle.open(bundle.path)
+    (kept,) = built.engine_directory(SETS["rtx"]).glob("kernels-89.cache")
+    with stand_in.installed(gpu, "rtx") as trt, Engine.of(built, device="tensorrt", engines=SETS["rtx"]):
+        caches = {id(context.config.cache) for context in trt.contexts if context.config}
+        assert len(caches) == 1
+        assert trt.contexts[0].config and trt.contexts[0].config.cache
+        assert trt.contexts[0].config.cache.serialize() == kept.read_bytes() != b"[]"
+
+
+def test_files_and_contexts_that_fail_are_one_line_and_free_everything(
+    gpu: cuda_runtime.Runtime, bundle: Bundle
+) -> None:
+    with stand_in.installed(gpu, "rtx") as trt:
+        built = stand_in.with_engines(bundle, SETS["rtx"])
+        trt.room = 5
+        with pytest.raises(DeviceError, match=r"TensorRT made no context for it \(out of memory\): ask for a shorter"):
+            tensorrt.open_backend(built, SETS["rtx"])
+        trt.room = 10**6
+        broken = built.engine_directory(SETS["rtx"]) / "stage_1.engine"
+        broken.write_bytes(b"x" * broken.stat().st_size)
+        with pytest.raises(
+            BundleError, match=r"stage_1.engine: .* compute capability 89 \(the file is not an engine\): build it again"
+        ):
+            tensorrt.open_backend(built, SETS["rtx"], verify_hashes=False)
+        gpu.set(major=9, minor=0)
+        with pytest.raises(BundleError, match="built for compute capability 89, but this GPU has 90"):
+            tensorrt.open_backend(built, SETS["rtx"], verify_hashes=False)
+    assert gpu.left() == ""
+
+
+def test_what_an_engine_refuses_is_one_line(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    with opened(gpu, bundle) as (engine, trt):
+        executor: Any = engine.backend.executor  # type: ignore[attr-defined]
+        backend: Any = engine.backend
+        with backend.alone():
+            ids, rows = backend.allocate((1, 513), "int64"), backend.allocate((1, 513, 16), "float32")
+            with pytest.raises(
+                DeviceError, match=r"embed: the engine takes no ids of shape \(1, 513\): build it again"
+            ):
+                executor.prepare("embed", {"ids": ids, "hidden_0": rows}).run()
+            with pytest.raises(DeviceError, match="embed: the engine has no tensor other that takes a device address"):
+                executor.prepare("embed", {"ids": ids.part(0, (1, 1)), "other": rows}, to_capture=True)
+            fresh = executor._new_context("embed", 0)
+            with pytest.raises(DeviceError, match=r"embed: TensorRT could not start it .*are not set.*nvidia-smi"):
+                executor._enqueue("embed", fresh)
+            with pytest.raises(DeviceError, match="embed: has no optimization profile 7: build it again"):
+                executor._new_context("embed", 7)
+        with pytest.raises(InputError, match="these engines were built for 1: build others with --batch 2"):
+            engine.new_sequence(batch_size=2)
+        assert trt.contexts
+
+
+def test_no_memory_frees_that_of_collected_sequences_first(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    with opened(gpu, bundle) as (engine, _):
+        before = gpu.held_bytes
+        kept, gone = engine.new_sequence(), engine.new_sequence()
+        size = (gpu.held_bytes - before) // 2
+        del gone
+        gc.collect()
+        backend: Any = engine.backend
+        gpu.set(memory=gpu.held_bytes + size // 2)
+        with backend.alone():
+            large = backend.allocate((size - 1000,), "int8")  # in the place of the collected sequence's memory
+            with pytest.raises(DeviceError, match="out of memory"):
+                backend.allocate((size,), "int8")
+            backend.device.free(large)
+        gpu.set(memory=gpu.held_bytes + size // 2)
+        with pytest.raises(DeviceError, match="out of memory"):
+            engine.new_sequence()
+        backend.device.synchronize()
+        assert gpu.held_bytes <= before + size + 4096
+        kept.advance(5, [1, 2, 3])
+
+
+def test_nan_of_one_sequence_does_not_reach_the_next(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    with opened(gpu, bundle) as (engine, _):
+        clean = written(engine)
+        gc.collect()
+        sequence = engine.new_sequence(max_length=64)
+        state: Any = sequence.state
+        for cache in state._workspace.caches:
+            for region in cache.regions():
+                state._device.upload(region, np.full(region.shape, np.nan))
+        workspace = state._workspace
+        del sequence, state
+        gc.collect()
+        assert engine.backend.returned[0] is workspace  # type: ignore[attr-defined]
+        assert written(engine) == clean
+
+
+def test_a_lost_gpu_is_one_line_and_closing_works(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    with opened(gpu, bundle) as (engine, _):
+        sequence = engine.new_sequence(max_length=64)
+        sequence.advance(5, [1, 2, 3])
+        backend: Any = engine.backend
+        with backend.alone():
+            gpu.launch(backend.device.stream, lambda: 1 / 0, [])  # type: ignore[arg-type, return-value]
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="this process can no longer use the GPU: start it again") as caught:
+                sequence.step(5, np.array([4]))
+            assert "\n" not in str(caught.value)
+    del sequence
+    gc.collect()
+    gpu._c.standInReset()  # the process would end here
+
+
+def test_any_call_of_cuda_may_fail_in_a_reply(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    """Errors in the middle of a reply are one line, and closing leaves nothing behind."""
+    for name in ("cudaMallocAsync", "cudaMemcpyAsync", "cudaMemcpy2DAsync", "cudaGraphLaunch", "cudaStreamSynchronize"):
+        for after in (0, 3):
+            with opened(gpu, bundle) as (engine, _):
+                sequence = engine.new_sequence(max_length=64)
+                gpu.fail(name, ERRORS.cudaErrorUnknown, after=after)
+                with pytest.raises(DeviceError, match="unknown error"):
+                    for _ in range(4):
+                        sequence.advance(5, [1, 2, 3])
+                        sequence.step(5, np.array([4]))
+                del sequence
+            assert (gpu.left(), gpu.misuse()) == ("", []), name
+
+
+def test_sequences_of_several_threads_on_a_gpu_that_is_not_theirs(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    gpu.set(devices=2)
+    with opened(gpu, bundle) as (engine, _):
+        expected, found = written(engine), []
+
+        def in_a_thread() -> None:
+            gpu.cudaSetDevice(1)
+            found.append(written(engine))
+
+        threads = [threading.Thread(target=in_a_thread) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [expected] * 3
+
+
+def test_onnxruntime_runs_in_our_stream(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    with cuda_provider.installed(gpu):
+        with Engine.of(bundle, device="cuda", engines=SETS["rtx"]) as engine:
+            found = written(engine)
+            assert gpu.count("cudaStreamBeginCapture") == 0  # a session allocates memory while it runs
+            gpu.fail("standInLaunch", ERRORS.cudaErrorUnknown)
+            with pytest.raises(DeviceError, match=r"embed: ONNX Runtime failed while running it \(CUDA failure 999\)"):
+                engine.new_sequence().advance(2, [1])
+        broken = bundle.engine_directory(SETS["rtx"]) / "norm.onnx"
+        broken.write_bytes(b"x" * broken.stat().st_size)
+        with pytest.raises(BundleError, match=r"norm.onnx"):
+            onnxruntime_device.open_backend(bundle, SETS["rtx"], "cuda", verify_hashes=False)
+    with Engine.of(bundle) as reference:
+        assert found == written(reference)
+
+
+def test_bfloat16_binds_through_onnxruntime(tmp_path: Path) -> None:
+    """NumPy has no bfloat16, and IO binding needs a type."""
+    half, single = TensorProto.BFLOAT16, TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["x"], ["wide"], to=single), helper.make_node("Cast", ["wide"], ["y"], to=half)],
+        "casts",
+        [helper.make_tensor_value_info("x", half, [2])],
+        [helper.make_tensor_value_info("y", half, [2]), helper.make_tensor_value_info("wide", single, [2])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
+    executor, device = OnnxRuntimeExecutor(tmp_path, {"g": "g.onnx"}, "cpu", {}), HostDevice()
+    x, y = device.allocate((2,), "bfloat16"), device.allocate((2,), "bfloat16")
+    wide = device.allocate((2,), "float32")
+    device.upload(x, np.array([0x3FC0, 0xC000], np.uint16))
+    executor.prepare("g", {"x": x, "y": y, "wide": wide}).run()
+    assert device.download(wide).tolist() == [1.5, -2.0] and device.download(y).tolist() == [0x3FC0, 0xC000]
+
+
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+def test_the_stand_in_sees_what_tensorrt_forbids(gpu: cuda_runtime.Runtime, bundle: Bundle, target: str) -> None:
+    with opened(gpu, bundle, target) as (engine, _):
+        backend: Any = engine.backend
+        executor = backend.executor
+        with backend.alone():
+            ids, rows = backend.allocate((1, 1), "int64"), backend.allocate((1, 1, 16), "float32")
+            width = backend.manifest.model.hidden_size
+            rows = backend.allocate((1, 1, width), "float32")
+            tensors: dict[str, Region] = {"ids": ids, "hidden_0": rows}
+            eager = executor.prepare("embed", tensors)
+            captured = backend.device.captured(eager._replace(may_capture=lambda: True))
+            lazy = ["a capture with lazy specialization"] if target == "rtx" else []
+            assert gpu.misuse() == lazy
+            eager.run()
+            assert gpu.misuse() == ["a context that was captured is used again"]
+            fresh = executor._new_context("embed", 0)
+            executor._bind("embed", fresh, tensors)
+            stream, mode = backend.device.stream, gpu.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            gpu.cudaStreamBeginCapture(stream, mode)
+            assert not fresh.execute_async_v3(stream)  # its first launch
+            assert gpu.cudaStreamEndCapture(stream)[0] == ERRORS.cudaErrorStreamCaptureInvalidated
+            gpu.cudaGetLastError()
+            del captured
+
+
+@pytest.mark.parametrize("name", ["TensorRT", "Engine", "Config", "Cache", "Context", "_Loader"])
+def test_the_stand_in_has_tensorrts_names(name: str) -> None:
+    """Every method of the stand-in is one of the real class, with as many parameters."""
+    names = {
+        "TensorRT": None, "Engine": "ICudaEngine", "Config": "IRuntimeConfig", "Cache": "IRuntimeCache",
+        "Context": "IExecutionContext", "_Loader": "Runtime",
+    }  # fmt: skip
+    ours, theirs = getattr(stand_in, name), tensorrt_rtx if names[name] is None else getattr(tensorrt_rtx, names[name])
+    methods = [m for m in vars(ours) if not m.startswith("_")]
+    assert methods
+    for method in methods:
+        found = getattr(theirs, method)
+        if inspect.isroutine(found) and inspect.isfunction(vars(ours)[method]):
+            first = (found.__doc__ or "").splitlines()
+            signature = next(line for line in first if line.lstrip("1. ").startswith(f"{method}(self"))
+            wanted = len(re.findall(r"[(,] ?\w+: ", signature)) - 1
+            assert len(inspect.signature(vars(ours)[method]).parameters) - 1 == wanted, (method, signature)
+    assert hasattr(tensorrt_rtx.IExecutionContext, "is_stream_capturable")
+
+
+def test_engines_ask_us_for_their_memory(bundle: Bundle) -> None:
+    """TensorRT-RTX asks for this flag where a CUDA graph captures an engine."""
+    builder = Builder("rtx")
+    config = builder._config(bundle.manifest.engines[SETS["rtx"]].graphs["lm_head"], lambda done: None)
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+@pytest.mark.skipif(
+    real.cudaGetDeviceCount()[0] != ERRORS.cudaErrorInsufficientDriver,
+    reason="a driver is installed: it would be asked",
+)
+def test_the_real_tensorrt_goes_as_far_as_its_own_driver(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+    """A real engine and the real library over the stand-in for CUDA: it refuses when it asks for the real driver."""
+    name = SETS["rtx"]
+    build_engines(bundle, name, Builder("rtx", compute_capabilities=["89"]), ["lm_head"], lambda *_: None)
+    built = Bundle.open(bundle.path)
+    assert built.manifest.engines[name].compute_capabilities == ("89",)
+    with pytest.raises(
+        BundleError, match=r"lm_head.engine: TensorRT cannot load it .*driver.*: build it again here"
+    ) as caught:
+        tensorrt.open_backend(built, name)
+    assert "\n" not in str(caught.value)
+
+
+def test_warnings_are_not_printed(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    """TensorRT writes through our logger: a failed load is one line of ours, and nothing on stderr."""
+    caplog.set_level(logging.DEBUG)
+    log = make_log(tensorrt_rtx)
+    assert tensorrt_rtx.Runtime(log).deserialize_cuda_engine(b"nonsense") is None
+    assert log.last_error and capfd.readouterr().err == ""
+    log.forget()
+    assert log.last_error == ""

@@ -1,0 +1,51 @@
+"""Random switching schedules on WebGPU, compared with passes from scratch on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+
+from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.quantize.blocks import parse_precision
+from balcony_runtime.engine import Engine
+from tests.runtime.backends.test_conformance import actions, play
+from tests.support.properties import examples
+
+
+def plays(
+    export_tiny: Callable[[str], Any], path: Path, architecture: str, precision: str, count: int, length: int
+) -> None:
+    """Random schedules on WebGPU against passes from scratch on the CPU."""
+    source = export_tiny(architecture)
+    if precision != "fp32":
+        options = ExportOptions("q", True, parse_precision(precision))
+        export_bundle(source.exits.copy(), source.tokenizer, path, options, traced=source.traced)
+    path = source.path if precision == "fp32" else path
+    with Engine.open(path, device="cpu") as reference, Engine.open(path, device="webgpu") as engine:
+
+        @examples(count, suppress_health_check=[HealthCheck.too_slow])
+        @given(actions, st.integers(1, 40), st.integers(0, 2**31))
+        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
+            sequence = engine.new_sequence(max_length=128)
+            play(reference, sequence, [("advance", seed % 3, 1 + prefill % length), *schedule], seed)
+
+        schedules()
+
+
+@pytest.mark.webgpu
+def test_int4_switches_exactly(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    """With float activations, as on the CPU; level 4 rounds activations on the CPU, and only on some adapters."""
+    plays(export_tiny, tmp_path / "b", "llama", "int4,level=1", 3, 12)
+
+
+@pytest.mark.webgpu
+@pytest.mark.deep
+@pytest.mark.parametrize("precision", ["fp32", "int4,level=1", "int8,level=1"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "smollm3"])
+def test_many_schedules(export_tiny: Callable[[str], Any], tmp_path: Path, architecture: str, precision: str) -> None:
+    plays(export_tiny, tmp_path / "b", architecture, precision, 20, 40)

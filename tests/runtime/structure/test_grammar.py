@@ -1,0 +1,72 @@
+"""The state of a structure without a model: which texts it takes, where it ends, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from balcony_runtime.structure.asked import Structure, structure_of
+from balcony_runtime.structure.grammar import Grammars
+from tests.runtime.structure.test_structure import END, guide_of
+
+
+def test_the_end_is_allowed_exactly_where_the_structure_ends(grammars: Grammars) -> None:
+    """Brute force over all texts of up to five letters: prefixes may go on, and whole texts may end."""
+    letter = {text: token for token in range(320) if len(text := grammars.tokenizer.decode_str([token])) == 1}
+    texts = {"ab", "abab", "ababab", "c"}
+    begun = [""]
+    for text in begun:
+        guide = guide_of(grammars, regex="(ab){1,3}|c")
+        for one in text:
+            guide.accept(letter[one])
+        allowed = guide.allowed()
+        assert allowed is not None and bool(allowed[END]) == (text in texts), text
+        more = [text + one for one in "abc" if allowed[letter[one]]]
+        assert more == [text + one for one in "abc" if any(whole.startswith(text + one) for whole in texts)]
+        begun += more
+    assert len(begun) == 8
+
+
+def test_after_the_end_everything_goes(grammars: Grammars) -> None:
+    """A draft, or a member of a batch, may go on after its end; what it makes there is never shown."""
+    guide = guide_of(grammars, regex="a|ab")
+    for token in (grammars.tokenizer.tokenize_str("a")[0], END, 7, 8):
+        guide.accept(token)
+    assert guide.allowed() is None and guide.permits(9) and guide.forced(5) == [] and guide.fork().allowed() is None
+
+
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "0004-02-29", "2023-12-31"],
+         ["2023-02-29", "1900-02-29", "2024-04-31", "0000-01-01"]),
+        ("time", ["23:59:59.5+01:00"], ["10:20:60Z"]),
+        ("date-time", ["2024-02-29T10:20:59Z"], ["2024-02-29T10:20:60Z", "2023-02-29T10:20:59Z", "0000-01-01T10:20:59Z"]),
+        ("email", ["a@b.org", "a" * 64 + "@b.org"], ["a" * 65 + "@b.org", "a@" + "b" * 64 + ".org"]),
+    ],
+)  # fmt: skip
+def test_formats_are_those_that_readers_take(grammars: Grammars, form: str, good: list[str], bad: list[str]) -> None:
+    """Python's own readers, and the validator of JSON schemas, agree."""
+    schema = {"type": "object", "properties": {"format": {"format": form, "default": {"format": form}}}}
+    text = json.loads(structure_of(json_schema=schema).text)["properties"]["format"]  # type: ignore[union-attr]
+    assert text["format"] == form and text["default"] == {"format": form}, "a value is left as it is"
+    validator = jsonschema_rs.validator_for({"format": form}, validate_formats=True)
+    for one in (*good, *bad):
+        assert validator.is_valid(one) == (one in good or one.startswith("0000")), one  # the validator knows a year 0
+        guide = guide_of(grammars, json_schema={"type": "string", "format": form})
+        tokens = [*grammars.tokenizer.tokenize_str(json.dumps(one)), END]
+        assert all(guide.permits(token) and guide.accept(token) is None for token in tokens) == (one in good), one  # type: ignore[func-returns-value]
+
+
+def test_what_is_kept_is_bounded_in_length(grammars: Grammars, monkeypatch: Any) -> None:
+    monkeypatch.setattr("balcony_runtime.structure.grammar.MOST_KEPT_CHARACTERS", 10)
+    asked = [Structure("regex", text) for text in ("aaaa", "bbbb", "cccc", "dddddddddd", "eeeeeeeeeeeeee")]
+    for one in asked[:3]:
+        grammars.guide(one)
+    assert list(grammars._kept) == asked[1:3]  # the one that was asked for longest ago is forgotten
+    grammars.guide(asked[3])
+    assert list(grammars._kept) == [asked[3]]
+    assert grammars.guide(asked[4]).allowed() is not None and not grammars._kept  # it alone is too long to keep
