@@ -133,6 +133,20 @@ def test_a_client_that_does_not_read_is_cut_off(hasty: Server, request_: str) ->
         until(lambda: not hasty._uvicorn.server_state.connections and is_free(hasty), 60)
 
 
+def test_a_client_that_reads_slowly_gets_its_answer(hasty: Server) -> None:
+    """Its buffer is never nearly empty, but it reads something in every period."""
+    body = json.dumps(SLOW | {"n": 8, "logprobs": True, "top_logprobs": 20, "budget": {}, "stream": False}).encode()
+    found, begin_s = b"", 0.0
+    head = HEAD + b"Connection: close\r\n" + f"Content-Length: {len(body)}\r\n\r\n".encode()
+    with connect(hasty, head + body, receive_buffer=4096) as connection:
+        while piece := connection.recv(1 << 15):
+            begin_s, found = begin_s or time.monotonic(), found + piece
+            if time.monotonic() < begin_s + 2.5 * LIMIT_S:
+                time.sleep(0.02)
+    assert time.monotonic() - begin_s > 2.5 * LIMIT_S
+    assert len(json.loads(found.partition(b"\r\n\r\n")[2])["choices"]) == 8
+
+
 def test_one_connection_too_many_closes_the_one_that_has_waited_longest(hasty: Server) -> None:
     with contextlib.ExitStack() as stack:
         busy = stack.enter_context(connected(hasty, SLOW))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -96,6 +97,7 @@ def test_a_stream_that_waits_says_so_and_ends_at_the_time_limit(
     comments, _, rest = found.text.rpartition(": waiting\n\n")
     assert 3 <= 1 + comments.count(": waiting") <= 7  # 1.4 s are 7 times 0.2 s
     assert "took longer than 1.5 s" in rest and 1.4 < took_s < 3.0
+    assert found.text.startswith(": waiting"), "clients take the first piece for the first token"
     until(lambda: is_free(strict))
 
 
@@ -112,6 +114,58 @@ def test_a_body_that_ends_while_the_server_stops(strict: Server) -> None:
     finally:
         strict.service.draining = False
     assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "5")
+
+
+def test_the_time_limit_and_a_client_that_leaves_end_a_preparation(
+    strict: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(strict.service, "_prepare", lambda *_: gate.wait(60))
+    headers = {"authorization": "Bearer secret"}
+    with httpx.Client(base_url=strict.url, headers=headers, timeout=20) as client:
+        late = client.post(CHAT, json=HELLO)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(CHAT, json=HELLO, timeout=0.2)
+        until(lambda: not strict.service.busy, 1.0)  # before its time limit
+    gate.set()
+
+
+def test_the_second_signal_also_ends_requests_that_are_being_read(serve: Callable[..., Server]) -> None:
+    server, gate, found = serve(), threading.Event(), []
+    prepare = server.service._prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.service, "_prepare", lambda *args: gate.wait(60) and prepare(*args))
+        thread = threading.Thread(target=lambda: found.append(httpx.post(server.url + CHAT, json=HELLO, timeout=60)))
+        thread.start()
+        until(lambda: server.service.busy)
+        server.service.abort()
+        gate.set()
+        thread.join()
+    assert (found[0].status_code, found[0].json()["error"]["code"]) == (503, "stopped")
+
+
+def test_large_bodies_that_come_at_once_are_turned_away(serve: Callable[..., Server]) -> None:
+    """One large body may come alone; a second one waits for the first to come whole."""
+    server, gate = serve(limits=Limits(bodies_bytes=3000)), threading.Event()
+    found: list[httpx.Response] = []
+
+    def large() -> Iterator[bytes]:
+        yield b" " * 4000
+        gate.wait(20)
+        yield json.dumps(HELLO).encode()
+
+    thread = threading.Thread(target=lambda: found.append(httpx.post(server.url + CHAT, content=large(), timeout=20)))
+    thread.start()
+
+    def full() -> bool:
+        answer = httpx.post(server.url + CHAT, json=HELLO, timeout=20)
+        return answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
+
+    until(full)
+    gate.set()
+    thread.join()
+    assert found[0].status_code == 200 and not full()
 
 
 def test_a_channel_wakes_its_reader_for_items_and_times() -> None:

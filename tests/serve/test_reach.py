@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,14 +62,43 @@ def test_a_page_elsewhere_that_is_allowed(shared: httpx.Client) -> None:
     "http://localhost:80", "https://localhost:443", "http://a?b",
 ])  # fmt: skip
 def test_an_origin_that_no_browser_sends(origin: str) -> None:
-    with pytest.raises(InputError, match=r"--allow-origin .*: is no origin as browsers send it: give scheme and host"):
+    with pytest.raises(
+        InputError, match=r"--allow-origin .*: is not an origin as browsers send it: give scheme and host"
+    ):
         Server(lambda: pytest.fail("it must not load"), Settings(port=0, origins=(origin,)))
+
+
+def test_a_name_with_several_addresses_is_listened_on_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)),  # of no interface
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    server = Server(lambda: pytest.fail("it must not load"), Settings(port=0, host="localhost"))
+    first, *others = server._sockets
+    try:
+        assert server.url == f"http://127.0.0.1:{first.getsockname()[1]}"
+        for other in others:  # none without IPv6
+            assert other.getsockname()[:2] == ("::1", first.getsockname()[1])
+        assert len(others) == socket.has_dualstack_ipv6()
+    finally:
+        for one in server._sockets:
+            one.close()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both[2:])
+    with pytest.raises(InputError, match=r"edge:0: cannot be listened on .*give another --port"):
+        Server(lambda: pytest.fail("it must not load"), Settings(port=0, host="edge"))
+
+
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(InputError, match=r"--host a\.\.b: is not an address of this machine"):
+        Server(lambda: pytest.fail("it must not load"), Settings(port=0, host="a..b"))
 
 
 def test_any_page_without_a_key_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     for origins, key, told in ((("*",), None, 1), (("null",), None, 2), (("*",), "secret", 2), ((PAGE,), None, 2)):
         server = Server(lambda: pytest.fail("it must not load"), Settings(port=0, origins=origins, api_key=key))
-        server._socket.close()
+        server._sockets[0].close()
         assert caplog.text.count("any page that is open in a browser here may use this server") == told
 
 

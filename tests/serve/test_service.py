@@ -148,9 +148,12 @@ def test_a_running_reply_takes_another_budget(http: httpx.Client, server: Server
                     (slot,) = http.get("/slots").json()
                     assert slot["id"] == facts["slots"][0] and slot["budget"] == {"max_pace_tps": 50}
                     assert slot["is_processing"] and slot["model"] == "tiny"
+                    timed = http.post(f"/slots/{slot['id']}", json={"budget": {"deadline_s": 60}})
+                    assert timed.json()["budget"] == {"deadline_s": 60, "expected_tokens": 200}
                     changed = http.post(f"/slots/{slot['id']}", json={"budget": {"exit_layer": 2}})
                     assert changed.json()["budget"] == {"exit_layer": 2}
     assert exits[:3] == [5] * 3 and exits[-1] == 2 and len(exits) == 200
+    assert 'balcony_requests_total{endpoint="/slots/{key}",status="200"}' in http.get("/metrics").text
     until(lambda: is_free(server))
 
 
@@ -288,20 +291,20 @@ def test_ended_replies_of_an_unfinished_answer_take_no_place() -> None:
     for key in range(4):
         service._jobs[key] = Job(key, 0, [1], None)
     service._jobs[0].ended = True
-    service._jobs[1].begun = True
+    service._jobs[1].begun_s = 0.0
     assert [job.key for job in service.slots] == [1, 2, 3] and service.waiting == 2
 
 
 def test_times_of_replies_that_follow_one_another() -> None:
-    """Each makes 100 tokens in 4 s, the second when the first has ended: 198 gaps in 8 s."""
+    """Each reads its prompt in 0.25 s and makes 100 tokens in 4 s, one after the other: 198 gaps in 8 s."""
     costs = []
     for begun_s, last_s in ((1.0, 5.0), (5.0, 9.0)):
         costs.append(cost := Cost(asked_s=0.0))
-        cost.earliest_first_s = cost.latest_first_s = begun_s
+        cost.begun_s, cost.earliest_first_s, cost.latest_first_s = begun_s - 0.25, begun_s, begun_s
         cost.last_s, cost.tokens, cost.gaps = last_s, 100, 99
     total = Cost.of(costs)
     timings = total.timings(prompt_tokens=10, cached=0)
-    assert (timings["prompt_ms"], timings["predicted_ms"]) == (1000.0, 8000.0)
+    assert (timings["prompt_ms"], timings["predicted_ms"]) == (250.0, 8000.0)  # without the wait
     assert timings["predicted_per_second"] == pytest.approx(24.75)
     assert total.ttft_ms == 5000.0
 
@@ -341,7 +344,7 @@ def test_a_client_that_does_not_read_holds_up_no_end(
         until(lambda: any(job.paused for job in server.service.slots))
         begin_s = time.monotonic()
         server.stop()
-        until(lambda: server._socket.fileno() == -1, 10)
+        until(lambda: server._sockets[0].fileno() == -1, 10)
         assert time.monotonic() - begin_s < 8
 
 
@@ -356,6 +359,10 @@ def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Serve
         health, metrics = (httpx.get(server.url + path) for path in ("/health", "/metrics"))
         assert (health.status_code, health.json()["error"]["code"]) == (503, "draining")
         assert metrics.status_code == 200 and "balcony_replies_running 1.0" in metrics.text
+        (slot,) = httpx.get(server.url + "/slots").json()
+        faster = httpx.post(f"{server.url}/slots/{slot['id']}", json={"budget": {"max_pace_tps": 30}})
+        assert faster.status_code == 200, "it may end in time"
+        assert httpx.post(server.url + CHAT, json=HELLO).status_code == 503
         rest = [line for line in lines if line]
     assert '"code":"stopped"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 100
 

@@ -73,7 +73,12 @@ class Asked:
     @property
     def structured(self) -> bool:
         """Whether the replies have a structure, or may call tools."""
-        return bool(self.tooling) or self.params(0).structured
+        return bool(self.tooling) or self.document
+
+    @property
+    def document(self) -> bool:
+        """Whether the replies follow a schema, a pattern or a grammar."""
+        return any(self.sampling.get(name) is not None for name in ("json_schema", "regex", "grammar"))
 
     def params(self, choice: int) -> SamplingParams:
         """Sampling parameters of one reply to a prompt.
@@ -120,15 +125,15 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         each_token=fields.truth("timings_per_token"),
         tooling=_tooling(fields) if chat else {},
         template=template_of(fields) if chat else {},
-        parse_special=fields.choice("parse_special"),
-        add_special_tokens=chat or fields.choice("add_special_tokens") is not False,
+        parse_special=fields.truth_or_none("parse_special"),
+        add_special_tokens=chat or fields.truth_or_none("add_special_tokens") is not False,
     )
 
 
 def _tooling(fields: Fields) -> dict[str, Any]:
     """The tools of a request, which the runtime checks; nothing if it has none."""
     found = _given(fields, ("tools", "tool_choice"))
-    if (parallel := fields.choice("parallel_tool_calls")) is not None:
+    if (parallel := fields.truth_or_none("parallel_tool_calls")) is not None:
         found["parallel_tool_calls"] = parallel
     return found if found.get("tools") or found.get("tool_choice") not in (None, "none", "auto") else {}
 

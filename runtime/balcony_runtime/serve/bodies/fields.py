@@ -265,7 +265,7 @@ class Fields:
             raise bad(name, value, "must be true or false")
         return bool(value)
 
-    def choice(self, name: str) -> bool | None:
+    def truth_or_none(self, name: str) -> bool | None:
         """A truth value, or None if it is not there."""
         return None if self.get(name) is None else self.truth(name)
 

@@ -74,11 +74,23 @@ def draining() -> RefusedError:
     return RefusedError(503, "the server is stopping: use another one", "draining", headers={"retry-after": "5"})
 
 
+def stopped() -> RefusedError:
+    """The server does not wait for this answer any longer."""
+    return RefusedError(503, "the server has stopped: ask another one", "stopped")
+
+
+def too_long(limit_s: float) -> RefusedError:
+    """The request has met its time limit."""
+    return RefusedError(
+        504, f"the request took longer than {limit_s:g} s: ask for fewer tokens, or raise --request-timeout", "timeout"
+    )
+
+
 #: Error of the runtime → status, reason, and the field that it is about. The first match counts.
 _KINDS: tuple[tuple[type[BalconyError], int, str, str | None], ...] = (
     (InfeasibleError, 422, "infeasible", "budget"),
     (BudgetError, 400, "invalid_budget", "budget"),
-    (ContextLengthError, 400, "context_length_exceeded", "prompt"),
+    (ContextLengthError, 400, "context_length_exceeded", None),  # a chat's is messages, a completion's prompt
     (InputError, 400, "invalid_value", None),
     (MissingDependencyError, 501, "not_installed", None),
     (BalconyError, 500, "device", None),

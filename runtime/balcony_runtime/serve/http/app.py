@@ -1,6 +1,7 @@
 """The routes: paths of OpenAI, vLLM and llama.cpp's server.
 
-Owns the paths. Every error is OpenAI's object, whatever raised it; only a browser's question before a request gets plain text.
+Owns the paths. Every error of a route or the guard is OpenAI's object. A browser's question before a request, and bytes that
+are not HTTP, get plain text.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from balcony_edge.device.machine import cpu_name
-from balcony_edge.errors import BalconyError
-from balcony_runtime.serve.bodies.asked import read_asked, template_of
+from balcony_edge.errors import BalconyError, ContextLengthError
+from balcony_runtime.serve.bodies.asked import Asked, read_asked, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
-from balcony_runtime.serve.bodies.refusal import RefusedError, bad, draining, refusal_of
+from balcony_runtime.serve.bodies.refusal import RefusedError, bad, busy, refusal_of, too_long
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
 from balcony_runtime.serve.http.openapi import document
-from balcony_runtime.serve.work.answers import EventStream, GoneError
+from balcony_runtime.serve.work.answers import Answer, EventStream, GoneError, gone
 from balcony_runtime.serve.work.energy import powers
 from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.serve.work.service import Service
@@ -89,6 +90,7 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool, origins: 
             BalconyError: _refused,
             HTTPException: _unknown,
             ClientDisconnect: _gone,
+            GoneError: _gone,
             Exception: _refused,
         },
     )
@@ -111,6 +113,7 @@ class _Routes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._body_bytes = 0  # of bodies that have not come whole
         self._page = files("balcony_runtime.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
     async def page(self, request: Request) -> Response:
@@ -119,9 +122,7 @@ class _Routes:
 
     async def health(self, request: Request) -> Response:
         """Whether the model is loaded and requests are taken."""
-        if self._service.draining:
-            raise draining()
-        self._service.llm  # noqa: B018 - refuses while the model is loading
+        self._service.refuse_unready()
         if self._service.stuck_s > STUCK_S:
             raise RefusedError(503, "replies do not go on: start the server again", "stuck")
         return JSONResponse({"status": "ok"})
@@ -168,37 +169,59 @@ class _Routes:
         return await self._complete(request, chat=False)
 
     async def _complete(self, request: Request, *, chat: bool) -> Response | EventStream:
-        service = self._service
-        service.llm  # noqa: B018 - refuses while the model is loading
+        self._service.refuse_unready()
         asked = read_asked(await self._body(request), chat=chat)
-        client = "" if request.client is None else request.client.host
-        answer = await service.answer(asked, request.headers, client)
+        watch = asyncio.create_task(gone(request.receive))
+        try:
+            answer = await self._answer(asked, request, watch)
+        except BaseException:
+            watch.cancel()
+            raise
         request.scope[LOGGED] = True
         try:
-            answer.begin(request.receive)
+            answer.begin(watch)
             if asked.stream:
                 await answer.opening()
                 return EventStream(answer)
             whole = await answer.whole()
         except BaseException as error:
             answer.close(error)
-            if isinstance(error, GoneError):
-                return Response(status_code=499)  # no one reads it
             raise
         answer.close()
         return JSONResponse(whole)
 
+    async def _answer(self, asked: Asked, request: Request, watch: asyncio.Task[None]) -> Answer:
+        """The answer to a request; a client that leaves, or the time limit, also ends its preparation.
+
+        Raises:
+            RefusedError: the request is refused, or takes too long.
+            GoneError: the client has disconnected.
+        """
+        limit_s = self._service.limits.request_s
+        client = "" if request.client is None else request.client.host
+        preparing = asyncio.create_task(self._service.answer(asked, request.headers, client))
+        try:
+            await asyncio.wait((preparing, watch), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if preparing.done():
+                return preparing.result()
+        except ContextLengthError as error:
+            name = "messages" if asked.chat else "prompt"
+            raise RefusedError(400, str(error), "context_length_exceeded", param=name) from error
+        finally:
+            preparing.cancel()
+        raise GoneError if watch.done() else too_long(limit_s)
+
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
         llm, fields = self._service.llm, Fields(await self._body(request), TOKENIZE)
-        messages, prompt, special = fields.get("messages"), fields.text("prompt"), fields.choice("parse_special")
+        messages, prompt, special = fields.get("messages"), fields.text("prompt"), fields.truth_or_none("parse_special")
         if messages is not None:
             shown = template_of(fields) | {key: tools for key in ("tools", "tool_choice") if (tools := fields.get(key))}
             ids = await asyncio.to_thread(llm.encode, messages, control_tokens=special, **shown)
         else:
             # vLLM has prompt and llama.cpp content; they differ in what they do without being asked.
             text = fields.text("content") if prompt is None else prompt
-            around = fields.choice("add_special" if prompt is None else "add_special_tokens")
+            around = fields.truth_or_none("add_special" if prompt is None else "add_special_tokens")
             if text is None:
                 raise bad("content", None, "give a text as content (or prompt), or messages")
             if around is None:
@@ -253,7 +276,7 @@ class _Routes:
 
     async def slots(self, request: Request) -> Response:
         """Replies in progress."""
-        self._service.llm  # noqa: B018 - refuses while the model is loading
+        self._service.llm  # noqa: B018 - refuses while the model is loading, not while the server stops
         return JSONResponse([_slot(job) for job in self._service.slots])
 
     async def change_slot(self, request: Request) -> Response:
@@ -282,12 +305,17 @@ class _Routes:
                     raise _too_large(limits.body_bytes)
                 async for piece in request.stream():
                     found += piece
+                    self._body_bytes += len(piece)
                     if len(found) > limits.body_bytes:
                         raise _too_large(limits.body_bytes)
+                    if self._body_bytes > limits.bodies_bytes and self._body_bytes > len(found):
+                        raise busy("too many large bodies come at once: try again later", "queue_full", 1)
         except TimeoutError:
             raise RefusedError(
                 408, f"the body took longer than {limits.body_s:g} s: send it at once", "slow_body"
             ) from None
+        finally:
+            self._body_bytes -= len(found)
         return bytes(found)
 
 
@@ -302,7 +330,7 @@ def _too_large(most: int) -> RefusedError:
 def _slot(job: Job) -> dict[str, Any]:
     return {
         "id": job.key,
-        "is_processing": job.stream is not None,
+        "is_processing": job.begun_s is not None,
         "model": job.model,
         "n_prompt_tokens": len(job.ids),
         "n_decoded": job.cost.tokens,
@@ -316,7 +344,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # the client left while it sent the body: no one reads it
+    return Response(status_code=499)  # the client left: no one reads it
 
 
 async def _unknown(request: Request, error: Exception) -> Response:

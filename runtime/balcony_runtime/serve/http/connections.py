@@ -114,7 +114,16 @@ class Connection(H11Protocol):
     def _start_unread_timer(self) -> None:
         """Start the time for reading what was sent, unless it runs."""
         if self._unread_timer is None and self.transport.get_write_buffer_size():
-            self._unread_timer = self.loop.call_later(self.unread_s, self.transport.abort)
+            unread = self.transport.get_write_buffer_size()
+            self._unread_timer = self.loop.call_later(self.unread_s, self._drop_if_unread, unread)
+
+    def _drop_if_unread(self, before: int) -> None:
+        """Close the connection if its client has read nothing of what was in the buffer; otherwise start the time again."""
+        self._unread_timer = None
+        if self.transport.get_write_buffer_size() >= before:
+            self.transport.abort()
+        else:
+            self._start_unread_timer()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from balcony_runtime.serve.bodies.refusal import RefusedError, draining
+from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.work.answers import Message, Receive, Send
 from balcony_runtime.serve.work.service import Service
 
@@ -96,17 +96,16 @@ class Guard:
             raise RefusedError(
                 403, f"host {host[:100]}: use localhost, or start the server with --api-key", "foreign_host"
             )
-        if self._service.draining and request.method == "POST":
-            raise draining()
         if len(request.scope["path"]) > LONGEST_PATH:
             raise RefusedError(404, "no such path; docs/server.md lists them", "not_found")
 
     def _note(self, scope: Message, message: Message) -> None:
         """Count an answer, and log it if it is an error that no reply has logged."""
         reason = dict(message.get("headers", ())).get(b"x-balcony-reason", b"").decode()
-        status, path = message["status"], scope["path"]
+        status, path, route = message["status"], scope["path"], scope.get("route")
         if self._service.ready:
-            endpoint = path if path in self._paths else "other"
+            # a request that was refused before routing has no route
+            endpoint = route.path_format if route is not None else path if path in self._paths else "other"
             self._service.metrics.request(endpoint, status, reason or None)
         if reason and LOGGED not in scope:
             client = scope["client"][0] if scope.get("client") else ""

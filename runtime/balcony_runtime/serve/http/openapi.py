@@ -20,6 +20,7 @@ from balcony_runtime.serve.bodies.refusal import RefusedError
 _TYPES = {
     "/": ("text/html",),
     "/metrics": ("text/plain",),
+    "/chat/completions": ("application/json", "text/event-stream"),
     "/v1/chat/completions": ("application/json", "text/event-stream"),
     "/v1/completions": ("application/json", "text/event-stream"),
 }
@@ -37,10 +38,9 @@ def document(
     """
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        path = re.sub(r":\w+}", "}", route.path)
         for method in sorted(route.methods or ()):
             if method != "HEAD":
-                paths.setdefault(path, {})[method.lower()] = _operation(
+                paths.setdefault(route.path_format, {})[method.lower()] = _operation(
                     route, bodies.get(route.path), queries.get(route.path, {})
                 )
     error = RefusedError(400, "", "").body["error"]

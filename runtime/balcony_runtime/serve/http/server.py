@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -90,7 +91,7 @@ class Server:
         _refuse_wrong_origins(settings.origins)
         if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
             _refuse_wrong_files(settings.ssl_certfile, settings.ssl_keyfile)
-        self._socket = _listen(settings.host, settings.port)
+        self._sockets = _listen(settings.host, settings.port)
         self.service = Service(settings.name, settings.budget, settings.budgets, settings.limits)
         self._uvicorn = _Uvicorn(self._config(), self)
         self._failure: BaseException | None = None
@@ -102,7 +103,7 @@ class Server:
     def url(self) -> str:
         """Address of the server."""
         scheme = "http" if self._settings.ssl_certfile is None else "https"
-        host, port = self._socket.getsockname()[:2]
+        host, port = self._sockets[0].getsockname()[:2]
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def run(self) -> None:
@@ -114,7 +115,8 @@ class Server:
         try:
             asyncio.run(self._serve())
         finally:
-            self._socket.close()
+            for one in self._sockets:
+                one.close()
             self.service.close()
         if self._failure is not None:
             raise self._failure
@@ -162,7 +164,7 @@ class Server:
     def _config(self) -> uvicorn.Config:
         settings = self._settings
         host = settings.host
-        loopback = is_loopback(self._socket.getsockname()[0].partition("%")[0])
+        loopback = all(is_loopback(one.getsockname()[0].partition("%")[0]) for one in self._sockets)
         if not loopback and settings.api_key is None:
             _log.warning("%s: anyone in the network may use this server: set --api-key", host)
         elif settings.api_key is None and {"*", "null"} & set(settings.origins):
@@ -185,7 +187,7 @@ class Server:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         loading = asyncio.create_task(self._load())
-        await self._uvicorn.serve(sockets=[self._socket])
+        await self._uvicorn.serve(sockets=self._sockets)
         await loading
         if self._watched is not None:
             self._watched.cancel()
@@ -207,11 +209,12 @@ class Server:
         period_us, process = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
         if not period_us.isdigit() or process != str(os.getpid()):
             return
-        half_s = int(period_us) / 2e6  # as systemd advises
+        # A turn may take the whole period: it is told for half of that, and a notification holds for the period.
+        half_s = int(period_us) / 2e6
         while True:
             if self.service.stuck_s < half_s:
                 _notify("WATCHDOG=1")
-            await asyncio.sleep(half_s)
+            await asyncio.sleep(half_s / 2)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -255,8 +258,8 @@ def _refuse_wrong_origins(origins: Sequence[str]) -> None:
             default or not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+", origin)
         ):
             raise InputError(
-                f"--allow-origin {origin}: is no origin as browsers send it: give scheme and host in small letters, and a port "
-                "that is not the scheme's own, such as http://localhost:3000; or *"
+                f"--allow-origin {origin}: is not an origin as browsers send it: give scheme and host in small letters, and a "
+                "port that is not the scheme's own, such as http://localhost:3000; or *"
             )
 
 
@@ -277,7 +280,10 @@ def _refuse_wrong_files(certificate: Path, key: Path) -> None:
 
 
 def _connection_class(limits: Limits) -> type[Connection]:
-    """The connections; no more than the process may have files, so that accepting one never fails."""
+    """The connections; no more than the process may have files, so that accepting one does not fail.
+
+    Connections in a TLS handshake are not counted: asyncio tells of a connection after it.
+    """
     wanted = limits.connections + BACKLOG + OTHER_FILES
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < wanted:
@@ -287,25 +293,44 @@ def _connection_class(limits: Limits) -> type[Connection]:
     return bounded(limits.head_s, limits.unread_s, max(most, 1))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets on all addresses of a name: clients may take any of them. With port 0 all have the free port of the first."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        # With the protocol: without it, asyncio does not set TCP_NODELAY, and a token waits for the client's next ACK (40 ms).
-        found = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise InputError(
-            f"--host {host}: is not an address of this machine ({error.strerror}): give another"
-        ) from error
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
-    try:
-        found.bind(address)
-    except OSError as error:
-        found.close()
-        raise InputError(f"{host}:{port}: cannot be listened on ({error.strerror}): give another --port") from error
-    return found
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--host {host}: is not an address of this machine ({reason}): give another") from error
+    addresses = sorted(set(found), key=lambda one: one[0] != socket.AF_INET)
+    sockets: list[socket.socket] = []
+    missing = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    for family, kind, protocol, _, address in addresses:
+        try:
+            # Without the protocol asyncio does not set TCP_NODELAY, and a token waits for the client's next ACK (40 ms).
+            one = socket.socket(family, kind, protocol)
+        except OSError as error:  # a kernel without IPv6
+            missing = error
+            continue
+        try:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
+            if family == socket.AF_INET6 and len(addresses) > 1:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has a socket of its own
+            taken = sockets[0].getsockname()[1] if sockets else port
+            one.bind((address[0], taken, *address[2:]))
+        except OSError as error:
+            one.close()
+            missing = error
+            if error.errno != errno.EADDRNOTAVAIL:  # the hosts file may name an address that no interface has
+                break
+        else:
+            sockets.append(one)
+            continue
+    else:
+        if sockets:
+            return sockets
+    for one in sockets:
+        one.close()
+    raise InputError(f"{host}:{port}: cannot be listened on ({missing.strerror}): give another --port") from missing
 
 
 def _notify(state: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
-from balcony_runtime.serve.bodies.refusal import RefusedError, refusal_of
+from balcony_runtime.serve.bodies.refusal import RefusedError, refusal_of, stopped, too_long
 from balcony_runtime.serve.work.jobs import FEW_BUFFERED, Channel, Cost, Ended, Item, Job, Scores
 from balcony_runtime.serve.work.shapes import Shapes, prompt_tokens
 from balcony_runtime.serve.work.worker import Worker
@@ -34,6 +34,12 @@ Send = Callable[[Message], Awaitable[None]]
 
 class GoneError(Exception):
     """The client has disconnected."""
+
+
+async def gone(receive: Receive) -> None:
+    """Return when the client of a request, whose body has been read, disconnects."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Answer:
@@ -72,9 +78,14 @@ class Answer:
         #: Whether the head of a stream has been sent, which says 200 whatever follows.
         self.streaming = False
 
-    def begin(self, receive: Receive) -> None:
-        """Submit the replies, and watch for a client that goes away."""
-        self._watch = asyncio.create_task(self._watch_client(receive))
+    def begin(self, watch: asyncio.Task[None]) -> None:
+        """Submit the replies.
+
+        Args:
+            watch: ends when the client goes away (:func:`gone`).
+        """
+        self._watch = watch
+        watch.add_done_callback(self._leave)
         for job in self.jobs:
             self._worker.submit(job)
 
@@ -113,17 +124,13 @@ class Answer:
             GoneError: the client has disconnected.
         """
         opened: set[Job] = set()
-        if self.asked.chat:
-            for job in self.jobs:
-                for piece in self.shapes.opening(job, None):
-                    yield _event(piece)
         try:
             while not all(job.ended for job in self.jobs):
                 found, self._first = self._first or await self._next(KEEPALIVE_S), None
                 if found is None:
                     yield b": waiting\n\n"
                     continue
-                for piece in self._pieces(found, opened):
+                for piece in await self._pieces(found, opened):
                     yield _event(piece)
         except RefusedError as refusal:
             yield _event(refusal.body) + _DONE
@@ -132,14 +139,18 @@ class Answer:
             yield _event(self.shapes.closing(self.jobs))
         yield _DONE
 
-    def _pieces(self, found: tuple[Job, Item], opened: set[Job]) -> list[dict[str, Any]]:
-        """Pieces of the stream for an item."""
+    async def _pieces(self, found: tuple[Job, Item], opened: set[Job]) -> list[dict[str, Any]]:
+        """Pieces of the stream for an item. A choice opens with its first token: clients take the first piece for it."""
         job, item = found
         self._take(job, item)
         pieces = []
         if not isinstance(item, Scores):
-            if job not in opened and not self.asked.chat:
-                pieces = self.shapes.opening(job, self.scores.get(job))
+            if job not in opened:
+                scores = self.scores.get(job)
+                if scores is None:
+                    pieces = self.shapes.opening(job, None)
+                else:  # as long as a whole answer with alternatives
+                    pieces = await asyncio.to_thread(self.shapes.opening, job, scores)
             opened.add(job)
             made = self.shapes.token(job, item) if isinstance(item, Token) else self.shapes.end(job, "length")
             if made is not None:
@@ -171,13 +182,13 @@ class Answer:
             if self._gone:
                 raise GoneError
             if self._stopped:
-                raise self._failed(RefusedError(503, "the server has stopped: ask another one", "stopped"))
+                raise self._failed(stopped())
             if (found := self._channel.take()) is not None:
                 self._taken(found[0])
                 return found
             now_s = time.monotonic()
             if now_s >= self._until_s:
-                raise self._failed(_too_long(self._limit_s))
+                raise self._failed(too_long(self._limit_s))
             if now_s >= patience_s:
                 return None
             await self._channel.wait(min(self._until_s, patience_s))
@@ -203,11 +214,10 @@ class Answer:
         self.status, self.reason = refusal.status, refusal.reason
         return refusal
 
-    async def _watch_client(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._gone = True
-        self._channel.wake()
+    def _leave(self, watch: asyncio.Task[None]) -> None:
+        if not watch.cancelled():
+            self._gone = True
+            self._channel.wake()
 
     def close(self, error: BaseException | None = None) -> None:
         """End what has not ended, because of an error or because all has been sent; later calls do nothing."""
@@ -225,7 +235,7 @@ class Answer:
         elif isinstance(error, asyncio.CancelledError):
             self.status, self.reason = 503, "stopped"
         elif isinstance(error, TimeoutError):  # the client did not read until the time limit
-            self._failed(_too_long(self._limit_s))
+            self._failed(too_long(self._limit_s))
         elif not (error is None or isinstance(error, GoneError) or self.reason):
             self._failed(error)
         self._on_close(self)
@@ -277,12 +287,6 @@ class EventStream:
             answer.close(error)
             raise
         answer.close()
-
-
-def _too_long(limit_s: float) -> RefusedError:
-    return RefusedError(
-        504, f"the request took longer than {limit_s:g} s: ask for fewer tokens, or raise --request-timeout", "timeout"
-    )
 
 
 #: Characters at which some clients split lines (httpx, as ``str.splitlines``) though JSON allows them in texts.

@@ -72,8 +72,8 @@ class Job:
         self.channel = Channel()
         #: Cost of the tokens that were made, and of those that the answer has taken.
         self.cost, self.shown = Cost(asked_s), Cost(asked_s)
-        #: Set by the decode thread when it takes the job up, be it to score the prompt.
-        self.begun = False
+        #: Time at which the decode thread took the job up, be it to score the prompt; None while it waits.
+        self.begun_s: float | None = None
         self.buffered, self.paused, self.ended = 0, False, False
         #: Number of later requests that began while it waited.
         self.overtaken = 0
@@ -105,7 +105,9 @@ class Channel:
     async def wait(self, until_s: float) -> None:
         """Wait for an item or :meth:`wake`, or until a time on ``time.monotonic``; may return earlier without any of them."""
         loop = asyncio.get_running_loop()
-        if self._alarm is None or self._alarm_s > until_s:  # an earlier alarm is left to ring: a timer a token is dear
+        if (
+            self._alarm is None or self._alarm_s > until_s
+        ):  # an earlier one may ring: a new timer for every token is expensive
             self.silence()
             self._alarm, self._alarm_s = loop.call_later(until_s - time.monotonic(), self._ring), until_s
         self._reader = loop.create_future()
@@ -127,6 +129,8 @@ class Cost:
 
     def __init__(self, asked_s: float | None = None) -> None:
         self.asked_s = time.monotonic() if asked_s is None else asked_s
+        #: Time at which the first of the replies began.
+        self.begun_s: float | None = None
         #: Times of the earliest first token and of the latest; of one reply they are equal.
         self.earliest_first_s: float | None = None
         self.latest_first_s: float | None = None
@@ -162,6 +166,7 @@ class Cost:
         if len(costs) == 1:
             return costs[0]
         total = cls(min(cost.asked_s for cost in costs))
+        total.begun_s = min((cost.begun_s for cost in costs if cost.begun_s is not None), default=None)
         firsts = [cost.latest_first_s for cost in costs if cost.latest_first_s is not None]
         total.earliest_first_s, total.latest_first_s = min(firsts, default=None), max(firsts, default=None)
         total.last_s = max(cost.last_s for cost in costs)
@@ -173,16 +178,16 @@ class Cost:
         return total
 
     def timings(self, prompt_tokens: int, cached: int) -> dict[str, Any]:
-        """llama.cpp's object ``timings``.
+        """llama.cpp's object ``timings``. Its prompt's time has no wait in it: that is in ``ttft_ms``.
 
         Args:
             prompt_tokens: tokens of the prompts.
             cached: number of these whose rows were there already.
         """
         prompt_tokens -= cached
-        begun_s = self.last_s if self.earliest_first_s is None else self.earliest_first_s
-        prompt_ms = 0.0 if self.earliest_first_s is None else 1000 * (begun_s - self.asked_s)
-        predicted_ms = 1000 * (self.last_s - begun_s)
+        first_s = self.last_s if self.earliest_first_s is None else self.earliest_first_s
+        begun_s = self.begun_s if self.begun_s is not None and self.earliest_first_s is not None else first_s
+        prompt_ms, predicted_ms = 1000 * (first_s - begun_s), 1000 * (self.last_s - first_s)
         return {
             "cache_n": cached,
             "prompt_n": prompt_tokens,

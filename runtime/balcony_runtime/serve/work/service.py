@@ -26,7 +26,7 @@ from balcony_runtime.reply import Token
 from balcony_runtime.requests import Request
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.named import Names
-from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining
+from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining, stopped
 from balcony_runtime.serve.work.answers import Answer
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
@@ -54,6 +54,7 @@ class Limits:
         body_s: longest time for sending the body.
         unread_s: longest time for which a client may read nothing of an answer that fills its buffers.
         connections: most connections, those without a request included.
+        bodies_bytes: most bytes of bodies that come at once. One body may be larger, if it is alone.
     """
 
     parallel: int = 16
@@ -65,6 +66,7 @@ class Limits:
     body_s: float = 30.0
     unread_s: float = 60.0
     connections: int = 1024
+    bodies_bytes: int = 64 << 20
 
 
 class _Parts(NamedTuple):
@@ -90,7 +92,7 @@ class Service:
     def __init__(self, name: str | None, budget: Path | None, budgets: Path | None, limits: Limits) -> None:
         self._name, self._budget, self.folder, self.limits = name, budget, budgets, limits
         self.started_s = int(time.time())
-        self.draining = False
+        self.draining = self._stopped = False
         self._loaded: _Parts | None = None
         self._jobs: dict[int, Job] = {}
         self._preparing = 0  # replies to requests whose prompts are being read
@@ -121,7 +123,7 @@ class Service:
         worker = Worker(llm, limits.parallel, limits.parallel + limits.queue, hand_over)
         metrics = Metrics(
             llm.exit_layers,
-            running=lambda: len(self.slots) - self.waiting,
+            running=lambda: sum(job.begun_s is not None for job in self.slots),
             waiting=lambda: self.waiting,
             pending=lambda: sum(0 if job.cost.last is None else job.cost.last.pending_rows for job in self.slots),
             slowdown=lambda: self._slowdown,
@@ -145,6 +147,16 @@ class Service:
     def ready(self) -> bool:
         """Whether the bundle is loaded."""
         return self._loaded is not None
+
+    def refuse_unready(self) -> None:
+        """Refuse a request for a reply while the model is loading or the server stops.
+
+        Raises:
+            RefusedError: it is.
+        """
+        if self.draining:
+            raise draining()
+        self._parts  # noqa: B018 - refuses while the model is loading
 
     @property
     def llm(self) -> LLM:
@@ -196,7 +208,7 @@ class Service:
     @property
     def waiting(self) -> int:
         """Number of replies that have not begun."""
-        return sum(not job.begun for job in self.slots)
+        return sum(job.begun_s is None for job in self.slots)
 
     @property
     def retry_s(self) -> int:
@@ -226,8 +238,7 @@ class Service:
             RefusedError: the server is stopping, the queue is full, or the model is unknown.
             BalconyError: a prompt, a budget or a parameter is refused.
         """
-        if self.draining:  # the guard looked before the body came
-            raise draining()
+        self.refuse_unready()  # the route looked before the body came
         asked_s, meter = time.monotonic(), EnergyMeter(self.llm.readings)
         most_tokens = None if asked.max_tokens is None else min(max(asked.max_tokens, 1), self.llm.engine.max_length)
         budget = self.names.budget(asked.model, headers, asked.budget, most_tokens)
@@ -242,6 +253,8 @@ class Service:
             prepared = await asyncio.to_thread(self._prepare, asked, budget, asked_s)
         finally:
             self._preparing -= count
+        if self._stopped:
+            raise stopped()
         jobs = [
             Job(
                 next(self._keys),
@@ -291,6 +304,7 @@ class Service:
             **asked.tooling,
         }
         found: list[tuple[list[int], str, Request | None]] = []
+        samplings = [asked.params(choice) for choice in range(asked.n)]
         for prompt in asked.prompts:
             special, ids = asked.parse_special, prompt
             if asked.chat:
@@ -311,15 +325,16 @@ class Service:
                         "bundle): shorten the prompt, or export with a larger --context-length"
                     )
                 text = prompt if isinstance(prompt, str) else llm.decode(prompt)
-            for choice in range(asked.n):
+            for sampling in samplings:
                 request = None
                 if asked.max_tokens != 0:
-                    request = self._parts.worker.prepare(ids, sampling=asked.params(choice), **options)
+                    request = self._parts.worker.prepare(ids, sampling=sampling, **options)
                 found.append((ids, text, request))
         return found
 
     def abort(self) -> None:
-        """End all answers with an error."""
+        """End all answers with an error, those to requests that are being read included."""
+        self._stopped = True
         for answer in tuple(self._answers):
             answer.stop()
 
@@ -350,15 +365,23 @@ class Service:
             RefusedError: there is no such reply.
             BalconyError: the budget is refused.
         """
-        budget = None if body is None else Budget.model_validate(body)
-        if budget is not None:
+        job = self._running(key)
+        budget = None
+        if body is not None:
+            if isinstance(body, dict) and "deadline_s" in body and job.request is not None:
+                body = {"expected_tokens": job.request.max_new_tokens, **body}
+            budget = Budget.model_validate(body)
             await asyncio.to_thread(self.llm.resolved, budget)
+            job = self._running(key)  # it may have ended meanwhile
+        self._parts.worker.rebudget(job, budget)
+        return job
+
+    def _running(self, key: int) -> Job:
         job = self._jobs.get(key)
         if job is None or job.ended:
             raise RefusedError(
                 404, f"slot {key}: has no reply in progress; /slots lists those that have", "no_such_slot"
             )
-        self._parts.worker.rebudget(job, budget)
         return job
 
     async def act_on_slot(self, action: str, key: int, name: object) -> dict[str, Any]:

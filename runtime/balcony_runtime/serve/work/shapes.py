@@ -92,8 +92,7 @@ class Shapes:
     def _thought_reader(self, job: Job) -> ThoughtReader | None:
         """The reader of a message's thought; None if the model has none, or the message is a document."""
         if job not in self._thoughts:
-            document = self._asked.params(0).structured
-            self._thoughts[job] = None if document else self._codec.thought_reader(job.ids)
+            self._thoughts[job] = None if self._asked.document else self._codec.thought_reader(job.ids)
         return self._thoughts[job]
 
     def end(self, job: Job, reason: str) -> dict[str, Any]:
