@@ -189,7 +189,9 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}): make it readable") from error
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not readable as JSON ({error}): export the bundle again") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):

@@ -14,19 +14,24 @@ from balcony_edge.bundle.manifest import ConfidenceSpec, Manifest, Quality, Text
 from balcony_edge.errors import BundleError
 
 
-def record_confidence(directory: Path, found: ConfidenceSpec) -> Manifest:
+def record_confidence(directory: Path, found: ConfidenceSpec, fingerprint: str) -> Manifest:
     """Write the thresholds of confidence exits to ``bundle.json``.
 
+    Args:
+        directory: directory of the bundle.
+        found: the thresholds.
+        fingerprint: that of the bundle on which they were found.
+
     Raises:
-        BundleError: the directory is not a bundle or cannot be written.
+        BundleError: the directory is not a bundle, holds another one by now, or cannot be written.
     """
     with manifest_lock(directory):
-        updated = read_manifest(directory).model_copy(update={"confidence": found})
+        updated = _unchanged(directory, fingerprint).model_copy(update={"confidence": found})
         replace_manifest(directory, updated)
     return updated
 
 
-def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest:
+def record_quality(directory: Path, measured: Mapping[int, Quality], fingerprint: str) -> Manifest:
     """Add evaluation results to ``bundle.json``; earlier results on other texts and tasks stay.
 
     Exits are compared with each other. An exit that was not measured now therefore loses its results on the same texts and
@@ -36,16 +41,24 @@ def record_quality(directory: Path, measured: Mapping[int, Quality]) -> Manifest
         directory: directory of the bundle.
         measured: exit layer → results on the same texts and tasks. If their reference differs from the earlier one, earlier
             results on texts are dropped, because numbers against two references are not comparable.
+        fingerprint: that of the bundle that was measured.
 
     Raises:
-        BundleError: the directory is not a bundle, the bundle lacks an exit, or the directory cannot be written.
+        BundleError: the directory is not a bundle, holds another one by now, lacks an exit, or cannot be written.
     """
     with manifest_lock(directory):
-        return _record(directory, measured)
+        return _record(directory, measured, _unchanged(directory, fingerprint))
 
 
-def _record(directory: Path, measured: Mapping[int, Quality]) -> Manifest:
+def _unchanged(directory: Path, fingerprint: str) -> Manifest:
+    """The manifest of a bundle, if it is still the one that was measured."""
     manifest = read_manifest(directory)
+    if manifest.fingerprint != fingerprint:
+        raise BundleError(f"{directory}: another bundle has taken its place while it was measured: measure again")
+    return manifest
+
+
+def _record(directory: Path, measured: Mapping[int, Quality], manifest: Manifest) -> Manifest:
     if unknown := measured.keys() - set(manifest.exit_layers):
         raise BundleError(
             f"{directory}: has no exit {min(unknown)}: it has {', '.join(map(str, manifest.exit_layers))}: "

@@ -128,7 +128,18 @@ def _explain(error: OSError) -> bool:
     line = (
         f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): make it accessible, or name another path"
     )
-    known = error.errno in (errno.EACCES, errno.ENAMETOOLONG)
+    known = error.errno in (
+        *(
+            errno.EACCES,
+            errno.EDQUOT,
+            errno.EIO,
+            errno.EMFILE,
+            errno.ENAMETOOLONG,
+            errno.ENOSPC,
+            errno.ENOTDIR,
+            errno.EROFS,
+        ),
+    )
     if error.filename is None:  # an error of a standard stream
         line = f"balcony-edge: stdout: cannot be written ({error.strerror}): free space, or write to another place"
         known = error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
-
-from balcony_edge.errors import InputError
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 #: Colours of the exits from the shallowest on; the full depth has the terminal's own colour.
 DEPTH_STYLES = ("red", "yellow", "green", "cyan", "blue", "magenta")
-
-
-def refuse_given(context: typer.Context, options: Mapping[str, str], why: str) -> None:
-    """Refuse options that the user gave although they have no effect: name of the parameter → of the option."""
-    for name, option in options.items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise InputError(f"{option}{why}: leave it out")
 
 
 def depth_styles(exit_layers: tuple[int, ...]) -> dict[int, str]:

@@ -174,7 +174,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{name}: not readable as a trace ({error}): record one with `balcony-edge run --trace`"
+            f"{name}: not readable as a trace ({error}): record one with `balcony-edge run --record`"
         ) from error
     tokens: list[TraceToken] = []
     priced: list[CostModel] = []
@@ -191,7 +191,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             elif "budget" in line:
                 budget = Budget.model_validate(line["budget"])
             elif costs is None:
-                raise InputError(f"{name}: has no header: record one with `balcony-edge run --trace`")
+                raise InputError(f"{name}: has no header: record one with `balcony-edge run --record`")
             else:
                 if "readings" in line:
                     readings = tuple(Reading.from_dict(reading) for reading in line["readings"])
@@ -208,7 +208,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
                 f"{name}: line {number} is not a line of a trace ({_first(error)}): record it again"
             ) from error
     if not tokens:
-        raise InputError(f"{name}: contains no tokens: record a trace with `balcony-edge run --trace`")
+        raise InputError(f"{name}: contains no tokens: record a trace with `balcony-edge run --record`")
     return Trace(tuple(tokens), tuple(priced))
 
 

@@ -15,12 +15,11 @@ from typing import Annotated, Any, Final, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from balcony_edge.budget import Rail
+from balcony_edge.budget import Budget, Rail
 from balcony_edge.bundle.manifest import Finite
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
 from balcony_edge.device.machine import Machine
 from balcony_edge.errors import ProfileError
-from balcony_edge.files import write_atomically
 
 __all__ = ["Bend", "CostModel", "DeviceProfile", "Entry", "Timing", "UnitCost"]
 
@@ -293,7 +292,9 @@ class DeviceProfile(_Frozen):
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ProfileError(f"{name}: there is no such file: make one with `balcony-edge profile`") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise ProfileError(f"{name}: cannot be read ({error.strerror}): name a device profile") from error
+        except (ValueError, RecursionError) as error:
             raise ProfileError(f"{name}: not readable as JSON ({error}): measure again") from error
         version = document.get("schema_version") if isinstance(document, dict) else None
         if version != SCHEMA_VERSION or isinstance(version, bool):
@@ -308,15 +309,6 @@ class DeviceProfile(_Frozen):
             key = ".".join(str(part) for part in first["loc"])
             where = f"{key}: " if key else ""
             raise ProfileError(f"{name}: {where}{' '.join(first['msg'].split())[:160]}: measure again") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile in one step.
-
-        Raises:
-            ProfileError: the file cannot be written.
-        """
-        content = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(Path(path), content.encode(), ProfileError, "free space, or name a place that is writable")
 
     def document(self) -> dict[str, Any]:
         """The profile as JSON-ready values."""
@@ -362,6 +354,11 @@ class DeviceProfile(_Frozen):
     def agreement(self) -> dict[int, float | None]:
         """Exit layer → agreement with the full depth on the text where it is least; None without an evaluation."""
         return least_agreement(self.costs.exits, self.quality)
+
+    def rail_of(self, budget: Budget) -> Rail:
+        """The rail whose power a budget is about; the first that was measured if it asks for neither power nor energy."""
+        asked = budget.power_w is not None or budget.energy_j_per_token is not None
+        return budget.power_rail if asked else self.rail
 
     @property
     def rail(self) -> Rail:

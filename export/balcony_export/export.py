@@ -334,7 +334,7 @@ def _write_tokenizer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, directory: Path
 ) -> None:
     backend: Any = tokenizer.backend_tokenizer
-    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     if template is not None:
         special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -107,13 +107,14 @@ class Judge:
 
     def measure(self, directory: Path) -> dict[str, dict[int, TextQuality]]:
         """Text → exit layer → quality of a bundle, which is also written into its manifest."""
-        with closing(BundleScorer(Bundle.open(directory, verify_hashes=False))) as scorer:
+        bundle = Bundle.open(directory, verify_hashes=False)
+        with closing(BundleScorer(bundle)) as scorer:
             found = {
                 name: evaluate_text(scorer, documents, reference=self._reference)
                 for name, documents in self._texts.items()
             }
             report = build_report(scorer, self._reference.name, found, {})
-        record_quality(directory, report.qualities)
+        record_quality(directory, report.qualities, bundle.manifest.fingerprint)
         return found
 
 

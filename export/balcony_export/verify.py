@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import VerificationError
+from balcony_edge.files import partial_directory
 from balcony_export.graph.ir_tools import FAR_WEIGHTS, relative_distance
 from balcony_export.model.architecture import describe, embedded_rows
 from balcony_export.model.exits import ExitModel
@@ -135,7 +136,9 @@ def verify(
     samples = [ids[:limit] for text in prompts if len(ids := _same_ids(bundle, codec, tokenizer, text)) > 1]
     expected = [reference_logits(exits, ids) for ids in samples]
     beside = directory.absolute().parent  # on the disk of the weights, so that they are linked and not copied
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=beside if os.access(beside, os.W_OK) else None) as scratch:
+    if not os.access(beside, os.W_OK):
+        beside = Path(tempfile.gettempdir())
+    with partial_directory(beside / "verify") as scratch:
         subjects = {"": bundle}
         if manifest.cpu and manifest.graphs:
             subjects[", portable"] = bundle.portable()
@@ -150,7 +153,7 @@ def verify(
         ):
             subjects = {", level 4": bundle}  # 8-bit experts have no other level
         elif quantized is not None and quantized.accuracy_level == 4:
-            subjects = {", level 1": at_level_1(bundle, Path(scratch)), ", level 4": bundle}
+            subjects = {", level 1": at_level_1(bundle, scratch), ", level 4": bundle}
         phases: dict[str, _Logits] = {}
         for suffix, subject in subjects.items():
             with Engine.of(subject) as engine:
@@ -195,7 +198,19 @@ def _same_ids(bundle: Bundle, codec: TextCodec, tokenizer: PreTrainedTokenizerBa
 
 
 def at_level_1(bundle: Bundle, directory: Path) -> Bundle:
-    """A bundle with the same weights whose products keep float32 inputs, so that logits can be compared one by one."""
+    """A bundle with the same weights whose products keep float32 inputs, so that logits can be compared one by one.
+
+    Raises:
+        VerificationError: the directory cannot be written.
+    """
+    try:
+        _write_at_level_1(bundle, directory)
+    except OSError as error:
+        raise VerificationError(f"{directory}: cannot be written ({error.strerror}): free space") from error
+    return Bundle(directory, bundle.manifest)
+
+
+def _write_at_level_1(bundle: Bundle, directory: Path) -> None:
     for spec in bundle.manifest.cpu.values():
         graph = onnx.load(str(bundle.file(spec.file)), load_external_data=False)
         for node in graph.graph.node:
@@ -209,7 +224,6 @@ def at_level_1(bundle: Bundle, directory: Path) -> Bundle:
                 os.link(bundle.file(name), directory / name)
             except OSError:  # another disk
                 shutil.copyfile(bundle.file(name), directory / name)
-    return Bundle(directory, bundle.manifest)
 
 
 def _with_stored_weights(bundle: Bundle, exits: ExitModel) -> ExitModel:

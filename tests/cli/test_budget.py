@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from balcony_edge.cli import app
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
+from balcony_edge.device.tables import render
 from balcony_edge.errors import BalconyError
 
 PROFILES = Path(__file__).parents[2] / "profiles"
@@ -64,10 +65,14 @@ def profile(**changes: Any) -> DeviceProfile:
     return DeviceProfile.model_validate(values | changes)
 
 
+def save(measured: DeviceProfile, name: str) -> None:
+    Path(name).write_text(render(measured, "json"), encoding="utf-8")
+
+
 @pytest.fixture(autouse=True)
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    profile().save("p.json")
+    save(profile(), "p.json")
 
 
 def test_schema_is_json_with_a_description_of_every_key() -> None:
@@ -130,12 +135,12 @@ def test_simulate_under_a_generated_load_and_under_its_own_record(tmp_path: Path
     budget.write_text("tpot_ms = 13\n")
     common = ["simulate", "--profile", "p.json", "--budget", budget, "-n", "300", "--json"]
     idle = json.loads(invoke(*common))
-    loaded = json.loads(invoke(*common, "--trace", "constant:high=1.4", "--record", record, "--explain"))
+    loaded = json.loads(invoke(*common, "--load", "constant:high=1.4", "--record", record, "--explain"))
     assert (idle["tokens"], idle["tokens_per_exit"].get("5", 0) > 250) == (300, True)
     assert loaded["mean_exit"] < idle["mean_exit"] and loaded["late_tokens"] <= 15
     assert sum(interval["tokens"] for interval in loaded["intervals"]) == 300
     assert loaded["intervals"][-1]["slowdown"] == pytest.approx(1.4, rel=0.1)
-    again = json.loads(invoke(*common, "--trace", record))
+    again = json.loads(invoke(*common, "--load", record))
     assert again["mean_exit"] == pytest.approx(loaded["mean_exit"], abs=0.5)
     assert json.loads(invoke(*common[:3], "--tpot-ms", "13", *common[5:])) == idle
     assert "reason" in invoke(*common[:-1], "--explain")
@@ -181,7 +186,7 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     refused("both of --budget and --tpot-ms: a budget is a file or a target", *common, "--tpot-ms", "13")
     refused("neither of --budget and --tpot-ms: a budget is a file or a target", *common[:3])
     refused("tpot_ms = -1", *common[:3], "--tpot-ms", "-1")
-    refused("load 'wave': must be one of idle, constant, step", *common, "--trace", "wave")
+    refused("load 'wave': must be one of idle, constant, step", *common, "--load", "wave")
     refused("one reply has one budget: also give --arrivals", *common, "--budget", budget)
     refused("--arrivals speed=3: 'speed=3' is not known: give e.g. rate=0.8", *common, "--arrivals", "speed=3")
     refused("--arrivals rate=0: must have a rate of 0.001 to 1000 a second", *common, "--arrivals", "rate=0")
@@ -201,10 +206,10 @@ def test_simulate_refuses(tmp_path: Path) -> None:
         ("square:period_s=nan", "period_s = nan: must be"),
         ("x" * 5000, "must be one of idle"),
     ):
-        refused(allowed, *common, "--trace", trace)
+        refused(allowed, *common, "--load", trace)
     refused("/dev/full: writing failed (No space left on device)", *common, "--record", "/dev/full")
     invoke(*common, "--record", tmp_path / "free.jsonl", "-n", "5")
-    refused("has no predicted times", *common, "--trace", tmp_path / "free.jsonl")
+    refused("has no predicted times", *common, "--load", tmp_path / "free.jsonl")
     budget.write_text("min_agreement = 0.5\n")
     refused(f"{budget}: min_agreement = 0.5, but this bundle was not evaluated", *common)
     budget.write_text("tpot_ms = 0.1\non_infeasible = 'error'\n")
@@ -221,7 +226,7 @@ def test_agreement_of_a_profile_is_the_least_of_its_texts() -> None:
 
 def test_simulate_holds_the_power_of_the_rail_that_was_measured(tmp_path: Path) -> None:
     gpu = Power(exit_layer=5, rail="gpu", source="nvml:0", busy_w=60.0, idle_w=20.0, joules_per_token=1.0)
-    profile(power=(gpu,)).save("gpu.json")
+    save(profile(power=(gpu,)), "gpu.json")
     (tmp_path / "b.toml").write_text("power_w = 40\npower_rail = 'gpu'\n")
     found = json.loads(
         invoke("simulate", "--profile", "gpu.json", "--budget", "b.toml", "-n", "3000", "--seconds", "40", "--json")
@@ -229,11 +234,45 @@ def test_simulate_holds_the_power_of_the_rail_that_was_measured(tmp_path: Path) 
     assert found["mean_w"] == pytest.approx(40, rel=0.05)
     # 60 W on the default heat sink would be far above its throttling point, but measured watts disable throttling.
     (tmp_path / "b.toml").write_text("tpot_ms = 25\n")
-    profile(power=(gpu.model_copy(update={"rail": "board"}),)).save("gpu.json")
+    save(profile(power=(gpu.model_copy(update={"rail": "board"}),)), "gpu.json")
     found = json.loads(
         invoke("simulate", "--profile", "gpu.json", "--budget", "b.toml", "-n", "300", "--json", "--device", "tau_s=1")
     )
-    assert found["max_c"] > 200 and found["tokens_per_exit"]["5"] > 290
+    assert found["max_c"] is None and found["tokens_per_exit"]["5"] > 290
+    warm = ("--device", "tau_s=1", "--device", "kelvin_per_watt=6")
+    found = json.loads(invoke("simulate", "--profile", "gpu.json", "--budget", "b.toml", "-n", "300", "--json", *warm))
+    assert found["max_c"] > 200
+
+
+def test_the_rail_of_a_profile_is_that_of_its_meter(tmp_path: Path) -> None:
+    """A budget without watts or joules is about no rail; a plan and a simulation then show the one that was measured."""
+    save(profile(power=tuple(
+        Power(exit_layer=layer, rail="gpu", source="nvml:0", busy_w=60.0, idle_w=20.0, joules_per_token=1.0)
+        for layer in (2, 3, 5)
+    )), "gpu.json")  # fmt: skip
+    command = ["simulate", "--profile", "gpu.json", "--tpot-ms", "30", "-n", "50", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.stderr == "" and json.loads(done.stdout)["mean_w"] > 20
+    plan = json.loads(invoke("plan", "--profile", "gpu.json", "--tpot-ms", "30", "--json"))
+    assert [exit_["joules_per_token"] for exit_ in plan["exits"]] == [1.0] * 3
+    (tmp_path / "hot.toml").write_text("temperature_c = 60\n")
+    done = CliRunner().invoke(app, [*command[:3], "--budget", "hot.toml", "-n", "50"])
+    assert "its heat sink is unknown: degrees are those of a small board" in done.stderr
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--prompt-tokens", "512"), "--prompt-tokens 512: the context holds 512, and a reply needs a token"),
+    (("--arrivals", "rate=1000", "--seconds", "1000"), "1000000 requests would come, and at most 100000 may"),
+])  # fmt: skip
+def test_simulations_that_cannot_be(options: tuple[str, ...], message: str) -> None:
+    refused(message, "simulate", "--profile", "p.json", "--tpot-ms", "30", *options)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "1e7"])
+def test_a_simulation_has_an_end(seconds: str) -> None:
+    command = ["simulate", "--profile", "p.json", "--tpot-ms", "30", "--arrivals", "rate=1", "--seconds", seconds]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and "--seconds" in done.stderr
 
 
 @pytest.mark.parametrize("options", [(), ("--arrivals", "rate=1", "--seconds", "3")], ids=["one reply", "arrivals"])
@@ -243,7 +282,7 @@ def test_simulate_holds_the_power_of_the_rail_that_was_measured(tmp_path: Path) 
 def test_simulate_says_that_watts_were_not_measured(
     options: tuple[str, ...], device: tuple[str, ...], said: bool
 ) -> None:
-    profile(power=()).save("bare.json")
+    save(profile(power=()), "bare.json")
     command = ["simulate", "--profile", "bare.json", "--tpot-ms", "20", "-n", "10", *options, *device]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and ("has no power measurement" in done.stderr) == said

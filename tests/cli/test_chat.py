@@ -114,7 +114,7 @@ def test_budgets_are_checked_and_the_chat_goes_on(tiny: Any) -> None:
 
 def test_a_chat_is_recorded_and_shown_live(tiny: Any, tmp_path: Path) -> None:
     trace = tmp_path / "chat.jsonl"
-    done = chat(tiny.path, "the fox\nthe dog\n", "--trace", str(trace), "--live", "--tpot-ms", "900")
+    done = chat(tiny.path, "the fox\nthe dog\n", "--record", str(trace), "--live", "--tpot-ms", "900")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("last decisions") >= 2, done.stderr
     recorded = read_trace(trace)

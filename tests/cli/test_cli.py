@@ -88,7 +88,18 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "exit 2 on text.jsonl: KL" in done.stdout and "verified on 4 prompts" in " ".join(done.stdout.split())
     document = json.loads(invoke_here("inspect", bundle, "--json").stdout)
-    assert document["exits"][-1]["exit_layer"] == 5
+    assert document["exits"][-1]["exit_layer"] == 5 and document["exits"][0]["quality"]["text"]["text.jsonl"]
+    assert "agrees" in invoke_here("inspect", bundle).stdout
+    refused(
+        "documents or examples of text.jsonl, which this run would replace",
+        "eval",
+        bundle,
+        "--text",
+        text,
+        "--limit",
+        "1",
+    )
+    refused("--model x without --text", "eval", bundle, "--tasks", "t", "--model", "x")
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["quantization"]["kv_bits"] == 32 and manifest["quantization"]["method"] == "gptq"
     assert manifest["exits"][0]["quality"]["text"]["text.jsonl"]["kl"]["value"] > 0.01
@@ -120,7 +131,7 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_recorded_and_shares_packed_weights(exported: Path, tmp_path: Path) -> None:
     trace, packed = tmp_path / "run.jsonl", tmp_path / "packed"
-    options = ("-n", "6", "--exit", "3", "--trace", trace, "--packed", packed, "--json")
+    options = ("-n", "6", "--exit", "3", "--record", trace, "--packed", packed, "--json")
     done = invoke_here("run", exported, "the fox", *options)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
@@ -131,7 +142,7 @@ def test_a_run_is_recorded_and_shares_packed_weights(exported: Path, tmp_path: P
     done = invoke("run", exported, "the fox", "-n", "6", "--live", env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0 and "last decisions" in done.stderr, done
     done = invoke(
-        "run", exported, "the fox", "-n", "3", "--trace", "/dev/full"
+        "run", exported, "the fox", "-n", "3", "--record", "/dev/full"
     )  # the error comes after it began to write
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done
     assert "/dev/full: writing failed (No space left on device): free space" in done.stderr
@@ -142,8 +153,10 @@ def test_inspect(exported: Path) -> None:
     assert done.returncode == 0
     for text in ("tiny-llama", "0.60×", "untrained", "past_key_2", "batch × rows × 32", "logits"):
         assert text in done.stdout, text
+    refused("--io with --json: the document has the tables anyway", "inspect", exported, "--io", "--json")
     document = json.loads(invoke_here("inspect", exported, "--json").stdout)
     assert [row["exit_layer"] for row in document["exits"]] == [2, 3, 5]
+    assert {row["module"] for row in document["exits"][:2]} == {"decoder"}, "what the manifest says of an exit"
     reads = [row["bytes_read"] for row in document["exits"]]
     assert [row["ideal_speedup"] for row in document["exits"]] == [round(reads[-1] / read, 3) for read in reads]
     assert document["exits"][2]["non_embedding_parameters"] == document["exits"][2]["parameters_read"] - 320 * 32

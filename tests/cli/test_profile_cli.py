@@ -27,7 +27,12 @@ BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-c
 def measured(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A profile of the tiny bundle."""
     path = tmp_path_factory.mktemp("profiles") / "p.json"
-    done = invoke("profile", tiny.path, "-o", path, "-o", path.with_suffix(".csv"), *GRID)
+    done = invoke(
+        "profile",
+        tiny.path,
+        *(word for end in ("json", "csv", "jsonl") for word in ("-o", f"{path.parent}/p.{end}")),
+        *GRID,
+    )
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout and "energy is not measured" in done.stderr
     return path
@@ -42,15 +47,13 @@ def test_the_grid_fits_what_the_engine_holds(tiny: Any, tmp_path: Path, monkeypa
     assert done.returncode == 1 and "-p: 121 tokens are needed, but this bundle's context holds 100" in done.stderr
 
 
-def test_every_format_has_the_same_numbers(measured: Path, tiny: Any) -> None:
+def test_every_format_has_the_same_numbers(measured: Path) -> None:
     profile = DeviceProfile.load(measured)
     assert profile.command.endswith("--threads 1") and profile.complete
     table = list(csv.DictReader(io.StringIO(measured.with_suffix(".csv").read_text())))
     assert [float(line["p50_ms"]) for line in table] == [entry.timing.p50_ms for entry in profile.entries]
-    done = invoke("profile", tiny.path, "-o", "jsonl", *GRID)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["rows"] for line in lines] == [entry.rows for entry in profile.entries]
+    lines = [json.loads(line) for line in measured.with_suffix(".jsonl").read_text().splitlines()]
+    assert [(line["rows"], line["p50_ms"]) for line in lines] == [(e.rows, e.timing.p50_ms) for e in profile.entries]
 
 
 def test_plan_and_compare_print_for_people_and_programs(measured: Path, tiny: Any, tmp_path: Path) -> None:
@@ -76,6 +79,10 @@ def test_plan_and_compare_print_for_people_and_programs(measured: Path, tiny: An
     assert lines[0].startswith("kind,exit_layer,") and len(lines) == len(document["entries"]) + 1
     done = invoke_here("compare", measured, measured)
     assert done.returncode == 0 and "0 of" in done.stdout, done.stderr
+    assert invoke_here("compare", measured, measured, "-o", tmp_path / "diff.csv").stdout == ""
+    assert (tmp_path / "diff.csv").read_text().splitlines() == lines
+    refused("--all with -o: a file has all quantities anyway", "compare", measured, measured, "--all", "-o", "csv")
+    refused("-o diff.txt: must be one of json", "compare", measured, measured, "-o", "diff.txt")
 
 
 def test_bad_input_is_one_line(measured: Path, tiny: Any, bundle_copy: Path, tmp_path: Path) -> None:
@@ -119,7 +126,7 @@ def test_ctrl_c_writes_what_is_measured(tiny: Any, tmp_path: Path, interruptible
         "import sys; from balcony_runtime.profiler import run\n"
         "real = run._sustain\n"
         "def told(*a):\n    print('sustained', file=sys.stderr, flush=True); return real(*a)\n"
-        "run._sustain = told\n"
+        "run._sustain, run.BURST_S = told, 0.2\n"
         "from balcony_edge.cli import main; main()"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, *arguments]

@@ -171,7 +171,7 @@ def test_results_that_cannot_be_kept_are_refused_before_the_work(
 
 def test_missing_directories_of_outputs_are_made(tiny: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     trace = tmp_path / "a" / "run.jsonl"
-    assert invoke_here("run", tiny.path, "the fox", "-n", "2", "--trace", trace).returncode == 0 and trace.is_file()
+    assert invoke_here("run", tiny.path, "the fox", "-n", "2", "--record", trace).returncode == 0 and trace.is_file()
     small = tmp_path / "b" / "c" / "small"
     done = invoke_here("extract", tiny_checkpoint, "--exit", "0.6x", "-o", small, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["layers"] == 3 and (small / "config.json").is_file()
@@ -262,3 +262,15 @@ def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     wanted = "precision int4 runs only on the CPU: run it with --device cpu, or export the model with --precision fp16"
     refused_here(wanted, "run", bundle, "hi", "--device", "cuda")
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n"])
+def test_an_empty_key_opens_no_server(tiny: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused_here("--api-key or BALCONY_EDGE_API_KEY: is empty", "serve", tiny.path, "--api-key", key)
+    monkeypatch.setenv("BALCONY_EDGE_API_KEY", key)
+    refused_here("--api-key or BALCONY_EDGE_API_KEY: is empty", "serve", tiny.path)
+
+
+@pytest.mark.parametrize("option", ["--request-timeout", "--drain-timeout", "--prefix-mb"])
+def test_what_is_no_number_is_a_usage_error(tiny: Any, option: str) -> None:
+    refused_here("nan is not a finite number", "serve", tiny.path, option, "nan", code=2)

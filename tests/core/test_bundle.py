@@ -166,14 +166,14 @@ def test_asking_for_a_file_that_is_not_listed(tiny: Any) -> None:
 
 def test_results_that_are_recorded_at_once_are_all_kept(bundle_copy: Path) -> None:
     """Two evaluations and a build may end together."""
-    exits = Bundle.open(bundle_copy).manifest.exit_layers
+    exits, own = Bundle.open(bundle_copy).manifest.exit_layers, read_manifest(bundle_copy).fingerprint
     estimate = Estimate(value=0.5, stderr=0.1)
     text = TextQuality(
         documents=1, tokens=10, window=128, kl=estimate, agreement=estimate, perplexity=Estimate(value=3.0, stderr=0.1)
     )
 
     def record(name: str) -> None:
-        record_quality(bundle_copy, {layer: Quality(reference="full", text={name: text}) for layer in exits})
+        record_quality(bundle_copy, {layer: Quality(reference="full", text={name: text}) for layer in exits}, own)
 
     names = [f"text {number}" for number in range(12)]
     with ThreadPoolExecutor(12) as threads:

@@ -29,6 +29,9 @@ def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path)
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
+    (tmp_path / "file").chmod(0o640)
+    write_atomically(tmp_path / "file", b"new", InputError, "free space")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640, "only some may read it"
 
 
 def test_leftovers_of_a_killed_writer_are_removed_and_those_in_use_stay(tmp_path: Path) -> None:

@@ -276,11 +276,11 @@ REFUSALS = (
     ),
     Refusal(
         ("replay", "trace.jsonl"),
-        "trace.jsonl: contains no tokens: record a trace with `balcony-edge run --trace`",
+        "trace.jsonl: contains no tokens: record a trace with `balcony-edge run --record`",
         "a trace without a token",
     ),
     Refusal(
-        ("simulate", "--profile", "device.json", "--tpot-ms", "30", "--trace", "wave"),
+        ("simulate", "--profile", "device.json", "--tpot-ms", "30", "--load", "wave"),
         "load 'wave': must be one of idle, constant, step, ramp, square, bursts, or the file of a recorded trace",
         "a load that does not exist",
     ),

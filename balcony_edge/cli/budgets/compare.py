@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from balcony_edge.device.tables import Format
+from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
     from balcony_edge.device.compare import Comparison
@@ -22,20 +22,30 @@ def compare(
         bool, typer.Option("--all", help="Also show single passes and the time spent in Python.")
     ] = False,
     output: Annotated[
-        Format | None, typer.Option("--output", "-o", help="Print the quantities in this format instead of the table.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write all quantities to a file, whose suffix is the format (.json, .jsonl, .csv, .md), or print them: json, "
+            "jsonl, csv or md.",
+        ),
     ] = None,
 ) -> None:
     """Compare two devices, bundles or versions: show ratios and whether they are significant."""
+    from balcony_edge.cli.options import output_target, write_output
     from balcony_edge.cli.show import say_doubts
     from balcony_edge.device.compare import compare_profiles
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.device.tables import entry_line, render_lines
 
+    if output is not None and everything:
+        raise InputError("--all with -o: a file has all quantities anyway: leave --all out")
+    target = None if output is None else output_target(output)
     one, two = DeviceProfile.load(first), DeviceProfile.load(second)
     for path, profile in ((first, one), (second, two)):
         say_doubts(path, profile)
     found = compare_profiles(one, two)
-    if output is not None:
+    if target is not None:
         lines = [
             {
                 **{key: entry_line(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
@@ -49,7 +59,8 @@ def compare(
             for item in found
         ]
         document = {"differences": differences(one, two), "entries": lines}
-        print(json.dumps(document) + "\n" if output == "json" else render_lines(lines, output), end="")  # noqa: T201 - for programs
+        form, path = target
+        write_output(json.dumps(document) + "\n" if form == "json" else render_lines(lines, form), path)
         return
     _show(one, two, found, everything)
 
@@ -82,18 +93,20 @@ def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...],
     for line in differences(one, two):
         stdout.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     table = Table("ms", "first", "second", "ratio", "±", "significant")
-    for item in found:
-        if everything or item.entry.kind in ("prefill", "decode", "switch_up", "switch_down"):
-            style = ("red" if item.ratio > 1 else "green") if item.significant else None
-            table.add_row(
-                item.entry.title,
-                f"{item.first_ms:.2f}",
-                f"{item.second_ms:.2f}",
-                f"{item.ratio:.3f}",
-                f"{item.ratio_uncertainty:.3f}",
-                "yes" if item.significant else "no",
-                style=style,
-            )
+    shown = [
+        item for item in found if everything or item.entry.kind in ("prefill", "decode", "switch_up", "switch_down")
+    ]
+    for item in shown:
+        style = ("red" if item.ratio > 1 else "green") if item.significant else None
+        table.add_row(
+            item.entry.title,
+            f"{item.first_ms:.2f}",
+            f"{item.second_ms:.2f}",
+            f"{item.ratio:.3f}",
+            f"{item.ratio_uncertainty:.3f}",
+            "yes" if item.significant else "no",
+            style=style,
+        )
     stdout.print(table)
-    changed = sum(item.significant for item in found)
-    stdout.print(f"{changed} of {len(found)} quantities differ significantly (5 % would by chance alone)")
+    changed = sum(item.significant for item in shown)
+    stdout.print(f"{changed} of {len(shown)} quantities differ significantly (5 % would by chance alone)")

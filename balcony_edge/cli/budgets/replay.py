@@ -18,7 +18,9 @@ _COMPARED = ("exit_layer", "period_ms", "infeasible", "catch_up")
 def replay(
     trace: Annotated[
         Path,
-        typer.Argument(help="File that `run --trace`, `simulate --record`, `serve --record` or `record_rounds` wrote."),
+        typer.Argument(
+            help="File that `run --record`, `simulate --record`, `serve --record` or `record_rounds` wrote."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from balcony_edge.cli.options import finite
+
 if TYPE_CHECKING:
     from balcony_edge.budget import Budget
     from balcony_edge.cli.budgets.arrivals import Company
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.simulation.loads import Load
     from balcony_edge.simulation.plant import Physics
+
+
+#: Most requests of ``--arrivals``; so many take minutes.
+MOST_REQUESTS = 100_000
 
 
 def simulate(
@@ -33,22 +39,26 @@ def simulate(
     tpot_ms: Annotated[
         float | None, typer.Option(help="Target instead of a budget file: milliseconds between two tokens.")
     ] = None,
-    trace: Annotated[
+    slowdowns: Annotated[
         str,
         typer.Option(
-            help="Load: a trace that `run --trace` wrote, or one of idle, constant, step, ramp, square and bursts, "
-            "with parameters as in square:high=1.7."
+            "--load",
+            help="Slowdowns: a trace that `run --record` wrote, or one of idle, constant, step, ramp, square and bursts, "
+            "with parameters as in square:high=1.7.",
         ),
     ] = "idle",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, help="Most tokens to make.")] = 256,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Most seconds to simulate.")] = 600.0,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    seconds: Annotated[
+        float, typer.Option(min=0.001, max=1e6, callback=finite, help="Most seconds to simulate.")
+    ] = 600.0,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1, help="Length of the prompt.")] = 64,
     device: Annotated[
         list[str] | None,
         typer.Option(
             help="Constant of the simulated device, repeatable: idle_w=2 (watts without a step), busy_w=6 (watts that a step "
             "adds), ambient_c=25, kelvin_per_watt=6, tau_s=40, throttle_c=95, battery_j=0, charge=1, others_utilization=0, "
-            "... These are the defaults; a profile's own watts replace the first two."
+            "... These are the defaults. A profile's own watts replace the first two, and then the device throttles only if "
+            "throttle_c is given."
         ),
     ] = None,
     arrivals: Annotated[
@@ -74,7 +84,7 @@ def simulate(
     from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.trace import TraceWriter
     from balcony_edge.device.profile import DeviceProfile
-    from balcony_edge.errors import BudgetError
+    from balcony_edge.errors import BudgetError, ContextLengthError
     from balcony_edge.simulation import simulate as simulation
     from balcony_edge.simulation.plant import Plant
 
@@ -82,12 +92,16 @@ def simulate(
     if len(files) > 1 and arrivals is None:
         raise BudgetError(f"--budget {files[0]} --budget {files[1]}: one reply has one budget: also give --arrivals")
     asked, measured = asked_budget(files[0] if files else None, tpot_ms), DeviceProfile.load(profile)
+    if prompt_tokens >= (longest := measured.bundle.context_length):
+        raise ContextLengthError(
+            f"--prompt-tokens {prompt_tokens}: the context holds {longest}, and a reply needs a token: give a shorter prompt"
+        )
     say_doubts(profile, measured)
     costs = measured.costs
     if arrivals is not None:
         sizes = (prompt_tokens, tokens, seconds)
         with RoundTraceWriter(record) if record is not None else nullcontext() as rounds:
-            company = _company(files, asked, measured, parsed(arrivals), sizes, load(trace), seed, device, rounds)
+            company = _company(files, asked, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds)
         _say_if_unmeasured(profile, measured, asked, device)
         figures, rows = facts(company), explained(company) if explain else None
         if as_json:
@@ -97,11 +111,15 @@ def simulate(
         return
     with named_refusal(files[0] if files else None):
         resolved = asked.for_bundle(measured.agreement())
-    plant = Plant(costs, physics(device or [], measured, resolved), load(trace), prompt_tokens=prompt_tokens, seed=seed)
+    plant = Plant(
+        costs, physics(device or [], measured, resolved), load(slowdowns), prompt_tokens=prompt_tokens, seed=seed
+    )
     with TraceWriter(record) if record is not None else nullcontext() as writer:
         run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
     _say_if_unmeasured(profile, measured, asked, device)
     found = simulation.summary(run, resolved)
+    if _heat_sink_unknown(measured, asked, device):
+        found["max_c"] = None
     intervals = [interval._asdict() for interval in simulation.explain(run)] if explain else None
     if as_json:
         print(json.dumps(found if intervals is None else {**found, "intervals": intervals}))  # noqa: T201 - for programs
@@ -124,9 +142,15 @@ def _company(
     from balcony_edge.cli.budgets.arrivals import Company, classes
     from balcony_edge.cli.budgets.budget import named_refusal
     from balcony_edge.control.company.assignment import qualities
+    from balcony_edge.errors import InputError
     from balcony_edge.simulation.company import Arrival, poisson, simulate_company
 
     agreement, (prompt_tokens, tokens, seconds) = profile.agreement(), sizes
+    if (expected := arriving[0] * seconds) > MOST_REQUESTS:
+        raise InputError(
+            f"--arrivals with --seconds {seconds:g}: {expected:.0f} requests would come, and at most {MOST_REQUESTS} may: give "
+            "fewer seconds"
+        )
     named = {}
     for name, budget in classes(files, own).items():
         with named_refusal(name):
@@ -155,9 +179,19 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
     from balcony_edge.cli.console import stderr
 
     given = {word.partition("=")[0] for word in device or ()}
-    if profile.powered(budget.power_rail) is None and given.isdisjoint({"idle_w", "busy_w"}):
+    line = None
+    if profile.powered(profile.rail_of(budget)) is None and given.isdisjoint({"idle_w", "busy_w"}):
         line = "has no power measurement: watts and degrees are those of a small board; give --device idle_w=... and busy_w=..."
+    elif budget.temperature_c is not None and _heat_sink_unknown(profile, budget, device):
+        line = "its heat sink is unknown: degrees are those of a small board; give --device kelvin_per_watt=..."
+    if line is not None:
         stderr.print(f"{path}: {line}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _heat_sink_unknown(profile: DeviceProfile, budget: Budget, device: list[str] | None) -> bool:
+    """Whether the watts were measured, and nobody said how warm they make the device."""
+    given = {word.partition("=")[0] for word in device or ()}
+    return profile.powered(profile.rail_of(budget)) is not None and "kelvin_per_watt" not in given
 
 
 def load(text: str) -> Load:
@@ -180,7 +214,7 @@ def load(text: str) -> Load:
             times_s.append(before.seen.now_s - tokens[0].seen.now_s)  # start of the measured step
             slowdowns.append(last.measured_ms / last.predicted_ms)
     if not times_s:
-        raise InputError(f"--trace {text}: has no predicted times: record a run whose budget has a target")
+        raise InputError(f"--load {text}: has no predicted times: record a run whose budget has a target")
     return recorded(times_s, slowdowns)
 
 
@@ -196,8 +230,9 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
     from balcony_edge.errors import InputError
     from balcony_edge.simulation.plant import RANGES, Physics
 
-    values: dict[str, Any] = {"rail": budget.power_rail}
-    measured = profile.powered(budget.power_rail)
+    rail = profile.rail_of(budget)
+    values: dict[str, Any] = {"rail": rail}
+    measured = profile.powered(rail)
     if measured is not None:
         idle_w, busy_w = measured
         values |= {"idle_w": idle_w, "busy_w": busy_w, "throttle_c": math.inf}

@@ -44,7 +44,8 @@ def calibrate(
     from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.bundle.manifest import one_line
     from balcony_edge.bundle.quality import record_confidence
-    from balcony_edge.cli.console import progress_bar, refuse_given, stdout
+    from balcony_edge.cli.console import progress_bar, stdout
+    from balcony_edge.cli.options import refuse_given
     from balcony_edge.errors import BundleError, InputError
     from balcony_edge.files import require_writable
     from balcony_runtime.decoding.thresholds import compare_exits, learn
@@ -67,7 +68,7 @@ def calibrate(
     with progress_bar() as progress, Engine.of(opened) as engine:
         compared = compare_exits(engine, documents, lambda done: progress("comparing exits", done))
         found = learn(compared, one_line(text.name), *shares)
-    record_confidence(bundle, found)
+    record_confidence(bundle, found, opened.manifest.fingerprint)
     if as_json:
         print(json.dumps(found.model_dump(mode="json")))  # noqa: T201 - programs read this
         return

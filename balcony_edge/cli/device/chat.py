@@ -6,6 +6,7 @@ Owns the terminal. The conversation itself is :mod:`balcony_runtime.chat`, which
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from balcony_edge.budget import Budget
@@ -142,6 +143,7 @@ class Conversation:
     def _use_file(self, command: str, name: str) -> None:
         if not name:
             raise InputError(f"{command}: needs the name of a file: write e.g. {command} talk.session")
+        name = str(Path(name).expanduser())
         if command == "/save":
             size = self.chat.save(name)
             stdout.print(f"Saved {len(self.chat.messages)} messages in {name} ({size / 1e6:.1f} MB).", markup=False)

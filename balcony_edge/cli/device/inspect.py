@@ -11,6 +11,7 @@ import typer
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest, ModelSpec
 from balcony_edge.cli.show import show_engines
+from balcony_edge.errors import InputError
 
 
 def inspect(
@@ -22,7 +23,13 @@ def inspect(
     manifest = Bundle.open(bundle).manifest
     exits = [exit_facts(manifest, exit_layer) for exit_layer in manifest.exit_layers]
     if as_json:
-        document = {**manifest.model_dump(mode="json"), "exits": exits}
+        if tables:
+            raise InputError("--io with --json: the document has the tables anyway: leave --io out")
+        known = [spec.model_dump(mode="json") for spec in manifest.exits]
+        document = {
+            **manifest.model_dump(mode="json"),
+            "exits": [{**a, **b} for a, b in zip(known, exits, strict=True)],
+        }
         print(json.dumps(document))  # noqa: T201 - programs read this
         return
     _show(bundle, manifest, exits, tables)
@@ -80,7 +87,9 @@ def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: b
     if model.mixture is not None:
         stdout.print(f"mixture of {model.mixture.experts} experts, of which {model.mixture.chosen} run for each row")
         parameters = "parameters, all experts"
-    table = Table("exit", "depth", "kind", parameters, "MB read a token", "ideal speed-up")
+    agreement = manifest.agreement
+    evaluated = any(value is not None for value in list(agreement.values())[:-1])
+    table = Table("exit", "depth", "kind", parameters, "MB read a token", "ideal speed-up", *["agrees"] * evaluated)
     for facts in exits:
         kind = facts["kind"] if facts["trained"] else f"{facts['kind']} [yellow](untrained)[/]"
         table.add_row(
@@ -90,8 +99,12 @@ def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: b
             f"{facts['parameters_read'] / 1e6:.1f} M",
             f"{facts['bytes_read'] / 1e6:.1f}",
             f"{facts['ideal_speedup']:.2f}×",
+            *[("" if (share := agreement[facts["exit_layer"]]) is None else f"{share:.1%}")] * evaluated,
         )
     stdout.print(table)
+    if (thresholds := manifest.confidence) is not None:
+        known = ", ".join(f"exit {layer} from {one.threshold:.3f}" for layer, one in thresholds.thresholds.items())
+        stdout.print(f"confidence exits ({thresholds.measure}): {known or 'none keeps the promise'}", markup=False)
     for name, engines in manifest.engines.items():
         show_engines(name, engines)
     for name, graph in (

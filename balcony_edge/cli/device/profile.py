@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,7 +13,6 @@ from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
     from balcony_edge.device.profile import DeviceProfile
-    from balcony_edge.device.tables import Format
 
 
 def profile(
@@ -41,18 +40,28 @@ def profile(
         str | None, typer.Option(help="Also decode without a pause for this time, e.g. 300s or 5m: shows throttling.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report to this file.")] = None,
+    packed: Annotated[
+        Path | None, typer.Option(help="Directory for packed weights, which processes share; written by the first run.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
+        typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),
+    ] = "auto",
+    engines: Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")] = None,
 ) -> None:
     """Measure the cost of each exit on this device: time, memory, and energy if a sensor measures it."""
     import balcony_edge
     from balcony_edge.cli.console import progress_bar, stderr
+    from balcony_edge.cli.options import check_place, output_target, write_output
+    from balcony_edge.device.tables import render
     from balcony_runtime.profiler.grid import Grid, parse_values
     from balcony_runtime.profiler.run import Options, measure_profile
     from balcony_runtime.sensors import Sensors, device_sources
 
-    targets = [_target(value) for value in output or []]
+    targets = [output_target(value) for value in output or []]
     if report is not None:
-        _check_place(report)
+        check_place(report)
         from balcony_runtime.profiler.charts import require_plotly
         from balcony_runtime.profiler.report import write_report
 
@@ -63,7 +72,7 @@ def profile(
         "depths": None if depths is None else parse_values("-d", depths),
         "pending": None if pending is None else parse_values("--pending", pending),
     }
-    with balcony_edge.load(bundle, threads=threads) as llm:
+    with balcony_edge.load(bundle, threads=threads, packed=packed, device=device, engines=engines) as llm:
         grid = Grid.make(llm.engine.max_length, quick=quick, tokens=tokens, rounds=rounds, **asked)
         command = (
             shlex.join(["balcony-edge", *sys.argv[1:]]).encode("utf-8", "replace").decode()
@@ -72,7 +81,7 @@ def profile(
         with Sensors(device_sources()) as sensors, progress_bar() as progress:
             measured = measure_profile(llm, sensors, options, progress)
     for form, path in targets:
-        _write(measured, form, path)
+        write_output(render(measured, form), path)
     if report is not None:
         write_report(measured, report)
     if all(path is not None for _, path in targets):
@@ -85,28 +94,6 @@ def profile(
         raise typer.Exit(130)
 
 
-def _target(value: str) -> tuple[Format, Path | None]:
-    """``(format, file)``; None instead of a file means stdout."""
-    from balcony_edge.device.tables import FORMATS
-
-    for form in FORMATS:
-        if value == form:
-            return form, None
-        if value.endswith(f".{form}"):
-            path = Path(value)
-            _check_place(path)
-            return form, path
-    names = ", ".join(FORMATS)
-    raise InputError(f"-o {value}: must be one of {names}, or a file that ends in one of them: rename the file")
-
-
-def _check_place(path: Path) -> None:
-    """Refuse a file that cannot be written, before the minutes of measuring."""
-    from balcony_edge.files import require_writable_file
-
-    require_writable_file(path, str(path), InputError, "name a file in a place that is writable")
-
-
 def _seconds(text: str) -> float:
     units = {"s": 1.0, "m": 60.0}
     number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
@@ -117,18 +104,6 @@ def _seconds(text: str) -> float:
     if not 1 <= value <= 86_400:
         raise InputError(f"--sustain {text}: must be 1 s to a day: write 300s or 5m")
     return value
-
-
-def _write(measured: DeviceProfile, form: Format, path: Path | None) -> None:
-    from balcony_edge.device.tables import render
-    from balcony_edge.errors import ProfileError
-    from balcony_edge.files import write_atomically
-
-    text = render(measured, form)
-    if path is None:
-        print(text, end="")  # noqa: T201 - for programs
-    else:
-        write_atomically(path, text.encode(), ProfileError, "free space, or name a place that is writable")
 
 
 def _show(measured: DeviceProfile) -> None:

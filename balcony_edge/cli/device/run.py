@@ -51,7 +51,7 @@ def run(
         Path | None,
         typer.Option(help="Directory for packed weights, which processes share; written by the first run."),
     ] = None,
-    trace: Annotated[
+    record: Annotated[
         Path | None, typer.Option(help="Record the controller's observations and decisions (JSON lines).")
     ] = None,
     live: Annotated[bool, typer.Option("--live", help="Show exits, times, pace and sensors during the reply.")] = False,
@@ -133,8 +133,10 @@ def run(
     where: dict[str, Any] = {"threads": threads, "packed": packed, "device": device, "engines": engines}
     with balcony_edge.load(bundle, budget=asked, profile=profile, **where) as llm:
         styles = depth_styles(llm.exit_layers)
-        with nullcontext() if trace is None else TraceWriter(trace) as writer:
+        with nullcontext() if record is None else TraceWriter(record) as writer:
             if text is None:
+                if not llm.codec.has_chat_template:
+                    raise InputError(f"{bundle}: has no chat template: give a prompt, which it continues as a text")
                 options |= {"trace": writer, "control_tokens": control_tokens}
                 converse(llm, styles, system, options, live=live)
                 return

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from balcony_edge.cli.options import finite
+from balcony_edge.errors import InputError
 
 
 def serve(
@@ -39,9 +43,12 @@ def serve(
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Most replies in progress; others wait in line.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Most replies in line; one more is refused.")] = 64,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MB.")] = 8,
-    request_timeout: Annotated[float, typer.Option(min=1, help="Longest time of a request, in seconds.")] = 600.0,
+    request_timeout: Annotated[
+        float, typer.Option(min=1, callback=finite, help="Longest time of a request, in seconds.")
+    ] = 600.0,
     drain_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds for requests in progress when the server is told to stop.")
+        float,
+        typer.Option(min=1, callback=finite, help="Seconds for requests in progress when the server is told to stop."),
     ] = 30.0,
     profile: Annotated[
         Path | None, typer.Option(help="Device profile; without it, prices are measured at the start.")
@@ -51,7 +58,10 @@ def serve(
         typer.Option(help="Directory for packed weights, which processes share; written by the first run."),
     ] = None,
     prefix_mb: Annotated[
-        float, typer.Option(min=0, help="Megabytes of ended replies that are kept for prompts that begin alike.")
+        float,
+        typer.Option(
+            min=0, callback=finite, help="Megabytes of ended replies that are kept for prompts that begin alike."
+        ),
     ] = 256.0,
     prefix_dir: Annotated[
         Path | None,
@@ -101,10 +111,12 @@ def serve(
         llm.record_rounds(rounds)
         return llm
 
+    if os.environ.get("BALCONY_EDGE_API_KEY") == "" or (api_key is not None and not api_key.strip()):
+        raise InputError("--api-key or BALCONY_EDGE_API_KEY: is empty: give a key, or leave it out")
     limits = Limits(
         parallel=parallel,
         queue=queue,
-        body_bytes=max_body_mb << 20,
+        body_bytes=max_body_mb * 1_000_000,
         request_s=request_timeout,
         saved_bytes=saved_mb * 1_000_000,
     )
@@ -114,7 +126,7 @@ def serve(
         name=name,
         budget=budget,
         budgets=budgets,
-        api_key=(api_key or "").strip() or None,  # a secret from a file often ends in a newline
+        api_key=None if api_key is None else api_key.strip(),  # a secret from a file often ends in a newline
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         limits=limits,

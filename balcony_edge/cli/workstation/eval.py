@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from balcony_edge.bundle.manifest import Manifest
     from balcony_export.evaluate.report import Report
     from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
 
@@ -52,7 +53,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
-    from balcony_edge.bundle.bundle import Bundle
+    from balcony_edge.bundle.bundle import Bundle, read_manifest
     from balcony_edge.bundle.manifest import MANIFEST
     from balcony_edge.bundle.quality import record_quality
     from balcony_edge.cli.console import progress_bar, stderr
@@ -63,18 +64,24 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
     if not text and not names:
         raise InputError("no text and no task is given: give --text FILE, --tasks NAMES, or both")
-    if data is not None and not names:
-        raise InputError(f"--data {data} without --tasks: it has the files of tasks: name some, or leave it out")
-    if window is not None and not text:
-        raise InputError(f"--window {window} without --text: tasks have windows of their own: leave it out")
+    idle = {
+        f"--data {data} without --tasks: it has the files of tasks: name some, or": data is not None and not names,
+        f"--window {window} without --text: tasks have windows of their own:": window is not None and not text,
+        f"--model {model} without --text: only texts are compared with another model:": model is not None and not text,
+    }
+    for why, given in idle.items():
+        if given:
+            raise InputError(f"{why} leave it out")
     texts = _by_name(text or [])
     if output is not None:
         require_writable(output, f"--output {output}", InputError, "name another place")
     if Path(subject).name == MANIFEST:
         Bundle.open(subject)  # says what to give instead
     is_bundle = (Path(subject) / MANIFEST).is_file()
-    if is_bundle and record:
+    keeper = read_manifest(Path(subject)) if is_bundle and record else None
+    if keeper is not None:
         require_writable(Path(subject), subject, BundleError, "make it writable, or give --no-record")
+        _refuse_replacing(keeper, limit, (*texts, *names))
     if is_bundle and balconies is not None:
         raise InputError(f"{subject} is a bundle, which has its own balconies: leave --balconies out")
     if not is_bundle and model is not None:
@@ -87,10 +94,27 @@ def evaluate(
         compare_with = None if model is None else partial(_open_model, model, None, None, threads)
         report = _measure(scorer, compare_with, _Sources(texts, names, data, limit, window), progress)
     _show(report, as_json)  # first: results are shown even if they cannot be kept
-    if is_bundle and record:
-        record_quality(Path(subject), report.qualities)
+    if keeper is not None:
+        record_quality(Path(subject), report.qualities, keeper.fingerprint)
     if output is not None:
         write_report(report, output)
+
+
+def _refuse_replacing(manifest: Manifest, limit: int | None, names: Sequence[str]) -> None:
+    """Refuse a quick run whose results would replace those on more documents or examples."""
+    from balcony_edge.errors import InputError
+
+    if limit is None:
+        return
+    for quality in (exit_.quality for exit_ in manifest.exits if exit_.quality is not None):
+        sizes = {name: one.documents for name, one in quality.text.items()}
+        sizes |= {name: one.examples for name, one in quality.tasks.items()}
+        for name in names:
+            if sizes.get(name, 0) > limit:
+                raise InputError(
+                    f"--limit {limit}: the bundle has results on {sizes[name]} documents or examples of {name}, which this run "
+                    "would replace: give --no-record, or leave --limit out"
+                )
 
 
 def _by_name(files: list[Path]) -> dict[str, Path]:

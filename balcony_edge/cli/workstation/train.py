@@ -72,7 +72,7 @@ def train(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 2,
     micro_rows: Annotated[
-        int | None, typer.Option(help="Rows per pass (default: all rows of a step); fewer accumulate gradients.")
+        int | None, typer.Option(min=1, help="Rows per pass (default: all rows of a step); fewer accumulate gradients.")
     ] = None,
     positions: Annotated[int, typer.Option(help="Number of positions of a row in the loss; 0: all.")] = 0,
     vocabulary: Annotated[
@@ -140,7 +140,7 @@ def train(
         minutes=minutes,
         seq_len=seq_len,
         batch_rows=batch_rows,
-        micro_rows=micro_rows or batch_rows,
+        micro_rows=batch_rows if micro_rows is None else micro_rows,
         positions=positions,
         vocabulary=vocabulary,
         optimizer=optimizer,
@@ -265,7 +265,7 @@ def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -
 
 def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | None) -> tuple[str, BalconyKind]:
     """Initial weights of the balconies, for the record of the run, and their kind."""
-    from balcony_edge.cli.console import refuse_given
+    from balcony_edge.cli.options import refuse_given
     from balcony_export.model.balcony_files import digest_and_kind
 
     if start is None:

@@ -29,6 +29,7 @@ _COSTS = pydantic.TypeAdapter(CostModel)
 _INFINITE = pydantic.ConfigDict(ser_json_inf_nan="strings")
 _STATE = pydantic.TypeAdapter(CompanyState, config=_INFINITE)
 _LEARNED = pydantic.TypeAdapter(LearnedAlone | None, config=_INFINITE)
+_MEASURED = pydantic.TypeAdapter(Measurement)
 _STREAM = pydantic.TypeAdapter(StreamSeen)
 _CHUNK = pydantic.TypeAdapter(Chunk | None)
 #: Beginning of a part.
@@ -159,6 +160,8 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
             raise InputError(f"{name}: version {header['rounds']!r:.40} of rounds, must be {VERSION}: {_AGAIN}")
         costs, state = _COSTS.validate_python(header["costs"]), _STATE.validate_python(header["state"])
         quality = tuple(float(value) for value in header["quality"])
+        if len(quality) != len(costs.exits):
+            raise ValueError("qualities of another number of exits")
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise InputError(f"{name}: not readable as a trace of rounds ({type(error).__name__}): {_AGAIN}") from error
     budgets: dict[int, Budget] = {}
@@ -171,16 +174,10 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
                 break
             if "readings" in line:
                 readings = tuple(Reading.from_dict(reading) for reading in line["readings"])
-            streams = []
-            for stream in line["streams"]:
-                if "budget" in stream:
-                    budgets[stream["key"]] = Budget.model_validate(stream["budget"])
-                streams.append(_STREAM.validate_python({**stream, "budget": budgets[stream["key"]]}))
-            if any(len(stream.stage_rows) != len(costs.exits) for stream in streams):
-                raise ValueError("rows of another number of stages")
-            last = None if line["last"] is None else Measurement(*line["last"])
+            streams = _streams(line["streams"], budgets, len(costs.exits))
+            last = None if line["last"] is None else _MEASURED.validate_python(line["last"])
             learned = _LEARNED.validate_python(line.get("learned"))
-            seen = RoundSeen(tuple(streams), last, float(line["now_s"]), float(line["busy_s"]), readings, learned)
+            seen = RoundSeen(streams, last, float(line["now_s"]), float(line["busy_s"]), readings, learned)
             exits = {int(key): int(layer) for key, layer in line["exits"].items()}
             chunk, ended = _CHUNK.validate_python(line["chunk"]), tuple(map(int, line["ended"]))
             rounds.append(RecordedRound(seen, exits, chunk, str(line["reason"]), ended))
@@ -196,6 +193,20 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
         raise InputError(f"{name}: contains no rounds: {_AGAIN}")
     parts = sum(text.startswith(_BEGIN) for text in lines)
     return RoundTrace(costs, quality, state, tuple(rounds), parts)
+
+
+def _streams(lines: Sequence[dict[str, Any]], budgets: dict[int, Budget], exits: int) -> tuple[StreamSeen, ...]:
+    """The streams of a round. ``budgets`` has the last budget of each, and takes new ones."""
+    streams = []
+    for line in lines:
+        if "budget" in line:
+            budgets[line["key"]] = Budget.model_validate(line["budget"])
+        stream = _STREAM.validate_python({**line, "budget": budgets[line["key"]]})
+        for rows in (stream.stage_rows, stream.balcony_rows):
+            if len(rows) != exits or min(rows) < 0:
+                raise ValueError("rows of another number of stages")
+        streams.append(stream)
+    return tuple(streams)
 
 
 def replay_rounds(trace: RoundTrace) -> Iterator[Round]:

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
 
 
-from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle, read_manifest
 from balcony_edge.bundle.manifest import Estimate
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BalconyError, VerificationError
@@ -263,7 +263,7 @@ def test_report_and_manifest(bundle_copy: Path, data: Path) -> None:
     runs = evaluate_tasks(scorer, ["arc_easy", "lambada_openai"], data=data)
     scorer.close()
     report = build_report(scorer, "itself", text, runs)
-    record_quality(bundle_copy, report.qualities)
+    record_quality(bundle_copy, report.qualities, read_manifest(bundle_copy).fingerprint)
     after = Bundle.open(bundle_copy)  # every check of the bundle still holds
     assert after.manifest.fingerprint == before.fingerprint and after.manifest.files == before.files
     assert not list(bundle_copy.rglob("*partial*"))

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
 
+from balcony_edge.bundle.bundle import read_manifest
 from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TaskSummary, TextQuality
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BundleError, InputError
@@ -115,18 +116,21 @@ def test_recording_adds_and_never_mixes_references(bundle_copy: Path) -> None:
         return Quality(reference=reference, text={name: found})
 
     task = TaskQuality(metric="acc", examples=3, metrics={"acc": Estimate(value=0.5, stderr=0.1)})
-    record_quality(bundle_copy, {2: text("a", "x")})
-    record_quality(bundle_copy, {2: Quality(reference="x", tasks={"t": task})})
-    manifest = record_quality(bundle_copy, {2: text("b", "x")})
+    own = read_manifest(bundle_copy).fingerprint
+    record_quality(bundle_copy, {2: text("a", "x")}, own)
+    record_quality(bundle_copy, {2: Quality(reference="x", tasks={"t": task})}, own)
+    manifest = record_quality(bundle_copy, {2: text("b", "x")}, own)
     quality = manifest.exits[0].quality
     assert quality is not None and set(quality.text) == {"a", "b"} and set(quality.tasks) == {"t"}
     assert manifest.exits[1].quality is None
-    quality = record_quality(bundle_copy, {2: text("c", "y")}).exits[0].quality
+    quality = record_quality(bundle_copy, {2: text("c", "y")}, own).exits[0].quality
     assert (
         quality is not None and set(quality.text) == {"c"} and quality.reference == "y" and set(quality.tasks) == {"t"}
     )
     with pytest.raises(BundleError, match="has no exit 4: it has 2, 3, 5"):
-        record_quality(bundle_copy, {4: text("a", "x")})
+        record_quality(bundle_copy, {4: text("a", "x")}, own)
+    with pytest.raises(BundleError, match="another bundle has taken its place while it was measured: measure again"):
+        record_quality(bundle_copy, {2: text("a", "x")}, "0" * 64)
 
 
 def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> None:
@@ -136,8 +140,10 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
         summary = TaskSummary(tasks=tasks, average=ONE, drop=ONE, retention=None)
         return Quality(reference="x", text={"a": text}, tasks=dict.fromkeys(tasks, task), summary=summary)
 
+    own = read_manifest(bundle_copy).fingerprint
+
     def recorded(*layers: int, of: Quality) -> list[Quality | None]:
-        return [exit_.quality for exit_ in record_quality(bundle_copy, dict.fromkeys(layers, of)).exits]
+        return [exit_.quality for exit_ in record_quality(bundle_copy, dict.fromkeys(layers, of), own).exits]
 
     whole = quality(9, 8, 30, "s", "t", "u")
     recorded(2, 3, 5, of=whole)

@@ -15,7 +15,7 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle, read_manifest
 from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec, ThresholdSpec
 from balcony_edge.bundle.quality import record_confidence
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
@@ -202,7 +202,7 @@ def test_checks_are_rationed() -> None:
 def calibrated(export_tiny: Callable[[str], Any], tmp_path: Path) -> Path:
     """A tiny bundle whose tokens exit early at 2 if their largest probability is THRESHOLD or more."""
     path = Path(shutil.copytree(export_tiny("llama").path, tmp_path / "bundle"))
-    record_confidence(path, spec(threshold=THRESHOLD, share=0.99))
+    record_confidence(path, spec(threshold=THRESHOLD, share=0.99), read_manifest(path).fingerprint)
     return path
 
 
@@ -319,8 +319,8 @@ def test_a_trace_of_early_exits_replays(calibrated: Path, tmp_path: Path) -> Non
 
 def test_trials_teach_the_slowdown(tiny: Any, tmp_path: Path) -> None:
     """Next to another program nearly every token may be a trial, and the target must be held all the same."""
-    bundle = shutil.copytree(tiny.path, tmp_path / "b")
-    record_confidence(bundle, spec(threshold=THRESHOLD, share=0.9))
+    bundle = Path(shutil.copytree(tiny.path, tmp_path / "b"))
+    record_confidence(bundle, spec(threshold=THRESHOLD, share=0.9), read_manifest(bundle).fingerprint)
     with balcony_edge.load(bundle, budget=Budget(tpot_ms=1e6, policy="confident")) as llm:
         units = [replace(unit, first_row_ms=1000 * unit.first_row_ms) for unit in (*COSTS.stages, *COSTS.balconies)]
         llm.costs = replace(COSTS, stages=tuple(units[:3]), balconies=tuple(units[3:]))  # seconds a token

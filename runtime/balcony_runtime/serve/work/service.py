@@ -59,14 +59,14 @@ class Limits:
 
     parallel: int = 16
     queue: int = 64
-    body_bytes: int = 8 << 20
+    body_bytes: int = 8_000_000
     request_s: float = 600.0
-    saved_bytes: int = 1 << 30
+    saved_bytes: int = 1_000_000_000
     head_s: float = 10.0
     body_s: float = 30.0
     unread_s: float = 60.0
     connections: int = 1024
-    bodies_bytes: int = 64 << 20
+    bodies_bytes: int = 64_000_000
 
 
 class _Parts(NamedTuple):
