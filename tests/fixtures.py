@@ -19,10 +19,12 @@ import onnx
 import pytest
 from hypothesis import settings
 
+import balcony_edge
 from balcony_edge.errors import BalconyError
 from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.backends.webgpu.provider import find_provider
 from balcony_runtime.engine import Engine
+from balcony_runtime.llm import LLM
 
 # `make test` runs the same few examples every time; `make test-deep` runs many new ones (--hypothesis-profile=explore),
 # `make test-arm` half of them (--hypothesis-profile=emulated)
@@ -115,6 +117,20 @@ def one_engine_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
 def bundle_copy(tiny: Any, tmp_path: Path) -> Path:
     """A copy of the tiny Llama's bundle that a test may damage."""
     return Path(shutil.copytree(tiny.path, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def llm(tiny: Any) -> Iterator[LLM]:
+    """The tiny bundle, loaded for one test."""
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def tiny_llm(tiny: Any) -> Iterator[LLM]:
+    """The tiny bundle, loaded for the tests of a file that change nothing of it."""
+    with balcony_edge.load(tiny.path) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="session")

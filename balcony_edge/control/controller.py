@@ -303,7 +303,8 @@ class Controller:
         offset_index = chosen if catch_up is None else WITH_CATCH_UP
         price_ms = now_ms[chosen] + chunk_ms
         factor = math.exp(slowdown.mean + slowdown.offsets[offset_index])
-        limit_ms = outlook.room_ms[offset_index] * math.exp(plan.quantile * deviation)
+        timed = plan.tpot_ms < math.inf or seen.deadline_runs or (budget.ttft_ms is not None and not seen.made_tokens)
+        limit_ms = outlook.room_ms[offset_index] * math.exp(plan.quantile * deviation) if timed else math.inf
         if way is not None:
             why: object = way.words(exits)
         elif infeasible:
@@ -362,8 +363,9 @@ class Controller:
             may_rise = may_rise and seen.now_s - state.switched_s >= CEILING_DWELL_S
         if budget.tpot_ms is None:
             # Even without a target for the gap, no single token should pay for the whole backlog.
-            spike_ms = max(SPIKE * steady_ms[highest], 1000 / (budget.min_pace_tps or math.inf))
-            room_ms = [math.inf if first else spike_ms] * len(slowdown.offsets)
+            spike_ms, pace = SPIKE * steady_ms[highest], budget.min_pace_tps
+            log_pace = math.log(1000 / pace) - slowdown.mean - plan.quantile * deviation if pace else -math.inf
+            room_ms = [math.inf if first else max(spike_ms, math.exp(log_pace - one)) for one in slowdown.offsets]
             may_enter = [True] * len(now_ms)
         else:
             log_room = plan.log_tpot - slowdown.mean - plan.quantile * deviation
@@ -463,9 +465,8 @@ class Controller:
         if last is None:
             return slowdown, ()
         index = self._index.get(last.exit_layer)
-        if index is None or not (0 < last.measured_ms < math.inf and 0 < last.predicted_ms < math.inf):
+        if index is None or (log_ratio := last.log_ratio) is None:
             return slowdown, (f"measurement of {last.measured_ms:g} ms at exit {last.exit_layer} ignored",)
-        log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
         noise_scale = SWITCH_NOISE if state.tokens_since_switch == 1 else 1.0
         return slowdown.update(WITH_CATCH_UP if state.catching_up else index, log_ratio, noise_scale), ()
 

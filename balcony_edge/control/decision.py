@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,13 @@ class Measurement(NamedTuple):
     exit_layer: int
     predicted_ms: float
     measured_ms: float
+
+    @property
+    def log_ratio(self) -> float | None:
+        """Logarithm of measured over predicted time; None if a time is not above 0 and finite."""
+        if not (0 < self.measured_ms < math.inf and 0 < self.predicted_ms < math.inf):
+            return None
+        return math.log(self.measured_ms) - math.log(self.predicted_ms)
 
 
 class Observation(NamedTuple):

@@ -14,7 +14,7 @@ share that was asked for. So it has no integrator that could wind up while anoth
 Degrees respond too slowly for that. A PI controller holds them; its integral does not change while another quantity limits
 the share.
 
-A quantity with a ceiling but without a usable reading (absent, older than three seconds, or nonsense) is not held, and the
+A quantity with a ceiling but without a usable reading (absent, older than two seconds, or nonsense) is not held, and the
 reason of the token says so.
 """
 

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.response import MOST_W, Counter, Sample
-from balcony_edge.device.readings import Reading, Scope, adding_up
+from balcony_edge.device.readings import STALE_S, Reading, Scope, adding_up
 
-#: Age above which a reading is ignored: three ticks of a sensor that answers once a second.
-STALE_S = 3.0
 #: Range of plausible temperatures.
 LEAST_C, MOST_C = -60, 200
 

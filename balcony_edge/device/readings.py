@@ -14,6 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from balcony_edge.errors import InputError
 
+#: Seconds after which a reading no longer counts: two ticks of a sensor that answers once a second.
+STALE_S = 2.0
 #: Part that a reading is about. ``board`` is the whole device (Jetson VDD_IN, a laptop's battery drain, wall power); ``other``
 #: is a part outside this list, or several at once (a supply rail of CPU and GPU together, a wireless card's temperature).
 Scope = Literal["board", "cpu", "gpu", "memory", "battery", "process", "other"]

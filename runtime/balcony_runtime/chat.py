@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.engine import TokenSequence
@@ -59,8 +57,8 @@ class Chat:
                 an unfinished earlier reply joins it.
         """
         new = _messages(message)
-        if isinstance(message, str):
-            self._llm.encode(message)  # refuses an empty text
+        if isinstance(message, str) and not message.strip():
+            raise InputError("the prompt is empty: give a text")
         self._end_open_work()
         stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, **options)
         self._open_reply = TokenStream(self._recorded(new, stream), stream.request)
@@ -135,7 +133,7 @@ class Chat:
             system = self._llm.encode(self._system) if self._system else []
         except InputError:  # a template that wants a user's message
             system = []
-        self.sequence.rollback(self.sequence.shared_prefix(np.array(system, np.int64)))
+        self.sequence.keep_common(system)
 
     def _end_open_work(self) -> None:
         """End open work: an unfinished reply joins the history, and catching up stops after the current portion."""

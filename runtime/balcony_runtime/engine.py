@@ -312,6 +312,10 @@ class TokenSequence:
         """Number of first tokens that the only member has in common with ``tokens`` (n,)."""
         return common_length(self.tokens[0], tokens)
 
+    def keep_common(self, tokens: Sequence[int]) -> None:
+        """Forget all rows of the only member but those of the first tokens that it has in common with ``tokens``."""
+        self.rollback(self.shared_prefix(np.array(tokens, np.int64)))
+
     def too_long_error(self, more: int = 1) -> ContextLengthError:
         """The error for that many more tokens than the sequence can hold."""
         return ContextLengthError(

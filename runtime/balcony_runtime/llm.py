@@ -51,8 +51,6 @@ _log = logging.getLogger(__name__)
 #: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
 FIRST_READINGS_S = 1.0
 
-_ONE = (Budget, str, os.PathLike)
-
 
 class LLM(Closing):
     """A loaded bundle that generates within a budget. A context manager that frees the engine.
@@ -94,7 +92,7 @@ class LLM(Closing):
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
         around = Surroundings(
-            budgets=lambda: (self._budget, self._resolved),
+            budgets=lambda: self._budgets,
             check=self.resolved,
             costs=lambda: self._costs,
             readings=self.readings,
@@ -145,15 +143,15 @@ class LLM(Closing):
     @property
     def budget(self) -> Budget:
         """Limits of replies; set it to a budget, the path of a budget file, or None for full depth."""
-        return self._budget
+        return self._budgets[0]
 
     @budget.setter
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
         budget = parse_budget(value)
-        self._budget, self._resolved = budget, self.resolved(budget)
+        self._budgets = budget, self.resolved(budget)  # one assignment: other threads see both or neither
 
     def _kv_bytes(self) -> float | None:
-        bound_mb = self._budget.kv_memory_mb
+        bound_mb = self._budgets[0].kv_memory_mb
         return None if bound_mb is None else 1e6 * bound_mb
 
     def resolved(self, budget: Budget | None = None) -> Budget:
@@ -164,7 +162,7 @@ class LLM(Closing):
             InfeasibleError: no sensor measures a ceiling, and the budget asks for an error in that case.
         """
         if budget is None:
-            return self._resolved
+            return self._budgets[1]
         resolved = budget.for_bundle(self._agreement, calibrated=self.engine.manifest.confidence is not None)
         if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
@@ -352,9 +350,10 @@ class LLM(Closing):
         Raises:
             InputError: the prompts are one text, or there is not one budget for each; the others are those of :meth:`stream`.
         """
-        if isinstance(prompts, str):
-            raise InputError("prompts: one text: give a list of prompts, or use generate()")
-        budgets = [budget] * len(prompts) if budget is None or isinstance(budget, _ONE) else list(budget)
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            kind = "one text" if isinstance(prompts, str) else f"of type {type(prompts).__name__}"
+            raise InputError(f"prompts: {kind}: give a list of prompts, or use generate()")
+        budgets = list(budget) if isinstance(budget, list | tuple) else [budget] * len(prompts)
         if len(budgets) != len(prompts):
             raise InputError(f"budget: {len(budgets)} for {len(prompts)} prompts: give one for all, or one for each")
         requests = [
@@ -398,7 +397,7 @@ class LLM(Closing):
         seeded = sampling is not None and sampling.temperature > 0 and sampling.seed is not None
         if seeded and size is None:
             return False  # a batch draws from one generator, and a seed is each reply's own
-        return self._budget.kv_memory_mb is None and self._requests.scheduler.pool is None
+        return self._budgets[0].kv_memory_mb is None and self._requests.scheduler.pool is None
 
     def _in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> list[str]:
         """Reply to prompts of one length and one budget in one batch, for engines whose members all have the same length."""
@@ -455,7 +454,7 @@ class LLM(Closing):
         """
         request = self._requests.of(prompt, max_new_tokens=1, chat=chat, control_tokens=control_tokens)
         with self._requests.sequence(request) as sequence:
-            sequence.rollback(sequence.shared_prefix(np.array(request.ids, np.int64)))
+            sequence.keep_common(request.ids)
             sequence.append(request.ids[sequence.length :])
             sequence.catch_up()
             file.save(Path(path), self.engine, sequence, int8=int8)

@@ -211,7 +211,7 @@ class TokenStream(Closing, Iterator[Token]):
         with self._step:
             try:
                 token = next(self._source)
-            except StopIteration:
+            except BaseException:  # also the end of a source that was cancelled
                 if self._finish_reason is None:
                     self._finish_reason = "cancelled"
                 raise

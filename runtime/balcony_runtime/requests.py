@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -75,7 +76,7 @@ class Request(NamedTuple):
         watch: record of the budget.
         prompted: what is told of the prompt.
         box: tools that the reply may call; None for none.
-        asked_s: time of the request on ``time.monotonic``, from which its times count; None for the reply's first step.
+        asked_s: time of the request on ``time.monotonic``, from which its times count; None for the reply's beginning.
         text: makes its text, which may go on with the prompt's, as that of a plain text does.
     """
 
@@ -93,6 +94,10 @@ class Request(NamedTuple):
     text: TextStream
     box: Toolbox | None = None
     asked_s: float | None = None
+
+    def begun_s(self) -> float:
+        """Time of the request; that of the call if none was given."""
+        return time.monotonic() if self.asked_s is None else self.asked_s
 
     @property
     def rows(self) -> int:
@@ -257,9 +262,9 @@ class Requests:
         finally:
             self.scheduler.free(sequence)
 
-    def decoder(self, request: Request, sequence: TokenSequence) -> Decoder:
-        """A decoder of a reply; the sequence keeps the rows that it shares with the prompt."""
-        sequence.rollback(sequence.shared_prefix(np.array(request.ids[:-1], np.int64)))  # the last token is always run
+    def decoder(self, request: Request, sequence: TokenSequence, asked_s: float) -> Decoder:
+        """A decoder of a reply that was asked for at a time; the sequence keeps the rows that it shares with the prompt."""
+        sequence.keep_common(request.ids[:-1])  # the last token is always run
         prompt, around = np.array([request.ids[sequence.length :]], np.int64), self._around
         environment = Environment(
             lambda: (request.limits.resolved, around.costs()),
@@ -268,7 +273,7 @@ class Requests:
             request.trace,
             self._learned,
             keep_logits=request.logprobs is not None,
-            asked_s=request.asked_s,
+            asked_s=asked_s,
         )
         return Decoder(sequence, prompt, request.sampler, environment)
 
@@ -278,10 +283,11 @@ class Requests:
 
     def tokens(self, request: Request, sequence: TokenSequence | None) -> Generator[Token]:
         """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""
+        asked_s = request.begun_s()  # before a prefix is read from a file
         with contextlib.ExitStack() as held:
             if sequence is None:
                 sequence = held.enter_context(self.sequence(request))
-            decoder = self.decoder(request, sequence)
+            decoder = self.decoder(request, sequence, asked_s)
             # A trace records the decisions about one stream, so a stream that is recorded shares no rounds.
             steps = (
                 decoder.steps()

@@ -39,7 +39,7 @@ def told(
         except InfeasibleError:
             asked.watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else ())
             raise
-        if step is None:  # cancelled while it waited for its turn
+        if step is None or asked.cancelled.is_set():  # also while it waited for its turn or its pace
             return
         if count == 1:
             asked.prompted.cached = decoder.kept_rows

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import jinja2
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from balcony_edge.bundle.bundle import Bundle
@@ -37,9 +37,9 @@ _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(byte): byte for byte in _PRINTED} | {
     chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))
 }
-#: Marks around a placeholder for a control token that a user wrote. They are private-use characters, so texts do not contain
-#: them by chance.
-_OPEN, _CLOSE = "\ue0c0", "\ue0c1"
+#: Marks around a placeholder for a control token that a user wrote, and the first mark of one that the template wrote. They are
+#: private-use characters, so texts do not contain them by chance.
+_OPEN, _CLOSE, _ALIAS = "\ue0c0", "\ue0c1", "\ue0c2"
 #: Tokens before another one that decide how it is spelled.
 CONTEXT_TOKENS = 8
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
@@ -64,6 +64,7 @@ class TextCodec:
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
         self._literal: Tokenizer | None = None
+        self._aliases: tuple[Tokenizer, dict[int, int]] | None = None
         self._names: dict[int, str] = {}
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
@@ -200,20 +201,42 @@ class TextCodec:
         def hidden(value: Any) -> Any:
             """A value whose texts have placeholders for control tokens."""
             if isinstance(value, str):
-                text = re.sub(f"[{_OPEN}{_CLOSE}]", "", value)
+                text = re.sub(f"[{_OPEN}{_CLOSE}{_ALIAS}]", "", value)
                 return spelled.sub(lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", text)
             if isinstance(value, Mapping):
                 return {hidden(key): hidden(one) for key, one in value.items()}
             return [hidden(one) for one in value] if isinstance(value, list | tuple) else value
 
-        pieces = re.split(f"{_OPEN}([0-9]+){_CLOSE}", self._render(hidden(messages), hidden(variables)))
-        ids: list[int] = []
-        for place, piece in enumerate(pieces):  # texts and numbers of names take turns
-            tokenizer, text = (
-                (self._without_control_tokens(), names[int(piece)]) if place % 2 else (self._tokenizer, piece)
-            )
-            ids += tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        text = self._render(hidden(messages), hidden(variables))
+        if _OPEN not in text:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        # In one piece: many tokenizers put a space before the first word of each text that they are given.
+        tokenizer, own = self._aliased(names)
+        text = spelled.sub(lambda found: f"{_ALIAS}{names.index(found[0])}{_CLOSE}", text)
+        text = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: names[int(found[1])], text)
+        return [own.get(token, token) for token in tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def _aliased(self, names: Sequence[str]) -> tuple[Tokenizer, dict[int, int]]:
+        """A tokenizer that knows control tokens by aliases only, and their own ids by those of the aliases."""
+        if self._aliases is None:
+            tokenizer = Tokenizer.from_str(self._without_control_tokens().to_str())
+            tokenizer.encode_special_tokens = True
+            known = {token.content: (id_, token) for id_, token in tokenizer.get_added_tokens_decoder().items()}
+            own = {}
+            for place, name in enumerate(names):
+                id_, token = known[name]
+                alias = AddedToken(
+                    f"{_ALIAS}{place}{_CLOSE}",
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                    special=False,
+                )
+                tokenizer.add_tokens([alias])
+                own[tokenizer.token_to_id(alias.content)] = id_
+            self._aliases = tokenizer, own
+        return self._aliases
 
     def _without_control_tokens(self) -> Tokenizer:
         """A copy of the tokenizer that treats names of control tokens as plain text."""

@@ -82,12 +82,12 @@ class Together(Closing):
         Raises:
             BusyError: too many replies wait already.
         """
-        steps = deque[Step | Exception]()
+        steps, asked_s = deque[Step | Exception](), request.begun_s()
         with ExitStack() as held:
-            decoder, stream = held.enter_context(_joined(self._requests, request))
+            decoder, stream = held.enter_context(_joined(self._requests, request, asked_s))
             tokens = TokenStream(self._requests.told(request, _taken(steps), decoder), request)
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
-        self._scheduler.ask(stream, request.asked_s)
+        self._scheduler.ask(stream, asked_s)
         return tokens
 
     def pause(self, stream: TokenStream) -> None:
@@ -148,10 +148,10 @@ class Together(Closing):
 
 
 @contextmanager
-def _joined(requests: Requests, request: Request) -> Iterator[tuple[Decoder, Stream]]:
+def _joined(requests: Requests, request: Request, asked_s: float) -> Iterator[tuple[Decoder, Stream]]:
     """A reply in the company; one generator, which unwinds in order also where a ``Together`` is dropped without close()."""
     with requests.sequence(request) as sequence:
-        decoder = requests.decoder(request, sequence)
+        decoder = requests.decoder(request, sequence, asked_s)
         stream = requests.scheduler.join(decoder, sequence, request.rows, request.cancelled)
         try:
             yield decoder, stream

@@ -20,12 +20,6 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 
 
-@pytest.fixture
-def llm(tiny: Any) -> Iterator[LLM]:
-    with balcony_edge.load(tiny.path) as loaded:
-        yield loaded
-
-
 def finish(stream: Any) -> Reply:
     for _ in stream:
         pass
@@ -210,10 +204,10 @@ def test_a_task_that_is_cancelled_twice_ends_the_same(llm: LLM) -> None:
         stream._source = slow()
         task = asyncio.create_task(read(stream))
         await asyncio.to_thread(inside.wait, 5)
+        threading.Timer(0.3, go.set).start()  # the second cancellation waits for the step, and so does this loop
         for _ in range(2):
             task.cancel()
             await asyncio.sleep(0.02)
-        go.set()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert stream.reply.finish_reason == "cancelled" and next(stream, None) is None

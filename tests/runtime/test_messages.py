@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from balcony_edge.errors import InputError
 from balcony_runtime.structure.marks import ThoughtReader, overlap
-from tests.runtime.test_text import write_template
 from tests.support.properties import examples
+from tests.support.templates import write_template
 
 
 def said(*turns: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,6 @@ from balcony_runtime.reply import Reply
 from balcony_runtime.sessions import file
 from tests.runtime.backends.test_conformance import assert_equal, from_scratch
 from tests.support.properties import CHANCE, examples
-
-
-@pytest.fixture
-def llm(tiny: Any) -> Iterator[LLM]:
-    with balcony_edge.load(tiny.path) as loaded:
-        yield loaded
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +289,18 @@ def test_names_that_the_system_refuses_are_named(llm: LLM, tmp_path: Path, name:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be read"):
         Chat.load(llm, tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [object(), "\udcff"], ids=["object", "surrogate"])
+def test_messages_that_are_no_json_are_named(llm: LLM, tmp_path: Path, value: object) -> None:
+    talk = llm.chat()
+    for _ in talk.send({"role": "user", "content": "hi", "meta": value}, max_new_tokens=2):
+        pass
+    with pytest.raises(
+        InputError, match=r"the messages cannot be saved as JSON .*: leave out what is not text or numbers"
+    ):
+        talk.save(tmp_path / "talk.session")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_conversation_can_be_saved(llm: LLM, tmp_path: Path) -> None:

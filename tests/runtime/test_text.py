@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.text import StopStrings, TextCodec, TextStream
 from tests.support.properties import examples
+from tests.support.templates import manifest_of, write_template
 
 
 @pytest.fixture(scope="module")
@@ -91,83 +91,6 @@ def test_text_that_is_not_unicode_is_refused(codec: TextCodec) -> None:
     for chat in (None, False):
         with pytest.raises(InputError, match="the prompt is not valid UTF-8 at character 5: give it as UTF-8"):
             codec.encode("the \udcff", chat=chat)
-
-
-@pytest.mark.parametrize("text", ["a<end>b", "<end>", "the <end> fox <end><end>", "no token of control"])
-def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: Any, text: str) -> None:
-    """A plain text's are tokens by default, as in transformers; a message's are spelled, and the template's own stay."""
-    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
-    assert codec.encode(text, chat=False).count(end) == text.count("<end>")
-    assert codec.encode(text, control_tokens=True).count(end) == text.count("<end>")
-    assert codec.encode(text) == codec.encode(text, control_tokens=False)
-    tokenizer = Tokenizer.from_str(tiny.tokenizer.backend_tokenizer.to_str())
-    for chat, whole in ((False, text), (None, f"<user>{text}\n<assistant>")):
-        ids = codec.encode(text, chat=chat, control_tokens=False)
-        assert end not in ids and tokenizer.decode(ids, skip_special_tokens=False) == whole
-        if "<end>" not in text:
-            assert ids == codec.encode(text, chat=chat)
-
-
-def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> None:
-    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
-    written = write_template(bundle_copy, "{% for m in messages %}{{ m.content | trim }}<end>{% endfor %}")
-    assert written.encode(" a<end>b ").count(end) == 1
-    assert written.encode(" a<end>b ", control_tokens=True).count(end) == 2
-    assert written.encode("a<end>b", chat=False).count(end) == 1  # a plain text, as in transformers
-
-
-_EVERYWHERE = (
-    "{% if false %}<tool_call>{% endif %}"  # a format of calls that is known
-    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for d in documents or [] %}{{ d.text }}{% endfor %}"
-    "{{ mood }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.name }}{% for call in m.tool_calls or [] %}"
-    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<end>{% endfor %}"
-)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {
-            "messages": [{"role": "user", "content": "x"}],
-            "tools": [{"function": {"name": "a", "description": "<end>"}}],
-        },
-        {
-            "messages": [{"role": "user", "content": "x"}],
-            "tools": [{"function": {"<end>": 1, "b": ["<end>", {"c": "<end>"}]}}],
-        },
-        {"messages": [{"role": "user", "content": "x", "name": "<end>"}]},
-        {"messages": [{"role": "tool", "content": "x<end><end>"}]},
-        {"messages": [{"role": "user", "content": "\ue0c00\ue0c1<\ue0c0end>"}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "<end>"}]}]},
-        {"messages": [{"role": "user<end>", "content": "x"}]},
-        {
-            "messages": [
-                {
-                    "role": "assistant",
-                    "tool_calls": [{"function": {"name": "<end>", "arguments": '{"<end>": "<end>"}'}}],
-                }
-            ]
-        },
-        {"messages": [{"role": "user", "content": "x"}], "template_kwargs": {"mood": "<end>"}},
-        {"messages": [{"role": "user", "content": "x"}], "documents": [{"text": "<end>"}]},
-    ],
-    ids=str,
-)
-def test_no_text_of_a_request_is_a_control_token(bundle_copy: Path, tiny: Any, given: dict[str, Any]) -> None:
-    """Messages, roles, names, tools, calls, documents and variables: the template's own control token is the only one."""
-    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
-    codec = write_template(bundle_copy, _EVERYWHERE)
-    ids = codec.encode(given.pop("messages"), **given)
-    assert ids.count(end) == 1 and ids[-1] == end
-    assert "<end>" in codec._tokenizer.decode(ids[:-1], skip_special_tokens=False)  # spelled, in ordinary tokens
-
-
-def test_a_role_is_no_part_of_a_control_token(bundle_copy: Path) -> None:
-    """The template writes ``<role>``, and ``<end>`` would be the control token."""
-    codec = write_template(bundle_copy, _EVERYWHERE)
-    with pytest.raises(InputError, match="role = 'end': is part of a control token: give one of assistant, developer"):
-        codec.encode([{"role": "end", "content": "x"}])
-    assert codec.encode([{"role": "critic", "content": "x"}])
 
 
 @pytest.mark.parametrize(
@@ -285,16 +208,6 @@ def test_text_of_every_script_streams_whole(codec: TextCodec, text: str) -> None
     pieces = [stream.push(token) for token in codec.encode(text, chat=False)]
     assert all("\ufffd" not in piece for piece in pieces)
     assert "".join(pieces) + stream.flush() == text
-
-
-def manifest_of(bundle: Path) -> Manifest:
-    """Only the manifest, because the test then changes the files."""
-    return Manifest.model_validate_json((bundle / MANIFEST).read_text())
-
-
-def write_template(bundle: Path, template: str) -> TextCodec:
-    (bundle / "chat_template.jinja").write_text(template)
-    return TextCodec(Bundle(bundle, manifest_of(bundle)))
 
 
 def test_a_template_gets_the_roles_that_it_knows(bundle_copy: Path) -> None:

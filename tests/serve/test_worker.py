@@ -5,12 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import BudgetError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
@@ -20,12 +18,6 @@ from balcony_runtime.scheduling import stream
 from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.serve.work.jobs import Item, Job
 from balcony_runtime.serve.work.worker import Found, Worker
-
-
-@pytest.fixture
-def llm(tiny: Any) -> Iterator[LLM]:
-    with balcony_edge.load(tiny.path) as loaded:
-        yield loaded
 
 
 def job(worker: Worker, key: int, tokens: int, **options: Any) -> Job:

@@ -243,11 +243,8 @@ class JointController:
     def _learn(self, state: CompanyState, last: Measurement | None) -> Slowdown:
         """The filter after the last round."""
         slowdown = state.slowdown.for_exits(len(self._costs.exits))
-        if last is None or last.exit_layer not in self._index:
+        if last is None or last.exit_layer not in self._index or (log_ratio := last.log_ratio) is None:
             return slowdown
-        if not (0 < last.measured_ms < math.inf and 0 < last.predicted_ms < math.inf):
-            return slowdown
-        log_ratio = math.log(last.measured_ms) - math.log(last.predicted_ms)
         return slowdown.update(WITH_CATCH_UP if state.caught_up else self._index[last.exit_layer], log_ratio, 1.0)
 
     def _tick(self, governor: Governor, ceilings: Budget | None, slowdown: Slowdown, seen: RoundSeen) -> Governor:

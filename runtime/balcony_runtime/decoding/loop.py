@@ -137,7 +137,8 @@ class Decoder:
         self._decision: Decision | None = None
         self._seen: Observation | None = None
         self._read: Readings = (), 0.0
-        self._started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
+        #: Time of the request.
+        self.started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
         self._made = self._late = 0
         self._rows_run = sequence.rows_run  # at the last token
         #: Tokens that were made, and that nobody has taken yet: an interrupt may come in between, or while a token waits for
@@ -154,8 +155,10 @@ class Decoder:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
             ContextLengthError: the sequence is full.
         """
+        waited_ms = 1000 * (time.monotonic() - self.started_s)
         while True:
-            found, self.untold = self.step(), []
+            found, self.untold = self.step(waited_ms), []
+            waited_ms = 0.0
             yield from found
 
     def step(self, waited_ms: float = 0.0) -> list[Step]:
@@ -166,8 +169,7 @@ class Decoder:
         sequence, exits, learned, ids = self._sequence, self._sequence.exits, self._learned, self._ids
         if self.untold:
             return self.untold
-        begin_ns, rows_before = time.perf_counter_ns(), sequence.rows_run
-        new_rows = 1 if self._made else sequence.length - self.kept_rows
+        begin_ns, rows_before, new_rows = time.perf_counter_ns(), sequence.rows_run, self._fresh_rows
         decision = self._decide(self._last)
         if decision.catch_up is not None:
             run_chunk(sequence, decision.catch_up)
@@ -177,28 +179,34 @@ class Decoder:
             sequence.checkpoint()  # the end of the prompt, to which the next reply may go back
         forced = self._force(made.ids[-1])
         done_ns = time.perf_counter_ns()
-        caught_up = sequence.rows_run - rows_before - (exits.index(made.exit_layer) + 1) * new_rows
-        if made.drafted or caught_up < 0:  # rows beyond the new ones are backlog; a draft round has no backlog
-            caught_up = 0
         self._last, took_ms = None, (done_ns - begin_ns) / 1e6
         if self._made and attempted is None:
-            self._last = self._learn(decision, took_ms, caught_up)
+            self._last = self._learn(
+                decision, took_ms, sequence.rows_run - rows_before > exits.index(made.exit_layer) + 1
+            )
         elif made.price_ms:
             self._last = Measurement(made.exit_layer, made.price_ms, took_ms)
         learned.busy_ns += done_ns - begin_ns
-        rows_run = sequence.rows_run - caught_up  # the wait may run more
         try:  # wait after the step, so that a slow step shortens the wait
             if decision.period_ms:
                 learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
         finally:  # the token is made: an interrupt ends its wait only
-            steps = self._told(made, decision, forced, rows_run, waited_ms - begin_ns / 1e6)
+            steps = self._told(made, decision, forced, new_rows, waited_ms - begin_ns / 1e6)
         return steps
 
-    def _told(self, made: Made, decision: Decision, forced: list[int], rows_run: int, since_ms: float) -> list[Step]:
-        """The steps of tokens that are due now.
+    @property
+    def _fresh_rows(self) -> int:
+        """Number of rows that are new with the next token: those of the prompt at first, then one."""
+        return 1 if self._made else self._sequence.length - self.kept_rows
 
-        Rows beyond ``rows_run`` were caught up; ``since_ms`` is added to the time for their latency.
-        """
+    def _caught_up(self, exit_layer: int, new_rows: int) -> int:
+        """Number of rows that ran since the last token besides the new ones up to an exit; the count begins anew."""
+        rows_run, before = self._sequence.rows_run, self._rows_run
+        self._rows_run = rows_run
+        return max(rows_run - before - (self._sequence.exits.index(exit_layer) + 1) * new_rows, 0)
+
+    def _told(self, made: Made, decision: Decision, forced: list[int], new_rows: int, since_ms: float) -> list[Step]:
+        """The steps of tokens that are due now, with so many new rows; ``since_ms`` is added to the time for their latency."""
         self._emitted_ns = time.perf_counter_ns()
         latency_ms = since_ms + self._emitted_ns / 1e6
         given = decision
@@ -207,7 +215,9 @@ class Decoder:
             given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
         if self._environment.trace is not None:
             self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
-        steps, target_ms, caught_up = [], self._target_ms, self._sequence.rows_run - rows_run
+        steps, target_ms, caught_up = [], self._target_ms, self._caught_up(made.exit_layer, new_rows)
+        if made.drafted:  # the further rows are those of the drafts
+            caught_up = 0
         self._count(latency_ms)
         readings, read_s = self._read
         for place, ids in enumerate(made.ids):
@@ -215,7 +225,6 @@ class Decoder:
             steps.append(Step(ids, logits, given, target_ms, latency_ms, caught_up, self._budget, readings, read_s))
             latency_ms = 0.0  # the other tokens of a round came with the first
         self._made += len(steps)
-        self._rows_run = self._sequence.rows_run
         self.untold = steps + self._forced_steps(forced, steps[-1]) if forced else steps
         return self.untold
 
@@ -270,7 +279,7 @@ class Decoder:
             balcony_rows=balcony_rows,
             last=last,
             made_tokens=self._made,
-            started_s=self._started_s,
+            started_s=self.started_s,
             now_s=now_s,
             busy_s=self._learned.busy_ns / 1e9,
             readings=self._read[0],
@@ -309,7 +318,7 @@ class Decoder:
         sequence = self._sequence
         stage_rows, balcony_rows = sequence.rows_due(self._new_rows)
         context = sequence.length + self._new_rows - 1
-        started_s = self._started_s
+        started_s = self.started_s
         return StreamSeen(
             key, self._budget, context, stage_rows, balcony_rows, self._made, started_s, asked_s, late=self._late
         )
@@ -335,10 +344,7 @@ class Decoder:
             self._sequence.checkpoint()
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
-        sequence = self._sequence
-        own = (sequence.exits.index(decision.exit_layer) + 1) * (1 if self._made else sequence.length - self.kept_rows)
-        caught_up = max(sequence.rows_run - self._rows_run - own, 0)
-        self._rows_run = sequence.rows_run
+        caught_up = self._caught_up(decision.exit_layer, self._fresh_rows)
         self._count(latency_ms)
         step = Step(ids, kept, decision, self._target_ms, latency_ms, caught_up, self._budget, *read)
         forced = self._force(ids)
@@ -420,7 +426,7 @@ class Decoder:
             logits = sequence.step(exit_layer, ids)
         return Made([sampler.pick(logits)], [logits], exit_layer)
 
-    def _learn(self, decision: Decision, measured_ms: float, caught_up: int) -> Measurement | None:
+    def _learn(self, decision: Decision, measured_ms: float, caught_up: bool) -> Measurement | None:
         """Learn from a plain step, and return its measurement for the controller.
 
         Prefill is not measured, because its time says nothing about the slowdown of the next step. A policy compares its rounds

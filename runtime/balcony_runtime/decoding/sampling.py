@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balcony_edge.errors import InputError, shown
-from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
+from balcony_runtime.backends.base import FloatArray, IntArray, likeliest, not_finite
 
 #: Largest bias or penalty. It is far beyond every logit, and small enough for float32 that no sum or product overflows.
 LARGEST = 1e6
@@ -228,10 +228,7 @@ class Sampler:
             pairs = zip(adjusted, self._guides, strict=True)
             return self._recorded(np.array([self._guided(row, guide) for row, guide in pairs], np.int64))
         if self._params.temperature == 0:
-            ids: IntArray = adjusted.argmax(axis=-1)
-            # If one of the logits is NaN, argmax returns it.
-            if not all(math.isfinite(row[best]) for row, best in zip(adjusted, ids, strict=True)):
-                raise not_finite()
+            ids = likeliest(adjusted)
         else:
             ids = np.array([self._draw(row) for row in adjusted], np.int64)
         return self._recorded(ids)

@@ -160,7 +160,7 @@ class Scheduler:
             while True:
                 found = self._by_itself(stream)
                 if found is None:
-                    self.ask(stream)
+                    self.ask(stream, None if decoder.begun else decoder.started_s)
                     while stream.asks:
                         self.wait([stream])
                     if not (found := stream.steps()):

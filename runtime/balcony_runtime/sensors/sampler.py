@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
-from balcony_edge.device.readings import Reading
+from balcony_edge.device.readings import STALE_S, Reading
 from balcony_edge.errors import InputError
 from balcony_runtime.sensors.base import Absence, Source, SourceSample
 from balcony_runtime.sensors.plausible import Plausibility
@@ -71,7 +71,7 @@ class Sensors:
         sources: Iterable[Source],
         *,
         rate_hz: float = 5.0,
-        stale_s: float = 2.0,
+        stale_s: float = STALE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is read and no thread runs before :meth:`start`.

@@ -340,7 +340,12 @@ class _Reader:
 
 
 def _header(notes: Notes, tensors: _Tensors) -> bytes:
-    metadata = {"balcony_session": _NO_HASH, "notes": notes.model_dump_json()}
+    try:
+        metadata = {"balcony_session": _NO_HASH, "notes": notes.model_dump_json()}
+    except ValueError as error:
+        raise InputError(
+            f"the messages cannot be saved as JSON ({error}): leave out what is not text or numbers"
+        ) from error
     values: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, (kind, shape) in tensors.shapes.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
@@ -102,15 +102,13 @@ def schema_text(schema: Any) -> str:
 
 def _readable(schema: Any) -> Any:
     """A schema whose dates, times and addresses are those that readers take."""
-    if isinstance(schema, list):
-        return [_readable(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: value if key in VALUES else _readable(value) for key, value in schema.items()}
-    form = schema.get("format")
-    if isinstance(form, str) and form in _READABLE and "pattern" not in schema:
-        return {**_READABLE[form], **found}
-    return found
+
+    def with_pattern(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        form = schema.get("format")
+        known = isinstance(form, str) and form in _READABLE and "pattern" not in schema
+        return {**_READABLE[form], **schema} if known else schema
+
+    return _each(schema, with_pattern)
 
 
 #: As at OpenAI, a schema that is not ``strict`` may have keywords that the grammar cannot enforce: they are left out.
@@ -127,16 +125,27 @@ def lenient(schema: Any) -> Any:
     return {"x-guidance": JSON_FORM | _LENIENT, **_without_look_around(schema)}
 
 
-def _without_look_around(schema: Any, *, names: bool = False) -> Any:
+def _without_look_around(schema: Any) -> Any:
     """A schema without the patterns that need look-around, which the grammar's regular expressions do not have."""
+
+    def without(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        pattern = schema.get("pattern")
+        if not isinstance(pattern, str) or not _LOOK_AROUND.search(pattern):
+            return schema
+        return {key: value for key, value in schema.items() if key != "pattern"}
+
+    return _each(schema, without)
+
+
+def _each(schema: Any, change: Callable[[Mapping[str, Any]], Mapping[str, Any]], *, names: bool = False) -> Any:
+    """A schema with each schema in it changed; ``names``: its keys are names, and only its values are schemas."""
     if isinstance(schema, list):
-        return [_without_look_around(one) for one in schema]
+        return [_each(one, change) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
     return {
-        key: value if key in VALUES and not names else _without_look_around(value, names=not names and key in _NAMED)
-        for key, value in schema.items()
-        if not (key == "pattern" and isinstance(value, str) and _LOOK_AROUND.search(value))
+        key: value if key in VALUES and not names else _each(value, change, names=not names and key in _NAMED)
+        for key, value in (schema if names else change(schema)).items()
     }
 
 

@@ -56,6 +56,15 @@ def test_a_step_with_a_backlog_is_priced_as_the_model_prices_it() -> None:
             assert decision.price_ms == pytest.approx(costs.step_ms(exit_layer, rows, kept, 0))
 
 
+@pytest.mark.parametrize(("slowdown", "exit_layer"), [(1.0, 8), (1.5, 8), (1.75, 6), (3.0, 6)])
+def test_a_backlog_under_a_ceiling_costs_no_more_than_the_least_pace_allows(slowdown: float, exit_layer: int) -> None:
+    """A step of 60 ms at slowdown 1 has room in 100 ms up to slowdown 1.6; without a target it is certain to be in time."""
+    seen = Observation(Budget(power_w=8, min_pace_tps=10), 0, (1, 1, 201), STEADY, None)
+    decision = Controller(SMALL).decide(settled(6, mean=math.log(slowdown)), seen)[1]
+    assert decision.exit_layer == exit_layer and decision.probability == 1.0
+    assert decision.predicted_ms <= 100 or exit_layer == 6
+
+
 def test_probability_is_that_of_the_filter() -> None:
     decision = decide(settled(8, mean=math.log(2)), Budget(tpot_ms=20.8))
     # 10 ms at slowdown 2 against 20.8 ms: ln(1.04) / 0.02 = 1.961 deviations.

@@ -88,7 +88,7 @@ def test_all_parts_of_a_rail_count_and_only_fresh_sensible_ones() -> None:
     assert found is not None and (found.value, found.counter) == (7.0, (30.0, 1.5, ("rapl:0", "rapl:1")))
     half = watts((two[0], Reading("rapl:1", "cpu", 1.5, watts=4.0)), "cpu", 2.0)
     assert half == Sample(7.0, counter=None)  # one part without a counter: no sum of joules
-    assert watts(two, "cpu", 4.2) == Sample(4.0, counter=(20.0, 1.5, ("rapl:1",)))  # the first is 3.2 s old
+    assert watts(two, "cpu", 3.2) == Sample(4.0, counter=(20.0, 1.5, ("rapl:1",)))  # the first is 2.2 s old
     assert watts(two, "gpu", 2.0) is None
     whole = (Reading("ina238:VIN", "board", 1.0, watts=9.0), Reading("ina238:total", "board", 1.0, watts=8.0))
     assert watts(whole, "board", 1.0) == Sample(9.0)  # a board has one figure
@@ -378,12 +378,12 @@ def test_no_depth_is_taken_for_what_nothing_measures(key: str) -> None:
     assert after.unseen(Budget(**{key: 50})) == (key,) and after.unseen(Budget()) == ()
 
 
-def test_a_reading_of_three_seconds_ago_is_the_oldest_that_counts() -> None:
+def test_a_reading_of_two_seconds_ago_is_the_oldest_that_counts() -> None:
     reading = Reading("a", "cpu", 1.0, celsius=40.0, watts=3.0, utilization=0.5)
-    assert hottest_c([reading], 4.0) == 40.0 and hottest_c([reading], 4.01) is None
-    assert watts([reading], "cpu", 4.0) == Sample(3.0) and watts([reading], "cpu", 4.01) is None
-    assert newest([reading], "cpu", "utilization", 4.0, 1.0) is reading
-    assert newest([reading], "cpu", "utilization", 4.01, 1.0) is None
+    assert hottest_c([reading], 3.0) == 40.0 and hottest_c([reading], 3.01) is None
+    assert watts([reading], "cpu", 3.0) == Sample(3.0) and watts([reading], "cpu", 3.01) is None
+    assert newest([reading], "cpu", "utilization", 3.0, 1.0) is reading
+    assert newest([reading], "cpu", "utilization", 3.01, 1.0) is None
     assert newest([reading], "gpu", "utilization", 1.0, 1.0) is None
 
 

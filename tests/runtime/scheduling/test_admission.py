@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
@@ -26,12 +24,6 @@ from balcony_runtime.scheduling import scheduler as scheduler_module
 from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.text import TextCodec
 from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids
-
-
-@pytest.fixture
-def llm(tiny: Any) -> Iterator[LLM]:
-    with balcony_edge.load(tiny.path) as loaded:
-        yield loaded
 
 
 def room_for(llm: LLM, rows: int) -> None:

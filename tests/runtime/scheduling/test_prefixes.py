@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,6 @@ from balcony_runtime.text import TextCodec
 from tests.runtime.backends.test_conformance import assert_equal, from_scratch
 
 
-@pytest.fixture
-def llm(tiny: Any) -> Iterator[LLM]:
-    with balcony_edge.load(tiny.path) as loaded:
-        yield loaded
-
-
 def test_prefixes_are_saved_and_loaded(llm: LLM, tiny: Any, tmp_path: Path) -> None:
     path, common = tmp_path / "system.session", list(range(10, 90))
     assert llm.save_prefix(common, path) == 80
@@ -56,6 +50,26 @@ def test_prefixes_are_saved_and_loaded(llm: LLM, tiny: Any, tmp_path: Path) -> N
         with pytest.raises(InputError, match="shares no rows"):
             other.load_prefix(path)
         assert other.save_prefix(common, tmp_path / "other.session") == 80
+
+
+def test_the_time_to_the_first_token_has_that_of_reading_a_prefix(tiny: Any, tmp_path: Path) -> None:
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path, budget=Budget(ttft_ms=10_000)) as llm:
+        recall = SequencePool.recall
+
+        def slowly(*args: Any) -> Any:
+            time.sleep(0.3)
+            return recall(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SequencePool, "recall", slowly)
+            alone = llm.generate([1, 2, 3], max_new_tokens=2)
+            with llm.together() as replies:
+                stream = replies.add([4, 5, 6], max_new_tokens=2)
+                while replies.open:
+                    replies.step()
+    for reply in (alone, stream.reply):
+        assert reply.tokens[0].latency_ms >= 300
+        assert [verdict.reached >= 300 for verdict in reply.verdicts] == [True]
 
 
 def test_names_of_control_tokens_in_a_saved_prefix_are_text(llm: LLM, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,6 @@ from balcony_runtime.scheduling.scheduler import MOST_WAITING
 from balcony_runtime.scheduling.stream import Stream
 from tests.support.command import invoke_here
 from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids
-
-
-@pytest.fixture
-def llm(tiny: Any) -> Iterator[LLM]:
-    with balcony_edge.load(tiny.path) as loaded:
-        yield loaded
 
 
 def test_threads_write_what_they_write_alone(llm: LLM) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,6 @@ from tests.support.replies import PRICES, all_at_once, free_members, ids
 
 SLOW = Budget(max_pace_tps=1 / 60)
 ENDLESS: dict[str, Any] = {"max_new_tokens": 200, "ignore_eos": True}
-
-
-@pytest.fixture
-def llm(tiny: Any) -> Iterator[LLM]:
-    with balcony_edge.load(tiny.path) as loaded:
-        yield loaded
 
 
 def test_a_reply_that_waits_for_its_pace_holds_up_nobody(llm: LLM) -> None:
@@ -323,7 +316,7 @@ def test_all_stages_of_a_long_prompt_make_way(llm: LLM) -> None:
     for budget, first, left in ((Budget(), 1, 40), (Budget(exit_layer=2), 101, 1)):
         request = llm._requests.of(list(range(first, first + 40)), budget=budget)
         with llm._requests.sequence(request) as sequence:
-            decoder = llm._requests.decoder(request, sequence)
+            decoder = llm._requests.decoder(request, sequence, request.begun_s())
             assert decoder.rows_due == 40
             sequence.run_stage(0, 39)  # exit 2 needs no other stage, and the full depth two more
             assert decoder.rows_due == left

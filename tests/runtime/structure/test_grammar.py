@@ -61,6 +61,15 @@ def test_formats_are_those_that_readers_take(grammars: Grammars, form: str, good
         assert all(guide.permits(token) and guide.accept(token) is None for token in tokens) == (one in good), one  # type: ignore[func-returns-value]
 
 
+def test_a_property_may_have_the_name_of_a_keyword() -> None:
+    """Its schema is read like any other, and what a keyword holds as a value is not."""
+    date = {"type": "string", "format": "date"}
+    schema = {"type": "object", "properties": {"default": date, "const": date}, "enum": [{"properties": {"a": date}}]}
+    found = json.loads(structure_of(json_schema=schema).text)  # type: ignore[union-attr]
+    assert "pattern" in found["properties"]["default"] and "pattern" in found["properties"]["const"]
+    assert found["enum"] == schema["enum"]
+
+
 def test_what_is_kept_is_bounded_in_length(grammars: Grammars, monkeypatch: Any) -> None:
     monkeypatch.setattr("balcony_runtime.structure.grammar.MOST_KEPT_CHARACTERS", 10)
     asked = [Structure("regex", text) for text in ("aaaa", "bbbb", "cccc", "dddddddddd", "eeeeeeeeeeeeee")]

@@ -1,0 +1,122 @@
+"""Control tokens that a prompt spells out: which become tokens, and which are text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import InputError
+from balcony_runtime.text import TextCodec
+from tests.support.templates import manifest_of, write_template
+
+
+@pytest.fixture(scope="module")
+def codec(tiny: Any) -> TextCodec:
+    return TextCodec(Bundle.open(tiny.path))
+
+
+@pytest.mark.parametrize("text", ["a<end>b", "<end>", "the <end> fox <end><end>", "no token of control"])
+def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: Any, text: str) -> None:
+    """A plain text's are tokens by default, as in transformers; a message's are spelled, and the template's own stay."""
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    assert codec.encode(text, chat=False).count(end) == text.count("<end>")
+    assert codec.encode(text, control_tokens=True).count(end) == text.count("<end>")
+    assert codec.encode(text) == codec.encode(text, control_tokens=False)
+    tokenizer = Tokenizer.from_str(tiny.tokenizer.backend_tokenizer.to_str())
+    for chat, whole in ((False, text), (None, f"<user>{text}\n<assistant>")):
+        ids = codec.encode(text, chat=chat, control_tokens=False)
+        assert end not in ids and tokenizer.decode(ids, skip_special_tokens=False) == whole
+        if "<end>" not in text:
+            assert ids == codec.encode(text, chat=chat)
+
+
+def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> None:
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    written = write_template(bundle_copy, "{% for m in messages %}{{ m.content | trim }}<end>{% endfor %}")
+    assert written.encode(" a<end>b ").count(end) == 1
+    assert written.encode(" a<end>b ", control_tokens=True).count(end) == 2
+    assert written.encode("a<end>b", chat=False).count(end) == 1  # a plain text, as in transformers
+
+
+_EVERYWHERE = (
+    "{% if false %}<tool_call>{% endif %}"  # a format of calls that is known
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+    "{{ mood }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.name }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<end>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "tools": [{"function": {"name": "a", "description": "<end>"}}],
+        },
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "tools": [{"function": {"<end>": 1, "b": ["<end>", {"c": "<end>"}]}}],
+        },
+        {"messages": [{"role": "user", "content": "x", "name": "<end>"}]},
+        {"messages": [{"role": "tool", "content": "x<end><end>"}]},
+        {"messages": [{"role": "user", "content": "\ue0c00\ue0c1<\ue0c0end>"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "<end>"}]}]},
+        {"messages": [{"role": "user<end>", "content": "x"}]},
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "<end>", "arguments": '{"<end>": "<end>"}'}}],
+                }
+            ]
+        },
+        {"messages": [{"role": "user", "content": "x"}], "template_kwargs": {"mood": "<end>"}},
+        {"messages": [{"role": "user", "content": "x"}], "documents": [{"text": "<end>"}]},
+    ],
+    ids=str,
+)
+def test_no_text_of_a_request_is_a_control_token(bundle_copy: Path, tiny: Any, given: dict[str, Any]) -> None:
+    """Messages, roles, names, tools, calls, documents and variables: the template's own control token is the only one."""
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    codec = write_template(bundle_copy, _EVERYWHERE)
+    ids = codec.encode(given.pop("messages"), **given)
+    assert ids.count(end) == 1 and ids[-1] == end
+    assert "<end>" in codec._tokenizer.decode(ids[:-1], skip_special_tokens=False)  # spelled, in ordinary tokens
+
+
+def test_a_role_is_no_part_of_a_control_token(bundle_copy: Path) -> None:
+    """The template writes ``<role>``, and ``<end>`` would be the control token."""
+    codec = write_template(bundle_copy, _EVERYWHERE)
+    with pytest.raises(InputError, match="role = 'end': is part of a control token: give one of assistant, developer"):
+        codec.encode([{"role": "end", "content": "x"}])
+    assert codec.encode([{"role": "critic", "content": "x"}])
+
+
+def spaced(prepends: bool) -> Tokenizer:
+    """A tokenizer of characters as in Llama 2 (a normalizer) or Mistral (a pre-tokenizer): a space comes before a text."""
+    characters = ["<unk>", "<end>", "▁", *map(chr, range(0x21, 0x7F)), "\n"]
+    tokenizer = Tokenizer(models.BPE({text: place for place, text in enumerate(characters)}, [], unk_token="<unk>"))
+    if prepends:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken("<end>", normalized=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("prepends", [True, False])
+def test_a_spelled_token_brings_no_spaces(bundle_copy: Path, prepends: bool) -> None:
+    """What a tokenizer puts before a text comes once, and after the template's own tokens, but not around a user's words."""
+    tokenizer, template = spaced(prepends), "{% for m in messages %}{{ m.content }}<end>{% endfor %}a"
+    (bundle_copy / "tokenizer.json").write_text(tokenizer.to_str())
+    write_template(bundle_copy, template)
+    ids = TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy))).encode("x <end>a<end> y")
+    assert ids.count(1) == 1
+    place = ids.index(1)
+    assert tokenizer.decode(ids[:place]) == " x <end>a<end> y"
+    assert ids[place:] == tokenizer.encode("x<end>a", add_special_tokens=False).ids[-len(ids[place:]) :]
