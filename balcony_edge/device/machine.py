@@ -6,6 +6,7 @@ Owns reading it (procfs, sysfs, NVML) and naming the differences of two. It meas
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -13,6 +14,7 @@ import re
 import threading
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -243,21 +245,27 @@ def _ask_nvml() -> tuple[Gpu, ...]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
+    gpus = []
     try:
         driver = str(pynvml.nvmlSystemGetDriverVersion())
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(
-            Gpu(
-                name=str(pynvml.nvmlDeviceGetName(handle)),
-                driver=driver,
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-            )
-            for handle in handles
-        )
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(pynvml.NVMLError):  # one that is lost or forbidden hides no other
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                name = str(pynvml.nvmlDeviceGetName(handle))
+                gpus.append(Gpu(name=name, driver=driver, memory_bytes=_gpu_memory(pynvml, handle)))
     except pynvml.NVMLError:  # Orin's NVML answers some of these and refuses others
-        return ()
-    finally:
+        pass
+    with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlShutdown()
+    return tuple(gpus)
+
+
+def _gpu_memory(pynvml: Any, handle: Any) -> int:
+    """Bytes of a GPU's own memory; 0 if it has none, as a GB10."""
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError_NotSupported:
+        return 0
 
 
 def _shown(value: object) -> str:

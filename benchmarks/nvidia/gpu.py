@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?")
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--device", choices=["tensorrt", "cuda", "nv", "cpu"], default="tensorrt")
+    parser.add_argument("--device", choices=["tensorrt", "cuda", "cpu"], default="tensorrt")
     parser.add_argument("--engines")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])

@@ -96,10 +96,12 @@ def build(
 
 
 def default_context(bundle: Path) -> int:
-    """Default for the rows of the caches: the bundle's context, at most ``CONTEXT_LENGTH``."""
+    """Default for the rows of the caches: the bundle's context, at most ``CONTEXT_LENGTH``, in steps that masks may have."""
     from balcony_edge.bundle.bundle import Bundle
+    from balcony_export.tensorrt.engine_set import MASK_STEP
 
-    return min(CONTEXT_LENGTH, Bundle.open(bundle, verify_hashes=False).manifest.model.context_length)
+    context = Bundle.open(bundle, verify_hashes=False).manifest.model.context_length
+    return max(min(CONTEXT_LENGTH, context) // MASK_STEP, 1) * MASK_STEP
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from balcony_export.tensorrt.integers import Rounding
 from balcony_runtime.backends.accelerator.tensorrt_builder import Target
 from balcony_runtime.backends.token_table import unpacked
 
+#: Divides the rows of caches: a mask has one column for each row, and kernels for attention read it in such steps (those of
+#: ONNX Runtime for CUDA fail at addresses that are not aligned).
+MASK_STEP = 8
 _EXPORT_ONE = "export one with --precision int4,positive,block=64,head=4 --calibration TEXT"
 
 
@@ -60,6 +63,11 @@ def make_graphs(
     if not 1 <= form.capacity <= context:
         raise InputError(
             f"--context-length {form.capacity}: this bundle takes 1 to {context}: give a number in this range"
+        )
+    if form.capacity % MASK_STEP:
+        raise InputError(
+            f"--context-length {form.capacity}: must be a multiple of {MASK_STEP}, because kernels read masks in such steps: "
+            f"give {max(form.capacity // MASK_STEP, 1) * MASK_STEP}"
         )
     graphs = tensorrt_graphs(bundle, form, rounding)
     with WeightFile(directory) as weights:

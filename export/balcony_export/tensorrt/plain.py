@@ -59,9 +59,10 @@ class _Chain:
         self.nodes.append(node)
         return node.outputs[0]
 
-    def split(self, value: ir.Value | None, width: int) -> Sequence[ir.Value]:
-        """The two halves of the last axis."""
-        node = ir.Node("", "Split", [value, self.ints(width, width)], [ir.AttrInt64("axis", -1)], num_outputs=2)
+    def split(self, value: ir.Value | None, width: int, whole: int) -> Sequence[ir.Value]:
+        """Two parts of the last axis of so many numbers each, and the rest of it if there is one."""
+        sizes = [width, width, whole - 2 * width] if whole > 2 * width else [width, width]
+        node = ir.Node("", "Split", [value, self.ints(*sizes)], [ir.AttrInt64("axis", -1)], num_outputs=len(sizes))
         self.nodes.append(node)
         return node.outputs
 
@@ -87,12 +88,13 @@ def _rotary(chain: _Chain, node: ir.Node) -> None:
     heads = node.attributes["num_heads"].as_int()
     assert cos is not None and cos.shape is not None
     half = int(cos.shape[1])  # type: ignore[arg-type]
-    split = chain("Reshape", rows, chain.ints(0, 0, heads, 2 * half))
-    first, second = chain.split(split, half)
+    assert rows is not None and rows.shape is not None
+    width = int(rows.shape[-1])  # type: ignore[arg-type]
+    first, second, *rest = chain.split(chain("Reshape", rows, chain.ints(0, 0, heads, -1)), half, width // heads)
     angles = [chain("Unsqueeze", chain("Gather", table, positions, axis=0), chain.ints(2)) for table in (cos, sin)]
     left = chain("Sub", chain("Mul", first, angles[0]), chain("Mul", second, angles[1]))
     right = chain("Add", chain("Mul", second, angles[0]), chain("Mul", first, angles[1]))
-    chain("Reshape", chain("Concat", left, right, axis=-1), chain.ints(0, 0, heads * 2 * half))
+    chain("Reshape", chain("Concat", left, right, *rest, axis=-1), chain.ints(0, 0, width))
 
 
 def _scatter(chain: _Chain, node: ir.Node) -> None:

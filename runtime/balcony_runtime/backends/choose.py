@@ -120,6 +120,7 @@ def open_backend(
         DeviceError: the device is missing.
         MissingDependencyError: the engine is not installed.
     """
+    named = device != "auto" or engines is not None
     if device == "auto" and packed is not None:
         device = "cpu"
     if device == "auto":
@@ -153,7 +154,13 @@ def open_backend(
         return tensorrt.open_backend(bundle, engines, verify_hashes=verify_hashes)
     from balcony_runtime.backends.accelerator import onnxruntime  # noqa: PLC0415 - likewise
 
-    return onnxruntime.open_backend(bundle, engines, device, threads=threads, verify_hashes=verify_hashes)
+    try:
+        return onnxruntime.open_backend(bundle, engines, device, threads=threads, verify_hashes=verify_hashes)
+    except DeviceError as error:
+        if named:
+            raise
+        _log.warning("%s: runs on the CPU: %s", bundle.path, error)
+        return open_backend(bundle, "cpu", threads=threads, verify_hashes=verify_hashes)
 
 
 def _faster(bundle: Bundle, threads: int | None, verify_hashes: bool) -> Backend:

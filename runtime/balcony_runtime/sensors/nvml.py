@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,6 @@ class Nvml:
         self._gpus: tuple[Any, ...] = ()  # for each GPU a handle, or the reason why there is none
         self._used: int | None = None  # the GPU that CUDA uses, if that is known and matters
         self._problem: Absence | None = None
-        self._sampled_us: dict[int, int] = {}  # GPU → newest sample of any process
 
     def discover(self) -> None:
         if self._open:
@@ -75,7 +75,7 @@ class Nvml:
             if isinstance(gpu, Absence):  # a lost or forbidden GPU must not hide the others
                 absences.append(gpu)
                 continue
-            values, missing = self._ask(index, gpu)
+            values, missing = self._ask(gpu)
             part = f"nvml:{index}"
             if values:
                 readings.append(Reading(part, "gpu" if self._used in (None, index) else "other", now_s, **values))
@@ -88,14 +88,14 @@ class Nvml:
             self.close()
         return SourceSample(tuple(readings), tuple(absences))
 
-    def _ask(self, index: int, gpu: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    def _ask(self, gpu: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """Fields of one GPU's reading, and for each reason the fields that are missing because of it."""
         questions: tuple[tuple[tuple[str, ...], Callable[[], tuple[Any, ...]]], ...] = (
             (("watts",), lambda: (pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,)),
             (("joules",), lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000,)),
             (("celsius",), lambda: (float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),)),
             (("utilization",), lambda: (pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,)),
-            (("own_utilization",), lambda: (self._own_utilization(index, gpu),)),
+            (("own_utilization",), lambda: (self._own_utilization(gpu),)),
             (("memory_bytes", "memory_total_bytes"), lambda: _memory(gpu)),
             (("throttled",), lambda: (bool(_clock_reasons(gpu) & _LIMITS),)),
         )
@@ -110,16 +110,14 @@ class Nvml:
             values.pop("own_utilization", None)
         return values, missing
 
-    def _own_utilization(self, index: int, gpu: Any) -> float | None:
+    def _own_utilization(self, gpu: Any) -> float | None:
         """This process's share, or None if NVML does not know it, as in a container with its own process ids."""
         own = os.getpid()
-        since_us = max(0, self._sampled_us.get(index, 0) - _PROCESS_WINDOW_US)
+        since_us = time.time_ns() // 1000 - _PROCESS_WINDOW_US  # samples are stamped with the time of day
         try:
             samples = pynvml.nvmlDeviceGetProcessUtilization(gpu, since_us)
         except pynvml.NVMLError_NotFound:  # no process used the GPU
             samples = []
-        newest_us = max((sample.timeStamp for sample in samples), default=0)
-        self._sampled_us[index] = max(newest_us, self._sampled_us.get(index, 0))
         shares: list[float] = [sample.smUtil / 100 for sample in samples if sample.pid == own]
         if shares:
             return sum(shares) / len(shares)

@@ -109,6 +109,30 @@ def test_the_files_that_are_built_compute_what_pytorch_computes(
         assert np.abs(got - want).max() <= 2e-2 * np.abs(want).max(), exit_layer
 
 
+@pytest.mark.parametrize("rotated", [8, 4])
+def test_plain_rotation_leaves_the_rest_of_a_head_alone(rotated: int) -> None:
+    """Two heads of 8; of some models only a part of each is rotated."""
+    heads, width, rows = 2, 8, 3
+    attributes = {} if rotated == width else {"rotary_embedding_dim": rotated}
+    node = onnx.helper.make_node("RotaryEmbedding", ["x", "cos", "sin", "at"], ["y"], num_heads=heads, **attributes)
+    kinds = {
+        "x": (1, [1, rows, heads * width]),
+        "at": (7, [1, rows]),
+        "cos": (1, [16, rotated // 2]),
+        "sin": (1, [16, rotated // 2]),
+    }
+    inputs = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in kinds.items()]
+    graph = onnx.helper.make_graph([node], "g", inputs, [onnx.helper.make_tensor_value_info("y", *kinds["x"])])
+    whole = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
+    plain = ir.serde.deserialize_model(whole)
+    plain_operators(plain)
+    random = np.random.default_rng(0)
+    fed = {name: random.normal(size=shape).astype(np.float32) for name, (kind, shape) in kinds.items() if kind == 1}
+    fed["at"] = np.array([[3, 4, 15]])
+    made = [open_session(one.SerializeToString()).run(None, fed)[0] for one in (whole, ir.serde.serialize_model(plain))]
+    np.testing.assert_allclose(made[1], made[0], atol=1e-6)
+
+
 def test_plain_attention_scales_before_its_product() -> None:
     """Products of queries and keys leave the range of float16 in some models; scaled, they are ordinary numbers."""
     shape = [1, 1, 4, 64]

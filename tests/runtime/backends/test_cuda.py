@@ -6,6 +6,7 @@ import gc
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,6 +153,39 @@ def test_what_cannot_be_captured_runs_as_it_is(
     without = CudaDevice(capture=False)
     assert without.captured(good) is good
     without.close()
+
+
+def test_graphs_that_cannot_be_parts_of_one_run_one_by_one(
+    gpu: Runtime, device: CudaDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those with nodes of memory, which CUDA refuses as children."""
+    region = device.allocate((4,), "float32")
+    parts = [device.captured(kernel(gpu, device, lambda: doubled(region), region)) for _ in range(2)]
+    for function in ("cudaGraphAddChildGraphNode", "cudaGraphInstantiate"):
+        gpu.fail(function, ERRORS.cudaErrorNotSupported)
+        step = device.joined(parts)
+        device.upload(region, np.ones(4))
+        step()
+        assert device.download(region).tolist() == [4] * 4
+    assert caplog.text.count("runs as several CUDA graphs, which is slower") == 1, "the same error is told once"
+
+
+def test_what_a_graph_uses_lives_until_the_graph_is_destroyed(gpu: Runtime, device: CudaDevice) -> None:
+    """A context whose kernels are in an executable; Python may collect both in any order."""
+
+    class Context:
+        pass
+
+    region, context = device.allocate((4,), "float32"), Context()
+    gone = weakref.ref(context)
+    plain = kernel(gpu, device, lambda: doubled(region), region)
+    step = device.joined([device.captured(Launch(lambda context=context: plain.run(), lambda: True))])  # type: ignore[misc]
+    del context, step
+    gc.collect()
+    assert gone() is not None, "nothing has destroyed the graph yet"
+    device.allocate((4,), "float32")  # the next call that may
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_interrupt_ends_the_capture(gpu: Runtime, device: CudaDevice) -> None:

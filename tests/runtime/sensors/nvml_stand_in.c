@@ -8,6 +8,7 @@
  *   NVML_HANG            a power reading does not come back for 30 s
  *   NVML_POWER_MW, NVML_ENERGY_MJ, NVML_CELSIUS, NVML_BUSY, NVML_REASONS   values
  *   NVML_PID             the process that uses the GPU: "self" or a number; 70 % and 50 % of it in two samples
+ *   NVML_AGO_MS          its samples are older by so much
  *   NVML_UNPLACED        questions about the place on the PCI bus answer GPU_IS_LOST
  *   NVML_QUIET           it has not used the GPU lately: no samples
  * NVML_OLD_DRIVER at compile time leaves out what drivers before 535 do not export.
@@ -16,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { SUCCESS = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, GPU_IS_LOST = 15 };
@@ -162,12 +164,14 @@ int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice device, unsigned *count, 
     return SUCCESS;
 }
 
-/* Samples at 10.0 s and 10.5 s of the driver's clock, 2 s earlier for the second GPU; those up to ``since`` µs are left out. */
+/* Samples of 0.6 s and 0.1 s ago (more by NVML_AGO_MS), in µs of the time of day; those up to ``since`` are left out. */
 int nvmlDeviceGetProcessUtilization(nvmlDevice device, nvmlProcessSample *samples, unsigned *count,
                                     unsigned long long since) {
     int code = refusal("ProcessUtilization", device);
     unsigned pid = user_pid();
-    unsigned long long end = 12500000ull - 2000000ull * (size_t)device;
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    unsigned long long end = now.tv_sec * 1000000ull + now.tv_nsec / 1000 - 100000ull - 1000ull * value("NVML_AGO_MS", 0);
     nvmlProcessSample all[] = {{pid, end - 500000ull, 70, 0, 0, 0}, {pid, end, 50, 0, 0, 0}};
     unsigned fresh = 0;
     if (code != SUCCESS) return code;

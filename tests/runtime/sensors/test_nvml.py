@@ -125,14 +125,24 @@ def test_own_share(library: Path, environment: dict[str, object], own: float | N
     assert reading["utilization"] == 0.85 and reading.get("own_utilization") == own
 
 
-def test_a_second_look_still_sees_the_last_second_of_samples(library: Path) -> None:
-    first, second = ask(library, "print(json.dumps([look(), look()]))", pid="self")
-    assert first["readings"][0]["own_utilization"] == second["readings"][0]["own_utilization"] == 0.6
+def test_own_share_is_that_of_the_last_second(library: Path) -> None:
+    """The driver keeps the samples of a process that has become idle."""
+    program = "found = [look(), look()]; os.environ['NVML_AGO_MS'] = '2000'; print(json.dumps([*found, look()]))"
+    for count in (1, 2):
+        shares = [
+            [reading["own_utilization"] for reading in seen["readings"]]
+            for seen in ask(library, program, pid="self", count=count)
+        ]
+        assert shares == [[0.6] * count, [0.6] * count, [0.0] * count]
 
 
-def test_each_gpu_has_its_own_last_second_of_samples(library: Path) -> None:
-    for look in ask(library, "print(json.dumps([look(), look()]))", pid="self", count=2):
-        assert [reading["own_utilization"] for reading in look["readings"]] == [0.6, 0.6]
+def test_a_gpu_without_memory_of_its_own_or_one_that_is_lost_hides_none(library: Path) -> None:
+    program = "from balcony_edge.device.machine import this_device as here\n"
+    program += "print(json.dumps([gpu.model_dump() for gpu in here().gpus]))"
+    plain = ask(library, program, count=2)
+    assert len(plain) == 2 and plain[0]["memory_bytes"] == 8 << 30
+    assert [gpu["memory_bytes"] for gpu in ask(library, program, count=2, unsupported="MemoryInfo")] == [0, 0]
+    assert ask(library, program, count=3, unopened=1) == [plain[0]] * 2
 
 
 def test_limits_throttle_and_idling_does_not(library: Path) -> None:

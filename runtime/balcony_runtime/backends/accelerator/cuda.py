@@ -120,13 +120,13 @@ class _Graph:
     def __init__(self, device: CudaDevice, graph: Any, keeps: object) -> None:
         self.handle, self._device, self._keeps = graph, device, keeps
         self._executable: Any = None
-        device.own(self, cudart.cudaGraphDestroy, graph)
+        device.own(self, cudart.cudaGraphDestroy, graph, keeps)
 
     def instantiate(self) -> None:
         """Make the graph ready to launch."""
         if self._executable is None:
             self._executable = check(cudart.cudaGraphInstantiate(self.handle, 0))
-            self._device.own(self, cudart.cudaGraphExecDestroy, self._executable)
+            self._device.own(self, cudart.cudaGraphExecDestroy, self._executable, self._keeps)
 
     def __call__(self) -> None:
         check(cudart.cudaGraphLaunch(self._executable, self._device.stream))
@@ -145,9 +145,9 @@ class CudaDevice:
     def __init__(self, *, capture: bool = True) -> None:
         self.capability = compute_capability()
         self._capture = capture
-        # Graphs and executables with the call that destroys them, and those that nobody uses any more. Python may collect an
-        # object in any thread at any time, even during a capture, so they are destroyed later.
-        self._owned: dict[object, tuple[Callable[[Any], tuple[Any, ...]], Any]] = {}
+        # Graphs and executables with the call that destroys them and what must outlive them, and those that nobody uses any
+        # more. Python may collect an object in any thread at any time, even during a capture, so they are destroyed later.
+        self._owned: dict[object, tuple[Callable[[Any], tuple[Any, ...]], Any, object]] = {}
         self._dropped: deque[object] = deque()
         self._regions: set[int] = set()
         self._uploads: list[npt.NDArray[Any]] = []
@@ -234,12 +234,16 @@ class CudaDevice:
         try:
             graph = _Graph(self, self._recorded(launch), launch)
         except DeviceError as error:
-            self.synchronize()  # raises if the GPU is lost
-            if str(error) not in self._warned:  # once, and not for every sequence
-                self._warned.add(str(error))
-                _log.warning("%s; this part of a decode step runs without a CUDA graph, which is slower", error)
+            self._warn(error, "this part of a decode step runs without a CUDA graph")
             return launch
         return Launch(graph)
+
+    def _warn(self, error: DeviceError, what: str) -> None:
+        """Say once, and not for every sequence, that a step is slower than it could be; raises if the GPU is lost."""
+        self.synchronize()
+        if str(error) not in self._warned:
+            self._warned.add(str(error))
+            _log.warning("%s; %s, which is slower", error, what)
 
     def _recorded(self, launch: Launch) -> Any:
         """Capture a launch and return the graph's handle."""
@@ -256,10 +260,17 @@ class CudaDevice:
 
     def joined(self, launches: Sequence[Launch]) -> Callable[[], None]:
         graphs = [launch.run for launch in launches if isinstance(launch.run, _Graph)]
-        if len(graphs) < len(launches):
-            for graph in graphs:
-                graph.instantiate()
-            return in_turn(launches)
+        if len(graphs) == len(launches):
+            try:
+                return self._one(graphs, launches)
+            except DeviceError as error:  # a graph with nodes of memory cannot be a part of another one
+                self._warn(error, "a decode step runs as several CUDA graphs")
+        for graph in graphs:
+            graph.instantiate()
+        return in_turn(launches)
+
+    def _one(self, graphs: Sequence[_Graph], launches: Sequence[Launch]) -> Callable[[], None]:
+        """One graph of several."""
         whole = _Graph(self, check(cudart.cudaGraphCreate(0)), launches)
         last: list[Any] = []
         for graph in graphs:  # each after the one before
@@ -267,17 +278,17 @@ class CudaDevice:
         whole.instantiate()
         return whole
 
-    def own(self, user: object, destroy: Callable[[Any], tuple[Any, ...]], handle: Any) -> None:
-        """Destroy a part of CUDA after its user is gone, or when the device closes."""
+    def own(self, user: object, destroy: Callable[[Any], tuple[Any, ...]], handle: Any, keeps: object) -> None:
+        """Destroy a part of CUDA after its user is gone, or when the device closes; ``keeps`` lives until then."""
         key = object()
-        self._owned[key] = (destroy, handle)
+        self._owned[key] = (destroy, handle, keeps)
         weakref.finalize(user, self._dropped.append, key)
 
     def _collect(self) -> None:
         while self._dropped:
-            destroy, handle = self._owned.pop(self._dropped.popleft(), (None, None))
-            if destroy is not None:
-                check(destroy(handle))
+            if (owned := self._owned.pop(self._dropped.popleft(), None)) is not None:
+                check(owned[0](owned[1]))
+            del owned  # what it kept may now be dropped, too
 
     def synchronize(self) -> None:
         """Wait for all work on the stream."""
@@ -292,7 +303,7 @@ class CudaDevice:
         with _logged(), self.current():
             for call, argument in (
                 (cudart.cudaStreamSynchronize, self.stream),
-                *self._owned.values(),
+                *((destroy, handle) for destroy, handle, _ in self._owned.values()),
                 *((self._freed, pointer) for pointer in self._regions),
                 (cudart.cudaStreamSynchronize, self.stream),
                 (cudart.cudaFreeHost, self._pinned),

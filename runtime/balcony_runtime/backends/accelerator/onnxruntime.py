@@ -5,6 +5,8 @@ Owns the sessions. All tensors are bound by pointer, so rows and caches never le
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,15 @@ class OnnxRuntimeExecutor:
         threads: int | None = None,
     ) -> None:
         name, self._memory = PROVIDERS[provider]
-        if name not in checked_onnxruntime().get_available_providers():
+        module = checked_onnxruntime()
+        if name not in module.get_available_providers():
             raise DeviceError(
                 f"--device {provider}: this build of ONNX Runtime has no {name}: "
                 "pip uninstall onnxruntime, then install 'balcony-edge[gpu]'; or run with --device cpu"
             )
+        if provider == "cuda":  # CUDA's and cuDNN's libraries may be packages of this environment
+            with contextlib.redirect_stdout(sys.stderr):
+                module.preload_dlls()
         providers = [(name, options)] if options else [name]
         # On the CPU the purpose is to check the files. A product fused with its DequantizeLinear would also round its inputs.
         entries = {"session.disable_quant_qdq": "1"} if provider == "cpu" else None
@@ -57,7 +63,10 @@ class OnnxRuntimeExecutor:
         }
         if strays := [graph for graph, session in self._sessions.items() if session.get_providers()[0] != name]:
             # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
-            raise DeviceError(f"{strays[0]}: ONNX Runtime could not start {name}: see `balcony-edge doctor`")
+            raise DeviceError(
+                f"{strays[0]}: ONNX Runtime could not start {name} (a library of CUDA or cuDNN may be missing): "
+                "pip install 'balcony-edge[gpu]', or run with --device cpu"
+            )
 
     def prepare(self, graph: str, tensors: Mapping[str, Region], *, to_capture: bool = False) -> Launch:
         """A session allocates memory while it runs, so its launches are never captured."""
@@ -76,9 +85,9 @@ class OnnxRuntimeExecutor:
             try:
                 session.run_with_iobinding(binding)
             except RuntimeError as error:
-                raise DeviceError(
-                    f"{graph}: ONNX Runtime failed while running it ({first_line(error)}): free memory"
-                ) from error
+                why = first_line(error)
+                cure = "free memory" if "alloc" in why.lower() else "run it with --device cpu"
+                raise DeviceError(f"{graph}: ONNX Runtime failed while running it ({why}): {cure}") from error
 
         return Launch(launch)
 

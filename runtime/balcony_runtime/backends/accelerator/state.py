@@ -303,6 +303,7 @@ class Workspace:
 
     def free(self) -> None:
         """Free the memory; the workspace must not be used any more."""
+        self._device.synchronize()  # its contexts go with the programs, and work of theirs may still run
         self.forget_programs()
         while self._regions:
             self._device.free(self._regions.pop())

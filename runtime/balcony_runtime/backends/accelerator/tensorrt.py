@@ -126,8 +126,13 @@ class TensorRTExecutor:
         if context is None:
             raise DeviceError(f"{graph}: TensorRT made no context for it ({self._why()}): ask for a shorter context")
         context.set_device_memory(self._arena.pointer, self._arena.nbytes)
-        if not context.set_optimization_profile_async(profile, self._device.stream):
-            raise DeviceError(f"{graph}: has no optimization profile {profile}: build it again")
+        try:
+            context.set_optimization_profile_async(profile, self._device.stream)
+        except RuntimeError as error:  # the binding raises, and never returns False
+            why = self._why() or one_line(str(error))
+            raise DeviceError(
+                f"{graph}: TensorRT takes no optimization profile {profile} ({why}): build it again"
+            ) from error
         return context
 
     def _why(self) -> str:

@@ -212,7 +212,10 @@ class Builder:
         config.progress_monitor = _make_monitor(self._trt, progress)
         if self._timing_cache is not None and self._target == "tensorrt":
             held = self._timing_cache.read_bytes() if self._timing_cache.is_file() else b""
-            config.set_timing_cache(config.create_timing_cache(held), ignore_mismatch=False)
+            cache = config.create_timing_cache(held)
+            if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+                _logger.warning("%s: is of another GPU or TensorRT: it is written anew", self._timing_cache)
+                config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
         for shapes in profiles(spec, self._batch):
             profile = self._builder.create_optimization_profile()
             for name, (least, usual, most) in shapes.items():
@@ -225,8 +228,9 @@ class Builder:
         data = self._builder.build_serialized_network(network, config)
         if config.progress_monitor.cancelled:
             raise KeyboardInterrupt
-        if data is not None and self._timing_cache is not None and self._target == "tensorrt":
-            timings = bytes(config.get_timing_cache().serialize())
+        timed = data is not None and self._timing_cache is not None and self._target == "tensorrt"
+        if timed and (cache := config.get_timing_cache()) is not None:
+            timings = bytes(cache.serialize())
             write_atomically(self._timing_cache, timings, EngineBuildError, "name another --timing-cache")
         return data
 

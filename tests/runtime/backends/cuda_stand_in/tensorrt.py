@@ -176,7 +176,7 @@ class Context:
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         if profile_index >= self._engine.num_optimization_profiles:
-            return False
+            raise RuntimeError("Error in set optimization profile async.")  # as the binding does
         self.profile, self._fresh = profile_index, False
         self._shapes.clear()
         return True
