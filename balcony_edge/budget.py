@@ -144,7 +144,7 @@ class Budget(BaseModel):
     min_pace_tps: Positive | None = None
     """Tokens a second that pacing always leaves; 1 by default."""
     max_pace_tps: Positive | None = None
-    """Most tokens a second, e.g. the speed of a reader. The time left over goes to deeper exits and to the backlog."""
+    """Most tokens a second, e.g. the speed of a reader. The time left over goes to deeper exits and to pending rows."""
 
     power_w: Positive | None = None
     """Ceiling of the average power of ``power_rail`` in watts. It includes everything that runs on the device."""
@@ -182,7 +182,7 @@ class Budget(BaseModel):
     """Share of a target that a deeper exit must leave free before a switch to it."""
     on_infeasible: Literal["shallowest", "best_effort", "error"] = "shallowest"
     """Choice if no allowed exit meets the targets: the shallowest exit, the exit whose gap comes closest to ``tpot_ms``
-    (with a backlog this can be a deeper one), or an error."""
+    (with pending rows this can be a deeper one), or an error."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -174,7 +174,7 @@ def test_every_command_line_of_a_piece_is_one() -> None:
              if line[: len(gpu_report.CLI)] == gpu_report.CLI]  # fmt: skip
     assert {"doctor", "export", "verify", "train"} <= {line[0] for line in lines}
     for verb, *rest in lines:
-        group.commands[verb].make_context(verb, list(rest))  # type: ignore[attr-defined]
+        group.commands[verb].make_context(verb, list(rest))
 
 
 def test_an_attempt_replaces_what_the_one_before_has_left(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_ceilings_on_a_gpu(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             load = min(rate / 1000, 1.0)
             return (Reading("nvml:0", "gpu", now, watts=40 + 200 * load, utilization=load),)
 
-        llm.stream = counted  # type: ignore[method-assign]
+        llm.stream = counted
         llm._ask_sensors = look
         document = gpu_limits.measure(llm, look, 4.0)
     assert [run["key"] for run in document["runs"]] == ["power_w", "gpu_utilization"]

@@ -203,31 +203,6 @@ def test_run_with_every_shipped_profile(exported: Path, profile: Path) -> None:
     assert json.loads(done.stdout)["new_tokens"] >= 1
 
 
-@pytest.mark.parametrize("value", ["0", "-3", "nan", "inf"])
-def test_targets_out_of_range(exported: Path, value: str) -> None:
-    refused("must be a finite number above 0", "run", exported, "hi", "--tpot-ms", value)
-
-
-@pytest.mark.parametrize(
-    ("exits", "pattern"),
-    [
-        ("0", "exit layer 0"),
-        ("5", "exit layer 5"),
-        ("99", "exit layer 99"),
-        ("-1", "'-1' is not an exit"),
-        ("3,2", "ascending order"),
-        ("2,2", "named twice"),
-        ("two", "'two' is not an exit"),
-        ("", "'' is not an exit"),
-        ("1.5x", "exit layer"),
-        ("nanx", "is not an exit"),
-    ],
-)
-def test_exits_that_cannot_be(tiny_checkpoint: Path, tmp_path: Path, exits: str, pattern: str) -> None:
-    refused(pattern, "export", tiny_checkpoint, "--exits", exits, "-o", tmp_path / "b")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "b"))
     common = ("build", bundle, "--context-length", "64")

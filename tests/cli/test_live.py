@@ -155,6 +155,7 @@ def test_a_reply_that_is_longer_than_the_terminal_stays_readable(tiny: Any) -> N
     done = on_terminal(tiny.path, "the fox", "-n", "150", "--live", "--temperature", "3", "--seed", "1")
     text = invoked(tiny.path, "the fox", "-n", "150", "--temperature", "3", "--seed", "1")
     words = [word for word in text.split() if word.isascii() and word.isalpha() and len(word) > 3]
+    assert len(words) > 5
     place = 0
     for word in words:
         place = done.find(word, place) + 1

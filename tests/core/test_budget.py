@@ -88,9 +88,9 @@ def test_other_keys_refused(key: str, bad: Any, allowed: str) -> None:
 
 def test_unknown_key_names_the_keys_and_the_likely_one() -> None:
     with pytest.raises(BudgetError, match=r"^tpot = 12: no such key; did you mean tpot_ms\?$"):
-        Budget(tpot=12)  # type: ignore[call-arg]
+        Budget(tpot=12)
     with pytest.raises(BudgetError, match=r": no such key; remove it; `balcony-edge budget schema` lists the keys$"):
-        Budget(zzz=1)  # type: ignore[call-arg]
+        Budget(zzz=1)
 
 
 def test_something_else_than_keys() -> None:
@@ -248,7 +248,7 @@ def test_parse_takes_a_budget_a_path_or_nothing(tmp_path: Path) -> None:
     assert parse_budget(expected) is expected
     assert parse_budget(path) == parse_budget(str(path)) == expected
     with pytest.raises(BudgetError, match=r"^budget = 12: must be a Budget, the path of a budget file or None; "):
-        parse_budget(12)  # type: ignore[arg-type]
+        parse_budget(12)
 
 
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.toml")), ids=lambda path: path.stem)

@@ -100,7 +100,7 @@ def test_what_cannot_be_rounded_is_refused_before_the_work(tmp_path: Path) -> No
     with pytest.raises(
         InputError, match=r"--precision int4.*: experts are not rounded before the training: leave it out"
     ):
-        round_backbone(mixture_exits("mixtral"), parse_precision("int4"), [])  # type: ignore[arg-type]
+        round_backbone(mixture_exits("mixtral"), parse_precision("int4"), [])
 
 
 @pytest.mark.parametrize("moment", [False, True])
@@ -126,7 +126,7 @@ def test_a_bundle_of_a_rounded_model_holds_its_weights(make_tiny: Any, make_toke
     exits = ExitModel.open(make_tiny("llama"), (2,))
     before = exits.copy()
     round_backbone(exits, scheme, ROWS)
-    assert torch.equal(exits.balconies[2].layer.mlp.up_proj.weight, before.balconies[2].layer.mlp.up_proj.weight)  # type: ignore[union-attr]
+    assert torch.equal(exits.balconies[2].layer.mlp.up_proj.weight, before.balconies[2].layer.mlp.up_proj.weight)
     assert not torch.equal(exits.parts.layers[0].mlp.up_proj.weight, before.parts.layers[0].mlp.up_proj.weight)
     export_bundle(
         exits, make_tokenizer(), tmp_path / "bundle", ExportOptions("tiny", True, scheme, calibration=ROWS[:3])

@@ -237,28 +237,6 @@ def test_a_cancelled_reply_gives_its_place_back(llm: LLM) -> None:
     asyncio.run(main())
 
 
-def test_async_iteration_gives_the_same_tokens(llm: LLM) -> None:
-    async def collect(prompt: str) -> list[int]:
-        return [token.id async for token in llm.stream(prompt, max_new_tokens=10, ignore_eos=True)]
-
-    async def both() -> list[list[int]]:
-        return list(await asyncio.gather(collect("the fox"), collect("lazy dog")))
-
-    want = [[t.id for t in llm.stream(p, max_new_tokens=10, ignore_eos=True)] for p in ("the fox", "lazy dog")]
-    assert asyncio.run(both()) == want
-
-
-def test_threads_do_not_disturb_one_another(llm: LLM) -> None:
-    prompts = [[i + 1, 2 * i + 1, 7] for i in range(16)]
-    want = [[t.id for t in llm.stream(p, max_new_tokens=20, ignore_eos=True)] for p in prompts]
-
-    def generate(prompt: list[int]) -> list[int]:
-        return [t.id for t in llm.stream(prompt, max_new_tokens=20, ignore_eos=True)]
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(generate, prompts)) == want
-
-
 def test_stop_strings_end_the_reply_and_are_not_in_it(llm: LLM) -> None:
     whole = llm.generate("the fox", max_new_tokens=40, ignore_eos=True).text
     stop = whole[10:13]

@@ -55,7 +55,7 @@ def test_memory_is_taken_as_rows_come_and_reported_as_it_is(tiny: Any, graphs: s
         while resident_bytes(arrays_of(sequence := engine.new_sequence(batch_size=batch, max_length=256))):
             merged.append(sequence)
             assert len(merged) < 4
-        logits = sequence.state._logits.nbytes  # type: ignore[attr-defined]
+        logits = sequence.state._logits.nbytes
         assert resident_bytes(arrays_of(sequence)) == 0 and sequence.state.memory_bytes == logits
 
         def reported() -> int:
@@ -320,11 +320,11 @@ def test_graphs_that_differ_from_the_table_are_refused(bundle_copy: Any, change:
 def test_only_the_stages_on_the_way_run(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, bound_run = Counter[str](), onnxruntime_state.bound_run
     with Engine.open(tiny.path) as engine:
-        names = {id(session): name for name, session in engine.backend.sessions.items()}  # type: ignore[attr-defined]
+        names = {id(session): name for name, session in engine.backend.sessions.items()}
 
         def counted(session: Any, binding: Any) -> Callable[[], object]:
             run = bound_run(session, binding)
-            return lambda: runs.update([names[id(session)]]) or run()  # type: ignore[func-returns-value]
+            return lambda: runs.update([names[id(session)]]) or run()
 
         monkeypatch.setattr(onnxruntime_state, "bound_run", counted)
         sequence = engine.new_sequence(max_length=32)
@@ -434,8 +434,8 @@ def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) ->
         sequence.advance(5, [1])
         state: Any = sequence.state
         sequence.step(5, np.array([2]))
-        sessions: Any = engine.backend.sessions  # type: ignore[attr-defined]
-        runs = [bound_run(Elsewhere(sessions[graph.name]), graph.one_row[graph.side]) for graph in state._paths[2]]  # type: ignore[arg-type]
+        sessions: Any = engine.backend.sessions
+        runs = [bound_run(Elsewhere(sessions[graph.name]), graph.one_row[graph.side]) for graph in state._paths[2]]
         state._programs[(2,)] = state._programs[(2,)]._replace(runs=runs)
         sequence.rollback(1)
         state._logits[:] = 0

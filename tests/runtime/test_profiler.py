@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import time
@@ -148,7 +149,8 @@ def test_intervals_hold_the_median_as_often_as_they_say(rounds: int) -> None:
     assert 0.9 <= hits / 400 <= 1.0
 
 
-def test_a_profile_of_a_tiny_bundle(llm: LLM) -> None:
+def test_a_profile_of_a_tiny_bundle(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balcony_runtime.profiler.run.BURST_S", 0.2)
     llm.budget = budget = Budget(exit_layer=3)
     seen: list[float] = []
     grid = Grid.make(256, **SMALL)
@@ -291,7 +293,7 @@ def test_power_is_the_slope_of_the_energy_counter() -> None:
 
 
 def test_energy_per_token_is_power_over_speed(llm: LLM) -> None:
-    grid = Grid.make(256, **SMALL)
+    grid = dataclasses.replace(Grid.make(256, **SMALL), power_s=0.5)
     with Sensors([Counter()], rate_hz=10) as sensors:
         profile = measure_profile(llm, sensors, Options(grid, 0, ""), lambda *_: None)
     assert [power.exit_layer for power in profile.power] == list(llm.exit_layers) and profile.power_reason is None

@@ -168,7 +168,7 @@ def test_the_reply_to_a_plain_text_goes_on_with_it(tiny: Any, prompt: Any, chat:
     seen: list[Any] = []
     with balcony_edge.load(tiny.path) as llm:
         stream = llm.codec.stream
-        llm.codec.stream = lambda ids: seen.append(list(ids)) or stream(ids)  # type: ignore[method-assign]
+        llm.codec.stream = lambda ids: seen.append(list(ids)) or stream(ids)
         llm.generate(prompt, chat=chat, max_new_tokens=1)
         assert seen == [llm.encode(prompt, chat=False) if prompt == "hello" and before else [7, 8] if before else []]
 

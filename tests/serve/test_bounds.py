@@ -34,7 +34,7 @@ def test_bounds(strict: Server) -> None:
     with httpx.Client(base_url=strict.url, timeout=20) as client:
         assert client.get("/health").status_code == 200 and client.get("/").status_code == 200
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer sécret".encode()}):
-            found = client.get("/v1/models", headers=headers)  # type: ignore[arg-type]
+            found = client.get("/v1/models", headers=headers)
             assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
         # a client chooses the Host header, and a path in it opens nothing
         assert client.get("/v1/models", headers={"host": "localhost/health?"}).status_code == 401

@@ -107,7 +107,7 @@ def test_budget_files_are_read_again(server: Server, budgets: Path, caplog: pyte
     try:
         new.write_text("exit_layer = 3\n", encoding="utf-8")
         server.reload()
-        assert server.service.names.budget("tiny:new", {}, None).exit_layer == 3  # type: ignore[union-attr]
+        assert server.service.names.budget("tiny:new", {}, None).exit_layer == 3
         new.write_text("exit_layer = 4\n", encoding="utf-8")  # not an exit of this bundle
         with caplog.at_level(logging.WARNING):
             server.reload()

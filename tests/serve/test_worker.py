@@ -59,7 +59,7 @@ def test_slow_readers_hold_nobody_up_while_a_request_waits_for_them(llm: LLM) ->
             begun.set()
         return stream
 
-    worker._together.begin = begins  # type: ignore[method-assign]
+    worker._together.begin = begins
     worker.start()
     slow, waits = job(worker, 1, 40), job(worker, 2, 40)
     worker.submit(slow)

@@ -84,7 +84,7 @@ def serve(
     """Serve a bundle over HTTP in OpenAI's shapes, with a budget for each request: in its body, headers or model name.
 
     Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics, /props, /slots,
-    and a page for people at /. One line of JSON for each request goes to stderr.
+    and a page for people at /. One line of JSON for each completion and each error goes to stderr.
     """
     from contextlib import nullcontext
 

@@ -172,7 +172,7 @@ def test_a_sprint_that_comes_no_closer_is_given_up() -> None:
     for of_full, load in ((1.06, 1.04), (1.08, 1.06), (1.1, 1.08), (1.12, 1.1)):
         plant = Plant(
             costs, Physics(noise=0.01), lambda s, load=load: 1.35 if s < 0.5 else 1.0 if s < 0.9 else load, seed=1
-        )  # type: ignore[misc]
+        )
         tokens = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms), tokens=1200)
         late = [token.decision.exit_layer for token in tokens[500:]]
         assert sum(late) / len(late) >= 19, (of_full, load)
@@ -218,7 +218,7 @@ def way(
         may_rise=more.pop("may_rise", True),
     )
     assert not more
-    return way_back(costs, outlook, seen(stages, balconies, context=context), **arguments)  # type: ignore[arg-type]
+    return way_back(costs, outlook, seen(stages, balconies, context=context), **arguments)
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_a_prompt_that_no_exit_can_take_in_time_is_infeasible(budget: Budget, in
 
 @pytest.mark.parametrize("on_infeasible", ["shallowest", "best_effort"])
 def test_a_ceiling_that_takes_depth_takes_no_more_than_that(on_infeasible: str) -> None:
-    budget = Budget(power_w=5, on_infeasible=on_infeasible)  # type: ignore[arg-type]
+    budget = Budget(power_w=5, on_infeasible=on_infeasible)
     state = settled(8)._replace(governor=Governor(ticked_s=0.0, ceiling=1))
     decision = decide(state, budget, STEADY, (501, 501, 1))
     assert decision.exit_layer == 6 and decision.price_ms > 2 * 10  # the balconies lag behind alike

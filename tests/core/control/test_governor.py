@@ -266,7 +266,7 @@ def test_a_first_reading_of_watts_begins_at_the_ceiling() -> None:
 def test_each_processor_has_its_own_ceiling(key: str, scope: Any) -> None:
     sure = {"cpu": known(0.1, 0.8, scale=1.0), "gpu": known(0.3, 0.5, scale=1.0)}
     before = Governor(ticked_s=0.9, share=0.55, **sure)
-    readings = [Reading(f"{name}:0", name, 1.0, utilization=0.5) for name in ("cpu", "gpu")]  # type: ignore[arg-type]
+    readings = [Reading(f"{name}:0", name, 1.0, utilization=0.5) for name in ("cpu", "gpu")]
     after = govern(before, demand(Budget(**{key: 0.6}), 1.0, *readings, busy_s=0.4))
     base, gain = (0.1, 0.8) if scope == "cpu" else (0.3, 0.5)
     assert after.share == pytest.approx((0.585 - base) / gain)

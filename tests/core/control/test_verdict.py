@@ -134,7 +134,7 @@ def test_without_a_counter_samples_are_averaged() -> None:
 def test_a_target_is_held_up_to_its_value(
     keys: dict[str, float], gap_ms: float, key: str, held: bool, margin: float
 ) -> None:
-    verdict = judged(Budget(**keys), [100.0, *[gap_ms] * 9])[key]  # type: ignore[arg-type]
+    verdict = judged(Budget(**keys), [100.0, *[gap_ms] * 9])[key]
     assert verdict.held is held
     assert verdict.margin == pytest.approx(margin, abs=1e-9)
 

@@ -211,7 +211,7 @@ def test_every_offline_task_runs_with_its_prompts(bundle_scorer: BundleScorer, d
         for task in offline_tasks():
             if task in ("hellaswag_10shot", "mmlu"):
                 continue  # below
-            runs = evaluate_tasks(recording, [task], data=data)  # type: ignore[arg-type]
+            runs = evaluate_tasks(recording, [task], data=data)
             assert list(runs) == [2, 3, 5]
             seen[task] = recording.texts
             quality = runs[5].qualities[task]

@@ -166,10 +166,10 @@ def test_gptq_measures_each_expert_on_its_own_rows() -> None:
     assert len({seen[expert] >= EXPERT_ROWS for expert in range(8)}) == 2, seen  # both sides of the rule occur
     expert = max(seen, key=lambda one: seen[one])
     assert moments[f"{name}.down_proj.{expert}"].shape == (32, 32)
-    quantizer = Quantizer(parse_precision("int4"), moments)  # type: ignore[arg-type]
+    quantizer = Quantizer(parse_precision("int4"), moments)
     weight = exits.parts.layers[2].mlp.experts.down_proj.detach()
     blocks = quantizer.experts(f"{name}.down_proj", ir.tensor(weight.numpy()), 32).dequantized(32).reshape(8, 64, 32)
-    nearest = Quantizer(parse_precision("int4")).experts("n", ir.tensor(weight.numpy()), 32)  # type: ignore[arg-type]
+    nearest = Quantizer(parse_precision("int4")).experts("n", ir.tensor(weight.numpy()), 32)
     rounded = nearest.dequantized(32).reshape(8, 64, 32)
 
     def error(found: np.ndarray[Any, Any], which: int) -> float:

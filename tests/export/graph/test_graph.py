@@ -89,7 +89,7 @@ def test_one_trace_does_for_balconies_that_differ_in_their_weights(
     assert ir.serde.serialize_model(found).SerializeToString() == ir.serde.serialize_model(wanted).SerializeToString()
     weight = exits.balconies[2].layer.mlp.up_proj.weight
     for value in first.graph.initializers.values():
-        array = value.const_value.numpy()  # type: ignore[union-attr]
+        array = value.const_value.numpy()
         if array.ctypes.data == weight.data_ptr():
             value.const_value = ir.tensor(array.copy())  # as if the tracer had computed it
     assert str(trace_balcony(exits, 3, spec, {2: first})) == "traced"

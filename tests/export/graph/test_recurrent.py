@@ -414,6 +414,6 @@ def test_a_mixer_is_two_operators_and_few_others() -> None:
 
 def test_a_balcony_of_an_mlp_keeps_nothing_and_needs_an_mlp() -> None:
     balcony = init_balconies(tiny("falcon-h1"), (2,), "mlp")[2]
-    assert memory_of(balcony.layer) == LayerMemory(attention=False)  # type: ignore[arg-type]
+    assert memory_of(balcony.layer) == LayerMemory(attention=False)
     with pytest.raises(InputError, match="exit module 'mlp': the layers of this model have no MLP"):
         init_balconies(tiny("mamba2"), (2,), "mlp")

@@ -19,8 +19,7 @@ from tests.runtime.arm.reference import mean_kl
 def test_an_int8_cache_takes_a_quarter_and_schedules_agree(tiny: Any, tmp_path: Path) -> None:
     scheme = Scheme(bits=8, accuracy_level=1)
     paths = [
-        exported(tiny, tmp_path / f"kv{bits}", replace(scheme, kv_bits=bits), calibration=ROWS)  # type: ignore[arg-type]
-        for bits in (32, 8)
+        exported(tiny, tmp_path / f"kv{bits}", replace(scheme, kv_bits=bits), calibration=ROWS) for bits in (32, 8)
     ]
     ids = [(5 * i) % 100 for i in range(60)]
     kept, logits = [], []
@@ -28,7 +27,7 @@ def test_an_int8_cache_takes_a_quarter_and_schedules_agree(tiny: Any, tmp_path: 
         with Engine.open(path) as engine:
             sequence = engine.new_sequence(max_length=60)
             logits.append(sequence.advance(5, ids, num_logits=60)[0])
-            caches: Any = sequence.state._stages[1].cache.held.arrays  # type: ignore[attr-defined]
+            caches: Any = sequence.state._stages[1].cache.held.arrays
             kept.append(sum(array.nbytes for array in caches))
             # a balcony's backlog is rounded in its own graph: the same logits as when its attention rounds
             sequence.run_balcony(3, 40)
@@ -53,7 +52,7 @@ def test_keys_keep_their_range_at_positions_that_were_not_measured(tiny: Any, tu
         sequence = engine.new_sequence(max_length=60)
         for exit_layer, ids in ((2, [(7 * i) % 100 for i in range(60)]), (3, []), (5, [])):
             sequence.advance(exit_layer, ids)
-        stage: Any = sequence.state._graphs["stage_0"]  # type: ignore[attr-defined]
+        stage: Any = sequence.state._graphs["stage_0"]
         found = sequence.state.largest_cached(turned)["stage_0"]
         for name, array in zip(stage.cache.names, stage.cache.held.arrays, strict=True):
             values, half = array[0, :, :60], turned // 2  # (H, S, d)

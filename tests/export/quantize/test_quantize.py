@@ -236,7 +236,7 @@ def test_scales_above_zero_cost_a_level_and_no_more(factors: Any) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
     weight[7] *= 1e-6  # tiny values, whose scale is too small for half precision
     how = {"bits": 4, "size": 32, "symmetric": True, "factors": factors}
-    signed, positive = quantize.quantize(weight, **how), quantize.quantize(weight, **how, positive=True)  # type: ignore[arg-type]
+    signed, positive = quantize.quantize(weight, **how), quantize.quantize(weight, **how, positive=True)
     assert (signed.scales < 0).any() and (positive.scales >= 2.0**-14 * 0.6).all()
     near, far = (np.abs(blocks.dequantized(64) - weight.numpy()).mean() for blocks in (signed, positive))
     assert near < far < 1.2 * near

@@ -251,7 +251,7 @@ def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: 
         passes += 1
         return states(tokens)
 
-    cached.states.of = counting  # type: ignore[method-assign]
+    cached.states.of = counting
     cached.run()
     assert losses_of(plain) == losses_of(cached)
     assert passes <= steps // 2 + 1 + 2  # the first epoch, and the held-out rows

@@ -466,7 +466,7 @@ def test_a_run_goes_on_after_the_rows_of_its_start_also_when_it_resumes(
             learned.extend(trainer.order.rows(trainer.step).tolist())
             return train_step()
 
-        trainer.train_step = counted  # type: ignore[method-assign]
+        trainer.train_step = counted
         with contextlib.suppress(KeyboardInterrupt):
             trainer.run()
         return trainer

@@ -53,7 +53,7 @@ def keep(path: Path, target: Path, exact: Logits) -> None:
     """Copy a bundle, and write its logits next to the copy, with exact ones as far as they are known."""
     shutil.copytree(path, target)
     exact = {f"exact_{name}": rows for name, rows in exact.items()}
-    np.savez(target.parent / f"{target.name}.npz", **logits_of(target), **exact)  # type: ignore[arg-type]
+    np.savez(target.parent / f"{target.name}.npz", **logits_of(target), **exact)
 
 
 def keep_rounded(path: Path, target: Path, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(provider, "is_installed", lambda: True)
     monkeypatch.setattr(provider, "find_provider", lambda: found)
     assert choose(manifest)[:3] == ("webgpu", None, "ONNX Runtime has WebGPU, and there is a GPU: a card")
-    found.adapters.remove(CARD)  # type: ignore[union-attr]
+    found.adapters.remove(CARD)
     assert choose(manifest)[:3] == ("cpu", None, "WebGPU has no GPU here, only llvmpipe")
     unfit = choose_module.Choice("cpu", None, "no engines for compute capability 87", unfit=True)
     monkeypatch.setattr(choose_module, "_on_nvidia", lambda *_: unfit)
@@ -183,6 +184,22 @@ def test_a_build_without_the_provider_is_refused_and_not_run_on_the_cpu(
     monkeypatch.setattr(onnxruntime_device, "open_session", lambda path, **_: open_session(path))
     with pytest.raises(DeviceError, match="norm: ONNX Runtime could not start AzureExecutionProvider"):
         OnnxRuntimeExecutor(directory, {"norm": "norm.onnx"}, "cuda", {})
+
+
+def test_auto_runs_on_the_cpu_where_cuda_does_not_start(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(shutil.copytree(tiny.path, tmp_path / "b"))
+    write_graphs(Bundle.open(path), "one", "rtx", Format("fp32", "fused", 64))
+    bundle = Bundle.open(path)
+    monkeypatch.setattr(
+        choose_module, "choose", lambda *_: choose_module.Choice("cuda", "one", "ONNX Runtime has CUDA")
+    )
+    monkeypatch.setitem(PROVIDERS, "cuda", ("AzureExecutionProvider", "cpu"))
+    with contextlib.closing(choose_module.open_backend(bundle, "auto")) as backend:
+        assert backend.name == "onnxruntime" and "runs on the CPU" in caplog.text
+    with pytest.raises(DeviceError):
+        choose_module.open_backend(bundle, "auto", "one")
 
 
 def test_cuda_errors_are_one_line_with_a_cure() -> None:

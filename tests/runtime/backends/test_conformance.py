@@ -407,7 +407,7 @@ def test_sequences_do_not_disturb_one_another(subject: Engine, tiny_engine: Engi
 
 def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[str], Bundle]) -> None:
     with BACKENDS["device-fused"](with_engine_sets("llama")) as engine:
-        device: Any = engine.backend.device  # type: ignore[attr-defined]
+        device: Any = engine.backend.device
 
         def held() -> int:
             return sum(array.nbytes for array in device._arrays.values())
@@ -416,11 +416,11 @@ def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[s
         fresh = held()
         sequence.advance(5, [1, 2, 3])
         assert held() >= sequence.state.memory_bytes > 0
-        first = sequence.state._workspace  # type: ignore[attr-defined]
+        first = sequence.state._workspace
         del sequence
         gc.collect()  # may run in any thread; the next sequence takes the memory
         left = engine.new_sequence(max_length=32)
-        assert held() == fresh and left.state._workspace is first  # type: ignore[attr-defined]
+        assert held() == fresh and left.state._workspace is first
         del left
         gc.collect()
         left = engine.new_sequence(batch_size=2)  # it does not fit and is freed
@@ -459,9 +459,9 @@ def test_a_device_is_used_by_one_sequence_at_a_time(with_engine_sets: Callable[[
     with BACKENDS["device-fused"](with_engine_sets("llama")) as engine, ThreadPoolExecutor(1) as pool:
         sequence, backend = engine.new_sequence(max_length=64), engine.backend
         sequence.advance(5, [1, 2, 3])
-        upload, begun = backend.device.upload, threading.Event()  # type: ignore[attr-defined]
-        backend.device.upload = lambda *given: (begun.set(), upload(*given))[1]  # type: ignore[attr-defined]
-        with backend.lock:  # type: ignore[attr-defined]
+        upload, begun = backend.device.upload, threading.Event()
+        backend.device.upload = lambda *given: (begun.set(), upload(*given))[1]
+        with backend.lock:
             step = pool.submit(sequence.step, 5, np.array([4]))
             assert not begun.wait(0.3)
         assert step.result(60).shape[0] == 1 and begun.is_set()

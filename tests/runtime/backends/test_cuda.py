@@ -179,7 +179,7 @@ def test_what_a_graph_uses_lives_until_the_graph_is_destroyed(gpu: Runtime, devi
     region, context = device.allocate((4,), "float32"), Context()
     gone = weakref.ref(context)
     plain = kernel(gpu, device, lambda: doubled(region), region)
-    step = device.joined([device.captured(Launch(lambda context=context: plain.run(), lambda: True))])  # type: ignore[misc]
+    step = device.joined([device.captured(Launch(lambda context=context: plain.run(), lambda: True))])
     del context, step
     gc.collect()
     assert gone() is not None, "nothing has destroyed the graph yet"
@@ -292,7 +292,7 @@ def test_after_a_crash_every_call_fails_and_closing_says_nothing(
     kernel(gpu, device, lambda: 1 / 0, region).run()
     for call in (device.synchronize, lambda: device.download(region), device.joined, lambda: device.free(region)):
         with pytest.raises(DeviceError, match=r"\(cudaErrorLaunchFailure\): this process can no longer use the GPU"):
-            call([captured]) if call == device.joined else call()  # type: ignore[operator]
+            call([captured]) if call == device.joined else call()
     with pytest.raises(DeviceError, match="no longer use"):  # and is not taken for a launch that cannot be captured
         device.captured(Launch(device.synchronize, lambda: True))
     device.close()
@@ -324,7 +324,7 @@ def test_every_call_may_fail(gpu: Runtime) -> None:
         for after in range(count):
             gpu._c.standInReset()
             gpu.fail(name, ERRORS.cudaErrorUnknown, after=after)
-            device = None  # type: ignore[assignment]
+            device = None
             try:
                 device = CudaDevice()
                 use(device)
@@ -445,7 +445,7 @@ def test_devices_copy_alike(gpu: Runtime, kind: Callable[[], Device]) -> None:
         device.copy(column.pointer, 16, region.pointer + 32, 48, 16, 2)  # the last row of each member
         np.testing.assert_array_equal(device.download(column)[:, 0], [[8, 9, 10, 11], [20, 21, 22, 23]])
         ran: list[int] = []
-        launches = [device.captured(Launch(lambda n=n: ran.append(n))) for n in range(3)]  # type: ignore[misc]
+        launches = [device.captured(Launch(lambda n=n: ran.append(n))) for n in range(3)]
         ran.clear()
         device.joined(launches)()
         assert ran == [0, 1, 2]

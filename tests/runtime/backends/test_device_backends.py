@@ -102,7 +102,7 @@ def test_replies_that_end_together_leave_their_captures_to_the_next_ones(
             captured = gpu.count("cudaStreamBeginCapture")
             del sequence, sequences
             gc.collect()
-        assert captured == 3 * (1 + 3 + 3 + 1) and len(engine.backend.returned) == 3  # type: ignore[attr-defined]
+        assert captured == 3 * (1 + 3 + 3 + 1) and len(engine.backend.returned) == 3
 
 
 @pytest.mark.parametrize("target", ["rtx", "tensorrt"])
@@ -110,8 +110,8 @@ def test_rows_that_engines_do_not_take_where_they_lie(gpu: cuda_runtime.Runtime,
     """TensorRT takes addresses that 256 divides, and a row has 128 bytes here, as one of 64 values in half precision."""
     tokens = np.random.default_rng(3).integers(0, 320, 24)
     with opened(gpu, bundle, target) as (engine, trt), Engine.of(bundle) as reference:
-        with engine.backend.alone():  # type: ignore[attr-defined]
-            ids = engine.backend.allocate((1, 3), "int64").part(1, (1, 1))  # type: ignore[attr-defined]
+        with engine.backend.alone():
+            ids = engine.backend.allocate((1, 3), "int64").part(1, (1, 1))
             assert not trt.contexts[0].set_tensor_address("ids", ids.pointer)
         sequence, same = engine.new_sequence(max_length=64), reference.new_sequence(max_length=64)
         begin = 0
@@ -137,7 +137,7 @@ def test_contexts_are_made_at_the_start_and_captured_ones_are_used_once(
 ) -> None:
     with opened(gpu, bundle) as (engine, trt):
         shared = len(trt.contexts)
-        profiles = [e.num_optimization_profiles for e in engine.backend.executor._engines.values()]  # type: ignore[attr-defined]
+        profiles = [e.num_optimization_profiles for e in engine.backend.executor._engines.values()]
         assert shared == sum(profiles)
         kept = engine.new_sequence(max_length=64)
         own = trt.contexts[shared:]
@@ -212,7 +212,7 @@ def test_files_and_contexts_that_fail_are_one_line_and_free_everything(
 
 def test_what_an_engine_refuses_is_one_line(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
     with opened(gpu, bundle) as (engine, trt):
-        executor: Any = engine.backend.executor  # type: ignore[attr-defined]
+        executor: Any = engine.backend.executor
         backend: Any = engine.backend
         with backend.alone():
             ids, rows = backend.allocate((1, 513), "int64"), backend.allocate((1, 513, 16), "float32")
@@ -268,7 +268,7 @@ def test_nan_of_one_sequence_does_not_reach_the_next(gpu: cuda_runtime.Runtime, 
         workspace = state._workspace
         del sequence, state
         gc.collect()
-        assert engine.backend.returned[0] is workspace  # type: ignore[attr-defined]
+        assert engine.backend.returned[0] is workspace
         assert written(engine) == clean
 
 
@@ -278,7 +278,7 @@ def test_a_lost_gpu_is_one_line_and_closing_works(gpu: cuda_runtime.Runtime, bun
         sequence.advance(5, [1, 2, 3])
         backend: Any = engine.backend
         with backend.alone():
-            gpu.launch(backend.device.stream, lambda: 1 / 0, [])  # type: ignore[arg-type, return-value]
+            gpu.launch(backend.device.stream, lambda: 1 / 0, [])
         for _ in range(2):
             with pytest.raises(DeviceError, match="this process can no longer use the GPU: start it again") as caught:
                 sequence.step(5, np.array([4]))

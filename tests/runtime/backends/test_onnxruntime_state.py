@@ -138,6 +138,6 @@ def test_a_closed_engine_frees_its_sessions(tiny: Any) -> None:
         assert pool is not None
         pool.begin(np.array([0]), np.array([1]), np.array([0]), 1)
         pool.run_stage(0, 0, 1)
-        sessions = [weakref.ref(session._sess) for session in engine.backend.sessions.values()]  # type: ignore[attr-defined]
+        sessions = [weakref.ref(session._sess) for session in engine.backend.sessions.values()]
     gc.collect()
     assert not any(session() for session in sessions)

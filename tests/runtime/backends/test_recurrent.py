@@ -82,7 +82,7 @@ def test_an_interrupted_step_changes_nothing(export_tiny: Callable[[str], Any]) 
         sequence, clean = engine.new_sequence(), engine.new_sequence()
         sequence.advance(5, tokens[:30])
         clean.advance(5, tokens[:30])
-        for graph in sequence.state._stages:  # type: ignore[attr-defined]
+        for graph in sequence.state._stages:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(graph, "end", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
                 with pytest.raises(KeyboardInterrupt):
@@ -113,7 +113,7 @@ def test_sequences_with_states_share_no_passes_and_say_what_they_hold(export_tin
         sequence.checkpoint()
         graphs = engine.manifest.cpu
         one = sum(
-            4 * int(np.prod(tensor.shape[1:]))  # type: ignore[arg-type]
+            4 * int(np.prod(tensor.shape[1:]))
             for name in ("stage_0", "stage_1", "stage_2")
             for tensor in graphs[name].inputs
             if tensor.name.startswith(("past_state", "past_window"))
@@ -184,8 +184,11 @@ def test_a_profile_measures_each_pass(export_tiny: Callable[[str], Any], archite
     """Also passes of several rows that end where the sequence does, one after another in any order."""
     with balcony_edge.load(export_tiny(architecture).path) as llm:
         grid = Grid.make(64, quick=True, prompts=(16,), tokens=3, depths=(16,), pending=(3,))
-        for cell in reversed(Bench(llm, grid).cells()):
-            assert all(ms >= 0 for blocks in cell.run().values() for ms in blocks)
+        cells = Bench(llm, grid).cells()
+        assert cells
+        for cell in reversed(cells):
+            found = cell.run()
+            assert found and all(blocks and min(blocks) > 0 for blocks in found.values())
 
 
 def test_the_end_of_a_prompt_is_a_checkpoint_in_company_too(hybrid: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +236,7 @@ def test_a_balcony_goes_on_after_an_interrupted_pass(
         sequence, clean = engine.new_sequence(), engine.new_sequence()
         sequence.advance(exit_layer, tokens[:20])
         sequence.advance(5, tokens[20:40])  # leaves a backlog at the balcony
-        graph = sequence.state._exits[0].graph  # type: ignore[attr-defined]
+        graph = sequence.state._exits[0].graph
         with monkeypatch.context() as patch:
             patch.setattr(graph, "end", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):

@@ -159,7 +159,7 @@ def test_passes_of_several_rows(tiny: Any, on_webgpu: Engine, monkeypatch: pytes
         for exit_layer in (2, 3, 5):
             for queries in (1, 3, 6, 8):  # within the last pass, and across passes
                 sequence = on_webgpu.new_sequence(max_length=16)
-                (member,) = sequence.state._members  # type: ignore[attr-defined]
+                (member,) = sequence.state._members
                 taken = member._taken
                 monkeypatch.setattr(
                     member, "_taken", lambda rows, *at, taken=taken: (runs.append(at), taken(rows, *at))[1]
@@ -176,7 +176,7 @@ def test_a_logit_that_is_not_a_number_is_refused(on_webgpu: Engine, monkeypatch:
     sequence = on_webgpu.new_sequence(max_length=32)
     sequence.advance(5, [1, 2, 3])
     nothing = np.full(on_webgpu.manifest.model.hidden_size, np.nan, np.float32)
-    monkeypatch.setattr(on_webgpu.backend.table, "row", lambda _: nothing)  # type: ignore[attr-defined]
+    monkeypatch.setattr(on_webgpu.backend.table, "row", lambda _: nothing)
     with pytest.raises(InputError, match="the logits hold NaN or infinity"):
         sequence.step_best(5, np.array([4]))
     sequence.rollback(3)
@@ -186,7 +186,7 @@ def test_a_logit_that_is_not_a_number_is_refused(on_webgpu: Engine, monkeypatch:
 def test_memory_goes_back_with_the_sequence_and_after_an_error(
     on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memories = on_webgpu.backend.device._memories  # type: ignore[attr-defined]
+    memories = on_webgpu.backend.device._memories
 
     def held() -> int:
         gc.collect()
@@ -319,7 +319,7 @@ def test_auto_takes_the_faster_one(
 
 @pytest.mark.webgpu
 def test_attention_that_is_wrong_is_found(on_webgpu: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = on_webgpu.backend.device  # type: ignore[attr-defined]
+    device = on_webgpu.backend.device
     numbers = {"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "local_window_size": 7}
     kinds = [probe.Attention(tuple(numbers.items()), sink=False)]
     right, asked = probe._on_device, []

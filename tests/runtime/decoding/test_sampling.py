@@ -121,7 +121,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 )
 def test_values_out_of_range_are_refused(options: dict[str, float], pattern: str) -> None:
     with pytest.raises(InputError, match=pattern):
-        SamplingParams(**options)  # type: ignore[arg-type]
+        SamplingParams(**options)
 
 
 @pytest.mark.parametrize(

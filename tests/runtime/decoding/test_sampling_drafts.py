@@ -13,7 +13,7 @@ OTHER = np.log(np.array([0.4, 0.1, 0.1, 0.3, 0.1], np.float32))
 
 
 def sampler(**options: float | int) -> Sampler:
-    return Sampler(SamplingParams(**options), PROMPT, 5)  # type: ignore[arg-type]
+    return Sampler(SamplingParams(**options), PROMPT, 5)
 
 
 def test_a_greedy_proposal_is_the_likeliest_token_without_a_distribution() -> None:
@@ -35,10 +35,13 @@ def test_a_proposal_from_the_models_own_distribution_is_always_kept() -> None:
 
 
 def test_judged_tokens_follow_the_models_distribution_whatever_was_proposed() -> None:
-    drawing, count = sampler(temperature=1.0, seed=5), 4000
+    drawing, count = sampler(temperature=0.9, top_k=2, seed=5), 4000
     tokens = [drawing.judge(OTHER, drawing.propose(LOGITS)) for _ in range(count)]
     share = np.bincount(tokens, minlength=5) / count
-    np.testing.assert_allclose(share, np.exp(OTHER), atol=4 * np.sqrt(0.25 / count))  # four standard errors
+    expected = np.where(np.exp(OTHER) >= 0.3, np.exp(OTHER / 0.9), 0)
+    expected /= expected.sum()
+    np.testing.assert_allclose(share, expected, atol=4 * np.sqrt(0.25 / count))  # four standard errors
+    assert set(tokens) == {0, 3}, "what top-k leaves out never comes"
 
 
 def test_a_token_that_the_model_never_takes_is_replaced() -> None:

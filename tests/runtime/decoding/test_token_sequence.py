@@ -76,7 +76,7 @@ class Writes:
 
 @pytest.fixture
 def sequence() -> TokenSequence:
-    return Engine(Writes()).new_sequence()  # type: ignore[arg-type]
+    return Engine(Writes()).new_sequence()
 
 
 def calls(sequence: TokenSequence) -> list[tuple[Any, ...]]:
@@ -140,7 +140,7 @@ def test_a_step_at_the_full_depth_leaves_the_balconies_behind(sequence: TokenSeq
 
 
 def test_a_full_sequence_is_never_up_to_date() -> None:
-    sequence = Engine(Writes()).new_sequence(max_length=4)  # type: ignore[arg-type]
+    sequence = Engine(Writes()).new_sequence(max_length=4)
     sequence.advance(6, [1, 2, 3])
     assert sequence.up_to_date(6)
     sequence.step(6, np.array([4]))
@@ -148,7 +148,7 @@ def test_a_full_sequence_is_never_up_to_date() -> None:
 
 
 def test_a_batch_advances_together() -> None:
-    sequence = Engine(Writes()).new_sequence(batch_size=2, max_length=9)  # type: ignore[arg-type]
+    sequence = Engine(Writes()).new_sequence(batch_size=2, max_length=9)
     state: Any = sequence.state
     assert (state.batch_size, state.max_length, sequence.batch_size, sequence.max_length) == (2, 9, 2, 9)
     sequence.advance(6, np.array([[1, 2], [3, 4]]))
@@ -158,17 +158,17 @@ def test_a_batch_advances_together() -> None:
     with pytest.raises(InputError, match=r"tokens of shape \(1, 2\): must be \(n,\) or \(2, n\): one line per member"):
         sequence.advance(6, [1, 2])
     with pytest.raises(InputError, match=r"tokens of shape \(1, 2, 2\)"):
-        sequence.advance(6, [[[1, 2], [3, 4]]])  # type: ignore[list-item]
+        sequence.advance(6, [[[1, 2], [3, 4]]])
     with pytest.raises(InputError, match=r"tokens: .*: give \(n,\) or \(2, n\)"):
-        sequence.advance(6, [[1], [2, 3]])  # type: ignore[list-item]
+        sequence.advance(6, [[1], [2, 3]])
 
 
 def test_the_scores_of_a_pass_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("balcony_runtime.engine.MAX_SCORE_BYTES", 3 * 2 * 40 * 4)  # 3 rows of 2 heads, of 40 rows each
-    sequence = Engine(Writes()).new_sequence()  # type: ignore[arg-type]
+    sequence = Engine(Writes()).new_sequence()
     assert sequence.advance(2, [1, 2, 3, 4], num_logits=4).argmax(-1).tolist() == [[10, 11, 12, 13]]
     assert calls(sequence)[1:3] == [("stage", 0, 0, 3), ("stage", 0, 3, 4)]
-    batch = Engine(Writes()).new_sequence(batch_size=4)  # type: ignore[arg-type]
+    batch = Engine(Writes()).new_sequence(batch_size=4)
     batch.append([[1, 2]] * 4)
     assert batch.run_stage(0, 2) == 2  # one row of all members at a time, though even that is too large
     assert calls(batch)[1:] == [("stage", 0, 0, 1), ("stage", 0, 1, 2)]
@@ -176,7 +176,7 @@ def test_the_scores_of_a_pass_have_a_largest_size(monkeypatch: pytest.MonkeyPatc
 
 def test_passes_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("balcony_runtime.engine.MAX_PASS_ROWS", 4)
-    sequence = Engine(Writes()).new_sequence()  # type: ignore[arg-type]
+    sequence = Engine(Writes()).new_sequence()
     logits = sequence.advance(2, list(range(10)), num_logits=6)
     assert calls(sequence) == [
         ("embed", [list(range(10))], 0), ("stage", 0, 0, 4), ("stage", 0, 4, 8), ("stage", 0, 8, 10),

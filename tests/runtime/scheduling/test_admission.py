@@ -75,7 +75,7 @@ def test_a_stream_that_waits_for_others_ends_as_soon_as_it_is_cancelled(llm: LLM
         assert consumed.result(30) == [] and waits.reply.finish_reason == "cancelled"
 
         async def gives_up() -> None:
-            task = asyncio.create_task(anext(aiter(llm.stream([3], max_new_tokens=55))))  # type: ignore[arg-type]
+            task = asyncio.create_task(anext(aiter(llm.stream([3], max_new_tokens=55))))
             while not waiting(llm):
                 await asyncio.sleep(0.001)
             task.cancel()

@@ -345,7 +345,7 @@ def test_cleared_members_give_their_memory_back(tiny_engine: Engine) -> None:
     assert again is not None and again is not sequence
     # only the pages at the edges of a member's part are still there
     assert again.state.memory_bytes < 20_000
-    memory = pool._pool._memory  # type: ignore[attr-defined]
+    memory = pool._pool._memory
     assert not memory.rows[:, 0, 64:128].any()
 
 

@@ -49,7 +49,7 @@ def test_threads_write_what_they_write_alone(llm: LLM) -> None:
         rounds.append(len(asking))
         run(asking, begin_ns)
 
-    scheduler._round = counted  # type: ignore[method-assign]
+    scheduler._round = counted
     together = all_at_once(
         *(lambda i=i: llm.generate(PROMPTS[i], budget=budgets[i], **options) for i in range(len(PROMPTS)))
     )
@@ -126,7 +126,7 @@ def test_a_streams_budget_changes_between_its_tokens(llm: LLM) -> None:
             if count == 3:
                 first.budget = Budget(exit_layer=2)
             if count == 6:
-                first.budget = None  # type: ignore[assignment]
+                first.budget = None
                 llm.budget = Budget(exit_layer=3)
             replies.step()
         assert first.budget == second.budget == Budget(exit_layer=3)
@@ -258,11 +258,11 @@ def test_an_interrupted_round_takes_nothing_from_the_others(llm: LLM, monkeypatc
                 patch.setattr(pool._pool, where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
                 budgets = [None if where == "decode" else Budget(exit_layer=2), None, None]
                 for stream, own in zip(streams, budgets, strict=True):
-                    stream.budget = own  # type: ignore[assignment]
+                    stream.budget = own
                 with pytest.raises(KeyboardInterrupt):
                     replies.step()
                 for stream in streams:
-                    stream.budget = None  # type: ignore[assignment]
+                    stream.budget = None
             replies.step()
         while replies.open:
             replies.step()
@@ -435,7 +435,7 @@ def test_a_reply_that_another_thread_cancels_ends_quietly(llm: LLM) -> None:
             run(*arguments)
             streams[0].cancel()
 
-        scheduler._round = cancelled  # type: ignore[method-assign]
+        scheduler._round = cancelled
         assert [stream for stream, _ in replies.step()] == [streams[1]]
         assert replies.open == (streams[1],) and streams[0].reply.finish_reason == "cancelled"
 
@@ -447,7 +447,16 @@ def test_asynchronous_streams_share_rounds_too(llm: LLM) -> None:
     async def several() -> list[list[int]]:
         return await asyncio.gather(*(one(prompt) for prompt in PROMPTS[:4]))
 
+    rounds: list[int] = []
+    run = llm._requests.scheduler._round
+
+    def counted(asking: Any, begin_ns: int) -> None:
+        rounds.append(len(asking))
+        run(asking, begin_ns)
+
+    llm._requests.scheduler._round = counted
     found = asyncio.run(several())
+    assert max(rounds) > 1
     assert found == [ids(llm.generate(prompt, max_new_tokens=10, ignore_eos=True)) for prompt in PROMPTS[:4]]
 
 

@@ -71,7 +71,7 @@ def test_a_newcomer_does_not_wait_until_somebody_is_due(llm: LLM) -> None:
             one.cancel()
         for thread in threads:
             thread.join(60)
-        other.close()  # type: ignore[attr-defined]
+        other.close()
 
 
 def test_who_waits_to_be_admitted_does_not_keep_the_leader_busy(llm: LLM) -> None:
@@ -91,7 +91,7 @@ def test_who_waits_to_be_admitted_does_not_keep_the_leader_busy(llm: LLM) -> Non
             thread.start()
         while not paced.reply.tokens:
             time.sleep(0.002)
-        llm._requests.scheduler._lead = lambda: (leads.append(0.0), lead())[1]  # type: ignore[method-assign]
+        llm._requests.scheduler._lead = lambda: (leads.append(0.0), lead())[1]
         time.sleep(0.5)
         assert len(leads) < 60, "every 20 ms"
         assert not large.reply.tokens
@@ -100,7 +100,7 @@ def test_who_waits_to_be_admitted_does_not_keep_the_leader_busy(llm: LLM) -> Non
             one.cancel()
         for thread in threads:
             thread.join(60)
-        other.close()  # type: ignore[attr-defined]
+        other.close()
 
 
 def test_a_long_prompt_with_a_target_makes_way_if_others_run(llm: LLM) -> None:
@@ -332,7 +332,7 @@ def test_replies_that_nobody_holds_leave_the_company(llm: LLM) -> None:
         pass
     del replies  # at once, and not when the collector comes by in some thread
     scheduler = llm._requests.scheduler
-    assert not scheduler._streams and free_members(llm) == len(scheduler._pool.members)  # type: ignore[union-attr]
+    assert not scheduler._streams and free_members(llm) == len(scheduler._pool.members)
     assert ids(llm.generate(prompt, max_new_tokens=6, ignore_eos=True)) == alone
 
 

@@ -76,7 +76,7 @@ def test_nothing_impossible_gets_through(steps: list[tuple[float, dict[str, floa
     plausibility, now_s, last_j, last_s = Plausibility(), 0.0, None, 0.0
     for elapsed_s, fields in steps:
         now_s += elapsed_s
-        cleaned = plausibility.clean(Reading("x", "gpu", now_s, **fields))  # type: ignore[arg-type]
+        cleaned = plausibility.clean(Reading("x", "gpu", now_s, **fields))
         for field, (least, most) in LIMITS.items():
             value = None if cleaned is None else getattr(cleaned, field)
             assert value is None or (math.isfinite(value) and least <= value <= most)

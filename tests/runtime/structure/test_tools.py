@@ -371,7 +371,7 @@ def test_a_conversation_remembers_its_calls(bundle_copy: Path) -> None:
             ([{"role": "tool"}], "content"),
         ):
             with pytest.raises(InputError, match=message):
-                chat.send(wrong)  # type: ignore[arg-type]
+                chat.send(wrong)
         assert len(chat.messages) == 7
         chat.reset()
         assert chat.messages == [{"role": "system", "content": "be brief"}]

@@ -44,7 +44,7 @@ def installed(cuda: Runtime) -> Iterator[None]:
         return _Session(cuda, open_session(path), providers[0][1])
 
     listed = ort.get_available_providers
-    onnxruntime_device.open_session = opened  # type: ignore[assignment]
+    onnxruntime_device.open_session = opened
     ort.get_available_providers = lambda: ["CUDAExecutionProvider", *listed()]
     onnxruntime_device.PROVIDERS = {**table, "cuda": ("CUDAExecutionProvider", "cpu")}
     try:

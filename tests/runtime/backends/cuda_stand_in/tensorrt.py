@@ -237,7 +237,7 @@ class Context:
         regions = {}
         for name, value in {**self._inputs, **self._outputs}.items():
             shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in value.shape)
-            regions[name] = Region(self._addresses[name], shape, _TYPES[value.type])  # type: ignore[arg-type]
+            regions[name] = Region(self._addresses[name], shape, _TYPES[value.type])
         return regions
 
     def _run(self, regions: Mapping[str, Region]) -> None:
