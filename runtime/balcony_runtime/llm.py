@@ -353,7 +353,7 @@ class LLM(Closing):
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             kind = "one text" if isinstance(prompts, str) else f"of type {type(prompts).__name__}"
             raise InputError(f"prompts: {kind}: give a list of prompts, or use generate()")
-        budgets = list(budget) if isinstance(budget, list | tuple) else [budget] * len(prompts)
+        budgets: list[Any] = list(budget) if isinstance(budget, list | tuple) else [budget] * len(prompts)
         if len(budgets) != len(prompts):
             raise InputError(f"budget: {len(budgets)} for {len(prompts)} prompts: give one for all, or one for each")
         requests = [

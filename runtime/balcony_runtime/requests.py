@@ -256,7 +256,16 @@ class Requests:
     @contextlib.contextmanager
     def sequence(self, request: Request) -> Iterator[TokenSequence]:
         """A sequence for a reply, which shares passes and prefixes with others if there is room for it."""
-        sequence = self.scheduler.new_sequence(request.ids, request.rows)
+        with self._lent(request.ids, request.rows) as sequence:
+            yield sequence
+
+    def empty(self, rows: int) -> contextlib.AbstractContextManager[TokenSequence]:
+        """A sequence without rows, whose rows are shared when it goes back."""
+        return self._lent((), rows)
+
+    @contextlib.contextmanager
+    def _lent(self, tokens: Sequence[int], rows: int) -> Iterator[TokenSequence]:
+        sequence = self.scheduler.new_sequence(tokens, rows)
         try:
             yield sequence
         finally:

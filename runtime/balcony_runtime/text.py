@@ -222,7 +222,7 @@ class TextCodec:
             tokenizer = Tokenizer.from_str(self._without_control_tokens().to_str())
             tokenizer.encode_special_tokens = True
             known = {token.content: (id_, token) for id_, token in tokenizer.get_added_tokens_decoder().items()}
-            own = {}
+            own: dict[int, int] = {}
             for place, name in enumerate(names):
                 id_, token = known[name]
                 alias = AddedToken(
@@ -234,7 +234,9 @@ class TextCodec:
                     special=False,
                 )
                 tokenizer.add_tokens([alias])
-                own[tokenizer.token_to_id(alias.content)] = id_
+                number = tokenizer.token_to_id(alias.content)
+                assert number is not None
+                own[number] = id_
             self._aliases = tokenizer, own
         return self._aliases
 

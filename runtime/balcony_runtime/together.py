@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.loop import Decoder, Step
+from balcony_runtime.engine import TokenSequence
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.requests import Prompt, Request, Requests
 from balcony_runtime.scheduling.stream import Stream
@@ -89,6 +90,10 @@ class Together(Closing):
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
         self._scheduler.ask(stream, asked_s)
         return tokens
+
+    def empty(self, rows: int) -> AbstractContextManager[TokenSequence]:
+        """An empty sequence of so many rows. What it has at the end is there for the next prompt that begins alike."""
+        return self._requests.empty(rows)
 
     def pause(self, stream: TokenStream) -> None:
         """Ask for no more tokens of a reply than those that are on the way, e.g. because its reader is slow."""

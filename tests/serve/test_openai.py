@@ -171,12 +171,22 @@ def test_an_echo_has_the_engines_own_log_probabilities(
 
 def test_an_echo_with_tokens_after_it(client: openai.OpenAI, server: Server) -> None:
     """What lm-eval's ``local-completions`` asks for."""
-    ids = server.service.llm.encode("the lazy dog", chat=False)
+    text = "the lazy dog" * 16
+    ids = server.service.llm.encode(text, chat=False)
     options: dict[str, Any] = {"model": "tiny", "prompt": ids, "temperature": 0}
-    found = client.completions.create(echo=True, logprobs=1, max_tokens=1, **options).choices[0]
+    pool = server.service.llm.pool
+    assert pool is not None
+    before = pool.reused.rows
+    whole = client.completions.create(echo=True, logprobs=1, max_tokens=1, **options)
+    assert whole.usage is not None and whole.usage.prompt_tokens_details is not None
+    assert pool.reused.rows - before == whole.usage.prompt_tokens - 1, (
+        "the reply goes on with the rows that were scored"
+    )
+    assert whole.usage.prompt_tokens_details.cached_tokens == 0
+    found = whole.choices[0]
     assert len(found.logprobs.token_logprobs) == len(ids) + 1
     made = client.completions.create(logprobs=1, max_tokens=1, **options).choices[0]
-    assert found.text == "the lazy dog" + made.text
+    assert found.text == text + made.text
     assert found.logprobs.token_logprobs[-1] == pytest.approx(made.logprobs.token_logprobs[0], abs=1e-4)
     pieces = list(client.completions.create(echo=True, logprobs=1, max_tokens=3, stream=True, **options))
     assert "".join(piece.choices[0].text for piece in pieces).startswith(found.text)
@@ -186,7 +196,7 @@ def test_an_echo_with_tokens_after_it(client: openai.OpenAI, server: Server) -> 
     )
     assert named.choices[0].logprobs.tokens[0].startswith("token_id:")
     plain = client.completions.create(echo=True, max_tokens=0, **options).choices[0]
-    assert (plain.text, plain.logprobs) == ("the lazy dog", None)
+    assert (plain.text, plain.logprobs) == (text, None)
 
 
 def test_several_prompts(client: openai.OpenAI) -> None:

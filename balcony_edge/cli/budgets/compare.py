@@ -59,8 +59,8 @@ def compare(
             for item in found
         ]
         document = {"differences": differences(one, two), "entries": lines}
-        form, path = target
-        write_output(json.dumps(document) + "\n" if form == "json" else render_lines(lines, form), path)
+        form, file = target
+        write_output(json.dumps(document) + "\n" if form == "json" else render_lines(lines, form), file)
         return
     _show(one, two, found, everything)
 

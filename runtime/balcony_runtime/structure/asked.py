@@ -105,8 +105,9 @@ def _readable(schema: Any) -> Any:
 
     def with_pattern(schema: Mapping[str, Any]) -> Mapping[str, Any]:
         form = schema.get("format")
-        known = isinstance(form, str) and form in _READABLE and "pattern" not in schema
-        return {**_READABLE[form], **schema} if known else schema
+        if not isinstance(form, str) or form not in _READABLE or "pattern" in schema:
+            return schema
+        return {**_READABLE[form], **schema}
 
     return _each(schema, with_pattern)
 

@@ -228,8 +228,8 @@ class Builder:
         data = self._builder.build_serialized_network(network, config)
         if config.progress_monitor.cancelled:
             raise KeyboardInterrupt
-        timed = data is not None and self._timing_cache is not None and self._target == "tensorrt"
-        if timed and (cache := config.get_timing_cache()) is not None:
+        cache = None if data is None or self._target != "tensorrt" else config.get_timing_cache()
+        if cache is not None and self._timing_cache is not None:
             timings = bytes(cache.serialize())
             write_atomically(self._timing_cache, timings, EngineBuildError, "name another --timing-cache")
         return data

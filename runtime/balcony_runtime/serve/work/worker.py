@@ -104,6 +104,8 @@ class Worker:
                 if self._found:
                     found, self._found = self._found, []
                     self._deliver(found)
+            for pieces in self._scoring.values():
+                pieces.close()
 
     def _read_inbox(self) -> bool:
         """Do what others ask for; sleeps if there is nothing else to do. False if the thread must end."""
@@ -144,7 +146,7 @@ class Worker:
             except Exception as error:  # the job ends, and the others go on
                 self._fail(job, error)
                 continue
-            self._scoring[job] = scored(self._llm.engine, job.ids, exit_layer, job.score)
+            self._scoring[job] = scored(self._together.empty(len(job.ids)), job.ids, exit_layer, job.score)
 
     def _begin(self, job: Job) -> None:
         if job.request is None:
@@ -204,7 +206,8 @@ class Worker:
         self._paused.discard(job)
 
     def _cancel(self, job: Job) -> None:
-        self._scoring.pop(job, None)
+        if (pieces := self._scoring.pop(job, None)) is not None:
+            pieces.close()
         if job in self._waiting:
             self._waiting.remove(job)
         if job.stream is not None and job.stream in self._running:
