@@ -14,7 +14,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import DynamicCache
 
@@ -30,113 +29,73 @@ from balcony_export.model.architecture import cast_weights
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.layer import memory_of
 from balcony_runtime.backends.onnxruntime.backend import open_session
+from tests.conftest import tiny_model
 
 pytestmark = pytest.mark.model  # each test traces layers
 
 Array = npt.NDArray[np.float32]
-_SIZES: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
 _ATTENTION: dict[str, Any] = {"intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
-_STATE_SPACE: dict[str, Any] = {"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8}
-_DELTA: dict[str, Any] = {
-    "head_dim": 64,  # a quarter of it is rotated
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-}
 _KINDS = ["linear_attention", "full_attention", "linear_attention"]
-#: Name → (class of the configuration, class of the model, what sets it apart, name of the mixer in a layer).
-MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "mamba2": (
-        "Mamba2Config",
-        "Mamba2ForCausalLM",
-        {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 2, "chunk_size": 8},
-        "mixer",
-    ),
-    "bamba": ("BambaConfig", "BambaForCausalLM", {**_ATTENTION, **_STATE_SPACE, "attn_layer_indices": [1]}, "mamba"),
-    "granite": (
-        "GraniteMoeHybridConfig",
-        "GraniteMoeHybridForCausalLM",
-        {
-            **_ATTENTION,
-            **_STATE_SPACE,
-            "mamba_n_groups": 1,
-            "layer_types": _KINDS,
-            "num_local_experts": 0,
-            "shared_intermediate_size": 96,
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
-            "attention_multiplier": 0.15,
-            "logits_scaling": 3.0,
-        },
-        "mamba",
-    ),
+#: Name → (architecture of tests/conftest.py, what sets this model of three layers apart, name of the mixer in a layer).
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mamba2": ("mamba2", {"head_dim": 32}, "mixer"),
+    "bamba": ("bamba", {**_ATTENTION, "attn_layer_indices": [1]}, "mamba"),
+    "granite": ("granite-hybrid", {**_ATTENTION, "mamba_n_groups": 1, "layer_types": _KINDS}, "mamba"),
     "falcon-h1": (
-        "FalconH1Config",
-        "FalconH1ForCausalLM",
+        "falcon-h1",
         {
             **_ATTENTION,
-            **_STATE_SPACE,
             "mamba_d_ssm": 128,
-            "lm_head_multiplier": 0.5,
             "embedding_multiplier": 3.0,
-            "key_multiplier": 0.7,
             "attention_in_multiplier": 0.9,
             "attention_out_multiplier": 0.8,
             "ssm_multipliers": [0.5, 0.8, 1.2, 0.9, 1.1],
             "ssm_in_multiplier": 1.3,
-            "ssm_out_multiplier": 0.6,
             "mlp_multipliers": [0.9, 1.1],
         },
         "mamba",
     ),
     "falcon-h1-norm": (
-        "FalconH1Config",
-        "FalconH1ForCausalLM",
-        {**_ATTENTION, **_STATE_SPACE, "mamba_d_ssm": 128, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+        "falcon-h1",
+        {**_ATTENTION, "mamba_d_ssm": 128, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
         "mamba",
     ),
     "qwen3-next": (
-        "Qwen3NextConfig",
-        "Qwen3NextForCausalLM",
-        {**_ATTENTION, **_DELTA, "layer_types": _KINDS, "mlp_only_layers": [0, 1, 2]},
+        "qwen3-next",
+        {
+            **_ATTENTION,
+            "layer_types": _KINDS,
+            "mlp_only_layers": [0, 1, 2],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 24,
+        },
         "linear_attn",
     ),
     "qwen3.5": (
-        "Qwen3_5TextConfig",
-        "Qwen3_5ForCausalLM",
-        {**_ATTENTION, **_DELTA, "layer_types": _KINDS},
+        "qwen3.5",
+        {**_ATTENTION, "layer_types": _KINDS, "linear_key_head_dim": 16, "linear_value_head_dim": 24},
         "linear_attn",
     ),
-    "mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 8}, "mixer"),
-    "falcon-mamba": ("FalconMambaConfig", "FalconMambaForCausalLM", {"state_size": 8}, "mixer"),
+    "mamba": ("mamba", {"state_size": 8}, "mixer"),
+    "falcon-mamba": ("falcon-mamba", {"state_size": 8}, "mixer"),
 }
 
 
 @functools.cache
 def tiny(name: str) -> Any:
     """A random model; decays and time steps are spread widely, so that a wrong one shows."""
-    config_class, model_class, extra, _ = MODELS[name]
-    config = getattr(transformers, config_class)(**{**_SIZES, **extra})
-    config._attn_implementation = "eager"
-    model = getattr(transformers, model_class)(config)
+    architecture, extra, _ = MODELS[name]
+    model = tiny_model(architecture, **{"num_hidden_layers": 3, "hidden_size": 64, **extra})
     generator = torch.Generator().manual_seed(20261127)
     for key, parameter in model.named_parameters():
         random = torch.randn(parameter.shape, generator=generator)
         centre = 1.0 if "norm" in key and "qwen" not in name else 0.0
         parameter.data = random * 0.5 + centre if parameter.dim() == 1 else random * (0.7 if "conv1d" in key else 0.25)
-    return model.eval()
+    return model
 
 
 def mixer_of(name: str, layer: int = 0) -> Any:
-    return getattr(tiny(name).get_decoder().layers[layer], MODELS[name][3])
+    return getattr(tiny(name).get_decoder().layers[layer], MODELS[name][2])
 
 
 def states_of(name: str, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,7 +274,7 @@ def test_half_precision_keeps_the_state_in_float32(name: str) -> None:
     model = copy.deepcopy(tiny(name))
     cast_weights(model, torch.float16)
     window, state = states_of(name, 2)
-    traced = trace_mixer(model, getattr(model.get_decoder().layers[0], MODELS[name][3]), window.half(), state)
+    traced = trace_mixer(model, getattr(model.get_decoder().layers[0], MODELS[name][2]), window.half(), state)
     given = {"rows": rows.half().numpy(), "past_window": window.half().numpy(), "past_state": state.numpy()}
     out, new_window, new_state = session(portable(traced)).run(None, given)
     assert (out.dtype, new_window.dtype, new_state.dtype) == (np.float16, np.float16, np.float32)
