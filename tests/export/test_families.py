@@ -19,12 +19,12 @@ from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from tests.conftest import Exported, tiny_model, tiny_tokenizer
 from tests.export.graph.experts import MIXTURES, tiny_mixture
-from tests.runtime.backends.test_conformance import actions, play
 from tests.runtime.backends.test_recurrent import check_replay
-from tests.runtime.scheduling import test_pool as pools
+from tests.support import companies
 from tests.support.command import invoke_here
 from tests.support.hybrids import HYBRIDS, TWO_LAYERS
 from tests.support.properties import examples
+from tests.support.schedules import actions, play
 
 pytestmark = pytest.mark.model
 
@@ -78,9 +78,9 @@ def test_any_company_gives_each_sequence_its_own_logits(
     with Engine.open(family(name).path) as engine:
 
         @examples(count // 2, suppress_health_check=[HealthCheck.too_slow])
-        @given(pools.actions, st.integers(0, 1000))
+        @given(companies.actions, st.integers(0, 1000))
         def company(schedule: list[Any], seed: int) -> None:
-            pools.play(engine, schedule, seed)
+            companies.play(engine, schedule, seed)
 
         company()
 

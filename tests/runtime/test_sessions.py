@@ -26,8 +26,8 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.sessions import file
-from tests.runtime.backends.test_conformance import assert_equal, from_scratch
 from tests.support.properties import CHANCE, examples
+from tests.support.schedules import assert_equal, from_scratch
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 from balcony_runtime.serve.http.connections import Connection
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.service import Limits
-from tests.serve.test_service import CHAT, HELLO, SLOW, connected, is_free, until
+from tests.serve.client import CHAT, HELLO, SLOW, connected, is_free, until
 
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
 #: Time limits of the server in seconds, and the longest time until a client must be cut off.

@@ -20,7 +20,7 @@ from balcony_runtime.serve.work.jobs import Channel, Ended, Job
 from balcony_runtime.serve.work.service import Limits
 from balcony_runtime.structure.asked import Structure
 from balcony_runtime.structure.grammar import Grammars
-from tests.serve.test_service import CHAT, HELLO, SLOW, is_free, until
+from tests.serve.client import CHAT, HELLO, SLOW, is_free, until
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import httpx
 import pytest
 
 from balcony_runtime.serve.http.server import Server
-from tests.serve.test_service import is_free, until
+from tests.serve.client import is_free, until
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT: dict[str, Any] = {"stream": True, "model": "tiny", "messages": HELLO}

@@ -12,8 +12,8 @@ import pytest
 
 from balcony_edge.errors import InputError
 from balcony_runtime.serve.http.server import Server, Settings
+from tests.serve.client import CHAT, HELLO
 from tests.serve.conftest import with_template
-from tests.serve.test_service import CHAT, HELLO
 
 PAGE = "app://obsidian.md"
 #: Opens a thought in the prompt, as Qwen3.5's template does, unless it is switched off.

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from balcony_runtime.serve.http.server import Server
-from tests.serve.test_service import is_free, until
+from tests.serve.client import is_free, until
 
 
 @pytest.fixture(scope="module")

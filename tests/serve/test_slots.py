@@ -12,7 +12,7 @@ import pytest
 
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.service import Limits
-from tests.serve.test_service import SLOW, until
+from tests.serve.client import SLOW, until
 
 PROMPT = {"prompt": list(range(10, 70)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}
 

@@ -38,10 +38,11 @@ from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.shared_step import PoolMove
 from tests.conftest import Exported, tiny_tokenizer
 from tests.export.graph.experts import MIXTURES, mixture_exits, tiny_mixture
-from tests.runtime.backends.test_conformance import BACKENDS, actions, play
-from tests.runtime.scheduling.test_pool import check_step, new_pool
+from tests.runtime.backends.test_conformance import BACKENDS
+from tests.support.companies import check_step, new_pool
 from tests.support.engine_sets import write_graphs
 from tests.support.properties import examples
+from tests.support.schedules import actions, play
 
 pytestmark = pytest.mark.model
 

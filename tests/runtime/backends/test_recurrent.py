@@ -22,10 +22,10 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import Bench
 from balcony_runtime.profiler.grid import Grid
-from tests.runtime.backends.test_conformance import actions, play
 from tests.runtime.decoding.test_speculate import PROMPTS, costs
 from tests.support.hybrids import EXPORTED, RECURRENT
 from tests.support.properties import examples
+from tests.support.schedules import actions, play
 
 
 @pytest.mark.hypothesis  # its examples are drawn inside

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.quantize.blocks import parse_precision
 from balcony_runtime.engine import Engine
-from tests.runtime.backends.test_conformance import actions, play
 from tests.support.properties import examples
+from tests.support.schedules import actions, play
 
 
 def plays(

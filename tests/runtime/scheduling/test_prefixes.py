@@ -28,7 +28,7 @@ from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import TextCodec
-from tests.runtime.backends.test_conformance import assert_equal, from_scratch
+from tests.support.schedules import assert_equal, from_scratch
 
 
 def test_prefixes_are_saved_and_loaded(llm: LLM, tiny: Any, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Requests that many tests of the server send, and questions about it from outside and inside."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from balcony_runtime.serve.http.server import Server
+
+CHAT = "/v1/chat/completions"
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
+#: A reply that takes about four seconds, and whose chunks are large.
+SLOW = HELLO | {"max_tokens": 200, "ignore_eos": True, "stream": True, "budget": {"max_pace_tps": 50}}
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_free(server: Server) -> bool:
+    """Whether nothing is in progress, and the pool holds only sequences that have ended."""
+    scheduler = server.service.llm._requests.scheduler
+    pool = scheduler._pool
+    return not server.service.slots and not scheduler._streams and not (pool is not None and pool.in_use)
+
+
+def connected(server: Server, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
+    """A raw connection that has sent a request."""
+    address = urlsplit(server.url)
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect((address.hostname, address.port))
+    connection.settimeout(20)
+    content = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
