@@ -115,7 +115,7 @@ $(ARM)/.ready: $(READY) tests/runtime/arm/prepare.py
 	touch $@
 
 # The bundles are exported here, because torch takes hours in the emulation.
-EXPORTERS := $(shell find export balcony_edge/bundle tests/conftest.py tests/runtime/arm/record.py -name '*.py')
+EXPORTERS := $(shell find export balcony_edge/bundle tests/conftest.py tests/runtime/conftest.py tests/support/engine_sets.py tests/support/hybrids.py tests/runtime/arm/record.py -name '*.py')
 $(ARM)/recorded/.ready: $(ARM)/.ready $(EXPORTERS)
 	rm -rf $(@D)
 	BALCONY_RECORDED=$(CURDIR)/$(@D) $(BIN)/python -m pytest -q tests/runtime/arm/record.py

@@ -188,7 +188,7 @@ def test_the_wheel_with_cpu_alone_runs_a_bundle(tiny: Any, wheel: Path, tmp_path
     assert done.stderr.count("\n") == 1
     # the oldest ONNX Runtime that the extras allow, which is the one that loading asks for
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for extra, package in (("cpu", "onnxruntime"), ("gpu", "onnxruntime-gpu"), ("export", "onnxruntime")):
+    for extra, package in (("cpu", "onnxruntime"), ("gpu", "onnxruntime-gpu[cuda,cudnn]"), ("export", "onnxruntime")):
         assert f"{package}>={OLDEST}" in extras[extra]
     done = call(bin_ / "python", "-m", "pip", "install", "--quiet", f"onnxruntime=={OLDEST}.0")
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from balcony_runtime.llm import LLM
 from tests.conftest import Exported, tiny_model, tiny_tokenizer
 from tests.export.graph.experts import MIXTURES, tiny_mixture
 from tests.runtime.backends.test_recurrent import check_replay
-from tests.support import companies
+from tests.support import pools
 from tests.support.command import invoke_here
 from tests.support.hybrids import HYBRIDS, TWO_LAYERS
 from tests.support.properties import examples
@@ -78,9 +78,9 @@ def test_any_company_gives_each_sequence_its_own_logits(
     with Engine.open(family(name).path) as engine:
 
         @examples(count // 2, suppress_health_check=[HealthCheck.too_slow])
-        @given(companies.actions, st.integers(0, 1000))
+        @given(pools.actions, st.integers(0, 1000))
         def company(schedule: list[Any], seed: int) -> None:
-            companies.play(engine, schedule, seed)
+            pools.play(engine, schedule, seed)
 
         company()
 

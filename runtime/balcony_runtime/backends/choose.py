@@ -110,7 +110,7 @@ def open_backend(
         device: device to run it on.
         engines: name of a set in ``manifest.engines``; by default the only one. On the CPU, the set's graphs run instead of
             those for CPUs, which checks a GPU's graphs without a GPU.
-        threads: as for :class:`.onnxruntime.OnnxRuntimeBackend`.
+        threads: as for :class:`.onnxruntime.backend.OnnxRuntimeBackend`.
         packed: likewise.
         verify_hashes: whether files of an engine set and packed weights are hashed; opening the bundle hashes its own files.
 

@@ -39,8 +39,8 @@ from balcony_runtime.scheduling.shared_step import PoolMove
 from tests.conftest import Exported, tiny_tokenizer
 from tests.export.graph.experts import MIXTURES, mixture_exits, tiny_mixture
 from tests.runtime.backends.test_conformance import BACKENDS
-from tests.support.companies import check_step, new_pool
 from tests.support.engine_sets import write_graphs
+from tests.support.pools import check_step, new_pool
 from tests.support.properties import examples
 from tests.support.schedules import actions, play
 

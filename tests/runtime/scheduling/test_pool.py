@@ -17,7 +17,7 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling import shared_step
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
-from tests.support.companies import MEMBERS, actions, check_step, new_pool, play
+from tests.support.pools import MEMBERS, actions, check_step, new_pool, play
 from tests.support.properties import examples
 from tests.support.schedules import assert_equal, from_scratch
 

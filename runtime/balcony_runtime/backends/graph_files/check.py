@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from balcony_edge.errors import BundleError
-from balcony_runtime.backends.graph_files import messages as proto
-from balcony_runtime.backends.graph_files.messages import decoded_varint, message_fields
+from balcony_runtime.backends.graph_files import protobuf as proto
+from balcony_runtime.backends.graph_files.protobuf import decoded_varint, message_fields
 
 _SPARSE = "contains a sparse tensor, which no export writes"
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from balcony_runtime.backends.graph_files import messages as proto
-from balcony_runtime.backends.graph_files.messages import encoded_field, message_fields
+from balcony_runtime.backends.graph_files import protobuf as proto
+from balcony_runtime.backends.graph_files.protobuf import encoded_field, message_fields
 
 
 class Part(NamedTuple):

@@ -27,8 +27,8 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from balcony_edge.bundle.manifest import DType
-from balcony_runtime.backends.graph_files import messages as proto
-from balcony_runtime.backends.graph_files.messages import encoded_field, encoded_varint
+from balcony_runtime.backends.graph_files import protobuf as proto
+from balcony_runtime.backends.graph_files.protobuf import encoded_field, encoded_varint
 
 #: Element types and attribute types of onnx.proto3.
 _ELEMENTS: dict[str, int] = {"float32": 1, "int32": 6, "int64": 7, "float16": 10}

@@ -41,7 +41,10 @@ _TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
 class StandInBuilder:
-    """Writes engines that :class:`TensorRT` loads; the part of :class:`.tensorrt_builder.Builder` that a build needs."""
+    """Writes engines that :class:`TensorRT` loads.
+
+    It has the part of :class:`balcony_runtime.backends.accelerator.tensorrt_builder.Builder` that a build needs.
+    """
 
     def __init__(self, target: str, *, capturable: bool = True) -> None:
         module = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}[target]
