@@ -139,6 +139,7 @@ def verify(
     if not os.access(beside, os.W_OK):
         beside = Path(tempfile.gettempdir())
     with partial_directory(beside / "verify") as scratch:
+        scratch.chmod(0o700)
         subjects = {"": bundle}
         if manifest.cpu and manifest.graphs:
             subjects[", portable"] = bundle.portable()

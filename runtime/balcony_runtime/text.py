@@ -40,6 +40,7 @@ _BYTES = {chr(byte): byte for byte in _PRINTED} | {
 #: Marks around a placeholder for a control token that a user wrote, and the first mark of one that the template wrote. They are
 #: private-use characters, so texts do not contain them by chance.
 _OPEN, _CLOSE, _ALIAS = "\ue0c0", "\ue0c1", "\ue0c2"
+_MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_ALIAS}]")
 #: Tokens before another one that decide how it is spelled.
 CONTEXT_TOKENS = 8
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
@@ -191,7 +192,7 @@ class TextCodec:
         )
         if not names:
             return list(self._tokenizer.encode(self._render(messages, variables), add_special_tokens=False).ids)
-        for role in {message["role"] for message in messages} - _ROLES:
+        for role in {_MARKS.sub("", message["role"]) for message in messages} - _ROLES:
             if any(role in name for name in names):
                 raise InputError(
                     f"role = {shown(role)}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"
@@ -201,8 +202,7 @@ class TextCodec:
         def hidden(value: Any) -> Any:
             """A value whose texts have placeholders for control tokens."""
             if isinstance(value, str):
-                text = re.sub(f"[{_OPEN}{_CLOSE}{_ALIAS}]", "", value)
-                return spelled.sub(lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", text)
+                return spelled.sub(lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", _MARKS.sub("", value))
             if isinstance(value, Mapping):
                 return {hidden(key): hidden(one) for key, one in value.items()}
             return [hidden(one) for one in value] if isinstance(value, list | tuple) else value
@@ -222,22 +222,22 @@ class TextCodec:
             tokenizer = Tokenizer.from_str(self._without_control_tokens().to_str())
             tokenizer.encode_special_tokens = True
             known = {token.content: (id_, token) for id_, token in tokenizer.get_added_tokens_decoder().items()}
-            own: dict[int, int] = {}
-            for place, name in enumerate(names):
-                id_, token = known[name]
-                alias = AddedToken(
-                    f"{_ALIAS}{place}{_CLOSE}",
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=token.normalized,
-                    special=False,
-                )
-                tokenizer.add_tokens([alias])
-                number = tokenizer.token_to_id(alias.content)
-                assert number is not None
-                own[number] = id_
-            self._aliases = tokenizer, own
+            aliases = {f"{_ALIAS}{place}{_CLOSE}": known[name] for place, name in enumerate(names)}
+            tokenizer.add_tokens(
+                [
+                    AddedToken(
+                        alias,
+                        single_word=token.single_word,
+                        lstrip=token.lstrip,
+                        rstrip=token.rstrip,
+                        normalized=token.normalized,
+                        special=False,
+                    )
+                    for alias, (_, token) in aliases.items()
+                ]
+            )
+            added = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
+            self._aliases = tokenizer, {added[alias]: id_ for alias, (id_, _) in aliases.items()}
         return self._aliases
 
     def _without_control_tokens(self) -> Tokenizer:

@@ -91,7 +91,7 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert document["exits"][-1]["exit_layer"] == 5 and document["exits"][0]["quality"]["text"]["text.jsonl"]
     assert "agrees" in invoke_here("inspect", bundle).stdout
     refused(
-        "documents or examples of text.jsonl, which this run would replace",
+        "documents of text.jsonl, which this run would replace",
         "eval",
         bundle,
         "--text",

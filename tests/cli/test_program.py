@@ -273,4 +273,5 @@ def test_an_empty_key_opens_no_server(tiny: Any, key: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("option", ["--request-timeout", "--drain-timeout", "--prefix-mb"])
 def test_what_is_no_number_is_a_usage_error(tiny: Any, option: str) -> None:
-    refused_here("nan is not a finite number", "serve", tiny.path, option, "nan", code=2)
+    for value in ("nan", "inf"):
+        refused_here(f"Invalid value for '{option}'", "serve", tiny.path, option, value, code=2)

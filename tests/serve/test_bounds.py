@@ -14,6 +14,7 @@ import pytest
 
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.refusal import RefusedError
+from balcony_runtime.serve.http.app import SMALL_BODY
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work import answers
 from balcony_runtime.serve.work.jobs import Channel, Ended, Job
@@ -127,8 +128,10 @@ def test_the_time_limit_and_a_client_that_leaves_end_a_preparation(
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
         with pytest.raises(httpx.ReadTimeout):
             client.post(CHAT, json=HELLO, timeout=0.2)
-        until(lambda: not strict.service.busy, 1.0)  # before its time limit
+        until(lambda: not strict._uvicorn.server_state.tasks, 1.0)  # before its time limit
+    assert strict.service.busy, "their threads go on"
     gate.set()
+    until(lambda: not strict.service.busy)
 
 
 def test_the_second_signal_also_ends_requests_that_are_being_read(serve: Callable[..., Server]) -> None:
@@ -146,12 +149,12 @@ def test_the_second_signal_also_ends_requests_that_are_being_read(serve: Callabl
 
 
 def test_large_bodies_that_come_at_once_are_turned_away(serve: Callable[..., Server]) -> None:
-    """One large body may come alone; a second one waits for the first to come whole."""
-    server, gate = serve(limits=Limits(bodies_bytes=3000)), threading.Event()
+    """One large body may come alone, and small ones next to it; a second large one comes later."""
+    server, gate = serve(limits=Limits(bodies_bytes=300_000)), threading.Event()
     found: list[httpx.Response] = []
 
     def large() -> Iterator[bytes]:
-        yield b" " * 4000
+        yield b" " * 400_000
         gate.wait(20)
         yield json.dumps(HELLO).encode()
 
@@ -159,10 +162,12 @@ def test_large_bodies_that_come_at_once_are_turned_away(serve: Callable[..., Ser
     thread.start()
 
     def full() -> bool:
-        answer = httpx.post(server.url + CHAT, json=HELLO, timeout=20)
+        body = b" " * (2 * SMALL_BODY) + json.dumps(HELLO).encode()
+        answer = httpx.post(server.url + CHAT, content=body, timeout=20)
         return answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
 
     until(full)
+    assert httpx.post(server.url + CHAT, json=HELLO, timeout=20).status_code == 200
     gate.set()
     thread.join()
     assert found[0].status_code == 200 and not full()

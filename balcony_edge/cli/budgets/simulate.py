@@ -189,9 +189,10 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
 
 
 def _heat_sink_unknown(profile: DeviceProfile, budget: Budget, device: list[str] | None) -> bool:
-    """Whether the watts were measured, and nobody said how warm they make the device."""
+    """Whether the watts are those of a real device, and nobody said how warm they make it."""
     given = {word.partition("=")[0] for word in device or ()}
-    return profile.powered(profile.rail_of(budget)) is not None and "kelvin_per_watt" not in given
+    real = profile.powered(profile.rail_of(budget)) is not None or not given.isdisjoint({"idle_w", "busy_w"})
+    return real and "kelvin_per_watt" not in given
 
 
 def load(text: str) -> Load:

@@ -111,12 +111,14 @@ def serve(
         llm.record_rounds(rounds)
         return llm
 
-    if os.environ.get("BALCONY_EDGE_API_KEY") == "" or (api_key is not None and not api_key.strip()):
+    blank = os.environ.get("BALCONY_EDGE_API_KEY") == "" if api_key is None else not api_key.strip()
+    if blank:
         raise InputError("--api-key or BALCONY_EDGE_API_KEY: is empty: give a key, or leave it out")
     limits = Limits(
         parallel=parallel,
         queue=queue,
         body_bytes=max_body_mb * 1_000_000,
+        bodies_bytes=max(8 * max_body_mb, 64) * 1_000_000,
         request_s=request_timeout,
         saved_bytes=saved_mb * 1_000_000,
     )

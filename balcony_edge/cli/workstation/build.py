@@ -98,7 +98,7 @@ def build(
 def default_context(bundle: Path) -> int:
     """Default for the rows of the caches: the bundle's context, at most ``CONTEXT_LENGTH``, in steps that masks may have."""
     from balcony_edge.bundle.bundle import Bundle
-    from balcony_export.tensorrt.engine_set import MASK_STEP
+    from balcony_runtime.backends.accelerator.tensorrt_builder import MASK_STEP
 
     context = Bundle.open(bundle, verify_hashes=False).manifest.model.context_length
     return max(min(CONTEXT_LENGTH, context) // MASK_STEP, 1) * MASK_STEP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +81,7 @@ def evaluate(
     keeper = read_manifest(Path(subject)) if is_bundle and record else None
     if keeper is not None:
         require_writable(Path(subject), subject, BundleError, "make it writable, or give --no-record")
-        _refuse_replacing(keeper, limit, (*texts, *names))
+        _refuse_replacing(keeper, limit, texts)
     if is_bundle and balconies is not None:
         raise InputError(f"{subject} is a bundle, which has its own balconies: leave --balconies out")
     if not is_bundle and model is not None:
@@ -94,26 +94,24 @@ def evaluate(
         compare_with = None if model is None else partial(_open_model, model, None, None, threads)
         report = _measure(scorer, compare_with, _Sources(texts, names, data, limit, window), progress)
     _show(report, as_json)  # first: results are shown even if they cannot be kept
-    if keeper is not None:
-        record_quality(Path(subject), report.qualities, keeper.fingerprint)
     if output is not None:
         write_report(report, output)
+    if keeper is not None:
+        record_quality(Path(subject), report.qualities, keeper.fingerprint)
 
 
-def _refuse_replacing(manifest: Manifest, limit: int | None, names: Sequence[str]) -> None:
-    """Refuse a quick run whose results would replace those on more documents or examples."""
+def _refuse_replacing(manifest: Manifest, limit: int | None, names: Iterable[str]) -> None:
+    """Refuse a quick run whose results would replace those on more documents."""
     from balcony_edge.errors import InputError
 
     if limit is None:
         return
     for quality in (exit_.quality for exit_ in manifest.exits if exit_.quality is not None):
-        sizes = {name: one.documents for name, one in quality.text.items()}
-        sizes |= {name: one.examples for name, one in quality.tasks.items()}
         for name in names:
-            if sizes.get(name, 0) > limit:
+            if name in quality.text and (known := quality.text[name].documents) > limit:
                 raise InputError(
-                    f"--limit {limit}: the bundle has results on {sizes[name]} documents or examples of {name}, which this run "
-                    "would replace: give --no-record, or leave --limit out"
+                    f"--limit {limit}: the bundle has results on {known} documents of {name}, which this run would replace: "
+                    "give --no-record, or leave --limit out"
                 )
 
 

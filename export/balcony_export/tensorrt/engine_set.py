@@ -21,12 +21,9 @@ from balcony_export.graph.ir_tools import FAR_WEIGHTS, graph_spec, relative_dist
 from balcony_export.graph.weights import WeightFile
 from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt.integers import Rounding
-from balcony_runtime.backends.accelerator.tensorrt_builder import Target
+from balcony_runtime.backends.accelerator.tensorrt_builder import MASK_STEP, Target
 from balcony_runtime.backends.token_table import unpacked
 
-#: Divides the rows of caches: a mask has one column for each row, and kernels for attention read it in such steps (those of
-#: ONNX Runtime for CUDA fail at addresses that are not aligned).
-MASK_STEP = 8
 _EXPORT_ONE = "export one with --precision int4,positive,block=64,head=4 --calibration TEXT"
 
 
@@ -65,6 +62,8 @@ def make_graphs(
             f"--context-length {form.capacity}: this bundle takes 1 to {context}: give a number in this range"
         )
     if form.capacity % MASK_STEP:
+        if context < MASK_STEP:
+            raise InputError(f"{bundle.path}: its context of {context} rows is too short for a GPU: run it on the CPU")
         raise InputError(
             f"--context-length {form.capacity}: must be a multiple of {MASK_STEP}, because kernels read masks in such steps: "
             f"give {max(form.capacity // MASK_STEP, 1) * MASK_STEP}"

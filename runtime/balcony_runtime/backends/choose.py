@@ -160,7 +160,8 @@ def open_backend(
         if named:
             raise
         _log.warning("%s: runs on the CPU: %s", bundle.path, error)
-        return open_backend(bundle, "cpu", threads=threads, verify_hashes=verify_hashes)
+    # not before: the error holds the sessions that were opened
+    return open_backend(bundle, "cpu", threads=threads, verify_hashes=verify_hashes)
 
 
 def _faster(bundle: Bundle, threads: int | None, verify_hashes: bool) -> Backend:

@@ -113,12 +113,14 @@ class Nvml:
     def _own_utilization(self, gpu: Any) -> float | None:
         """This process's share, or None if NVML does not know it, as in a container with its own process ids."""
         own = os.getpid()
-        since_us = time.time_ns() // 1000 - _PROCESS_WINDOW_US  # samples are stamped with the time of day
+        since_us = time.time_ns() // 1000 - 2 * _PROCESS_WINDOW_US  # samples are stamped with the time of day
         try:
             samples = pynvml.nvmlDeviceGetProcessUtilization(gpu, since_us)
         except pynvml.NVMLError_NotFound:  # no process used the GPU
             samples = []
-        shares: list[float] = [sample.smUtil / 100 for sample in samples if sample.pid == own]
+        ours = [sample for sample in samples if sample.pid == own]
+        newest_us = max((sample.timeStamp for sample in ours), default=0)
+        shares: list[float] = [one.smUtil / 100 for one in ours if one.timeStamp > newest_us - _PROCESS_WINDOW_US]
         if shares:
             return sum(shares) / len(shares)
         known: set[int] = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)}

@@ -179,7 +179,7 @@ class CudaDevice:
                 cudart.cudaSetDevice(before)
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        self._collect()
+        self.collect()
         size = max(Region(0, shape, dtype).nbytes, 1)
         allocated = cudart.cudaMallocAsync(size, self.stream) if self._pools else cudart.cudaMalloc(size)
         region = Region(int(check(allocated)), shape, dtype)
@@ -226,7 +226,7 @@ class CudaDevice:
     def captured(self, launch: Launch) -> Launch:
         if not self._capture:
             return launch
-        self._collect()
+        self.collect()
         launch.run()  # engines initialise themselves at the first launch, which a capture cannot record
         self.synchronize()
         if not launch.may_capture():
@@ -284,7 +284,8 @@ class CudaDevice:
         self._owned[key] = (destroy, handle, keeps)
         weakref.finalize(user, self._dropped.append, key)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Destroy the graphs that nobody uses any more; not during a capture."""
         while self._dropped:
             if (owned := self._owned.pop(self._dropped.popleft(), None)) is not None:
                 check(owned[0](owned[1]))

@@ -108,6 +108,10 @@ class Device(Protocol):
         """One call for launches of :meth:`captured`, in this order."""
         ...
 
+    def collect(self) -> None:
+        """Destroy the programs that nobody uses any more, and let go of what they used."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for all work so far."""
         ...
@@ -191,6 +195,9 @@ class HostDevice:
 
     def joined(self, launches: Sequence[Launch]) -> Callable[[], None]:
         return in_turn(launches)
+
+    def collect(self) -> None:
+        pass
 
     def synchronize(self) -> None:
         pass

@@ -57,16 +57,16 @@ class OnnxRuntimeExecutor:
         providers = [(name, options)] if options else [name]
         # On the CPU the purpose is to check the files. A product fused with its DequantizeLinear would also round its inputs.
         entries = {"session.disable_quant_qdq": "1"} if provider == "cpu" else None
-        self._sessions = {
-            graph: open_session(directory / file, threads=threads, providers=providers, entries=entries)
-            for graph, file in files.items()
-        }
-        if strays := [graph for graph, session in self._sessions.items() if session.get_providers()[0] != name]:
-            # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
-            raise DeviceError(
-                f"{strays[0]}: ONNX Runtime could not start {name} (a library of CUDA or cuDNN may be missing): "
-                "pip install 'balcony-edge[gpu]', or run with --device cpu"
-            )
+        self._sessions = {}
+        for graph, file in files.items():
+            session = open_session(directory / file, threads=threads, providers=providers, entries=entries)
+            if session.get_providers()[0] != name:
+                # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
+                raise DeviceError(
+                    f"{graph}: ONNX Runtime could not start {name} (a library of CUDA or cuDNN may be missing): "
+                    "pip install 'balcony-edge[gpu]', or run with --device cpu"
+                )
+            self._sessions[graph] = session
 
     def prepare(self, graph: str, tensors: Mapping[str, Region], *, to_capture: bool = False) -> Launch:
         """A session allocates memory while it runs, so its launches are never captured."""

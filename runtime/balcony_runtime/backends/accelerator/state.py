@@ -126,6 +126,8 @@ class DeviceBackend(Closing):
                 self.device.synchronize()  # passes may still run
             for workspace in list(self._workspaces):
                 workspace.forget_programs()  # they hold contexts of the engines
+            with contextlib.suppress(DeviceError):
+                self.device.collect()
             self._closed = True
             self.executor.close()
             self.device.close()

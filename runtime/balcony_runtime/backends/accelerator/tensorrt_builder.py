@@ -23,6 +23,9 @@ from balcony_edge.files import write_atomically
 
 Target = Literal["rtx", "tensorrt"]
 MODULES: dict[Target, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+#: Divides the rows of caches: a mask has one column for each row, and kernels for attention read it in such steps (those of
+#: ONNX Runtime for CUDA fail at addresses that are not aligned).
+MASK_STEP = 8
 #: Sizes of passes as (least, usual, most) new rows, one optimization profile each: decode, catch-up, a chunk of a prefill.
 #: All begin at one row: for a profile of only one row TensorRT-RTX 1.7 keeps a second, transposed copy of every weight.
 PASSES = ((1, 1, 8), (1, 8, 64), (1, 256, 512))

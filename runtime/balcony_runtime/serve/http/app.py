@@ -26,7 +26,7 @@ from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError, ContextLengthError
 from balcony_runtime.serve.bodies.asked import Asked, read_asked, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
-from balcony_runtime.serve.bodies.refusal import RefusedError, bad, busy, refusal_of, too_long
+from balcony_runtime.serve.bodies.refusal import REASON, RefusedError, bad, busy, refusal_of, too_long
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
 from balcony_runtime.serve.http.openapi import document
 from balcony_runtime.serve.work.answers import Answer, EventStream, GoneError, gone
@@ -43,6 +43,8 @@ _POLICY = (
 )
 #: Seconds without a turn of the decode thread from which on the server calls itself unhealthy; a long prompt takes less.
 STUCK_S = 120.0
+#: Bytes of a body that always comes in: so much on every connection is no more than the bound of all bodies.
+SMALL_BODY = 1 << 16
 #: Path → values of its parameters.
 _QUERIES = {"/slots/{key:int}": {"action": ACTIONS}}
 #: Path → fields of its body.
@@ -308,7 +310,7 @@ class _Routes:
                     self._body_bytes += len(piece)
                     if len(found) > limits.body_bytes:
                         raise _too_large(limits.body_bytes)
-                    if self._body_bytes > limits.bodies_bytes and self._body_bytes > len(found):
+                    if self._body_bytes > limits.bodies_bytes and self._body_bytes > len(found) > SMALL_BODY:
                         raise busy("too many large bodies come at once: try again later", "queue_full", 1)
         except TimeoutError:
             raise RefusedError(
@@ -344,7 +346,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # the client left: no one reads it
+    return Response(status_code=499, headers={REASON: "disconnected"})  # for the log: no one reads it
 
 
 async def _unknown(request: Request, error: Exception) -> Response:

@@ -15,6 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 #: Longest time between two requests on a connection. Proxies and clients keep idle connections for 15 to 60 s; who closes first
 #: loses no request. Idle connections are closed sooner where they are too many.
 KEEP_ALIVE_S = 75
+#: Bytes that a client must read of a full buffer each time; a byte a minute would keep the connection for ever.
+LEAST_READ = 1 << 14
 
 
 def bounded(head_s: float, unread_s: float, most: int) -> type[Connection]:
@@ -118,9 +120,10 @@ class Connection(H11Protocol):
             self._unread_timer = self.loop.call_later(self.unread_s, self._drop_if_unread, unread)
 
     def _drop_if_unread(self, before: int) -> None:
-        """Close the connection if its client has read nothing of what was in the buffer; otherwise start the time again."""
+        """Close the connection if its client has read next to nothing of the buffer; otherwise start the time again."""
         self._unread_timer = None
-        if self.transport.get_write_buffer_size() >= before:
+        left = self.transport.get_write_buffer_size()
+        if left and before - left < LEAST_READ:
             self.transport.abort()
         else:
             self._start_unread_timer()

@@ -300,7 +300,7 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--host {host}: is not an address of this machine ({reason}): give another") from error
-    addresses = sorted(set(found), key=lambda one: one[0] != socket.AF_INET)
+    addresses = sorted(dict.fromkeys(found), key=lambda one: one[0] != socket.AF_INET)
     sockets: list[socket.socket] = []
     missing = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
     for family, kind, protocol, _, address in addresses:

@@ -51,6 +51,7 @@ class Job:
         score: number of likeliest tokens to report at each place of the prompt; None not to score it.
         model: name under which it was asked for.
         asked_s: time of the request on ``time.monotonic``; None for now.
+        most_tokens: ``max_tokens`` of the request; None if it has none.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Job:
         score: int | None = None,
         model: str = "",
         asked_s: float | None = None,
+        most_tokens: int | None = None,
     ) -> None:
+        self.most_tokens = most_tokens
         self.key, self.index, self.ids, self.request = key, index, ids, request
         self.budget, self.score, self.model = budget, score, model
         #: Set by the decode thread when the reply begins.

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,12 +248,17 @@ class Service:
         if others and others + count > most:  # a request that is larger than the queue has it to itself
             raise busy(f"{others} replies run or wait, and {most} may: try again later", "queue_full", self.retry_s)
         self._preparing += count
+        reading: asyncio.Future[Any] | None = None
         try:
             if asked.structured and not await asyncio.to_thread(self._compile, asked, only_look=True):
                 await asyncio.get_running_loop().run_in_executor(self._compiler, self._compile, asked)
-            prepared = await asyncio.to_thread(self._prepare, asked, budget, asked_s)
+            reading = asyncio.ensure_future(asyncio.to_thread(self._prepare, asked, budget, asked_s))
+            prepared = await asyncio.shield(reading)
         finally:
-            self._preparing -= count
+            if reading is None or reading.done():
+                self._preparing -= count
+            else:  # nobody waits for it any more, but its thread goes on
+                reading.add_done_callback(partial(self._abandoned, count))
         if self._stopped:
             raise stopped()
         jobs = [
@@ -265,6 +271,7 @@ class Service:
                 score=asked.logprobs if asked.echo else None,
                 model=model,
                 asked_s=asked_s,
+                most_tokens=most_tokens,
             )
             for index, (ids, _, request) in enumerate(prepared)
         ]
@@ -279,6 +286,11 @@ class Service:
         found = Answer(asked, shapes, jobs, self._parts.worker, self.limits.request_s, lambda: self.retry_s, on_close)
         self._answers.add(found)
         return found
+
+    def _abandoned(self, count: int, reading: asyncio.Future[Any]) -> None:
+        self._preparing -= count
+        if not reading.cancelled():
+            reading.exception()  # asyncio would log one that nobody has seen
 
     def _compile(self, asked: Asked, *, only_look: bool = False) -> bool:
         return self.llm.compile_grammar(asked.params(0), **asked.tooling, only_look=only_look)
@@ -368,8 +380,8 @@ class Service:
         job = self._running(key)
         budget = None
         if body is not None:
-            if isinstance(body, dict) and "deadline_s" in body and job.request is not None:
-                body = {"expected_tokens": job.request.max_new_tokens, **body}
+            if isinstance(body, dict) and body.get("deadline_s") is not None and job.most_tokens is not None:
+                body = {"expected_tokens": job.most_tokens, **body}
             budget = Budget.model_validate(body)
             await asyncio.to_thread(self.llm.resolved, budget)
             job = self._running(key)  # it may have ended meanwhile
