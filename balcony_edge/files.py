@@ -161,9 +161,7 @@ def atomic_file(path: Path, error_class: type[BalconyError], cure: str) -> Itera
         with partial_directory(target) as part:
             temporary = part / target.name
             with temporary.open("wb") as file:
-                with contextlib.suppress(
-                    OSError
-                ):  # a file that only its owner may read stays one, where files have modes
+                with contextlib.suppress(OSError):  # a file that only its owner may read stays one
                     shutil.copymode(target, temporary)
                 yield file
                 _flush(file)

@@ -125,10 +125,10 @@ def reported(action: Callable[[], object]) -> None:
 
 def _explain(error: OSError) -> bool:
     """Print the line for a path that may not be used or a standard stream that fails; False for anything else."""
-    full = error.errno in (errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOSPC)
+    full = error.errno in (errno.EDQUOT, errno.EMFILE, errno.ENOSPC)
     cure = "free space or files, or name another path" if full else "make it accessible, or name another path"
     line = f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}"
-    known = full or error.errno in (errno.EACCES, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+    known = full or error.errno in (errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
     if error.filename is None:  # an error of a standard stream
         line = f"balcony-edge: stdout: cannot be written ({error.strerror}): free space, or write to another place"
         known = error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)

@@ -368,7 +368,7 @@ def main(arguments: Sequence[str] | None = None, made: Callable[[Path], tuple[Pi
     if options.provider:
         import onnxruntime  # noqa: PLC0415 - only this needs it
 
-        cure = "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        cure = "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]>=1.25'"
         inside = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         return complain("" if inside else f"this build of ONNX Runtime has no CUDAExecutionProvider: {cure}")
     if options.build is not None:

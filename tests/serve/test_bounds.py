@@ -149,17 +149,20 @@ def test_the_second_signal_also_ends_requests_that_are_being_read(serve: Callabl
 
 
 def test_large_bodies_that_come_at_once_are_turned_away(serve: Callable[..., Server]) -> None:
-    """One large body may come alone, and small ones next to it; a second large one comes later."""
+    """One large body may come alone, and small ones next to it; a second large one is turned away."""
     server, gate = serve(limits=Limits(bodies_bytes=300_000)), threading.Event()
     found: list[httpx.Response] = []
+    sent = threading.Event()
 
     def large() -> Iterator[bytes]:
         yield b" " * 400_000
+        sent.set()
         gate.wait(20)
         yield json.dumps(HELLO).encode()
 
     thread = threading.Thread(target=lambda: found.append(httpx.post(server.url + CHAT, content=large(), timeout=20)))
     thread.start()
+    assert sent.wait(20)
 
     def full() -> bool:
         body = b" " * (2 * SMALL_BODY) + json.dumps(HELLO).encode()

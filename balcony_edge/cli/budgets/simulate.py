@@ -222,7 +222,7 @@ def load(text: str) -> Load:
 def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics:
     """Constants of the simulated device: the profile's watts of the budget's rail, and those given as ``key=value``.
 
-    With measured watts the device does not throttle unless ``throttle_c`` is given: its heat sink is unknown, so the defaults
+    With watts of a real device it does not throttle unless ``throttle_c`` is given: its heat sink is unknown, so the defaults
     would make it throttle or not by chance.
 
     Raises:
@@ -237,6 +237,9 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
     if measured is not None:
         idle_w, busy_w = measured
         values |= {"idle_w": idle_w, "busy_w": busy_w, "throttle_c": math.inf}
+    given = {word.partition("=")[0] for word in words}
+    if not given.isdisjoint({"idle_w", "busy_w"}) and "kelvin_per_watt" not in given:
+        values["throttle_c"] = math.inf
     defaults = asdict(Physics())
     for word in words:
         key, _, text = word.partition("=")

@@ -57,13 +57,13 @@ def make_graphs(
             "TensorRT: run it on the CPU"
         )
     context = bundle.manifest.model.context_length
+    if context < MASK_STEP:
+        raise InputError(f"{bundle.path}: its context of {context} rows is too short for a GPU: run it on the CPU")
     if not 1 <= form.capacity <= context:
         raise InputError(
             f"--context-length {form.capacity}: this bundle takes 1 to {context}: give a number in this range"
         )
     if form.capacity % MASK_STEP:
-        if context < MASK_STEP:
-            raise InputError(f"{bundle.path}: its context of {context} rows is too short for a GPU: run it on the CPU")
         raise InputError(
             f"--context-length {form.capacity}: must be a multiple of {MASK_STEP}, because kernels read masks in such steps: "
             f"give {max(form.capacity // MASK_STEP, 1) * MASK_STEP}"

@@ -125,7 +125,7 @@ def test_a_bar_that_is_missed_is_told_with_its_figures(tmp_path: Path) -> None:
 
 def test_the_cuda_provider_is_named_where_it_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_report.main(["--provider"]) == 1
-    assert "pip uninstall onnxruntime, then pip install onnxruntime-gpu" in capsys.readouterr().err
+    assert "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]>=1.25'" in capsys.readouterr().err
     (piece,) = (piece for piece in gpu_report.pieces(Path("d")) if piece.name == "tests-cuda")
     assert "--provider" in piece.commands[0]
 

@@ -127,7 +127,7 @@ def test_own_share(library: Path, environment: dict[str, object], own: float | N
 
 def test_own_share_is_that_of_the_last_second(library: Path) -> None:
     """The driver keeps the samples of a process that has become idle."""
-    program = "found = [look(), look()]; os.environ['NVML_AGO_MS'] = '2000'; print(json.dumps([*found, look()]))"
+    program = "found = [look(), look()]; os.environ['NVML_AGO_MS'] = '5000'; print(json.dumps([*found, look()]))"
     for count in (1, 2):
         shares = [
             [reading["own_utilization"] for reading in seen["readings"]]

@@ -43,7 +43,7 @@ _POLICY = (
 )
 #: Seconds without a turn of the decode thread from which on the server calls itself unhealthy; a long prompt takes less.
 STUCK_S = 120.0
-#: Bytes of a body that always comes in: so much on every connection is no more than the bound of all bodies.
+#: Bytes of a body that always comes in: so much on each of 1,024 connections is about the bound of all bodies.
 SMALL_BODY = 1 << 16
 #: Path → values of its parameters.
 _QUERIES = {"/slots/{key:int}": {"action": ACTIONS}}

@@ -53,9 +53,9 @@ class Limits:
         saved_bytes: bytes of slots that were saved by name, from which on no more are saved.
         head_s: longest time for sending the headers.
         body_s: longest time for sending the body.
-        unread_s: longest time for which a client may read nothing of an answer that fills its buffers.
+        unread_s: longest time for which a client may read next to nothing of an answer that fills its buffers.
         connections: most connections, those without a request included.
-        bodies_bytes: most bytes of bodies that come at once. One body may be larger, if it is alone.
+        bodies_bytes: most bytes of bodies that come at once. One body may be larger, if it is alone; small ones always come in.
     """
 
     parallel: int = 16
