@@ -64,7 +64,7 @@ test: $(READY)
 	+$(TWO) test-device test-export test-webgpu check
 
 # Stand-ins run instead of a GPU, so tests must reach nearly all of each of these.
-ON_GPU := cuda state tensorrt
+ON_GPU := cuda state tensorrt workspace
 test-device: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' tests/cli tests/core tests/runtime tests/serve --cov --cov-report=term-missing:skip-covered
 	for each in $(ON_GPU); do $(BIN)/python -m coverage report --include="*/backends/accelerator/$$each.py" --fail-under=95 || exit 1; done

@@ -377,23 +377,19 @@ class Service:
             RefusedError: there is no such reply.
             BalconyError: the budget is refused.
         """
-        job = self._running(key)
-        budget = None
+        job, budget = self._jobs.get(key), None
         if body is not None:
-            if isinstance(body, dict) and body.get("deadline_s") is not None and job.most_tokens is not None:
-                body = {"expected_tokens": job.most_tokens, **body}
+            most_tokens = None if job is None else job.most_tokens
+            if isinstance(body, dict) and body.get("deadline_s") is not None and most_tokens is not None:
+                body = {"expected_tokens": most_tokens, **body}
             budget = Budget.model_validate(body)
             await asyncio.to_thread(self.llm.resolved, budget)
-            job = self._running(key)  # it may have ended meanwhile
-        self._parts.worker.rebudget(job, budget)
-        return job
-
-    def _running(self, key: int) -> Job:
-        job = self._jobs.get(key)
+            job = self._jobs.get(key)
         if job is None or job.ended:
             raise RefusedError(
                 404, f"slot {key}: has no reply in progress; /slots lists those that have", "no_such_slot"
             )
+        self._parts.worker.rebudget(job, budget)
         return job
 
     async def act_on_slot(self, action: str, key: int, name: object) -> dict[str, Any]:
