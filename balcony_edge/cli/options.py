@@ -1,11 +1,11 @@
-"""Checks of options that several verbs share."""
+"""Options that several verbs share, and checks of options."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,17 @@ from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
     from balcony_edge.device.tables import Format
+
+
+Packed = Annotated[
+    Path | None, typer.Option(help="Directory for packed weights, which processes share; written by the first run.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")]
+OnDevice = Annotated[
+    Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
+    typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),
+]
+Engines = Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")]
 
 
 def finite(value: float | None) -> float | None:

@@ -38,3 +38,17 @@ def all_at_once(*calls: Callable[[], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(len(calls)) as threads:
         return [future.result(120) for future in [threads.submit(run, call) for call in calls]]
+
+
+def sizes_of_rounds(llm: LLM) -> list[int]:
+    """Number of streams of each round from now on."""
+    rounds: list[int] = []
+    scheduler = llm._requests.scheduler
+    run = scheduler._round
+
+    def counted(asking: Any, begin_ns: int) -> None:
+        rounds.append(len(asking))
+        run(asking, begin_ns)
+
+    scheduler._round = counted
+    return rounds

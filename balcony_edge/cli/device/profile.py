@@ -5,10 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,15 +41,10 @@ def profile(
         str | None, typer.Option(help="Also decode without a pause for this time, e.g. 300s or 5m: shows throttling.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report to this file.")] = None,
-    packed: Annotated[
-        Path | None, typer.Option(help="Directory for packed weights, which processes share; written by the first run.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
-        typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),
-    ] = "auto",
-    engines: Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")] = None,
+    packed: Packed = None,
+    threads: Threads = None,
+    device: OnDevice = "auto",
+    engines: Engines = None,
 ) -> None:
     """Measure the cost of each exit on this device: time, memory, and energy if a sensor measures it."""
     import balcony_edge

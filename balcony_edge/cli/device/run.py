@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from balcony_edge.budget import Budget, load_budget
+from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads
 from balcony_edge.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ def run(
     profile: Annotated[
         Path | None, typer.Option(help="Device profile; without it, a target needs a short measurement at load.")
     ] = None,
-    packed: Annotated[
-        Path | None,
-        typer.Option(help="Directory for packed weights, which processes share; written by the first run."),
-    ] = None,
+    packed: Packed = None,
     record: Annotated[
         Path | None, typer.Option(help="Record the controller's observations and decisions (JSON lines).")
     ] = None,
@@ -89,12 +87,9 @@ def run(
             help="Whether names of control tokens in the prompt, such as <|im_end|>, are those tokens (default: with --raw)."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
-        typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),
-    ] = "auto",
-    engines: Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")] = None,
+    threads: Threads = None,
+    device: OnDevice = "auto",
+    engines: Engines = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Generate one reply, or chat; every token is coloured by the exit that made it.

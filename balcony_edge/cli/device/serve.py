@@ -6,11 +6,11 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from balcony_edge.cli.options import finite
+from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads, finite
 from balcony_edge.errors import InputError
 
 
@@ -53,10 +53,7 @@ def serve(
     profile: Annotated[
         Path | None, typer.Option(help="Device profile; without it, prices are measured at the start.")
     ] = None,
-    packed: Annotated[
-        Path | None,
-        typer.Option(help="Directory for packed weights, which processes share; written by the first run."),
-    ] = None,
+    packed: Packed = None,
     prefix_mb: Annotated[
         float,
         typer.Option(
@@ -74,12 +71,9 @@ def serve(
         Path | None,
         typer.Option(help="Write the decisions about replies at once as a trace, for `balcony-edge replay`."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
-        typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),
-    ] = "auto",
-    engines: Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")] = None,
+    threads: Threads = None,
+    device: OnDevice = "auto",
+    engines: Engines = None,
 ) -> None:
     """Serve a bundle over HTTP in OpenAI's shapes, with a budget for each request: in its body, headers or model name.
 

@@ -34,22 +34,14 @@ from balcony_runtime.scheduling.pool import LEAST_SHARED
 from balcony_runtime.scheduling.scheduler import MOST_WAITING
 from balcony_runtime.scheduling.stream import Stream
 from tests.support.command import invoke_here
-from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids
+from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids, sizes_of_rounds
 
 
 def test_threads_write_what_they_write_alone(llm: LLM) -> None:
     budgets = [Budget(exit_layer=layer) for layer in (2, 3, 5, 2, 5, 3, 5, 5)]
     options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
     alone = [ids(llm.generate(one, budget=own, **options)) for one, own in zip(PROMPTS, budgets, strict=True)]
-    rounds: list[int] = []
-    scheduler = llm._requests.scheduler
-    run = scheduler._round
-
-    def counted(asking: Any, begin_ns: int) -> None:
-        rounds.append(len(asking))
-        run(asking, begin_ns)
-
-    scheduler._round = counted
+    rounds = sizes_of_rounds(llm)
     together = all_at_once(
         *(lambda i=i: llm.generate(PROMPTS[i], budget=budgets[i], **options) for i in range(len(PROMPTS)))
     )
@@ -447,14 +439,7 @@ def test_asynchronous_streams_share_rounds_too(llm: LLM) -> None:
     async def several() -> list[list[int]]:
         return await asyncio.gather(*(one(prompt) for prompt in PROMPTS[:4]))
 
-    rounds: list[int] = []
-    run = llm._requests.scheduler._round
-
-    def counted(asking: Any, begin_ns: int) -> None:
-        rounds.append(len(asking))
-        run(asking, begin_ns)
-
-    llm._requests.scheduler._round = counted
+    rounds = sizes_of_rounds(llm)
     found = asyncio.run(several())
     assert max(rounds) > 1
     assert found == [ids(llm.generate(prompt, max_new_tokens=10, ignore_eos=True)) for prompt in PROMPTS[:4]]
