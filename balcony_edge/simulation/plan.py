@@ -147,7 +147,7 @@ class _Planner:
         tokens: int,
         quality: tuple[QualityFigure, ...],
     ) -> None:
-        self.profile, self.budget = profile, budget
+        self.profile, self.budget, self.rail = profile, budget, profile.rail_of(budget)
         self.agreement = {**least_agreement(profile.costs.exits, quality), profile.costs.exits[-1]: 1.0}
         self.prompt_tokens, self.tokens = prompt_tokens, tokens
         steps = next((r.median for r in profile.residuals if r.part == "decode steps"), 0.0)
@@ -160,7 +160,7 @@ class _Planner:
         return max(math.hypot(noise, self.price_error), 1e-6)
 
     def exit_plan(self, exit_layer: int, allowed: bool) -> ExitPlan:
-        profile, costs, rail = self.profile, self.profile.costs, self.profile.rail_of(self.budget)
+        profile, costs, rail = self.profile, self.profile.costs, self.rail
         tpot_ms = costs.steady_ms(exit_layer, self.prompt_tokens + self.tokens // 2)
         return ExitPlan(
             exit_layer=exit_layer,
@@ -203,15 +203,14 @@ class _Planner:
     def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float]]:
         """Simulate a reply on the profiled device: shares of exits, reason for the last token, gaps between tokens (ms)."""
         profile = self.profile
-        rail = profile.rail_of(budget)
-        power = profile.powered(rail)
+        power = profile.powered(self.rail)
         known = {"on_infeasible": "shallowest"} if budget.on_infeasible == "error" else {}
         unknown = dict.fromkeys(_UNKNOWN)
         physics = Physics(noise=profile.spread, throttle_c=math.inf)
         if power is None:
             unknown |= {"power_w": None, "energy_j_per_token": None}
         else:
-            physics = replace(physics, idle_w=power[0], busy_w=power[1], rail=rail)
+            physics = replace(physics, idle_w=power[0], busy_w=power[1], rail=self.rail)
         measurable = budget.model_copy(update={**unknown, "memory_mb": None, **known})
         plant = Plant(profile.costs, physics, lambda _: 1.0, prompt_tokens=self.prompt_tokens)
         tokens = simulate(profile.costs, plant, measurable, tokens=max(self.tokens, 2))
@@ -224,7 +223,7 @@ class _Planner:
 
     def _checks(self, exit_layer: int, tpot_ms: float) -> list[Check]:
         profile, budget, costs = self.profile, self.budget, self.profile.costs
-        rail, layer = profile.rail_of(budget), exit_layer
+        rail, layer = self.rail, exit_layer
         first_ms = costs.prefill_ms(layer, self.prompt_tokens)
         memory = profile.memory
         held_bytes = memory.per_1k_tokens_bytes * (self.prompt_tokens + self.tokens) / 1000
@@ -260,12 +259,11 @@ class _Planner:
 
     def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:
         """Energy from one token to the next, including that of the idle device while it waits for the pace."""
-        rail = self.profile.rail_of(self.budget)
         wait_s = max(1 / (self.budget.max_pace_tps or math.inf) - tpot_ms / 1000, 0.0)
-        step_j = self.profile.joules_per_token(exit_layer, rail)
+        step_j = self.profile.joules_per_token(exit_layer, self.rail)
         if step_j is None or not wait_s:
             return step_j
-        power = self.profile.powered(rail)
+        power = self.profile.powered(self.rail)
         return None if power is None else step_j + power[0] * wait_s
 
     def _odds(self, target: str, limit: float, expected: float) -> float:

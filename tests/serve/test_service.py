@@ -258,7 +258,7 @@ def test_ended_replies_of_an_unfinished_answer_take_no_place() -> None:
     for key in range(4):
         service._jobs[key] = Job(key, 0, [1], None)
     service._jobs[0].ended = True
-    service._jobs[1].begun_s = 0.0
+    service._jobs[1].begin()
     assert [job.key for job in service.slots] == [1, 2, 3] and service.waiting == 2
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Most requests of ``--arrivals``; so many take minutes.
 MOST_REQUESTS = 100_000
+#: Constants of ``--device`` that say how many watts it takes.
+WATTS = {"idle_w", "busy_w"}
 
 
 def simulate(
@@ -178,9 +180,8 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
     """Print on stderr that watts and degrees are no measurement, if the profile has none and none were given."""
     from balcony_edge.cli.console import stderr
 
-    given = {word.partition("=")[0] for word in device or ()}
     line = None
-    if profile.powered(profile.rail_of(budget)) is None and given.isdisjoint({"idle_w", "busy_w"}):
+    if profile.powered(profile.rail_of(budget)) is None and not _given(device) & WATTS:
         line = "has no power measurement: watts and degrees are those of a small board; give --device idle_w=... and busy_w=..."
     elif budget.temperature_c is not None and _heat_sink_unknown(profile, budget, device):
         line = "its heat sink is unknown: degrees are those of a small board; give --device kelvin_per_watt=..."
@@ -190,9 +191,13 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
 
 def _heat_sink_unknown(profile: DeviceProfile, budget: Budget, device: list[str] | None) -> bool:
     """Whether the watts are those of a real device, and nobody said how warm they make it."""
-    given = {word.partition("=")[0] for word in device or ()}
-    real = profile.powered(profile.rail_of(budget)) is not None or not given.isdisjoint({"idle_w", "busy_w"})
-    return real and "kelvin_per_watt" not in given
+    real = profile.powered(profile.rail_of(budget)) is not None or bool(_given(device) & WATTS)
+    return real and "kelvin_per_watt" not in _given(device)
+
+
+def _given(device: list[str] | None) -> set[str]:
+    """Names of the constants that ``--device`` gives."""
+    return {word.partition("=")[0] for word in device or ()}
 
 
 def load(text: str) -> Load:
@@ -237,8 +242,8 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
     if measured is not None:
         idle_w, busy_w = measured
         values |= {"idle_w": idle_w, "busy_w": busy_w, "throttle_c": math.inf}
-    given = {word.partition("=")[0] for word in words}
-    if not given.isdisjoint({"idle_w", "busy_w"}) and "kelvin_per_watt" not in given:
+    given = _given(words)
+    if given & WATTS and "kelvin_per_watt" not in given:
         values["throttle_c"] = math.inf
     defaults = asdict(Physics())
     for word in words:

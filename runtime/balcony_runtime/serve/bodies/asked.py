@@ -38,6 +38,7 @@ class Asked:
         ignore_eos: whether to go on after the end-of-sequence token.
         as_ids: whether reported tokens are named ``token_id:17`` instead of by their text.
         sampling: keywords of :class:`SamplingParams`, without the seed.
+        document: whether the replies follow a schema, a pattern or a grammar.
         seed: seed of the first reply to a prompt; the others count up from it.
         budget: object ``budget``, unchecked.
         stream: whether the answer is sent token by token.
@@ -60,6 +61,7 @@ class Asked:
     ignore_eos: bool = False
     as_ids: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    document: bool = False
     seed: int | None = None
     budget: Any = None
     stream: bool = False
@@ -74,11 +76,6 @@ class Asked:
     def structured(self) -> bool:
         """Whether the replies have a structure, or may call tools."""
         return bool(self.tooling) or self.document
-
-    @property
-    def document(self) -> bool:
-        """Whether the replies follow a schema, a pattern or a grammar."""
-        return any(self.sampling.get(name) is not None for name in ("json_schema", "regex", "grammar"))
 
     def params(self, choice: int) -> SamplingParams:
         """Sampling parameters of one reply to a prompt.
@@ -104,7 +101,7 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
     best_of = fields.whole("best_of")
     if best_of not in {None, n}:
         raise bad("best_of", best_of, "is not supported; leave it out, and ask for n replies")
-    echo = not chat and fields.truth("echo")
+    echo, structure = not chat and fields.truth("echo"), structure_of(fields)
     stream = fields.truth("stream")
     return Asked(
         chat=chat,
@@ -117,7 +114,8 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         echo=echo,
         ignore_eos=fields.truth("ignore_eos"),
         as_ids=fields.truth("return_tokens_as_token_ids"),
-        sampling=_sampling(fields) | structure_of(fields),
+        sampling=_sampling(fields) | structure,
+        document=bool(structure),
         seed=_seed(fields.whole("seed")),
         budget=fields.get("budget"),
         stream=stream,

@@ -106,9 +106,8 @@ class Guard:
         if self._service.ready:
             # a request that was refused before routing has no route
             endpoint = route.path_format if route is not None else path if path in self._paths else "other"
-            self._service.metrics.request(
-                endpoint, status, None if status == 499 else reason or None
-            )  # it was not refused
+            refused = None if status == 499 else reason or None  # a client that left was not refused
+            self._service.metrics.request(endpoint, status, refused)
         if reason and LOGGED not in scope:
             client = scope["client"][0] if scope.get("client") else ""
             line = {"client": client, "method": scope["method"], "path": path[:100], "status": status, "reason": reason}

@@ -303,34 +303,36 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     addresses = sorted(dict.fromkeys(found), key=lambda one: one[0] != socket.AF_INET)
     sockets: list[socket.socket] = []
     missing = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-    for family, kind, protocol, _, address in addresses:
-        try:
-            # Without the protocol asyncio does not set TCP_NODELAY, and a token waits for the client's next ACK (40 ms).
-            one = socket.socket(family, kind, protocol)
-        except OSError as error:  # a kernel without IPv6
-            missing = error
-            continue
-        try:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
-            if family == socket.AF_INET6 and len(addresses) > 1:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has a socket of its own
-            taken = sockets[0].getsockname()[1] if sockets else port
-            one.bind((address[0], taken, *address[2:]))
-        except OSError as error:
-            one.close()
-            missing = error
-            if error.errno != errno.EADDRNOTAVAIL:  # the hosts file may name an address that no interface has
-                break
-        else:
-            sockets.append(one)
-            continue
-    else:
-        if sockets:
-            return sockets
-    for one in sockets:
-        one.close()
-    raise InputError(f"{host}:{port}: cannot be listened on ({missing.strerror}): give another --port") from missing
+    with contextlib.ExitStack() as held:
+        for family, kind, protocol, _, address in addresses:
+            try:
+                # Without the protocol asyncio does not set TCP_NODELAY, and a token waits for the client's next ACK (40 ms).
+                one = held.enter_context(socket.socket(family, kind, protocol))
+            except OSError as error:  # a kernel without IPv6
+                missing = error
+                continue
+            try:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
+                if family == socket.AF_INET6 and len(addresses) > 1:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has a socket of its own
+                taken = sockets[0].getsockname()[1] if sockets else port
+                one.bind((address[0], taken, *address[2:]))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise _not_listened(host, port, error) from error
+                one.close()  # the hosts file may name an address that no interface has
+                missing = error
+            else:
+                sockets.append(one)
+        if not sockets:
+            raise _not_listened(host, port, missing) from missing
+        held.pop_all()
+    return sockets
+
+
+def _not_listened(host: str, port: int, error: OSError) -> InputError:
+    return InputError(f"{host}:{port}: cannot be listened on ({error.strerror}): give another --port")
 
 
 def _notify(state: str) -> None:

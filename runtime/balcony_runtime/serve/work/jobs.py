@@ -75,11 +75,18 @@ class Job:
         self.channel = Channel()
         #: Cost of the tokens that were made, and of those that the answer has taken.
         self.cost, self.shown = Cost(asked_s), Cost(asked_s)
-        #: Time at which the decode thread took the job up, be it to score the prompt; None while it waits.
-        self.begun_s: float | None = None
         self.buffered, self.paused, self.ended = 0, False, False
         #: Number of later requests that began while it waited.
         self.overtaken = 0
+
+    @property
+    def begun_s(self) -> float | None:
+        """Time at which the decode thread took the job up, be it to score the prompt; None while it waits."""
+        return self.cost.begun_s
+
+    def begin(self) -> None:
+        """Note that the decode thread takes the job up."""
+        self.cost.begun_s = self.shown.begun_s = time.monotonic()
 
 
 class Channel:
@@ -108,9 +115,8 @@ class Channel:
     async def wait(self, until_s: float) -> None:
         """Wait for an item or :meth:`wake`, or until a time on ``time.monotonic``; may return earlier without any of them."""
         loop = asyncio.get_running_loop()
-        if (
-            self._alarm is None or self._alarm_s > until_s
-        ):  # an earlier one may ring: a new timer for every token is expensive
+        # An earlier alarm is left to ring: a new timer for every token is expensive.
+        if self._alarm is None or self._alarm_s > until_s:
             self.silence()
             self._alarm, self._alarm_s = loop.call_later(until_s - time.monotonic(), self._ring), until_s
         self._reader = loop.create_future()

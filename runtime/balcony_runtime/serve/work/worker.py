@@ -136,7 +136,7 @@ class Worker:
             job = in_order(self._waiting, lambda one: (one.budget or self._llm.budget).weight)[0]
             self._waiting.remove(job)
             overtakes(job, self._waiting)
-            job.begun_s = job.cost.begun_s = job.shown.begun_s = time.monotonic()
+            job.begin()
             if job.score is None:
                 self._begin(job)
                 continue
