@@ -50,8 +50,8 @@ SUITE = (
 )
 #: Largest page of an Arm kernel, in bytes.
 LARGEST_PAGE = 1 << 16
-#: Stand-ins need a C compiler. The first test calls the export; the second reads resident memory from /proc/self/smaps, and
-#: the file that qemu shows instead has zeros there.
+#: Stand-ins need a C compiler. The first test calls the export; the second reads resident pages from /proc/self/pagemap,
+#: whose entries are those of qemu's own address space.
 LEFT_OUT = " and ".join(
     f"not {name}"
     for name in (
