@@ -53,7 +53,7 @@ class RecordingBackend:
         self._backend = backend
         self.manifest: Manifest = backend.manifest
         self.threads, self.max_length = backend.threads, backend.max_length
-        self.name, self.graphs, self.batch_size = backend.name, backend.graphs, backend.batch_size
+        self.name, self.graphs, self.most_members = backend.name, backend.graphs, backend.most_members
         self.picks_inside = backend.picks_inside
         self.state: State | None = None
 

@@ -389,13 +389,12 @@ class LLM(Closing):
 
     def _may_run_in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> bool:
         """Whether the replies run as one batch, because they cannot share passes otherwise."""
-        size = self.engine.backend.batch_size
+        most = self.engine.backend.most_members
         if len({(len(request.ids), request.limits.budget) for request in requests}) != 1 or len(requests) > MEMBERS:
             return False
-        if size not in (None, len(requests)):
+        if most is not None and len(requests) > most:
             return False
-        seeded = sampling is not None and sampling.temperature > 0 and sampling.seed is not None
-        if seeded and size is None:
+        if sampling is not None and sampling.temperature > 0 and sampling.seed is not None:
             return False  # a batch draws from one generator, and a seed is each reply's own
         return self._budgets[0].kv_memory_mb is None and self._requests.scheduler.pool is None
 

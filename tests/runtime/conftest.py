@@ -32,8 +32,8 @@ def with_engine_sets(
             path = tmp_path_factory.mktemp("engines") / architecture
             shutil.copytree(export_tiny(architecture).path, path)
             bundle = Bundle.open(path)
-            write_graphs(bundle, "rtx-fp32", "rtx", Format("fp32", "fused", 256))
-            write_graphs(bundle, "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
+            write_graphs(bundle, "rtx-fp32", "rtx", Format("fp32", "fused", 256), batch_size=8)
+            write_graphs(bundle, "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256), batch_size=2)
             made[architecture] = path
         return Bundle.open(made[architecture])
 

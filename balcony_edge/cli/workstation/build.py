@@ -41,7 +41,7 @@ def build(
             help="Rows of the KV caches; attention time grows with them (default: the bundle's context, at most 2048)."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Number of sequences of every pass.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Most sequences that share a pass.")] = 1,
     block: Annotated[
         int | None,
         typer.Option(

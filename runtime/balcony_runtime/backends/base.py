@@ -127,6 +127,8 @@ class Pool(Protocol):
     """
 
     members: int
+    #: Most dead rows in one gap that cost less than another pass.
+    most_dead: int
 
     @property
     def busy_ns(self) -> int:
@@ -201,8 +203,8 @@ class Backend(Protocol):
     threads: int
     #: Most rows of a sequence; at most the context length.
     max_length: int
-    #: The only number of members that a sequence may have; None for any.
-    batch_size: int | None
+    #: Most members of a sequence; None for any number.
+    most_members: int | None
     #: Whether picking the most likely token inside the backend is cheaper than returning all logits.
     picks_inside: bool
 
@@ -211,7 +213,7 @@ class Backend(Protocol):
         ...
 
     def new_pool(self, members: int, max_length: int) -> Pool | None:
-        """Memory for several sequences that can share passes; None if this backend's graphs cannot share one."""
+        """Memory for at most so many sequences that can share passes; None if this backend's graphs cannot share one."""
         ...
 
     def close(self) -> None:

@@ -47,8 +47,7 @@ def measure_prices(engine: Engine) -> CostModel:
     context = min(engine.max_length, 1024)
     many = min(MANY_ROWS, context)
     # Attention pays for the bound capacity, which only grows, so short and deep passes need a state each.
-    batch = engine.backend.batch_size or 1  # engines for a fixed batch run no other
-    short, long = engine.backend.new_state(batch, many), engine.backend.new_state(batch, context)
+    short, long = engine.backend.new_state(1, many), engine.backend.new_state(1, context)
     stand_at(long, context - 1, manifest)
     ranges = {"one": (short, 0, 1), "many": (short, 0, many), "deep": (long, context - 1, context)}
     mixture = manifest.model.mixture
@@ -56,7 +55,7 @@ def measure_prices(engine: Engine) -> CostModel:
         ranges["few"] = (short, 0, min(FEW_ROWS, many))
     passes: dict[tuple[str, int, str], tuple[State, Callable[[], object]]] = {}
     for which, (state, start, stop) in ranges.items():
-        state.embed(np.zeros((batch, stop), np.int64), 0)
+        state.embed(np.zeros((1, stop), np.int64), 0)
         for i in range(len(layers)):
             passes["stage", i, which] = state, partial(state.run_stage, i, start, stop)
             passes["exit", i, which] = state, partial(state.run_exit, i, start, stop, 1)

@@ -5,7 +5,7 @@ smaller batch. A member is a :class:`TokenSequence` like any other: its pending 
 approximated, and what it does alone (prompts, backlog, speculation) it does as a sequence of its own.
 
 A pass takes a contiguous range of members. A member inside the range that has no row of its own for this graph works off one of
-its pending rows, or takes a dead row past its cursor. Up to ``MOST_DEAD`` dead rows in a gap cost less than a second pass.
+its pending rows, or takes a dead row past its cursor. Up to ``most_dead`` dead rows in a gap cost less than a second pass.
 
 An example: members 0, 1 and 2 step to the first, second and second exit, and member 2 has two rows pending at stage 1.
 
@@ -31,9 +31,6 @@ import numpy as np
 
 from balcony_runtime.backends.base import FloatArray, Pool, neighbours
 from balcony_runtime.engine import Engine, TokenSequence
-
-#: Dead rows in one gap that cost less than another pass: a further row costs 4 % (float32) to 25 % (int4) of the first.
-MOST_DEAD = 3
 
 
 class PoolMove(NamedTuple):
@@ -218,7 +215,7 @@ class SharedStep:
                 held.callback(sequence.lock.release)
                 done, ready = rows(sequence)
             dead += done >= ready
-            if dead > MOST_DEAD:
+            if dead > self._pool.most_dead:
                 return None
             found[member] = (done, ready)
         return found

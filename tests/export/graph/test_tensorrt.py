@@ -235,13 +235,16 @@ def copies_in(engine: bytes, array: npt.NDArray[Any]) -> int:
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4", "int8"])
-def test_every_weight_lies_in_an_engine_once(tiny_copy: Callable[[str], Bundle], precision: Any) -> None:
+@pytest.mark.parametrize(("precision", "batch_size"), [("fp16", 1), ("fp16", 4), ("int4", 4), ("int8", 1)])
+def test_every_weight_lies_in_an_engine_once(
+    tiny_copy: Callable[[str], Bundle], precision: Any, batch_size: int
+) -> None:
     """Three optimization profiles share one copy; a profile of exactly one row would add a second copy."""
     bundle = tiny_copy("qwen2")
-    manifest = write_graphs(bundle, "set", "rtx", Format(precision, "fused", 64, 32))
+    manifest = write_graphs(bundle, "set", "rtx", Format(precision, "fused", 64, 32), batch_size=batch_size)
     graphs = [name for name in manifest.engines["set"].graphs if name != "backbone"]
-    manifest = build_engines(Bundle(bundle.path, manifest), "set", Builder("rtx"), graphs, lambda *_: None)
+    builder = Builder("rtx", batch_size=batch_size)
+    manifest = build_engines(Bundle(bundle.path, manifest), "set", builder, graphs, lambda *_: None)
     directory = Bundle(bundle.path, manifest).engine_directory("set")
     weights = stored = 0
     for name in graphs:
@@ -270,11 +273,12 @@ def test_profiles_cover_decode_catch_up_and_prefill(tiny: Any) -> None:
 
     assert [shapes["rows"][2][1] for shapes in profiles(table(48), 1)] == [8, 48]
     found = list(profiles(table(2048), 3))
+    # A pass takes one member up to all of them.
     assert [shapes["rows"] for shapes in found] == [
-        tuple((3, rows, 32) for rows in (least, usual, most)) for least, usual, most in PASSES
+        ((1, least, 32), (3, usual, 32), (3, most, 32)) for least, usual, most in PASSES
     ]
     assert [shapes["queries"][2] for shapes in found] == [(3, most, 32) for _, _, most in PASSES]
-    assert {shapes["start"] for shapes in found} == {((3,), (3,), (3,))}
+    assert {shapes["start"] for shapes in found} == {((1,), (3,), (3,))}
 
 
 def test_plain_graphs_hold_no_operator_newer_than_opset_21(tiny: Any) -> None:

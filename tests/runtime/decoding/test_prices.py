@@ -17,11 +17,11 @@ FACTORS = (100.0, 0.5, 1.0, 9.0)
 class Steady:
     """A sequence whose clock advances by the times below."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch, self.busy_ns, self.calls = batch, 0, dict[tuple[Any, ...], int]()
+    def __init__(self) -> None:
+        self.busy_ns, self.calls = 0, dict[tuple[Any, ...], int]()
 
     def embed(self, ids: IntArray, _: int) -> None:
-        assert ids.shape[0] == self.batch
+        assert ids.shape[0] == 1
 
     def wait(self) -> None:
         pass
@@ -42,16 +42,16 @@ class Steady:
         self.busy_ns += round(1e6 * ms * FACTORS[count - 1])
 
 
-@pytest.mark.parametrize(("max_length", "context", "batch"), [(500, 500, None), (4096, 1024, 4)])
-def test_prices_of_a_steady_device(max_length: int, context: int, batch: int | None) -> None:
+@pytest.mark.parametrize(("max_length", "context"), [(500, 500), (4096, 1024)])
+def test_prices_of_a_steady_device(max_length: int, context: int) -> None:
     assert len(FACTORS) == REPEATS + 1
     manifest = SimpleNamespace(exit_layers=(2, 5), model=SimpleNamespace(mixture=None, recurrent=False))
 
     def new_state(members: int, _: int) -> Steady:
-        assert members == (batch or 1), "engines that were built for a batch run no other"
-        return Steady(members)
+        assert members == 1
+        return Steady()
 
-    backend = SimpleNamespace(new_state=new_state, batch_size=batch)
+    backend = SimpleNamespace(new_state=new_state)
     engine: Any = SimpleNamespace(refuse_closed=lambda: None, max_length=max_length, manifest=manifest, backend=backend)
     costs = measure_prices(engine)
     assert costs.exits == (2, 5) and costs.head.first_row_ms == pytest.approx(2)

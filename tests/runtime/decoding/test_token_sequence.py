@@ -65,7 +65,7 @@ class Writes:
         model = SimpleNamespace(context_length=context_length, vocab_size=VOCABULARY, num_attention_heads=2)
         self.manifest = SimpleNamespace(exit_layers=(2, 3, 4, 6), cached_exits=(2, 3), model=model)
         self.max_length, self.picks_inside, self.closed = max_length, False, 0
-        self.name, self.batch_size = "written", None  # type: str, int | None
+        self.name = "written"
 
     def new_state(self, batch_size: int, max_length: int) -> Written:
         return Written(batch_size, max_length)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling import shared_step
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
 from tests.support.pools import MEMBERS, actions, check_step, new_pool, play
@@ -295,8 +294,8 @@ def test_portable_graphs_share_no_passes(tiny: Any) -> None:
 
 
 def test_dead_rows_beyond_the_bound_are_not_paid_for(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_step, "MOST_DEAD", 0)
     pool = new_pool(tiny_engine)
+    monkeypatch.setattr(pool._pool, "most_dead", 0)
     one, gap, other = (pool.take() for _ in range(3))
     assert one is not None and gap is not None and other is not None
     check_step(tiny_engine, pool, [PoolMove(one, 5, 3), PoolMove(other, 5, 4)])

@@ -73,7 +73,7 @@ class Device(Protocol):
         ...
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        """Allocate a region of zeros; on a GPU its address is a multiple of :data:`ALIGNMENT`.
+        """Allocate a region of zeros; its address is a multiple of :data:`ALIGNMENT`.
 
         Raises:
             DeviceError: there is not enough memory.
@@ -126,8 +126,8 @@ class Executor(Protocol):
 
     #: Whether a present cache may be the same region as the past one.
     in_place: bool
-    #: Number of members of every pass; None: any number.
-    batch_size: int | None
+    #: Most members of a pass; None: any number.
+    most_members: int | None
 
     def prepare(self, graph: str, tensors: Mapping[str, Region], *, to_capture: bool = False) -> Launch:
         """Make a launch of a graph with these inputs and outputs.
@@ -167,9 +167,10 @@ class HostDevice:
         return contextlib.nullcontext()
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        array = np.zeros(max(math.prod(shape) * ITEM_BYTES[dtype], 1), np.uint8)
-        self._arrays[array.ctypes.data] = array
-        return Region(array.ctypes.data, shape, dtype)
+        array = np.zeros(math.prod(shape) * ITEM_BYTES[dtype] + ALIGNMENT, np.uint8)
+        pointer = -(-array.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self._arrays[pointer] = array
+        return Region(pointer, shape, dtype)
 
     def free(self, region: Region) -> None:
         self._arrays.pop(region.pointer, None)

@@ -13,8 +13,8 @@ from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import DeviceError
+from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.backends.accelerator.device import Device, HostDevice, Launch, Region, array_dtype
-from balcony_runtime.backends.accelerator.state import DeviceBackend
 from balcony_runtime.backends.graph_files.check import check_graph
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.onnxruntime.backend import open_session
@@ -34,7 +34,7 @@ class OnnxRuntimeExecutor:
 
     #: ``TensorScatter`` and ``ScatterElements`` may write to their input, because they do not change other values.
     in_place = True
-    batch_size: int | None = None
+    most_members: int | None = None
 
     def __init__(
         self,

@@ -1,171 +1,85 @@
-"""An engine set on an accelerator, and one sequence's passes over it.
+"""One sequence's passes over an engine set on an accelerator.
 
-Owns which rows go through which graph, and who uses the device. The memory is a :class:`.workspace.Workspace`; a
-:class:`.device.Device` provides it, and a :class:`.device.Executor` the graphs.
+Owns which rows go through which graph. The memory is a :class:`.workspace.Workspace`; a :class:`.device.Device` provides it,
+and a :class:`.device.Executor` runs the graphs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from balcony_edge.bundle.manifest import DType, EngineSet, Manifest
-from balcony_edge.closing import Closing
-from balcony_edge.errors import DeviceError, InputError
-from balcony_runtime.backends.accelerator.device import (
-    ALIGNMENT,
-    ITEM_BYTES,
-    Device,
-    Executor,
-    Region,
-    array_dtype,
-)
+from balcony_edge.bundle.manifest import DType
+from balcony_runtime.backends.accelerator.device import ALIGNMENT, ITEM_BYTES, Region, array_dtype
 from balcony_runtime.backends.accelerator.workspace import MAX_ROWS, Graph, Workspace
-from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, closed, not_finite, part_of
+from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, not_finite, part_of
 
-
-class DeviceBackend(Closing):
-    """An engine set that runs on a device; implements :class:`balcony_runtime.backends.base.Backend`."""
-
-    def __init__(self, manifest: Manifest, engines: EngineSet, device: Device, executor: Executor, name: str) -> None:
-        self.manifest, self.engines = manifest, engines
-        self.device, self.executor = device, executor
-        self.name, self.graphs = name, f"engine set {engines.identity[:16]}"
-        #: The device does the work; one thread of the host starts it.
-        self.threads = 1
-        self.max_length = engines.context_length
-        self.batch_size = executor.batch_size
-        self.picks_inside = True
-        #: All sequences share one queue of work and its contexts, so only one thread at a time may use them.
-        self.lock = threading.RLock()
-        #: Memory of collected states. The next state takes it, or frees it: a state may be collected in any thread, even during
-        #: a capture.
-        self.returned: deque[Workspace] = deque()
-        self._workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
-        self._closed = False
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """A context in which the calling thread has the device to itself; an error once its memory is freed."""
-        with self.lock:
-            if self._closed:
-                raise closed()
-            with self.device.current():
-                yield
-
-    def new_state(self, batch_size: int, max_length: int) -> DeviceState:
-        """Memory for one sequence. It has the length of the engines' caches, whatever ``max_length`` is.
-
-        Raises:
-            InputError: the engines were built for another number of members.
-            DeviceError: there is not enough memory.
-        """
-        if self.executor.batch_size not in (None, batch_size):
-            raise InputError(
-                f"batch_size = {batch_size}: these engines were built for {self.executor.batch_size}: "
-                f"build others with --batch {batch_size}"
-            )
-        with self.alone():
-            workspace = None
-            for _ in range(len(self.returned)):
-                old = self.returned.popleft()
-                if old.batch_size != batch_size:
-                    old.free()
-                elif workspace is None:
-                    workspace = old
-                else:
-                    self.returned.append(old)  # with its captures; :meth:`allocate` frees it where memory runs out
-            if workspace is None:
-                workspace = Workspace(self, batch_size)
-                self._workspaces.add(workspace)
-            else:
-                workspace.clear()
-            return DeviceState(self, workspace)
-
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        """Allocate a region of zeros, if need be in the place of memory of collected states.
-
-        Raises:
-            DeviceError: there is not enough memory.
-        """
-        while True:
-            try:
-                return self.device.allocate(shape, dtype)
-            except DeviceError:
-                if not self.returned:
-                    raise
-                self.returned.popleft().free()
-                self.device.synchronize()  # memory goes back when the device comes to it
-
-    def new_pool(self, members: int, max_length: int) -> None:
-        """Nothing: the members of an engine's batch have the same length."""
-
-    def close(self) -> None:
-        """Free engines and memory; may be called several times."""
-        with self.lock, contextlib.ExitStack() as stack:
-            if self._closed:
-                return
-            with contextlib.suppress(DeviceError):  # a lost GPU cannot be chosen, and has nothing left to free
-                stack.enter_context(self.device.current())
-            with contextlib.suppress(DeviceError):
-                self.device.synchronize()  # passes may still run
-            for workspace in list(self._workspaces):
-                workspace.forget_programs()  # they hold contexts of the engines
-            with contextlib.suppress(DeviceError):
-                self.device.collect()
-            self._closed = True
-            self.executor.close()
-            self.device.close()
-
+if TYPE_CHECKING:
+    from balcony_runtime.backends.accelerator.backend import DeviceBackend
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _exclusive(method: Callable[Concatenate[DeviceState, P], R]) -> Callable[Concatenate[DeviceState, P], R]:
-    """Make a method exclusive: while it runs, no other sequence uses the device."""
+class _OnBackend(Protocol):
+    backend: DeviceBackend
+
+
+S = TypeVar("S", bound=_OnBackend)
+
+
+def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Make a method exclusive: while it runs, nobody else uses the device."""
 
     @functools.wraps(method)
-    def locked(state: DeviceState, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with state._backend.alone():
-            return method(state, *args, **kwargs)
+    def locked(user: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with user.backend.alone():
+            return method(user, *args, **kwargs)
 
     return locked
 
 
 class DeviceState(RowsOnly):
-    """One sequence's rows and caches on a device; implements :class:`balcony_runtime.backends.base.State`."""
+    """One sequence's rows and caches on a device; implements :class:`balcony_runtime.backends.base.State`.
 
-    def __init__(self, backend: DeviceBackend, workspace: Workspace) -> None:
-        self._backend, self._device, self._workspace = backend, backend.device, workspace
+    Args:
+        backend: backend of the engines.
+        workspace: memory of the sequence.
+        pool: what keeps the memory of the pool that the sequence is a member of; None for a sequence by itself.
+    """
+
+    def __init__(self, backend: DeviceBackend, workspace: Workspace, pool: object = None) -> None:
+        self.backend, self._device, self._workspace, self._pool = backend, backend.device, workspace, pool
         self._layers = (0, *backend.manifest.exit_layers)  # layer of each boundary
         self._batch, self._width = workspace.batch_size, backend.manifest.model.hidden_size
         self.busy_ns = 0
         self._asked: Region | None = None
-        # Python does not free device memory. Return it when the state is collected; the backend frees the rest when it closes.
-        weakref.finalize(self, backend.returned.append, workspace)
+        #: Rows that boundary 0 has had.
+        self.reached = 0
+        if pool is None:
+            # Python does not free device memory. Return it when the state is collected; the backend frees the rest at its end.
+            weakref.finalize(self, backend.returned.append, workspace)
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of row buffers and KV caches at full length, since a device allocates them whole."""
-        return self._workspace.memory_bytes
+        """Bytes of row buffers and KV caches: at full length, since a device allocates them whole; of a member, its rows'."""
+        whole = self._workspace.memory_bytes
+        return whole if self._pool is None else whole * self.reached // self._workspace.length
 
-    @_exclusive
+    @exclusive
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """Run one row through all graphs on the way to an exit."""
         self._step(exit_index, ids, row)
-        logits: FloatArray = self._downloaded(self._workspace.logits)[:, 0]
+        logits: FloatArray = self._downloaded(self._workspace.step.logits)[:, 0]
         return logits
 
-    @_exclusive
+    @exclusive
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
         """The same, but return only the most likely token of each member, (B,).
 
@@ -173,39 +87,40 @@ class DeviceState(RowsOnly):
             InputError: the logit of such a token is NaN or infinite.
         """
         self._step(exit_index, ids, row)
-        best: IntArray = self._downloaded(self._workspace.best)[:, 0]
-        logits = self._workspace.logits
+        best: IntArray = self._downloaded(self._workspace.step.best)[:, 0]
+        logits = self._workspace.step.logits
         for member, token in enumerate(best.tolist()):
             if not np.isfinite(self._downloaded(logits.part(member * logits.shape[2] + token, (1,)))[0]):
                 raise not_finite()
         return best
 
-    @_exclusive
+    @exclusive
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
+        self.reached = max(self.reached, start + tokens.shape[1])
         for first in range(0, tokens.shape[1], MAX_ROWS):
             part = tokens[:, first : first + MAX_ROWS]
             rows = self._rows_of(0, start + first, start + first + part.shape[1], 0, fill=False)
             with self._for_a_pass(part.shape, "int64") as ids:
                 self._device.upload(ids, part)
-                self._run(self._workspace.embed, {"ids": ids, "hidden_0": rows})
+                self._run(self._workspace.graphs.embed, {"ids": ids, "hidden_0": rows})
             self._store(0, rows, start + first)
 
-    @_exclusive
+    @exclusive
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
         self._stand_at(start)
         source = self._rows_of(stage, start, stop, 0)
         target = self._rows_of(stage + 1, start, stop, 1, fill=False)
         names = [f"hidden_{layer}" for layer in self._layers[stage : stage + 2]]
-        self._run(self._workspace.stages[stage], {names[0]: source, names[1]: target})
+        self._run(self._workspace.graphs.stages[stage], {names[0]: source, names[1]: target})
         self._store(stage + 1, target, start)
 
-    @_exclusive
+    @exclusive
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary."""
         boundary, count = exit_index + 1, max(num_queries, 1)
-        graph = self._workspace.exits[exit_index]
+        graph = self._workspace.graphs.exits[exit_index]
         out = self._workspace.scratch[2].part(0, (self._batch, count, self._width))
         queries = self._rows_of(boundary, stop - count, stop, 0)
         if graph.cache is None:
@@ -216,34 +131,35 @@ class DeviceState(RowsOnly):
             self._run(graph, {"rows": rows, "queries": queries, "hidden": out})
         self._asked = out
 
-    @_exclusive
+    @exclusive
     def wait(self) -> None:
         """Wait for all passes so far."""
         begin = time.perf_counter_ns()
         self._device.synchronize()
         self.busy_ns += time.perf_counter_ns() - begin
 
-    @_exclusive
+    @exclusive
     def logits(self, num_queries: int) -> FloatArray:
         """Run the head over the result of :meth:`run_exit`."""
         assert self._asked is not None
-        vocabulary = self._backend.manifest.model.vocab_size
+        vocabulary = self.backend.manifest.model.vocab_size
         asked = (self._batch, num_queries)
         with self._for_a_pass((*asked, vocabulary), "float32") as logits, self._for_a_pass(asked, "int64") as best:
-            self._run(self._workspace.head, {"hidden": self._asked, "logits": logits, "argmax": best})
+            self._run(self._workspace.graphs.head, {"hidden": self._asked, "logits": logits, "argmax": best})
             found: FloatArray = self._downloaded(logits)
         return found
 
-    @_exclusive
+    @exclusive
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
         """Copies of the rows at the boundaries after the stages, and of keys and values."""
         return {
             name: self._downloaded(region)[first] for name, region, first in self._reached(stage_rows, balcony_rows)
         }
 
-    @_exclusive
+    @exclusive
     def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
         """Copy what another state has made to the device."""
+        self.reached = max(self.reached, *stage_rows)
         for name, region, first in self._reached(stage_rows, balcony_rows):
             whole = np.zeros(region.shape, array_dtype(region.dtype))
             whole[first] = part_of(parts, name, whole[first].shape, whole.dtype)
@@ -257,7 +173,7 @@ class DeviceState(RowsOnly):
         workspace = self._workspace
         for stage, rows in enumerate(stage_rows):
             yield f"hidden_{self._layers[stage + 1]}", workspace.rows[stage + 1], np.s_[:, :rows]
-        graphs = (*workspace.stages, *workspace.exits)
+        graphs = (*workspace.graphs.stages, *workspace.graphs.exits)
         for graph, rows in zip(graphs, (*stage_rows, *balcony_rows), strict=False):
             if graph.cache is not None and rows:
                 for name, region in graph.cache.past.items():
@@ -265,20 +181,25 @@ class DeviceState(RowsOnly):
 
     @contextlib.contextmanager
     def _for_a_pass(self, shape: tuple[int, ...], dtype: DType) -> Iterator[Region]:
-        region = self._backend.allocate(shape, dtype)
+        region = self.backend.allocate(shape, dtype)
         try:
             yield region
         finally:
             self._device.free(region)
 
     def _step(self, exit_index: int, ids: IntArray, row: int) -> None:
-        self._device.upload(self._workspace.ids, ids[:, None])
+        step = self._workspace.step
+        self._device.upload(step.ids, ids[:, None])
         self._stand_at(row)
         begin = time.perf_counter_ns()
-        self._workspace.step(exit_index)
+        self._workspace.run_step(exit_index)
         self.busy_ns += time.perf_counter_ns() - begin
+        self.reached = max(self.reached, row + 1)
+        if self._batch == 1:
+            self._workspace.keep(step, 0, row, slice(0, exit_index + 2))
+            return
         for boundary in range(exit_index + 2):
-            self._store(boundary, self._workspace.row[boundary], row)
+            self._store(boundary, step.rows[boundary], row)
 
     def _run(self, graph: Graph, tensors: dict[str, Region]) -> None:
         begin = time.perf_counter_ns()
@@ -288,21 +209,21 @@ class DeviceState(RowsOnly):
             graph.cache.turn()
 
     def _stand_at(self, start: int) -> None:
-        self._device.upload(self._workspace.start, np.full(self._batch, start, np.int64))
+        self._device.upload(self._workspace.step.start, np.full(self._batch, start, np.int64))
 
     def _rows_of(self, boundary: int, start: int, stop: int, scratch: int, *, fill: bool = True) -> Region:
         """Rows of a boundary as a dense, aligned tensor (B, T, D): in place where they are one, else in a scratch region."""
         shape = (self._batch, stop - start, self._width)
-        rows = self._workspace.rows[boundary]
-        if self._batch == 1 and start * self._width * ITEM_BYTES[rows.dtype] % ALIGNMENT == 0:
-            return rows.part(start * self._width, shape)
+        here = self._workspace.rows[boundary].part(start * self._width, shape)
+        if self._batch == 1 and here.pointer % ALIGNMENT == 0:
+            return here
         region = self._workspace.scratch[scratch].part(0, shape)
         if fill:
             self._copy_rows(boundary, region, start, to_rows=False)
         return region
 
     def _store(self, boundary: int, rows: Region, start: int) -> None:
-        """Copy rows of :meth:`_rows_of`, or the row of a step, to the buffer of their boundary."""
+        """Copy rows of :meth:`_rows_of`, or the rows of a step, to the buffer of their boundary."""
         if rows.pointer != self._workspace.rows[boundary].part(start * self._width, ()).pointer:
             self._copy_rows(boundary, rows, start, to_rows=True)
 

@@ -19,9 +19,9 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet
 from balcony_edge.errors import BundleError, DeviceError
 from balcony_edge.files import write_atomically
+from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.backends.accelerator.cuda import CudaDevice
 from balcony_runtime.backends.accelerator.device import Launch, Region
-from balcony_runtime.backends.accelerator.state import DeviceBackend
 from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, PASSES, import_tensorrt, make_log, one_line
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class TensorRTExecutor:
         self._trt, self._device, self._table = import_tensorrt(engines.target), device, engines.graphs
         _refuse_misfits(directory, engines, f"{MODULES[engines.target]} {self._trt.__version__}", device.capability)
         self.in_place = engines.operators == "fused"
-        self.batch_size: int | None = engines.batch_size
+        self.most_members: int | None = engines.batch_size
         self._warned: set[str] = set()
         self._log = make_log(self._trt)
         self._runtime = self._trt.Runtime(self._log)

@@ -79,7 +79,7 @@ class Builder:
 
         Args:
             target: the TensorRT to use.
-            batch_size: number of members of every pass.
+            batch_size: most members of a pass.
             compute_capabilities: GPUs to build for, such as ``89``; only ``rtx`` builds for GPUs of other machines. By default
                 ``rtx`` builds for all that it knows, ``tensorrt`` for the GPU of this machine.
             timing_cache: file in which ``tensorrt`` keeps kernel timings.
@@ -308,7 +308,7 @@ def profiles(spec: GraphSpec, batch_size: int) -> Iterator[dict[str, tuple[tuple
         rows = (least, min(usual, room), min(most, room))
         # Any number of the last rows of a balcony may be queries.
         queries = rows if "rows" not in symbols else (1, 1, rows[2])
-        sizes = {"batch": (batch_size,) * 3, "rows": rows, "queries": queries}
+        sizes = {"batch": (1, batch_size, batch_size), "rows": rows, "queries": queries}
         yield {
             tensor.name: tuple(
                 tuple(dim if isinstance(dim, int) else sizes[dim][which] for dim in tensor.shape) for which in range(3)

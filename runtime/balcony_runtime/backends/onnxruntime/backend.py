@@ -207,7 +207,7 @@ class OnnxRuntimeBackend(Closing):
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
         self.name = "onnxruntime"
-        self.batch_size: int | None = None
+        self.most_members: int | None = None
         #: States and pools, whose bindings hold sessions.
         self.users: weakref.WeakSet[OnnxRuntimeState | OnnxRuntimePool] = weakref.WeakSet()
 

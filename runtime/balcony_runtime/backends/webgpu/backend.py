@@ -38,7 +38,7 @@ class WebGpuBackend(Closing):
         self.threads = 1
         self.max_length = self.manifest.model.context_length
         self.name = f"ONNX Runtime, {NAME}"
-        self.batch_size: int | None = None
+        self.most_members: int | None = None
         self.picks_inside, self.graphs = True, "lowered"
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype

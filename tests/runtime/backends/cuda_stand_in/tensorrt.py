@@ -46,14 +46,15 @@ class StandInBuilder:
     It has the part of :class:`balcony_runtime.backends.accelerator.tensorrt_builder.Builder` that a build needs.
     """
 
-    def __init__(self, target: str, *, capturable: bool = True) -> None:
+    def __init__(self, target: str, batch_size: int, *, capturable: bool = True) -> None:
         module = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}[target]
         self.name, self.compute_capabilities = f"{module} {real.__version__}", ("89",)
-        self._capturable = capturable
+        self._batch_size, self._capturable = batch_size, capturable
 
     def build(self, path: Path, spec: GraphSpec, progress: Callable[[float], None]) -> BuiltEngine:
         _sessions.append(open_session(path, entries={"session.disable_quant_qdq": "1"}))
-        facts = {"session": len(_sessions) - 1, "profiles": list(profiles(spec, 1)), "capturable": self._capturable}
+        shapes = list(profiles(spec, self._batch_size))
+        facts = {"session": len(_sessions) - 1, "profiles": shapes, "capturable": self._capturable}
         return BuiltEngine(json.dumps(facts).encode(), 1, None)
 
 
@@ -61,7 +62,7 @@ def with_engines(bundle: Bundle, name: str, *, capturable: bool = True) -> Bundl
     """The bundle with engines of a set, made for the stand-in."""
     engines = bundle.manifest.engines[name]
     graphs = [graph for graph in engines.graphs if graph != "backbone"]
-    builder: Any = StandInBuilder(engines.target, capturable=capturable)
+    builder: Any = StandInBuilder(engines.target, engines.batch_size, capturable=capturable)
     build_engines(bundle, name, builder, graphs, lambda *_: None)
     return Bundle.open(bundle.path)
 

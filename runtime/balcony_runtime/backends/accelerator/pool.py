@@ -1,0 +1,268 @@
+"""A KV pool on an accelerator: the members' memory, and passes that take one new row of several members at once.
+
+Owns the caches of all members and the programs over ranges of them. In the graphs of an engine set every member has a ``start``
+of its own, so a pass takes a row of each of some neighbouring members at lengths of their own, where their caches lie. A member
+by itself is a :class:`.state.DeviceState` over the same memory. Which members share a pass is decided in
+:mod:`balcony_runtime.scheduling.shared_step`.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from balcony_runtime.backends.accelerator.device import ALIGNMENT, Region
+from balcony_runtime.backends.accelerator.state import DeviceState, exclusive
+from balcony_runtime.backends.accelerator.workspace import Graphs, Memory, Shared, Workspace, members_of
+from balcony_runtime.backends.base import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from balcony_runtime.backends.accelerator.backend import DeviceBackend
+
+#: Programs that are kept, each of one graph over one range of members.
+MOST_PROGRAMS = 256
+
+
+class _Pass(NamedTuple):
+    """One graph over neighbouring members, ready to run.
+
+    Attributes:
+        run: puts the graph's work into the device's queue.
+        before, after: copies before and after it, as targets and sources.
+    """
+
+    run: Callable[[], None]
+    before: list[tuple[Region, Region]]
+    after: list[tuple[Region, Region]]
+
+
+class PoolMemory(Memory):
+    """Memory of all members, and the programs of shared passes.
+
+    Raises:
+        DeviceError: there is not enough memory.
+    """
+
+    def __init__(self, backend: DeviceBackend, count: int) -> None:
+        super().__init__(backend)
+        self._workspaces: list[Workspace | None] = [None] * count
+        self.program = lru_cache(MOST_PROGRAMS)(self._bind)
+        with self.freed_after_an_error():
+            #: The members' rows in a shared step.
+            self.step = self.new_step(count)
+            #: Dense copies of what goes into a pass and comes out of it: an engine takes only addresses that 256 divides.
+            self.given, self.taken = self.new_row(count), self.new_row(count)
+            #: Results of the members' exits, since a later pass of the same step may carry a member along; those asked for.
+            self.found, self.asked = self.new_row(count), self.new_row(count)
+            self._caches = self.new_caches(count)
+            #: Where members make passes of their own, one member at a time.
+            self._own = self.new_step(1), self.new_scratch(1)
+        graphs = Graphs.over(backend.manifest, self.step, self._caches)
+        embed = graphs.embed._replace(step={"ids": self.step.ids, "hidden_0": self.taken})
+        head = graphs.head._replace(step=graphs.head.step | {"hidden": self.asked})
+        self._graphs = {graph.name: graph for graph in (embed, *graphs.stages, *graphs.exits, head)}
+
+    def workspace(self, member: int) -> Workspace:
+        """Memory of one member, as a sequence uses it; made when it is needed."""
+        made = self._workspaces[member]
+        if made is None:
+            caches = {name: cache.of(member, 1) for name, cache in self._caches.items()}
+            made = self._workspaces[member] = Workspace(self._backend, 1, Shared(caches, *self._own))
+        return made
+
+    def _bind(self, name: str, first: int, count: int) -> _Pass:
+        """A pass of a graph over a range of members, captured where that is possible."""
+        graph, before, after, tensors = self._graphs[name], {}, [], {}
+        outputs = {spec.name for spec in self._backend.engines.graphs[name].outputs}
+        for port, region in graph.step.items():
+            part = tensors[port] = members_of(region, first, count)
+            if part.pointer % ALIGNMENT and port in outputs:
+                tensors[port] = members_of(self.taken, 0, count)
+                after.append((part, tensors[port]))
+            elif part.pointer % ALIGNMENT:
+                tensors[port] = members_of(self.given, 0, count)
+                before[part] = tensors[port]  # rows and queries of a balcony are one input here
+        if graph.cache is not None:
+            start = members_of(self.step.start, 0, count)
+            tensors |= {"start": start, **graph.cache.of(first, count).tensors()}
+        launch = self._device.captured(self._backend.executor.prepare(name, tensors, to_capture=True))
+        return _Pass(self._device.joined([launch]), [(dense, part) for part, dense in before.items()], after)
+
+    def forget_programs(self) -> None:
+        self.program.cache_clear()
+
+    def free(self) -> None:
+        for workspace in self._workspaces:
+            if workspace is not None:
+                workspace.free()
+        super().free()
+
+
+class _Use:
+    """Held by a pool and its members' states: the memory goes back when the last of them is gone."""
+
+
+class DevicePool:
+    """Memory of several members on a device; implements :class:`balcony_runtime.backends.base.Pool`.
+
+    Raises:
+        DeviceError: there is not enough memory.
+    """
+
+    def __init__(self, backend: DeviceBackend, count: int) -> None:
+        self.backend, self.members = backend, count
+        self.most_dead = count  # a further row costs a device next to nothing
+        self.busy_ns = 0
+        self._device, self._memory, self._use = backend.device, PoolMemory(backend, count), _Use()
+        weakref.finalize(self._use, backend.returned.append, self._memory)
+        self._states: list[DeviceState | None] = [None] * count
+        self._start = np.zeros(count, np.int64)
+        self._stand_at: bytes | None = None  # what lies in the step's ``start``
+        self._exit_names = [backend.manifest.exit_graph(layer) for layer in backend.manifest.exit_layers]
+
+    @exclusive
+    def state(self, member: int) -> DeviceState:
+        """The memory of one member, as a sequence uses it.
+
+        Raises:
+            DeviceError: there is not enough memory.
+        """
+        state = self._states[member]
+        if state is None:
+            state = self._states[member] = DeviceState(self.backend, self._memory.workspace(member), self._use)
+        return state
+
+    @exclusive
+    def decode(self, first: int, exits: tuple[int, ...], tokens: Sequence[int], rows: Sequence[int]) -> FloatArray:
+        """Run one new row of each of neighbouring members through all graphs on its way; see :class:`.base.Pool`."""
+        members = range(first, first + len(exits))
+        self._embed(members, tokens, rows)
+        for exit_index in range(max(exits) + 1):
+            reaching = [member for member, deepest in zip(members, exits, strict=True) if deepest >= exit_index]
+            leaving = [member for member, deepest in zip(members, exits, strict=True) if deepest == exit_index]
+            self._run_stage(exit_index, reaching[0], len(reaching))
+            if leaving and exit_index < len(self._exit_names) - 1:
+                self._run(self._exit_names[exit_index], leaving[0], len(leaving))
+        for member, exit_index, row in zip(members, exits, rows, strict=True):
+            self._keep(member, row, slice(0, exit_index + 2))
+        self._copy(self._memory.asked, self._memory.step.hidden, members, to_front=True)
+        return self._head(len(exits))
+
+    @exclusive
+    def begin(self, members: IntArray, tokens: IntArray, rows: IntArray, total: int) -> None:
+        """Write one token of each member to boundary 0; see :class:`.base.Pool`."""
+        self._embed(members.tolist(), tokens.tolist(), rows.tolist())
+        for member, row in zip(members.tolist(), rows.tolist(), strict=True):
+            self._keep(member, row, slice(0, 1))
+
+    @exclusive
+    def place(self, boundary: int, member: int, row: int) -> None:
+        """Make an earlier row of a boundary the member's row of the next pass."""
+        self._start[member] = row
+        if self._states[member] is not None:
+            self._memory.workspace(member).place(self._memory.step, member, row, boundary)
+
+    @exclusive
+    def run_stage(self, stage: int, first: int, count: int) -> None:
+        """Run the rows of neighbouring members through a stage; the last one's result also goes through the norm."""
+        self._run_stage(stage, first, count)
+
+    @exclusive
+    def run_exit(self, exit_index: int, first: int, count: int) -> None:
+        """Run the rows of neighbouring members through a balcony or the norm."""
+        self._run(self._exit_names[exit_index], first, count)
+
+    @exclusive
+    def keep(self, members: IntArray, rows: IntArray, stages: slice) -> None:
+        """Store what stages made of the members' rows, at the boundaries after them."""
+        for member, row in zip(members.tolist(), rows.tolist(), strict=True):
+            self._keep(member, row, slice(stages.start + 1, stages.stop + 1))
+
+    @exclusive
+    def result(self, exit_index: int, members: IntArray, rows: IntArray) -> None:
+        """Remember the results of the members' exits for :meth:`logits`."""
+        for first, count, _ in _runs(members.tolist()):
+            self._move(members_of(self._memory.found, first, count), members_of(self._memory.step.hidden, first, count))
+
+    @exclusive
+    def logits(self, members: IntArray) -> FloatArray:
+        """Logits of the remembered results, (n, V), in an array that the caller owns."""
+        self._copy(self._memory.asked, self._memory.found, members.tolist(), to_front=True)
+        return self._head(len(members))
+
+    @exclusive
+    def clear(self, member: int) -> None:
+        """Forget a member's rows; its memory stays the pool's."""
+        if self._states[member] is not None:
+            self._states[member] = None
+            self._memory.workspace(member).clear()
+
+    def _embed(self, members: Sequence[int], tokens: Sequence[int], rows: Sequence[int]) -> None:
+        """Write tokens to boundary 0 of the step."""
+        self._start[members] = rows
+        count, step = len(members), self._memory.step
+        self._device.upload(members_of(step.ids, 0, count), np.array(tokens, np.int64)[:, None])
+        self._run("embed", 0, count)
+        self._copy(step.rows[0], self._memory.taken, members, to_front=False)
+
+    def _run_stage(self, stage: int, first: int, count: int) -> None:
+        self._run(f"stage_{stage}", first, count)
+        if stage == len(self._exit_names) - 1:
+            self._run(self._exit_names[-1], first, count)
+
+    def _head(self, count: int) -> FloatArray:
+        """Logits of the first rows of ``asked``."""
+        self._run("lm_head", 0, count)
+        begin = time.perf_counter_ns()
+        logits: FloatArray = self._device.download(members_of(self._memory.step.logits, 0, count))[:, 0]
+        self.busy_ns += time.perf_counter_ns() - begin
+        return logits
+
+    def _keep(self, member: int, row: int, boundaries: slice) -> None:
+        """Store a member's row of the step at some boundaries."""
+        self._memory.workspace(member).keep(self._memory.step, member, row, boundaries)
+        state = self.state(member)
+        state.reached = max(state.reached, row + 1)
+
+    def _run(self, name: str, first: int, count: int) -> None:
+        start = self._start[first : first + count]
+        if (standing := start.tobytes()) != self._stand_at:
+            self._device.upload(members_of(self._memory.step.start, 0, count), start)
+            self._stand_at = standing
+        one = self._memory.program(name, first, count)
+        begin = time.perf_counter_ns()
+        for target, source in one.before:
+            self._move(target, source)
+        one.run()
+        for target, source in one.after:
+            self._move(target, source)
+        self.busy_ns += time.perf_counter_ns() - begin
+
+    def _copy(self, target: Region, source: Region, members: Sequence[int], *, to_front: bool) -> None:
+        """Copy members' rows from their places to the first ones, or back."""
+        for first, count, place in _runs(members):
+            here, front = (first, place) if to_front else (place, first)
+            self._move(members_of(target, front, count), members_of(source, here, count))
+
+    def _move(self, target: Region, source: Region) -> None:
+        self._device.copy(target.pointer, target.nbytes, source.pointer, source.nbytes, source.nbytes, 1)
+
+
+def _runs(members: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """First member and length of every run of neighbours, and the place of the first in the list."""
+    first, count, place = -1, 0, 0
+    for member in members:
+        if count and member == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count, place
+            place += count
+        first, count = member, 1
+    if count:
+        yield first, count, place

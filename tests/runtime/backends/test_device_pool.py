@@ -1,0 +1,223 @@
+"""Sequences that share passes on an accelerator, over main memory and the stand-ins for CUDA, TensorRT and its provider."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+
+import balcony_edge
+from balcony_edge import Budget
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import DeviceError
+from balcony_runtime.engine import Engine
+from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
+from balcony_runtime.scheduling.shared_step import PoolMove
+from tests.runtime.backends.test_conformance import BACKENDS, NEEDS
+from tests.support.pools import MEMBERS, actions, check_step, new_pool, play
+from tests.support.properties import examples
+from tests.support.schedules import assert_equal, from_scratch
+
+SHARED = ["device-fused", "stand-in-cuda", "stand-in-rtx", "cuda-fused", "tensorrt-rtx"]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=NEEDS.get(name, ())) for name in SHARED])
+def engine(request: pytest.FixtureRequest, with_engine_sets: Callable[[str], Bundle]) -> Iterator[Engine]:
+    with BACKENDS[request.param](with_engine_sets("llama")) as engine:
+        yield engine
+        gc.collect()
+
+
+@pytest.fixture
+def on_rtx(with_engine_sets: Callable[[str], Bundle]) -> Iterator[Engine]:
+    """Engines on the stand-in for TensorRT-RTX; closing it checks that nothing is left and nothing was misused."""
+    with BACKENDS["stand-in-rtx"](with_engine_sets("llama")) as engine:
+        yield engine
+        gc.collect()
+
+
+def taken(pool: SequencePool, count: int) -> list[Any]:
+    """Sequences of a pool that have rows at every exit, each of another length."""
+    sequences = [pool.take() for _ in range(count)]
+    for length, sequence in enumerate(sequences, 3):
+        assert sequence is not None
+        sequence.advance(5, list(range(length)))
+        sequence.catch_up()
+    return sequences
+
+
+@pytest.mark.hypothesis  # its examples are drawn inside
+@pytest.mark.parametrize(
+    ("architecture", "backend"),
+    [*[(a, "device-fused") for a in ("llama", "gemma3", "smollm3", "lfm2")], ("llama", "stand-in-rtx")],
+)
+def test_any_company_gives_each_sequence_its_own_logits(
+    with_engine_sets: Callable[[str], Bundle], architecture: str, backend: str
+) -> None:
+    reused = []
+    with BACKENDS[backend](with_engine_sets(architecture)) as engine:
+
+        @examples(8, suppress_health_check=[HealthCheck.too_slow])
+        @given(actions, st.integers(0, 1000))
+        def property_holds(schedule: list[Any], seed: int) -> None:
+            reused.append(play(engine, schedule, seed))
+
+        property_holds()
+        gc.collect()
+    assert any(reused), "prompts began with rows of others"
+
+
+def test_members_step_together_at_exits_of_their_own(engine: Engine, tiny_engine: Engine) -> None:
+    pool = new_pool(engine)
+    sequences = taken(pool, 5)
+    alone = [tiny_engine.new_sequence() for _ in sequences]
+    for one, sequence in zip(alone, sequences, strict=True):
+        one.advance(5, sequence.tokens)
+    for step, exits in enumerate([(5, 5, 3, 2, 2), (2, 5, 2, 3, 5), (3, 3, 3, 3, 3)]):
+        moves = [PoolMove(one, e, step + e) for one, e in zip(sequences, exits, strict=True)]
+        for one, move, logits in zip(alone, moves, [row.copy() for row in pool.step(moves)], strict=True):
+            assert_equal(logits, one.advance(move.exit_layer, [move.token])[:, -1])
+    check_step(engine, pool, [PoolMove(sequences[4], 5, 3), PoolMove(sequences[1], 3, 3)])
+    assert pool.busy_ns > 0
+    for sequence in sequences:  # what shared steps have stored serves later stages and balconies
+        got = sequence.advance(5, [9], num_logits=1)
+        assert_equal(got, from_scratch(engine, 5, sequence.tokens, 1))
+
+
+def test_a_shared_step_runs_captured_passes_and_copies_only_what_lies_askew(on_rtx: Engine) -> None:
+    """One launch for each graph; a row has 128 bytes here, so every second member's rows are copied to where 256 divides."""
+    pool, device = new_pool(on_rtx), on_rtx.backend.device  # type: ignore[attr-defined]
+    sequences, calls = taken(pool, 4), []
+    copy, capture = device.copy, device.captured
+    device.copy = lambda *given: calls.append("copy") or copy(*given)
+    device.captured = lambda launch: calls.append("capture") or capture(launch)
+
+    def step(*moves: PoolMove) -> list[str]:
+        calls.clear()
+        pool.step(moves)
+        return calls
+
+    def of(members: list[int], exit_layer: int) -> list[PoolMove]:
+        for member in members:
+            sequences[member].catch_up()
+        return [PoolMove(sequences[member], exit_layer, 7) for member in members]
+
+    first = list(step(*of([0, 1, 2, 3], 5)))
+    again = step(*of([0, 1, 2, 3], 5))
+    # embedding → step; its row and those of three stages for each member; result → head
+    assert again.count("copy") == first.count("copy") == 1 + 4 + 1
+    assert (first.count("capture"), again.count("capture")) == (1 + 3 + 1 + 1, 0)
+    # From member 1 on: in and out for each stage and for the norm.
+    assert step(*of([1, 2], 5)).count("copy") == 1 + 2 + 1 + 2 * 4
+    assert step(*of([2, 3], 2)).count("copy") == 1 + 2 + 1
+
+
+def test_dead_rows_cost_nothing_here(engine: Engine) -> None:
+    """Members far apart share one pass, and those in between keep what they have."""
+    pool = new_pool(engine)
+    sequences = taken(pool, MEMBERS)
+    between = sequences[2:-1:2]
+    for sequence in sequences[1:-1:2]:
+        pool.give_back(sequence)
+    for sequence in between:
+        sequence.rollback(sequence.length - 2)
+    before = [(s.tokens.tolist(), s.stage_rows) for s in between]
+    passes: list[tuple[int, int, int]] = []
+    shared: Any = pool._pool
+    run = shared.run_stage
+    shared.run_stage = lambda *given: passes.append(given) or run(*given)
+    check_step(engine, pool, [PoolMove(sequences[0], 3, 4), PoolMove(sequences[-1], 5, 4)])
+    assert passes == [(0, 0, MEMBERS), (1, 0, MEMBERS), (2, MEMBERS - 1, 1)]
+    assert [(s.tokens.tolist(), s.stage_rows) for s in between] == before
+    for sequence in between:
+        assert_equal(sequence.advance(5, [5]), from_scratch(engine, 5, sequence.tokens, 1))
+
+
+def test_a_full_member_is_carried_along(engine: Engine) -> None:
+    pool = new_pool(engine, 3)
+    one, full, other = taken(pool, 3)
+    full.advance(2, [1] * (full.max_length - full.length))
+    check_step(engine, pool, [PoolMove(one, 5, 3), PoolMove(other, 5, 4)])
+    full.rollback(full.max_length - 1)
+    assert_equal(full.advance(5, [2]), from_scratch(engine, 5, full.tokens, 1))
+
+
+def test_nan_of_a_member_does_not_reach_the_next_one(engine: Engine) -> None:
+    pool = new_pool(engine)
+    one, broken = taken(pool, 2)
+    state: Any = broken.state
+    for cache in state._workspace.graphs.caches:
+        for region in cache.regions():
+            state._device.upload(region, np.full(region.shape, np.nan))
+    broken.rollback(0)
+    pool.give_back(broken)
+    fresh = pool.take()
+    assert fresh is not None and fresh.state._workspace is state._workspace  # type: ignore[attr-defined]
+    check_step(engine, pool, [PoolMove(fresh, 5, 3), PoolMove(one, 5, 4)])
+
+
+def test_memory_goes_back_with_the_last_user(with_engine_sets: Callable[[str], Bundle]) -> None:
+    with BACKENDS["device-fused"](with_engine_sets("llama")) as engine:
+        backend: Any = engine.backend
+        device, alone = backend.device, engine.new_sequence()
+
+        def held() -> int:
+            return sum(array.nbytes for array in device._arrays.values())
+
+        before = held()
+        member = backend.new_pool(MEMBERS, 256).state(1)
+        size = held() - before
+        assert size > 4 * alone.state.memory_bytes, "the caches of eight"
+        gc.collect()
+        assert not backend.returned, "a member's state keeps the memory"
+        del member
+        gc.collect()
+        assert len(backend.returned) == 1
+        pair = backend.new_state(2, 64)  # no sequence can take a pool's memory: it is freed
+        assert not backend.returned and held() < before + size
+        again = backend.new_pool(MEMBERS, 256)
+        assert again.state(0).memory_bytes == 0
+        again.state(0).embed(np.arange(7)[None], 3)
+        assert again.state(0).memory_bytes == again._memory.workspace(0).memory_bytes * 10 // 256
+        # Where the memory does not suffice, what was taken is given back.
+        taken, allocate, after = [], device.allocate, held()
+
+        def full(shape: Any, dtype: Any) -> Any:
+            if len(taken) == 12:
+                raise DeviceError("out of memory")
+            taken.append(shape)
+            return allocate(shape, dtype)
+
+        device.allocate = full
+        with pytest.raises(DeviceError, match="out of memory"):
+            backend.new_pool(MEMBERS, 256)
+        assert held() == after and pair.memory_bytes > 0
+
+
+def test_a_pool_has_as_many_members_as_the_engines(with_engine_sets: Callable[[str], Bundle]) -> None:
+    bundle = with_engine_sets("llama")
+    with BACKENDS["device-fused"](bundle) as engine:
+        assert engine.backend.new_pool(16, 256).members == 8  # type: ignore[union-attr]
+        assert engine.backend.new_pool(3, 256).members == 3  # type: ignore[union-attr]
+    with BACKENDS["stand-in-plain"](bundle) as engine:  # its passes write caches to other memory
+        assert engine.backend.new_pool(2, 256) is None
+
+
+def test_replies_share_passes_and_beginnings(with_engine_sets: Callable[[str], Bundle], tiny_llm: LLM) -> None:
+    bundle = with_engine_sets("llama")
+    random = np.random.default_rng(4)
+    common = random.integers(0, 320, LEAST_SHARED + 5).tolist()
+    prompts = [[*common, *random.integers(0, 320, 3 + n).tolist()] for n in range(5)]
+    asked: dict[str, Any] = {"max_new_tokens": 9, "budget": [Budget(exit_layer=e) for e in (5, 2, 3, 5, 2)]}
+    with balcony_edge.load(bundle.path, device="cpu", engines="rtx-fp32") as llm:
+        shared, pool = llm.generate_batch(prompts, **asked), llm.pool
+        assert pool is not None and pool.busy_ns > 0 and pool.in_use == 0
+        assert pool.reused.rows >= 4 * len(common), "a common beginning is computed once"
+        assert llm.generate_batch(prompts, **asked) == shared
+    assert shared == tiny_llm.generate_batch(prompts, **asked)
