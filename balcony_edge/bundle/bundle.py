@@ -223,9 +223,7 @@ def _check_structure(directory: Path, manifest: Manifest) -> None:
         raise refuse(f"exits {one_line(str(layers))} must ascend and end at the full depth {manifest.model.num_layers}")
     if not manifest.runnable:
         raise refuse("the manifest lists no graphs")
-    if (manifest.precision == "float16" and manifest.cpu) or (
-        manifest.precision in ("int8", "int4") and manifest.graphs
-    ):
+    if manifest.precision in ("int8", "int4") and manifest.graphs:
         raise refuse(f"a bundle of precision {manifest.precision} must not have these graphs")
     _check_quantization(manifest, refuse)
     needed = {"lm_head", *(f"stage_{i}" for i in range(len(layers))), *(manifest.exit_graph(e) for e in layers)}

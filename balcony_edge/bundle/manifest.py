@@ -15,8 +15,8 @@ backend that opens a graph checks that its real inputs equal the tables below.
       tensorrt/<name>/          graphs for TensorRT and engines, if `balcony-edge build` made them
 
 Up to two sets of graphs describe the same arithmetic: ``graphs`` in standard ONNX, which every engine can read, and ``cpu``
-in ONNX Runtime's own operators, which it runs faster. A float32 bundle has both, over the same weights; float16 has the
-first; int8 and int4 have the second.
+in ONNX Runtime's own operators, which it runs faster. A float32 or float16 bundle has both, over the same weights; int8 and
+int4 have the second.
 
 I/O table (B batch, T rows of a pass, Q query rows, S rows of KV capacity, D hidden size, H kv heads, d head size,
 F = H × d, V vocabulary; ``float`` is float16 if ``precision`` is, otherwise float32):

@@ -116,8 +116,7 @@ def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback)
         graphs[f"balcony_{exit_layer}"] = traced
     graphs["norm"] = head.build_norm(exits)
     graphs["lm_head"] = head.build_head(exits)
-    lowers = options.dtype == torch.float32 and lower.can_lower(exits)
-    lowered = lower.lower_all(graphs, spec) if lowers else {}
+    lowered = lower.lower_all(graphs, spec) if lower.can_lower(exits) else {}
     for one in graphs.values():
         spell_out(one)
         write_in_standard_operators(one)

@@ -168,7 +168,10 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
         rope = [_scaled(model, table, attributes["scale"]) for table in rope]
         attributes["scale"] = 1.0
         if not attributes.keys() & {"softcap", "local_window_size"}:
-            sink = [None, None, initializer(model, SINK, np.full(spec.num_attention_heads, NO_SINK, np.float32))]
+            assert node.outputs[0].dtype is not None
+            dtype = node.outputs[0].dtype.numpy()
+            lowest = max(NO_SINK, float(np.finfo(dtype).min))
+            sink = [None, None, initializer(model, SINK, np.full(spec.num_attention_heads, lowest, dtype))]
     pasts = [write.inputs[0] for write in writes]
     outputs = [ir.Value(name=node.outputs[0].name, type=node.outputs[0].type, shape=node.outputs[0].shape)]
     for present in (present_key, present_value):
@@ -196,7 +199,8 @@ def _turns_whole_heads(table: ir.Value | None, spec: ModelSpec) -> bool:
 def _scaled(model: ir.Model, table: ir.Value | None, scale: float) -> ir.Value:
     """A rotary table that gives queries and keys, if both are turned by it, the factor ``scale`` of their products."""
     assert table is not None and table.const_value is not None
-    return initializer(model, f"{table.name}_for_{scale:.6g}", table.const_value.numpy() * np.float32(scale**0.5))
+    values = table.const_value.numpy()
+    return initializer(model, f"{table.name}_for_{scale:.6g}", (values * scale**0.5).astype(values.dtype))
 
 
 def _skip_norms(model: ir.Model) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
@@ -41,6 +42,22 @@ def plays(
 def test_int4_switches_exactly(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
     """With float activations, as on the CPU; level 4 rounds activations on the CPU, and only on some adapters."""
     plays(export_tiny, tmp_path / "b", "llama", "int4,level=1", 3, 12)
+
+
+@pytest.mark.webgpu
+def test_float16_is_as_close_to_the_cpu_as_its_rounding(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    source, random = export_tiny("llama"), np.random.default_rng(6)
+    options = ExportOptions("half", True, "float16")
+    export_bundle(source.exits.copy(), source.tokenizer, tmp_path / "b", options)
+    with Engine.open(tmp_path / "b", device="cpu") as reference, Engine.open(tmp_path / "b", device="webgpu") as engine:
+        pair = [one.new_sequence(max_length=64) for one in (reference, engine)]
+        for round_, exit_layer in enumerate((5, 2, 3, 2, 5, 3, 5)):
+            tokens = random.integers(0, 320, 1 + round_ % 3 * 4)
+            want, got = (sequence.advance(exit_layer, tokens) for sequence in pair)
+            # WebGPU multiplies in half precision, where a CPU multiplies in float32; a wrong row differs by half of it.
+            assert np.abs(got - want).max() <= 6e-2 * np.abs(want).max(), round_
+            for sequence in pair:
+                sequence.rollback(sequence.length - round_ % 2)
 
 
 @pytest.mark.webgpu

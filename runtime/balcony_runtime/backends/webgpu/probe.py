@@ -83,7 +83,8 @@ def _most_rows(device: WebGpuDevice, attention: Attention, size: int) -> int | N
         tables = {"cos": np.cos(angles).astype(device.dtype), "sin": np.sin(angles).astype(device.dtype)}
         turned = _turned(query, size, **tables), _turned(key, size, **tables)
     if attention.sink:
-        tables["sink"] = np.full(heads, _NO_SINK, np.float32).astype(device.dtype)
+        lowest = max(_NO_SINK, float(np.finfo(device.dtype).min))
+        tables["sink"] = np.full(heads, lowest, device.dtype)
     want = _attended(*turned, value, size, kind)
     for limit, sizes in LIMITS.items():
         for rows in sizes:

@@ -44,8 +44,6 @@ def is_installed() -> bool:
 def misfit(manifest: Manifest) -> str | None:
     """Why WebGPU does not run a bundle, and the cure; None if it does."""
     elsewhere = "or run it with --device cpu"
-    if not manifest.cpu and manifest.precision == "float16":
-        return f"is float16, which has no fused attention: export the model with --precision fp32 or int4, {elsewhere}"
     if not manifest.cpu:
         return "has no graphs with fused attention, and WebGPU runs only those: run it with --device cpu"
     if manifest.kv_dtype == "int8":
@@ -55,10 +53,10 @@ def misfit(manifest: Manifest) -> str | None:
             f"has layers that do not attend ({manifest.model.architecture}), and a sequence on WebGPU keeps keys and values "
             "only: run it with --device cpu"
         )
-    if manifest.model.mixture and manifest.precision != "float32":
+    if manifest.model.mixture and manifest.precision in ("int8", "int4"):
         return (
             f"is a quantized mixture of experts ({manifest.model.architecture}), whose zero points and router weights ONNX "
-            f"Runtime's QMoE does not take on WebGPU: export the model with --precision fp32, {elsewhere}"
+            f"Runtime's QMoE does not take on WebGPU: export the model with --precision fp16, {elsewhere}"
         )
     return None
 
