@@ -70,7 +70,8 @@ class Piece:
 def pieces(directory: Path) -> tuple[Piece, ...]:
     """All pieces in their order."""
     demo, big, text = directory / "demo", directory / "llama-3-8b", directory / "text.txt"
-    tests = (*PYTEST, "tests/runtime/backends/test_conformance.py", "-k")
+    backends = "tests/runtime/backends"
+    tests = (*PYTEST, f"{backends}/test_conformance.py", f"{backends}/test_device_pool.py", "-k")
     here = (*PYTHON, "benchmarks.nvidia.gpu_report")
     exits = ("--exits", "0.5x,0.6x,0.7x")
     train = (

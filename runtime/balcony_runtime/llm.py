@@ -365,7 +365,7 @@ class LLM(Closing):
         waiting, streams = deque(requests), []
         with self.together() as replies:
             while waiting or replies.open:
-                while waiting and len(replies.open) < MEMBERS:
+                while waiting and len(replies.open) < (self._places or MEMBERS):
                     streams.append(replies.begin(waiting.popleft()))
                 for _, found in replies.step():
                     if isinstance(found, Exception):
@@ -389,14 +389,17 @@ class LLM(Closing):
 
     def _may_run_in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> bool:
         """Whether the replies run as one batch, because they cannot share passes otherwise."""
-        most = self.engine.backend.most_members
-        if len({(len(request.ids), request.limits.budget) for request in requests}) != 1 or len(requests) > MEMBERS:
-            return False
-        if most is not None and len(requests) > most:
+        alike = len({(len(request.ids), request.limits.budget) for request in requests}) == 1
+        if not alike or len(requests) > (self.engine.backend.most_members or MEMBERS):
             return False
         if sampling is not None and sampling.temperature > 0 and sampling.seed is not None:
             return False  # a batch draws from one generator, and a seed is each reply's own
-        return self._budgets[0].kv_memory_mb is None and self._requests.scheduler.pool is None
+        return self._budgets[0].kv_memory_mb is None and self._places < len(requests)
+
+    @property
+    def _places(self) -> int:
+        """Number of replies that can share passes."""
+        return 0 if self.pool is None else len(self.pool.members)
 
     def _in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> list[str]:
         """Reply to prompts of one length and one budget in one batch, for engines whose members all have the same length."""

@@ -268,6 +268,9 @@ class Requests:
         sequence = self.scheduler.new_sequence(tokens, rows)
         try:
             yield sequence
+        except Exception:
+            sequence.rollback(0)  # rows of a failed reply may be what failed, such as NaN: no prompt begins with them
+            raise
         finally:
             self.scheduler.free(sequence)
 

@@ -43,7 +43,7 @@ def make_graphs(
         directory: Directory of :func:`balcony_edge.bundle.engine_sets.new_engine_directory`.
         target: TensorRT edition that builds the engines.
         form: Precision, operators and capacity.
-        batch_size: Number of sequences of every pass.
+        batch_size: Most sequences of a pass.
         rounding: Integers of the weights; by default they are rounded to the nearest.
 
     Raises:

@@ -7,7 +7,7 @@ and the backend runs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, Self
 
@@ -223,6 +223,23 @@ class Backend(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def passes_of(first: int, exits: Sequence[int]) -> Iterator[tuple[int, range, range]]:
+    """Every exit up to the deepest, the members that reach it and those that leave there, which are :func:`neighbours`.
+
+    Args:
+        first: first member.
+        exits: index of the exit of each member.
+    """
+    for exit_index in range(max(exits) + 1):
+        reaching = [first + place for place, deepest in enumerate(exits) if deepest >= exit_index]
+        leaving = [first + place for place, deepest in enumerate(exits) if deepest == exit_index]
+        yield (
+            exit_index,
+            range(reaching[0], reaching[-1] + 1),
+            range(leaving[0], leaving[-1] + 1) if leaving else range(0),
+        )
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from balcony_edge.errors import BalconyError, BusyError, InputError
+from balcony_edge.errors import BalconyError, BusyError, DeviceError, InputError
 from balcony_runtime.backends.base import FloatArray, IntArray, Pool
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
@@ -80,8 +80,9 @@ class SequencePool:
         """A pool for sequences of an engine; None if its graphs cannot share passes, or memory has no room for it."""
         try:
             pool = engine.backend.new_pool(members, engine.max_length)
-        except MemoryError:
-            _log.warning("no memory for %d replies that share passes: each runs by itself", members)
+        except (MemoryError, DeviceError) as error:
+            why = f" ({error})" if str(error) else ""
+            _log.warning("no memory for replies that share passes%s: each runs by itself", why)
             return None
         return None if pool is None else cls(engine, pool, files, kept_bytes)
 

@@ -273,12 +273,12 @@ def test_profiles_cover_decode_catch_up_and_prefill(tiny: Any) -> None:
 
     assert [shapes["rows"][2][1] for shapes in profiles(table(48), 1)] == [8, 48]
     found = list(profiles(table(2048), 3))
-    # A pass takes one member up to all of them.
+    # A pass takes one member up to all of them; usually all take a row, and one of them more.
     assert [shapes["rows"] for shapes in found] == [
-        ((1, least, 32), (3, usual, 32), (3, most, 32)) for least, usual, most in PASSES
+        ((1, least, 32), (3 if usual == 1 else 1, usual, 32), (3, most, 32)) for least, usual, most in PASSES
     ]
     assert [shapes["queries"][2] for shapes in found] == [(3, most, 32) for _, _, most in PASSES]
-    assert {shapes["start"] for shapes in found} == {((1,), (3,), (3,))}
+    assert [shapes["start"][1] for shapes in found] == [(3,), (1,), (1,)]
 
 
 def test_plain_graphs_hold_no_operator_newer_than_opset_21(tiny: Any) -> None:

@@ -105,6 +105,9 @@ class DeviceBackend(Closing):
         if not self.executor.in_place:
             return None
         with self.alone():
+            for memory in list(self.returned):  # that of the measured prices, which no member takes
+                self.returned.remove(memory)
+                memory.free()
             return DevicePool(self, min(members, self.engines.batch_size))
 
     def close(self) -> None:

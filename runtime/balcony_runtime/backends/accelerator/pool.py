@@ -8,37 +8,62 @@ by itself is a :class:`.state.DeviceState` over the same memory. Which members s
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from balcony_runtime.backends.accelerator.device import ALIGNMENT, Region
+from balcony_edge.errors import DeviceError
+from balcony_runtime.backends.accelerator.device import ALIGNMENT, Launch, Region
 from balcony_runtime.backends.accelerator.state import DeviceState, exclusive
 from balcony_runtime.backends.accelerator.workspace import Graphs, Memory, Shared, Workspace, members_of
-from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.base import FloatArray, IntArray, passes_of
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.accelerator.backend import DeviceBackend
 
-#: Programs that are kept, each of one graph over one range of members.
-MOST_PROGRAMS = 256
+#: Passes that are kept, each of one graph over one range of members.
+MOST_PASSES = 256
+#: Runs of a pass after which it is captured, since a capture takes as long as several runs.
+RUNS_BEFORE_CAPTURE = 3
 
 
-class _Pass(NamedTuple):
-    """One graph over neighbouring members, ready to run.
+class _Pass:
+    """One graph over neighbouring members, ready to run. It is captured when it was of use before.
 
-    Attributes:
-        run: puts the graph's work into the device's queue.
+    Args:
+        backend: backend of the graph.
+        name: name of the graph.
+        tensors: its inputs and outputs.
         before, after: copies before and after it, as targets and sources.
     """
 
-    run: Callable[[], None]
-    before: list[tuple[Region, Region]]
-    after: list[tuple[Region, Region]]
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        name: str,
+        tensors: dict[str, Region],
+        before: list[tuple[Region, Region]],
+        after: list[tuple[Region, Region]],
+    ) -> None:
+        self._backend, self._name, self._tensors = backend, name, tensors
+        self.before, self.after = before, after
+        self.attends = "start" in tensors
+        self._run = backend.executor.prepare(name, tensors).run
+        self._runs = 0
+
+    def run(self) -> None:
+        """Put the graph's work into the device's queue."""
+        self._run()
+        self._runs += 1
+        if self._runs == RUNS_BEFORE_CAPTURE:
+            with contextlib.suppress(DeviceError):  # no memory for a context of its own: it goes on without
+                launch = self._backend.executor.prepare(self._name, self._tensors, to_capture=True)
+                self._run = self._backend.device.joined([self._backend.device.captured(launch)])
 
 
 class PoolMemory(Memory):
@@ -51,7 +76,8 @@ class PoolMemory(Memory):
     def __init__(self, backend: DeviceBackend, count: int) -> None:
         super().__init__(backend)
         self._workspaces: list[Workspace | None] = [None] * count
-        self.program = lru_cache(MOST_PROGRAMS)(self._bind)
+        self._captured: dict[str, Launch] = {}
+        self.bound = lru_cache(MOST_PASSES)(self._bind)
         with self.freed_after_an_error():
             #: The members' rows in a shared step.
             self.step = self.new_step(count)
@@ -72,11 +98,12 @@ class PoolMemory(Memory):
         made = self._workspaces[member]
         if made is None:
             caches = {name: cache.of(member, 1) for name, cache in self._caches.items()}
-            made = self._workspaces[member] = Workspace(self._backend, 1, Shared(caches, *self._own))
+            shared = Shared(caches, *self._own, self._captured)
+            made = self._workspaces[member] = Workspace(self._backend, 1, shared)
         return made
 
     def _bind(self, name: str, first: int, count: int) -> _Pass:
-        """A pass of a graph over a range of members, captured where that is possible."""
+        """A pass of a graph over a range of members."""
         graph, before, after, tensors = self._graphs[name], {}, [], {}
         outputs = {spec.name for spec in self._backend.engines.graphs[name].outputs}
         for port, region in graph.step.items():
@@ -90,11 +117,11 @@ class PoolMemory(Memory):
         if graph.cache is not None:
             start = members_of(self.step.start, 0, count)
             tensors |= {"start": start, **graph.cache.of(first, count).tensors()}
-        launch = self._device.captured(self._backend.executor.prepare(name, tensors, to_capture=True))
-        return _Pass(self._device.joined([launch]), [(dense, part) for part, dense in before.items()], after)
+        return _Pass(self._backend, name, tensors, [(dense, part) for part, dense in before.items()], after)
 
     def forget_programs(self) -> None:
-        self.program.cache_clear()
+        self.bound.cache_clear()
+        self._captured.clear()
 
     def free(self) -> None:
         for workspace in self._workspaces:
@@ -116,7 +143,8 @@ class DevicePool:
 
     def __init__(self, backend: DeviceBackend, count: int) -> None:
         self.backend, self.members = backend, count
-        self.most_dead = count  # a further row costs a device next to nothing
+        # Attention reads a member's whole cache, also for a dead row: up to as many bytes as a stage's weights in int4.
+        self.most_dead = 1
         self.busy_ns = 0
         self._device, self._memory, self._use = backend.device, PoolMemory(backend, count), _Use()
         weakref.finalize(self._use, backend.returned.append, self._memory)
@@ -134,23 +162,25 @@ class DevicePool:
         """
         state = self._states[member]
         if state is None:
-            state = self._states[member] = DeviceState(self.backend, self._memory.workspace(member), self._use)
+            workspace = self._memory.workspace(member)
+            workspace.clear()
+            state = self._states[member] = DeviceState(self.backend, workspace, self._use)
         return state
 
     @exclusive
     def decode(self, first: int, exits: tuple[int, ...], tokens: Sequence[int], rows: Sequence[int]) -> FloatArray:
         """Run one new row of each of neighbouring members through all graphs on its way; see :class:`.base.Pool`."""
+        if len(exits) == 1:
+            return self.state(first).decode(exits[0], np.array(tokens), rows[0])
         members = range(first, first + len(exits))
         self._embed(members, tokens, rows)
-        for exit_index in range(max(exits) + 1):
-            reaching = [member for member, deepest in zip(members, exits, strict=True) if deepest >= exit_index]
-            leaving = [member for member, deepest in zip(members, exits, strict=True) if deepest == exit_index]
+        for exit_index, reaching, leaving in passes_of(first, exits):
             self._run_stage(exit_index, reaching[0], len(reaching))
             if leaving and exit_index < len(self._exit_names) - 1:
                 self._run(self._exit_names[exit_index], leaving[0], len(leaving))
         for member, exit_index, row in zip(members, exits, rows, strict=True):
             self._keep(member, row, slice(0, exit_index + 2))
-        self._copy(self._memory.asked, self._memory.step.hidden, members, to_front=True)
+        self._gather(self._memory.step.hidden, members)
         return self._head(len(exits))
 
     @exclusive
@@ -192,15 +222,15 @@ class DevicePool:
     @exclusive
     def logits(self, members: IntArray) -> FloatArray:
         """Logits of the remembered results, (n, V), in an array that the caller owns."""
-        self._copy(self._memory.asked, self._memory.found, members.tolist(), to_front=True)
+        self._gather(self._memory.found, members.tolist())
         return self._head(len(members))
 
-    @exclusive
     def clear(self, member: int) -> None:
-        """Forget a member's rows; its memory stays the pool's."""
-        if self._states[member] is not None:
-            self._states[member] = None
-            self._memory.workspace(member).clear()
+        """Forget a member's state; its memory stays the pool's, and the next state clears it.
+
+        The collector may call it in any thread, even in one that captures, so it gives the device nothing to do.
+        """
+        self._states[member] = None
 
     def _embed(self, members: Sequence[int], tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Write tokens to boundary 0 of the step."""
@@ -208,7 +238,10 @@ class DevicePool:
         count, step = len(members), self._memory.step
         self._device.upload(members_of(step.ids, 0, count), np.array(tokens, np.int64)[:, None])
         self._run("embed", 0, count)
-        self._copy(step.rows[0], self._memory.taken, members, to_front=False)
+        for first, length, place in _runs(members):
+            self._move(members_of(step.rows[0], first, length), members_of(self._memory.taken, place, length))
+        for member, row in zip(members, rows, strict=True):
+            self.state(member).reached = row + 1
 
     def _run_stage(self, stage: int, first: int, count: int) -> None:
         self._run(f"stage_{stage}", first, count)
@@ -226,15 +259,13 @@ class DevicePool:
     def _keep(self, member: int, row: int, boundaries: slice) -> None:
         """Store a member's row of the step at some boundaries."""
         self._memory.workspace(member).keep(self._memory.step, member, row, boundaries)
-        state = self.state(member)
-        state.reached = max(state.reached, row + 1)
 
     def _run(self, name: str, first: int, count: int) -> None:
+        one = self._memory.bound(name, first, count)
         start = self._start[first : first + count]
-        if (standing := start.tobytes()) != self._stand_at:
+        if one.attends and (standing := start.tobytes()) != self._stand_at:
             self._device.upload(members_of(self._memory.step.start, 0, count), start)
             self._stand_at = standing
-        one = self._memory.program(name, first, count)
         begin = time.perf_counter_ns()
         for target, source in one.before:
             self._move(target, source)
@@ -243,11 +274,10 @@ class DevicePool:
             self._move(target, source)
         self.busy_ns += time.perf_counter_ns() - begin
 
-    def _copy(self, target: Region, source: Region, members: Sequence[int], *, to_front: bool) -> None:
-        """Copy members' rows from their places to the first ones, or back."""
+    def _gather(self, rows: Region, members: Sequence[int]) -> None:
+        """Copy members' rows to the first places of ``asked``."""
         for first, count, place in _runs(members):
-            here, front = (first, place) if to_front else (place, first)
-            self._move(members_of(target, front, count), members_of(source, here, count))
+            self._move(members_of(self._memory.asked, place, count), members_of(rows, first, count))
 
     def _move(self, target: Region, source: Region) -> None:
         self._device.copy(target.pointer, target.nbytes, source.pointer, source.nbytes, source.nbytes, 1)

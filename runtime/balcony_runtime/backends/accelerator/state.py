@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +98,7 @@ class DeviceState(RowsOnly):
     @exclusive
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
-        self.reached = max(self.reached, start + tokens.shape[1])
+        self.reached = start + tokens.shape[1]
         for first in range(0, tokens.shape[1], MAX_ROWS):
             part = tokens[:, first : first + MAX_ROWS]
             rows = self._rows_of(0, start + first, start + first + part.shape[1], 0, fill=False)
@@ -121,7 +122,7 @@ class DeviceState(RowsOnly):
         """Run the balcony or the norm of an exit over rows of its boundary."""
         boundary, count = exit_index + 1, max(num_queries, 1)
         graph = self._workspace.graphs.exits[exit_index]
-        out = self._workspace.scratch[2].part(0, (self._batch, count, self._width))
+        out = self._workspace.result.part(0, (self._batch, count, self._width))
         queries = self._rows_of(boundary, stop - count, stop, 0)
         if graph.cache is None:
             self._run(graph, {"hidden": queries, "normed": out})
@@ -152,32 +153,45 @@ class DeviceState(RowsOnly):
     @exclusive
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
         """Copies of the rows at the boundaries after the stages, and of keys and values."""
-        return {
-            name: self._downloaded(region)[first] for name, region, first in self._reached(stage_rows, balcony_rows)
-        }
+        found = {}
+        for name, region, shape in self._reached(stage_rows, balcony_rows):
+            with self._for_a_pass(shape, region.dtype) as dense:
+                self._copy_first(region, dense, to_region=False)
+                found[name] = self._downloaded(dense)
+        return found
 
     @exclusive
     def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
         """Copy what another state has made to the device."""
-        self.reached = max(self.reached, *stage_rows)
-        for name, region, first in self._reached(stage_rows, balcony_rows):
-            whole = np.zeros(region.shape, array_dtype(region.dtype))
-            whole[first] = part_of(parts, name, whole[first].shape, whole.dtype)
-            self._device.upload(region, whole)
-            self._device.synchronize()  # only one copy at a time is in the host's memory
+        self.reached = max(stage_rows)
+        for name, region, shape in self._reached(stage_rows, balcony_rows):
+            with self._for_a_pass(shape, region.dtype) as dense:
+                self._device.upload(dense, part_of(parts, name, shape, array_dtype(region.dtype)))
+                self._copy_first(region, dense, to_region=True)
+                self._device.synchronize()  # only one copy at a time is in the host's memory
 
     def _reached(
         self, stage_rows: Sequence[int], balcony_rows: Sequence[int]
-    ) -> Iterator[tuple[str, Region, tuple[slice, ...]]]:
-        """Name and region of everything that has been made, and the index of its first rows."""
+    ) -> Iterator[tuple[str, Region, tuple[int, ...]]]:
+        """Name and region of everything that has been made, and the shape of its first rows."""
         workspace = self._workspace
         for stage, rows in enumerate(stage_rows):
-            yield f"hidden_{self._layers[stage + 1]}", workspace.rows[stage + 1], np.s_[:, :rows]
+            region = workspace.rows[stage + 1]
+            yield f"hidden_{self._layers[stage + 1]}", region, (self._batch, rows, self._width)
         graphs = (*workspace.graphs.stages, *workspace.graphs.exits)
         for graph, rows in zip(graphs, (*stage_rows, *balcony_rows), strict=False):
             if graph.cache is not None and rows:
                 for name, region in graph.cache.past.items():
-                    yield f"{graph.name}.{name}", region, np.s_[:, :, :rows]
+                    yield f"{graph.name}.{name}", region, (*region.shape[:2], rows, *region.shape[3:])
+
+    def _copy_first(self, region: Region, dense: Region, *, to_region: bool) -> None:
+        """Copy the first rows of a region from or to a dense tensor; they differ in one dimension."""
+        lines = math.prod(dense.shape[: 1 if len(dense.shape) == 3 else 2])
+        width, pitch = dense.nbytes // lines, region.nbytes // lines
+        if to_region:
+            self._device.copy(region.pointer, pitch, dense.pointer, width, width, lines)
+        else:
+            self._device.copy(dense.pointer, width, region.pointer, pitch, width, lines)
 
     @contextlib.contextmanager
     def _for_a_pass(self, shape: tuple[int, ...], dtype: DType) -> Iterator[Region]:
@@ -194,7 +208,7 @@ class DeviceState(RowsOnly):
         begin = time.perf_counter_ns()
         self._workspace.run_step(exit_index)
         self.busy_ns += time.perf_counter_ns() - begin
-        self.reached = max(self.reached, row + 1)
+        self.reached = row + 1
         if self._batch == 1:
             self._workspace.keep(step, 0, row, slice(0, exit_index + 2))
             return

@@ -308,7 +308,8 @@ def profiles(spec: GraphSpec, batch_size: int) -> Iterator[dict[str, tuple[tuple
         rows = (least, min(usual, room), min(most, room))
         # Any number of the last rows of a balcony may be queries.
         queries = rows if "rows" not in symbols else (1, 1, rows[2])
-        sizes = {"batch": (1, batch_size, batch_size), "rows": rows, "queries": queries}
+        # Prompts of a pool run one at a time; only its decode steps are a batch.
+        sizes = {"batch": (1, 1 if number else batch_size, batch_size), "rows": rows, "queries": queries}
         yield {
             tensor.name: tuple(
                 tuple(dim if isinstance(dim, int) else sizes[dim][which] for dim in tensor.shape) for which in range(3)

@@ -2,7 +2,7 @@
 
 Owns the regions (row buffers, KV caches, small inputs of a pass) and a sequence's decode step as one captured program per
 exit: token table, stages, balcony, head and the choice of the most likely token run without Python or the host in between.
-Each graph is captured once, when the memory is made, so that no reply waits for it; the programs of the exits share these
+Each graph is captured once, when the memory is made, so that no step waits for it; the programs of the exits share these
 captures. I/O tables: those of the set ``graphs`` in :mod:`balcony_edge.bundle.manifest`, but with caches (B, H, S, d) of fixed
 S, a graph ``embed`` (``ids`` int64 (B, T) → ``hidden_0``), and a second output ``argmax`` int64 (B, Q) of ``lm_head``.
 """
@@ -149,7 +149,7 @@ class Memory:
         backend.memories.add(self)
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Region:
-        """A region of zeros; see :meth:`.state.DeviceBackend.allocate`."""
+        """A region of zeros; see :meth:`.backend.DeviceBackend.allocate`."""
         self._regions.append(self._backend.allocate(shape, dtype))
         return self._regions[-1]
 
@@ -174,10 +174,13 @@ class Memory:
         )
 
     def new_scratch(self, batch_size: int) -> list[Region]:
-        """Dense copies of rows that are not used in place (two regions), and the output of an exit for the head."""
+        """Dense copies of rows that are not used in place: what a pass reads, and what it writes."""
+        return [self.new_rows(batch_size) for _ in range(2)]
+
+    def new_rows(self, batch_size: int) -> Region:
+        """As many rows as a pass has at most."""
         rows = min(MAX_ROWS, self._backend.engines.context_length)
-        many = (batch_size, rows, self._backend.manifest.model.hidden_size)
-        return [self.allocate(many, self._backend.row_dtype) for _ in range(3)]
+        return self.allocate((batch_size, rows, self._backend.manifest.model.hidden_size), self._backend.row_dtype)
 
     def new_caches(self, batch_size: int) -> dict[str, Cache]:
         """Graph → its KV cache at full length."""
@@ -214,11 +217,18 @@ class Memory:
 
 
 class Shared(NamedTuple):
-    """What a sequence has of memory that is not its own, as a member of a pool: caches (1, H, S, d), step and scratch."""
+    """What a member of a pool has that is not its own. Nothing of it lasts from one call of the member to the next.
+
+    Attributes:
+        caches: the member's part of the pool's caches, (1, H, S, d).
+        step, scratch: regions that one member uses at a time.
+        captured: graph without a cache → its launch over the step, captured for the first member.
+    """
 
     caches: dict[str, Cache]
     step: Step
     scratch: list[Region]
+    captured: dict[str, Launch]
 
 
 class Workspace(Memory):
@@ -246,20 +256,25 @@ class Workspace(Memory):
             self.rows = [rows.part(boundary * math.prod(shape), shape) for boundary in range(boundaries)]
             self.step = shared.step if shared else self.new_step(batch_size)
             self.scratch = shared.scratch if shared else self.new_scratch(batch_size)
+            #: Output of an exit for the head.
+            self.result = self.new_rows(batch_size)
             caches = shared.caches if shared else self.new_caches(batch_size)
             self.graphs = Graphs.over(manifest, self.step, caches)
-            self._capture()
+            self._capture(shared.captured if shared else {})
 
-    def _capture(self) -> None:
+    def _capture(self, same: dict[str, Launch]) -> None:
         """Capture every graph of the decode step over a row that no sequence has; the first pass overwrites it."""
-        in_place, captured = self._backend.executor.in_place, {}
-        graphs = self.graphs
+        in_place, graphs = self._backend.executor.in_place, self.graphs
+        captured: dict[tuple[str, int], Launch] = {}
         for graph in (graphs.embed, *graphs.stages, *graphs.exits, graphs.head):
             for _ in range(1 if in_place or graph.cache is None else 2):
-                captured[graph.name, graph.side] = self._device.captured(
-                    self.prepared(graph, graph.step, to_capture=True)
-                )
-                if graph.cache is not None:
+                launch = same.get(graph.name)
+                if launch is None:
+                    launch = self._device.captured(self.prepared(graph, graph.step, to_capture=True))
+                captured[graph.name, graph.side] = launch
+                if graph.cache is None:
+                    same[graph.name] = launch
+                else:
                     graph.cache.turn()
         # A graph is bound to one side of its cache. With sides that take turns there is no fixed program for an exit.
         self._programs = [
@@ -311,10 +326,10 @@ class Workspace(Memory):
         return sum(region.nbytes for region in (*self.rows, *cached))
 
     def clear(self) -> None:
-        """Set the caches to zeros: NaN in a row that attention ignores would still reach its result (0 × NaN)."""
-        for cache in self.graphs.caches:
-            for region in cache.regions():
-                self._device.clear(region)
+        """Set caches and rows to zeros: NaN in a row that attention ignores would still reach its result (0 × NaN)."""
+        cached = [region for cache in self.graphs.caches for region in cache.regions()]
+        for region in (*self.rows, *cached):
+            self._device.clear(region)
 
     def forget_programs(self) -> None:
         self._programs, self._singles = [], {}

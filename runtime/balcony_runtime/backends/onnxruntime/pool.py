@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.base import FloatArray, IntArray, passes_of
 from balcony_runtime.backends.onnxruntime.host_memory import give_back, zeros
 from balcony_runtime.backends.onnxruntime.memory import Cache, Memory, value_of
 from balcony_runtime.backends.onnxruntime.state import OnnxRuntimeState, bound, bound_run, run_step
@@ -159,9 +159,7 @@ class OnnxRuntimePool:
     def _bind_program(self, first: int, exits: tuple[int, ...]) -> _Program:
         members = range(first, first + len(exits))
         runs: list[Callable[[], object]] = []
-        for exit_index in range(max(exits) + 1):
-            reaching = [member for member, deepest in zip(members, exits, strict=True) if deepest >= exit_index]
-            leaving = [member for member, deepest in zip(members, exits, strict=True) if deepest == exit_index]
+        for exit_index, reaching, leaving in passes_of(first, exits):
             runs.append(self._stage_run(exit_index, reaching[0], len(reaching)))
             if leaving and exit_index < len(self._exit_names) - 1:  # the last stage includes the norm
                 runs.append(self._exit_run(exit_index, leaving[0], len(leaving)))
