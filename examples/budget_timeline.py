@@ -7,7 +7,7 @@ that the full depth meets, then one that only the shallower exits meet, then the
 depth, the pending rows of the deeper stages are processed in chunks next to the tokens.
 
 The reply is sampled, because a model of 135M parameters repeats itself if it always takes the likeliest token. The picture
-shows every token, and its title counts the late ones.
+shows every token, and its title counts the late ones. It needs matplotlib: `pip install '.[plot]'`.
 """
 
 from __future__ import annotations
