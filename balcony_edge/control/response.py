@@ -195,7 +195,7 @@ class Load(NamedTuple):
     def share_within(self, limit: float) -> float:
         """Busy share that leads to ``limit``; negative if the load of others alone exceeds it."""
         fit = self.fits[self.best]
-        return (limit / self.scale - fit.base) / max(fit.gain, 0.02)
+        return (limit - self.scale * fit.base) / max(self.scale * fit.gain, 0.02 * limit)
 
     def at(self, share: float) -> float:
         """Value of the quantity at a busy share."""

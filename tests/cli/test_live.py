@@ -94,6 +94,9 @@ SENSED: list[tuple[dict[str, Any], tuple[Reading, ...], tuple[str, ...]]] = [
         ("5.0 of 7 W gpu",),
     ),
     ({"temperature_c": 75.0}, (Reading("t", "cpu", 0.0, celsius=61.0),), ("61 of 75 °C",)),
+    ({"critical_temperature_c": 95.0}, (Reading("t", "cpu", 0.0, celsius=61.0),), ("61 of 95 °C",)),
+    ({"critical_temperature_c": 95.0}, (), ("no reading of temperature",)),
+    ({}, (Reading("c", "cpu", 0.0, watts=2.0), Reading("b", "board", 0.0, watts=6.5)), ("6.5 W board",)),
     (
         {"cpu_utilization": 0.8, "gpu_utilization": 0.5},
         (Reading("c", "cpu", 0.0, utilization=0.42), Reading("g", "gpu", 0.0, utilization=0.3)),

@@ -109,6 +109,7 @@ def test_a_system_message_with_a_prompt(tiny: Any) -> None:
         ("--top-k with --temperature 0: greedy decoding", ("hi", "--top-k", "5")),
         ("--top-p with --temperature 0: greedy decoding", ("hi", "--top-p", "0.5")),
         ("--min-p with --temperature 0: greedy decoding", ("hi", "--min-p", "0.5")),
+        ("--seed with --temperature 0: greedy decoding", ("hi", "--seed", "3")),
         (
             "--exit with --policy speculative: a fixed exit makes every token",
             ("hi", "--exit", "2", "--policy", "speculative"),

@@ -17,9 +17,10 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.observed import watts
 from balcony_edge.device.costs import Bend, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import ContextLengthError, InputError
+from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime.decoding.prices import split_experts
 from balcony_runtime.llm import LLM
+from balcony_runtime.profiler import run
 from balcony_runtime.profiler.cells import Bench, Key
 from balcony_runtime.profiler.conditions import ConditionWatch, Meter, measured_rails, why_no_power
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit
@@ -352,12 +353,68 @@ class Late(NoPower):
 
     def read(self, now_s: float) -> SourceSample:
         watts = next(value for time_s, value in reversed(self.past) if time_s <= now_s - 1.0)
-        return SourceSample((Reading("battery:drain", "board", now_s, watts=watts),))
+        return SourceSample((Reading("ina:board", "board", now_s, watts=watts),))
 
 
-def test_the_idle_power_is_not_that_of_the_load_before(llm: LLM) -> None:
-    source, bench = Late(), Bench(llm, Grid.make(256, **SMALL))
+def test_the_power_is_not_that_of_the_load_before(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, bench, drawn = Late(), Bench(llm, Grid.make(256, **SMALL)), {2: 11.0, 3: 14.0, 5: 20.0}
+    decode = bench.decode
+
+    def loaded(layer: int, depth: int) -> Any:
+        if source.past[-1][1] != drawn[layer]:
+            source.past.append((time.monotonic(), drawn[layer]))
+        return decode(layer, depth)
+
+    monkeypatch.setattr(bench, "decode", loaded)
+    rails: dict[Any, tuple[str, ...]] = {"board": ("ina:board",)}
     with Sensors([source], rate_hz=10) as sensors:
         source.past.append((time.monotonic(), 5.0))  # the load has just ended
-        found = _power(bench, Meter(sensors, {"board": ("battery:drain",)}), {"board": ("battery:drain",)}, 1.2)
-    assert {power.idle_w for power in found} == {5.0}
+        found, lost = _power(bench, Meter(sensors, rails), rails, 1.2)
+    assert {power.idle_w for power in found} == {5.0} and lost == []
+    assert {power.exit_layer: power.busy_w for power in found} == pytest.approx(drawn, rel=1e-3)
+
+
+class Unplugged(NoPower):
+    """A counter of the CPU, and one of the board that ends after the measurement without load."""
+
+    def __init__(self) -> None:
+        self.there = True
+
+    def read(self, now_s: float) -> SourceSample:
+        board = (Reading("ina:board", "board", now_s, joules=40.0 * now_s),) if self.there else ()
+        return SourceSample((*board, Reading("rapl:package-0", "cpu", now_s, joules=20.0 * now_s)))
+
+
+def test_a_rail_that_vanishes_is_named_and_not_half_there(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, grid = Unplugged(), dataclasses.replace(Grid.make(256, **SMALL), power_s=0.3)
+    power_at = run.power_at
+
+    def then_unplugged(*given: Any) -> Any:
+        source.there = False
+        return power_at(*given)
+
+    monkeypatch.setattr(run, "power_at", then_unplugged)
+    with Sensors([source], rate_hz=10) as sensors:
+        profile = measure_profile(llm, sensors, Options(grid, 0, ""), lambda *_: None)
+    assert [power.rail for power in profile.power] == ["cpu"] * 3 and profile.power_reason is None
+    assert "power of the board rail was lost while it was measured" in profile.conditions.notes
+
+
+def test_an_error_after_the_measurement_keeps_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> Any:
+        raise DeviceError("CUDA: the launch failed")
+
+    with Sensors([Counter()], rate_hz=10) as sensors:
+        monkeypatch.setattr(run, "_power", lost)
+        profile = measure_profile(llm, sensors, Options(Grid.make(256, **SMALL), 0, ""), lambda *_: None)
+        assert not profile.complete and profile.power_reason == "the profile ended before it"
+        assert any(note.endswith("until then: CUDA: the launch failed") for note in profile.conditions.notes)
+        assert any(note.startswith("clocks were held down") for note in profile.conditions.notes)
+        monkeypatch.setattr(run, "_rounds", lost)
+        with pytest.raises(DeviceError):
+            measure_profile(llm, sensors, Options(Grid.make(256, **SMALL), 0, ""), lambda *_: None)
+
+
+def test_watts_of_a_moment_are_the_boards() -> None:
+    with Sensors([TwoSockets()], rate_hz=10) as sensors:
+        assert ConditionWatch(sensors).watts() == 140.0

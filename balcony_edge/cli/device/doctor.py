@@ -38,7 +38,9 @@ def doctor(
     with Sensors(device_sources(sysfs or Path("/sys"))) as sensors:
         time.sleep(LOOK_S)
         late_s = time.monotonic() + PATIENCE_S  # on a busy machine the second sample may take a while
-        while time.monotonic() < late_s and any(h.state == "present" and h.samples < 2 for h in sensors.health()):
+        while time.monotonic() < late_s and any(
+            h.state in ("present", "starting") and h.samples < 2 for h in sensors.health()
+        ):
             time.sleep(0.05)
         readings, health = sensors.latest(), sensors.health()
     device = {
@@ -171,7 +173,8 @@ def _missing(health: tuple[SourceHealth, ...]) -> list[tuple[str, str, str]]:
     found = []
     for source in health:
         if source.state in ("hung", "starting"):
-            found.append((source.source, "it does not answer", "look at dmesg for errors of its driver or bus"))
+            why = "it does not answer" if source.samples else "it does not answer yet"
+            found.append((source.source, why, "look again; then at dmesg for errors of its driver or bus"))
         found += [(missing.part, missing.reason, missing.cure) for missing in source.absences]
         if source.dropped:
             why = f"{source.dropped} impossible values were dropped, the last: {source.last_dropped}"

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from balcony_edge.budget import Rail
 from balcony_edge.device.readings import adding_up
 
 if TYPE_CHECKING:
@@ -165,19 +166,21 @@ class LiveView:
         facts = []
         rail = asked.get("power_rail", "board") if "power_w" in asked or "energy_j_per_token" in asked else None
         powered = [reading for reading in readings if reading.watts is not None]
-        powered = [r for r in powered if r.scope == (rail or powered[0].scope)]
+        rail = rail or next((one for one in get_args(Rail) if any(r.scope == one for r in powered)), None)
+        powered = [r for r in powered if r.scope == rail]
         if powered:
             watts = sum(reading.watts or 0.0 for reading in adding_up(powered, powered[0].scope))
             facts.append(f"{watts:.1f}{ceiling('power_w', 'W')} {powered[0].scope}")
             if "energy_j_per_token" in asked and self._tokens:
                 mean_s = sum(token.latency_ms for token in self._tokens) / len(self._tokens) / 1000
                 facts.append(f"{watts * mean_s:.2f}{ceiling('energy_j_per_token', 'J')} a token")
-        elif rail is not None:
+        elif asked.keys() & {"power_w", "energy_j_per_token"}:
             facts.append(f"no reading of {rail} power")
         degrees = [reading.celsius for reading in readings if reading.celsius is not None]
         if degrees:
-            facts.append(f"{max(degrees):.0f}{ceiling('temperature_c', '°C')}")
-        elif "temperature_c" in asked:
+            key = "temperature_c" if "temperature_c" in asked else "critical_temperature_c"
+            facts.append(f"{max(degrees):.0f}{ceiling(key, '°C')}")
+        elif asked.keys() & {"temperature_c", "critical_temperature_c"}:
             facts.append("no reading of temperature")
         for key, scope, field, scale, limit, name in _CEILINGS:
             if key in asked:

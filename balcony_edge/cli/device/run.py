@@ -211,7 +211,12 @@ def _refuse_idle(sampling: SamplingParams, logprobs: int | None, *, as_json: boo
         raise InputError("--live with --json: a program cannot read the live view: give one of the two")
     if logprobs is not None and not as_json:
         raise InputError("--logprobs without --json: only the JSON document has them: add --json, or leave it out")
-    given = {"--top-k": sampling.top_k != 0, "--top-p": sampling.top_p != 1, "--min-p": sampling.min_p != 0}
+    given = {
+        "--top-k": sampling.top_k != 0,
+        "--top-p": sampling.top_p != 1,
+        "--min-p": sampling.min_p != 0,
+        "--seed": sampling.seed is not None,
+    }
     for option, changed in given.items():
         if changed and sampling.temperature == 0:
             raise InputError(

@@ -36,11 +36,13 @@ class ConditionWatch:
         """Begin, with sensors that are started."""
         self._sensors = sensors
         self._begin_s, self._cpu = time.perf_counter(), _cpu_seconds()
-        self._mhz, self._celsius, self._throttled = self.cpu_mhz(), self.celsius(), False
+        self._mhz, self._celsius = self.cpu_mhz(), self.celsius()
+        #: Whether clocks were held down when somebody looked.
+        self.throttled = False
 
     def look(self) -> None:
         """Record whether clocks are held down now."""
-        self._throttled |= any(reading.throttled for reading in self._sensors.latest())
+        self.throttled |= any(reading.throttled for reading in self._sensors.latest())
 
     def report(self, notes: tuple[str, ...] = ()) -> Conditions:
         """Conditions since the construction."""
@@ -56,7 +58,7 @@ class ConditionWatch:
             governor=_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
             cpu_mhz=None if self._mhz is None or mhz is None else (self._mhz, mhz),
             celsius=None if self._celsius is None or celsius is None else (self._celsius, celsius),
-            throttled=self._throttled if known else None,
+            throttled=True if self.throttled else False if known else None,
             notes=notes,
         )
 
@@ -74,8 +76,10 @@ class ConditionWatch:
         return max((r.celsius for r in self._sensors.latest() if r.celsius is not None), default=None)
 
     def watts(self) -> float | None:
-        """Power now, from the first source that measures it."""
-        return next((r.watts for r in self._sensors.latest() if r.watts is not None), None)
+        """Power now, of the board if something measures it, else of the CPU, else of the GPU."""
+        now = {r.source: r.watts for r in self._sensors.latest() if r.watts is not None}
+        rails = measured_rails(self._sensors).values()
+        return next((sum(now[s] for s in sources) for sources in rails if all(s in now for s in sources)), None)
 
     def _others_share(self) -> float | None:
         total, busy, own = (late - early for early, late in zip(self._cpu, _cpu_seconds(), strict=True))

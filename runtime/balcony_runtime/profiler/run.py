@@ -18,6 +18,7 @@ from statistics import median
 from balcony_edge.budget import Rail
 from balcony_edge.device.machine import this_device
 from balcony_edge.device.profile import DeviceProfile, EngineFacts, MemoryUse, Moment, Power, Sustained
+from balcony_edge.errors import BalconyError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import results
@@ -43,6 +44,8 @@ LEAST_ROUNDS, LEAST_TIGHT = 2, 5
 #: Sustained run: seconds of the burst, which comes before everything else; last share of the run, which gives the sustained
 #: speed; number of moments kept.
 BURST_S, SUSTAINED_SHARE, MOMENTS = 5.0, 0.2, 100
+#: Least seconds of an average of a battery's gauge, which shows a new value every 1 to 10 s.
+BATTERY_S = 12.0
 
 Progress = Callable[[str, float], None]
 
@@ -85,7 +88,11 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
             notes.append(f"stopped after {options.grid.seconds:g} s: some intervals are wider than {TIGHT:.0%}")
         progress("power", 0.95)
         rails = measured_rails(sensors)  # now: a counter that stands still shows it at its second reading only
-        power = _power(bench, Meter(sensors, rails), rails, options.grid.power_s) if rails else ()
+        if watch.throttled:
+            notes.append("clocks were held down, by heat or a limit of power: cool the device, and measure again")
+        if rails:
+            power, lost = _power(bench, Meter(sensors, rails), rails, options.grid.power_s)
+            notes += [f"power of the {rail} rail was lost while it was measured" for rail in lost]
         if options.sustain_s:
             sustained, whole = _sustain(bench, options.sustain_s, burst, watch, progress)
             if not whole:
@@ -93,6 +100,11 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     except KeyboardInterrupt:
         complete = False
         notes.append("interrupted: the profile has the measurements until then")
+    except BalconyError as error:  # such as a GPU that is lost after minutes of load
+        if not measured_once:
+            raise
+        complete = False
+        notes.append(f"stopped by an error, with the measurements until then: {error}")
     finally:
         llm.budget = budget
     manifest = llm.engine.manifest
@@ -140,8 +152,8 @@ def _engine_facts(backend: Backend) -> EngineFacts:
 def _why_no_power(notes: list[str], rails: dict[Rail, tuple[str, ...]] | None, sensors: Sensors) -> str:
     if rails is not None and not rails:
         return why_no_power(sensors)
-    if rails is None or any(note.startswith("interrupted") for note in notes):
-        return "the profile was interrupted before it"
+    if rails is None or any(note.startswith(("interrupted", "stopped by")) for note in notes):
+        return "the profile ended before it"
     return f"no reading of {', '.join(source for sources in rails.values() for source in sources)} came in time"
 
 
@@ -188,7 +200,12 @@ def _tight(found: list[list[float]]) -> bool:
     return chance_ms(found) <= max(TIGHT * typical, 0.01)
 
 
-def _power(bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], seconds: float) -> tuple[Power, ...]:
+def _power(
+    bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], seconds: float
+) -> tuple[tuple[Power, ...], list[Rail]]:
+    """Power of the rails that were measured at every exit, and the others."""
+    if any(source.startswith("battery:") for sources in rails.values() for source in sources):
+        seconds = max(seconds, BATTERY_S)
     meter.run(seconds)  # a gauge shows the load before for some seconds
     idle_w = meter.run(seconds)
     depth = min(bench.grid.depths)
@@ -201,10 +218,12 @@ def _power(bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], secon
             bench.decode(layer, depth)
             tokens += bench.grid.tokens
 
-        begin_s = time.perf_counter()
+        meter.run(seconds, work)
+        tokens, begin_s = 0, time.perf_counter()
         busy_w = meter.run(seconds, work)
         found += power_at(exit_layer, busy_w, idle_w, rails, time.perf_counter() - begin_s, max(tokens, 1))
-    return tuple(found)
+    lost = [rail for rail in rails if sum(entry.rail == rail for entry in found) < len(bench.exits)]
+    return tuple(entry for entry in found if entry.rail not in lost), lost
 
 
 def _burst(bench: Bench, watch: ConditionWatch) -> list[list[float]]:

@@ -58,13 +58,14 @@ class Battery(NothingOpen):
         watts = [state.watts for state in moving if state.watts]  # 0 means that the driver does not measure power
         total = sum(watts) if watts and len(watts) == len(moving) else None
         known = any(state.status in ("Charging", "Full", "Not charging") for state in states.values())
-        fed = False if draining else True if known else None
+        online = any((number_or_none(path / "online") or 0) > 0 for path in self._mains)
+        fed = False if draining else True if known or online else None
         charge = _charge(list(states.values()))
         readings = [Reading(source, "battery", now_s, watts=total, charge=charge, charging=fed)]
         absences = list(gone)
         if charge is None:
             absences.append(Absence(source, "no charge: neither charge, energy nor capacity can be read"))
-        if not draining or any((number_or_none(path / "online") or 0) > 0 for path in self._mains):
+        if not draining or online:
             absences.append(Absence("battery:drain", "the device does not run only on its battery"))
         elif total is None:
             absences.append(Absence("battery:drain", "the battery's driver measures no current"))

@@ -111,8 +111,9 @@ class _Gpu:
 class Gpus(NothingOpen):
     """``amdgpu:card0``, ``i915:card0``, ``xe:card0``, ``v3d:card0``, ``kgsl:kgsl-3d0`` below a sysfs root.
 
-    The card with most memory comes first, then other cards that have an hwmon chip, then the order of their numbers. The load
-    that counts for a budget is that of the first, which is a discrete card if there is one.
+    AMD's graphics inside a CPU come last, whose chip measures a rail ``vddnb``. Of the others the card with most memory comes
+    first, then cards that have an hwmon chip, then the order of their numbers. The load that counts for a budget is that of the
+    first, which is a discrete card if there is one.
     """
 
     name = "gpu"
@@ -129,7 +130,8 @@ class Gpus(NothingOpen):
             if driver in _DRIVERS:
                 chip = _chip(card / "device", driver)
                 memory_bytes = number_or_none(card / "device/mem_info_vram_total") or 0
-                ranked.append(((-memory_bytes, chip is None, index), (card, driver, chip)))
+                inside = chip is not None and text_or_none(chip / "in1_label") == "vddnb"
+                ranked.append(((inside, -memory_bytes, chip is None, index), (card, driver, chip)))
         found = [key for _, key in sorted(ranked, key=lambda entry: entry[0])]
         found += [(adreno, "kgsl", None) for adreno in numbered(self._root / "class/kgsl", "kgsl-3d")]
         self._gpus = {key: self._gpus.get(key) or _DRIVERS[key[1]](*key) for key in found}

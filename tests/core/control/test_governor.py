@@ -75,6 +75,7 @@ def test_a_mean_of_watts_is_not_that_of_another_rail_or_of_a_time_without_a_limi
     fresh = govern(Governor(ticked_s=9.0, share=0.7), asked)
     assert govern(before, asked).average_w == fresh.average_w < 5
     assert math.isnan(govern(before, demand(Budget(temperature_c=60), 10.0, degrees(20.0, 10.0))).average_w)
+    assert math.isnan(govern(before, demand(Budget(power_w=5), 10.0)).average_w), "the sensor says nothing"
 
 
 def test_a_clock_that_goes_back_adds_nothing_to_the_integral() -> None:

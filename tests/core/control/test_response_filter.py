@@ -204,7 +204,9 @@ def test_value_and_share_are_each_others_answers() -> None:
     assert load.share_within(2.0) == pytest.approx(0.4)
     assert load.share_within(0.5) == pytest.approx(-0.2)
     # a device on which our load has no effect: the share is not divided by 0
-    assert Load(SCALE, fits=(Fit(0.2, 0.0),)).share_within(2.0) == pytest.approx(0.2 / 0.02)
+    assert Load(SCALE, fits=(Fit(0.2, 0.0),)).share_within(2.0) == pytest.approx((2.0 - 0.2 * SCALE) / (0.02 * 2.0))
+    # the first ceiling was 300 W, and this one is 6 W: of 3 W and 2.5 W more when busy nothing has to wait
+    assert Load(300.0, fits=(Fit(3 / 300, 2.5 / 300),)).share_within(6.0) == pytest.approx(1.2)
     assert load._replace(best=1).at(0.4) == pytest.approx(SCALE * 0.7)
 
 

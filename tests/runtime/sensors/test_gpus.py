@@ -69,6 +69,18 @@ def test_radeon_and_the_graphics_of_a_ryzen(sysfs_tree: Tree) -> None:
     assert sample.absences == ()
 
 
+def test_a_discrete_card_comes_before_the_graphics_of_a_cpu(sysfs_tree: Tree) -> None:
+    """Intel's drivers do not tell the memory of a card; graphics inside an AMD CPU do."""
+    root = sysfs_tree("radeon")
+    card = root / "devices/pci0000:00/0000:00:01.1/0000:03:00.0"
+    (card / "mem_info_vram_total").unlink()
+    (card / "driver").unlink()
+    (card / "driver").symlink_to("../../../../bus/pci/drivers/xe")
+    gpus = Gpus(root)
+    gpus.discover()
+    assert [gpu.source for gpu in gpus._gpus.values()] == ["xe:card1", "amdgpu:card0"]
+
+
 def test_arc_and_integrated_graphics(sysfs_tree: Tree) -> None:
     root = sysfs_tree("intel_gpus")
     gpus = Gpus(root)

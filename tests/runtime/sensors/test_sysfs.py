@@ -344,6 +344,11 @@ def test_a_battery_is_fed_by_its_status(status: str, charging: bool | None, tmp_
     battery(tmp_path, status=status, capacity=80)
     (reading,) = look(Battery(tmp_path)).readings
     assert reading.charging is charging
+    for online, fed in (("0", charging), ("1", charging if charging is not None else True)):
+        put(tmp_path / "class/power_supply/AC/type", "Mains")
+        put(tmp_path / "class/power_supply/AC/online", online)
+        (reading,) = look(Battery(tmp_path)).readings
+        assert reading.charging is fed
 
 
 def test_one_battery_that_drains_decides(tmp_path: Path) -> None:
