@@ -93,8 +93,8 @@ def held_out(llm: LLM, profile: DeviceProfile, count: int) -> dict[str, Any]:
         before = exits[index - 1] if index else exits[-1]
         errors, now = [], []
         for number in range(ROUNDS + 1):
-            # Decode once uncounted: the first tokens after a pass of many rows are slower (docs/LOG.md, "The first tokens
-            # after a pass of many rows are slower").
+            # Decode once uncounted: tokens after a pass of many rows are slower (docs/LOG.md, "First steps are
+            # slower").
             bench.decode(exits[-1], reference.context)
             now += bench.decode(exits[-1], reference.context)[key]
             found = switched(llm, sequence, before, exits[index], tokens, pending)
