@@ -265,7 +265,7 @@ def _power(before: Governor, demand: Demand) -> tuple[Governor, float | None]:
     if budget.power_w is None and budget.energy_j_per_token is None:
         return before, None
     sample = watts(demand.readings, budget.power_rail, now_s)
-    if sample is None:  # nor may the average, once the sensor is back
+    if sample is None:  # the average would leave out a time that nobody measured
         return before._replace(average_w=math.nan), None
     load = before.power if before.rail == budget.power_rail else None
     average_before_w = before.average_w if load is not None else math.nan  # nor that of another rail

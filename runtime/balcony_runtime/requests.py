@@ -21,7 +21,7 @@ from balcony_edge.control.verdict import Watch
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_runtime.backends.base import IntArray
+from balcony_runtime.backends.base import IntArray, NotFiniteError
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence
@@ -268,8 +268,8 @@ class Requests:
         sequence = self.scheduler.new_sequence(tokens, rows)
         try:
             yield sequence
-        except Exception:
-            sequence.rollback(0)  # rows of a failed reply may be what failed, such as NaN: no prompt begins with them
+        except NotFiniteError:
+            sequence.rollback(0)  # no prompt begins with its rows, and its place is cleared
             raise
         finally:
             self.scheduler.free(sequence)

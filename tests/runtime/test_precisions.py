@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from balcony_edge.bundle.bundle import Bundle
 from balcony_runtime.engine import Engine
+from balcony_runtime.scheduling.shared_step import PoolMove
+from balcony_runtime.sessions import file
 from tests.runtime.arm.reference import mean_kl
+from tests.support.pools import new_pool
 
 
 def one_row_and_many(engine: Engine, exit_layer: int, ids: list[int]) -> tuple[np.ndarray[Any, Any], ...]:
@@ -71,3 +75,29 @@ def test_schedules_of_rounding_precisions_are_as_far_apart_as_one_row_and_many(
         for e in engine.exit_layers:
             # a tiny model's rounding flips once in some hundred rows, and then by 4e-5; a row too few or stale is 1e-2
             assert np.mean(apart[e]) <= 2 * np.mean(bars[e]) + 1e-4, e
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_rounding_precisions_in_company_packed_and_saved(
+    precision: str, with_precision: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """Shared passes are as far from a pass from scratch as its rounding; packed weights change no bit; a file goes on."""
+    path, random = with_precision("llama", precision), np.random.default_rng(4)
+    with Engine.open(path) as engine:
+        pool = new_pool(engine, 3)
+        members = [pool.take() for _ in range(3)]
+        sequences = [sequence for sequence in members if sequence is not None]
+        for length, sequence in enumerate(sequences, 20):
+            sequence.advance(5, random.integers(0, 100, length))
+        for _ in range(4):
+            moves = [PoolMove(one, int(random.choice(engine.exit_layers)), 7) for one in sequences]
+            for move, logits in zip(moves, [row[0].copy() for row in pool.step(moves)], strict=True):
+                many, single = one_row_and_many(engine, move.exit_layer, move.sequence.tokens[0].tolist())
+                assert np.abs(logits - single[-1]).max() <= 2e-2 * np.abs(many[-1]).max()
+        tokens = sequences[0].tokens[0].tolist()
+        whole, _ = one_row_and_many(engine, 5, tokens)
+        file.save(tmp_path / "rows", engine, sequences[0], int8=True)
+        file.load(tmp_path / "rows", engine, back := engine.new_sequence())
+        assert np.abs(back.advance(5, [3]) - sequences[0].advance(5, [3])).max() <= 0.2 * np.abs(whole).max()
+        with Engine.of(Bundle.open(path), packed=tmp_path / "packed") as packed:
+            np.testing.assert_array_equal(one_row_and_many(packed, 5, tokens)[0], whole)

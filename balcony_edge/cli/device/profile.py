@@ -86,8 +86,9 @@ def profile(
         stderr.print(f"[yellow]{note}[/]", soft_wrap=True)
     if measured.power_reason is not None:
         stderr.print(f"energy is not measured on this device: {measured.power_reason}", markup=False, soft_wrap=True)
-    if any(note.startswith("interrupted") for note in measured.conditions.notes):
-        raise typer.Exit(130)
+    for words, status in (("interrupted", 130), ("stopped by an error", 1)):
+        if any(note.startswith(words) for note in measured.conditions.notes):
+            raise typer.Exit(status)
 
 
 def _seconds(text: str) -> float:

@@ -131,6 +131,11 @@ class Pool(Protocol):
     most_dead: int
 
     @property
+    def prepared(self) -> int:
+        """How often a pass or a member was made ready, which takes longer than to use it."""
+        ...
+
+    @property
     def busy_ns(self) -> int:
         """Nanoseconds spent inside the engine by shared passes."""
         ...
@@ -285,6 +290,10 @@ def closed() -> InputError:
     return InputError("this bundle was closed: load it again")
 
 
-def not_finite() -> InputError:
+class NotFiniteError(InputError):
+    """Logits are NaN or infinite, so rows of the sequence may be, too."""
+
+
+def not_finite() -> NotFiniteError:
     """The error for NaN or infinite logits, for code that chooses tokens on the host or on the device."""
-    return InputError("the logits hold NaN or infinity: run `balcony-edge verify` on this bundle")
+    return NotFiniteError("the logits hold NaN or infinity: run `balcony-edge verify` on this bundle")

@@ -106,6 +106,11 @@ class SequencePool:
         """Nanoseconds spent inside the engine by shared passes."""
         return self._pool.busy_ns
 
+    @property
+    def prepared(self) -> int:
+        """How often the engine made a pass or a place ready, which takes longer than to use it."""
+        return self._pool.prepared
+
     def take(self, tokens: Sequence[int] = ()) -> TokenSequence | None:
         """A sequence for a prompt, with the rows of the longest prefix that another one has; None if all members are in use.
 

@@ -273,8 +273,10 @@ class Scheduler:
         self._running = asking
         self._turn.release()
         try:
-            if self._look_again(begins):
-                begin_ns = time.perf_counter_ns()  # the copies are no part of the round's measurement
+            if begins:
+                self._look_again(begins)
+                # Copies, and places made ready, are no part of the round's measurement.
+                begin_ns = time.perf_counter_ns()
             for stream in asking:
                 stream.tell()
             if not (asking := [one for one in asking if one.asks]):
@@ -291,12 +293,8 @@ class Scheduler:
             if idle_s and all(one in known for one in self._all if one.asks):
                 self._turn.wait(min(idle_s, NAP_S))  # who asks meanwhile ends it
 
-    def _look_again(self, begins: Sequence[Stream]) -> bool:
-        """Give prompts that have not run the places and the rows that have come since; whether rows were copied.
-
-        Prompts that are to run take no rows from one another: who waits for its turn finds all that the others leave.
-        """
-        copied = False
+    def _look_again(self, begins: Sequence[Stream]) -> None:
+        """Give prompts that have not run the places and rows that have come since; those that wait find what others leave."""
         for stream in begins:
             sequence, decoder = stream.sequence, stream.decoder
             if self._pool is None or not stream.asks or self._lent.get(sequence, self._changes) == self._changes:
@@ -306,8 +304,7 @@ class Scheduler:
             if self._pool.holds(sequence) or sequence.stage_cursor[0] <= decoder.kept_rows:
                 with stream.isolated():
                     if rows := self._pool.look_again(sequence, {one.sequence for one in begins}):
-                        decoder.kept_rows, copied = rows, True
-        return copied
+                        decoder.kept_rows = rows
 
     def _admit_next(self) -> bool:
         """Admit the first stream in order that there is memory and time for; whether there was one.
@@ -423,16 +420,16 @@ class Scheduler:
                 self._trace = None
         for key, why in found.refused:
             streams.pop(key).fail(InfeasibleError(why))
-        work_ns = time.perf_counter_ns()
+        work_ns, prepared = time.perf_counter_ns(), self._pool and self._pool.prepared
         if found.chunk is not None and found.chunk.key in streams:
             streams[found.chunk.key].work_off(found.chunk)
         moves = {move.key: move.decision for move in found.moves if move.key in streams and streams[move.key].asks}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
         done_ns = time.perf_counter_ns()
         self._learned.busy_ns += done_ns - work_ns
-        first = any(not stream.decoder.begun for stream in logits)
+        unusual = any(not stream.decoder.begun for stream in logits) or prepared != (self._pool and self._pool.prepared)
         self._last = None
-        if found.price_ms and not first and not found.refused:
+        if found.price_ms and not unusual and not found.refused:
             took_ms = (done_ns - begin_ns) / 1e6
             self._last = Measurement(self._engine.exit_layers[found.deepest], found.price_ms, took_ms)
         self._company, self._state = frozenset(moves), state

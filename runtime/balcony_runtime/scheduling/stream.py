@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.governor import LEAST_PACE_TPS
+from balcony_runtime.backends.base import NotFiniteError
 from balcony_runtime.decoding.loop import Decoder, Step, run_chunk
 from balcony_runtime.engine import TokenSequence
 
@@ -90,6 +91,8 @@ class Stream:
         self.decoder.untold = []
 
     def fail(self, error: BaseException) -> None:
+        if isinstance(error, NotFiniteError):
+            self.sequence.rollback(0)  # no prompt begins with its rows, and its place is cleared
         self._error, self.asks = error, False
 
     @property

@@ -173,35 +173,48 @@ def test_nan_of_a_member_does_not_reach_the_next_one(engine: Engine) -> None:
     check_step(engine, pool, [PoolMove(fresh, 5, 3), PoolMove(one, 5, 4)])
 
 
-def test_a_prompt_that_begins_like_a_failed_reply_computes_all_its_rows(
-    with_engine_sets: Callable[[str], Bundle],
+@pytest.mark.parametrize("how", ["stream", "together"])
+def test_a_prompt_that_begins_like_a_failed_reply_does_not_begin_with_its_rows(
+    with_engine_sets: Callable[[str], Bundle], how: str
 ) -> None:
-    """Rows of a reply that ended with NaN are not kept; its place is clean for the next one."""
+    """Rows of a reply that ended with NaN are not kept, and its place is clean: attention reads NaN after its rows, too."""
     prompt = np.random.default_rng(2).integers(0, 320, LEAST_SHARED + 9).tolist()
     with balcony_edge.load(with_engine_sets("llama").path, device="cpu", engines="rtx-fp32") as llm:
         want = llm.generate(prompt, max_new_tokens=5).text
-        stream = llm.stream(prompt, max_new_tokens=9)
-        next(stream)
+        together = llm.together()
+        begin = llm.stream if how == "stream" else together.add
+        stream = begin([*prompt, 7, 9], max_new_tokens=9)
+
+        def tokens() -> list[Any]:
+            return [next(stream)] if how == "stream" else [found for _, found in together.step()]
+
+        while not tokens():
+            pass
         assert llm.pool is not None
         (sequence,) = [one for one in llm.pool.members if one is not None and one.length >= len(prompt)]
         state: Any = sequence.state
         for cache in state._workspace.graphs.caches:
             for region in cache.regions():
-                state._device.upload(region, np.full(region.shape, np.nan))
+                rows = state._device.download(region)
+                rows[:, :, len(prompt) - 1 :] = np.nan
+                state._device.upload(region, rows)
         with pytest.raises(InputError, match="NaN or infinity"):
-            list(stream)
+            for found in tokens():
+                raise found
         assert llm.generate(prompt, max_new_tokens=5).text == want
 
 
 def test_members_results_do_not_meet(engine: Engine) -> None:
     """Two threads may work on two members: what one has asked for is not replaced before it is read."""
     pool = new_pool(engine)
-    sequences = taken(pool, 2)
-    want = [one.state.logits(1) for one in sequences if one.state.run_exit(0, 2, 3, 1) is None]
-    sequences[0].state.run_exit(0, 2, 3, 1)
-    sequences[1].state.run_exit(0, 2, 3, 1)
-    assert_equal(sequences[0].state.logits(1), want[0])
-    assert_equal(sequences[1].state.logits(1), want[1])
+    states, want = [sequence.state for sequence in taken(pool, 2)], []
+    for state in states:
+        state.run_exit(0, 2, 3, 1)
+        want.append(state.logits(1))
+    for state in states:
+        state.run_exit(0, 2, 3, 1)
+    for state, logits in zip(states, want, strict=True):
+        assert_equal(state.logits(1), logits)
 
 
 def test_a_member_is_given_back_when_the_device_is_gone(engine: Engine) -> None:
@@ -209,12 +222,12 @@ def test_a_member_is_given_back_when_the_device_is_gone(engine: Engine) -> None:
     pool = new_pool(engine)
     (sequence,) = taken(pool, 1)
     backend: Any = engine.backend
-    held, done = threading.Event(), threading.Event()
+    held, done, waited = threading.Event(), threading.Event(), list[bool]()
 
     def hold() -> None:
         with backend.lock:
             held.set()
-            done.wait(30)
+            waited.append(done.wait(30))
 
     thread = threading.Thread(target=hold)
     thread.start()
@@ -222,7 +235,7 @@ def test_a_member_is_given_back_when_the_device_is_gone(engine: Engine) -> None:
     pool.give_back(sequence)
     done.set()
     thread.join()
-    assert pool.in_use == 0
+    assert pool.in_use == 0 and waited == [True], "it waited for the device"
     late = pool.take()
     engine.close()
     assert late is not None

@@ -112,7 +112,7 @@ def test_models_that_webgpu_does_not_run_are_refused_by_name(
     assert all(provider.misfit(manifest) is None for manifest in (dense, of("float32"), of("float16")))
     bundle.manifest = of("int4")
     with pytest.raises(
-        BundleError, match=r"is a quantized mixture of experts \(LlamaForCausalLM\).*--precision fp16, or"
+        BundleError, match=r"is a quantized mixture of experts \(LlamaForCausalLM\).*--precision fp32 or fp16, or"
     ):
         Engine.of(bundle, device="webgpu")
     others = [Bundle.open(export_tiny(name).path).manifest for name in ("granite-hybrid", "lfm2")]

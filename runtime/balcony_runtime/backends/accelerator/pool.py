@@ -37,6 +37,7 @@ class _Pass:
 
     Args:
         backend: backend of the graph.
+        memory: memory of the members, which counts captures.
         name: name of the graph.
         tensors: its inputs and outputs.
         before, after: copies before and after it, as targets and sources.
@@ -45,12 +46,13 @@ class _Pass:
     def __init__(
         self,
         backend: DeviceBackend,
+        memory: PoolMemory,
         name: str,
         tensors: dict[str, Region],
         before: list[tuple[Region, Region]],
         after: list[tuple[Region, Region]],
     ) -> None:
-        self._backend, self._name, self._tensors = backend, name, tensors
+        self._backend, self._memory, self._name, self._tensors = backend, memory, name, tensors
         self.before, self.after = before, after
         self.attends = "start" in tensors
         self._run = backend.executor.prepare(name, tensors).run
@@ -61,6 +63,7 @@ class _Pass:
         self._run()
         self._runs += 1
         if self._runs == RUNS_BEFORE_CAPTURE:
+            self._memory.captures += 1
             with contextlib.suppress(DeviceError):  # no memory for a context of its own: it goes on without
                 launch = self._backend.executor.prepare(self._name, self._tensors, to_capture=True)
                 self._run = self._backend.device.joined([self._backend.device.captured(launch)])
@@ -77,6 +80,7 @@ class PoolMemory(Memory):
         super().__init__(backend)
         self._workspaces: list[Workspace | None] = [None] * count
         self._captured: dict[str, Launch] = {}
+        self.captures = 0
         self.bound = lru_cache(MOST_PASSES)(self._bind)
         with self.freed_after_an_error():
             #: The members' rows in a shared step.
@@ -102,6 +106,11 @@ class PoolMemory(Memory):
             made = self._workspaces[member] = Workspace(self._backend, 1, shared)
         return made
 
+    @property
+    def prepared(self) -> int:
+        """Number of captures so far; each member has its own."""
+        return self.captures + sum(workspace is not None for workspace in self._workspaces)
+
     def _bind(self, name: str, first: int, count: int) -> _Pass:
         """A pass of a graph over a range of members."""
         graph, before, after, tensors = self._graphs[name], {}, [], {}
@@ -117,7 +126,7 @@ class PoolMemory(Memory):
         if graph.cache is not None:
             start = members_of(self.step.start, 0, count)
             tensors |= {"start": start, **graph.cache.of(first, count).tensors()}
-        return _Pass(self._backend, name, tensors, [(dense, part) for part, dense in before.items()], after)
+        return _Pass(self._backend, self, name, tensors, [(dense, part) for part, dense in before.items()], after)
 
     def forget_programs(self) -> None:
         self.bound.cache_clear()
@@ -152,6 +161,11 @@ class DevicePool:
         self._start = np.zeros(count, np.int64)
         self._stand_at: bytes | None = None  # what lies in the step's ``start``
         self._exit_names = [backend.manifest.exit_graph(layer) for layer in backend.manifest.exit_layers]
+
+    @property
+    def prepared(self) -> int:
+        """See :class:`.base.Pool`."""
+        return self._memory.prepared
 
     @exclusive
     def state(self, member: int) -> DeviceState:

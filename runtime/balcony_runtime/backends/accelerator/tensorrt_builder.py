@@ -308,7 +308,7 @@ def profiles(spec: GraphSpec, batch_size: int) -> Iterator[dict[str, tuple[tuple
         rows = (least, min(usual, room), min(most, room))
         # Any number of the last rows of a balcony may be queries.
         queries = rows if "rows" not in symbols else (1, 1, rows[2])
-        # Prompts of a pool run one at a time; only its decode steps are a batch.
+        # Tuned for decode steps of all members and for prompts of one, as in a pool; a batch of one length runs all prompts.
         sizes = {"batch": (1, 1 if number else batch_size, batch_size), "rows": rows, "queries": queries}
         yield {
             tensor.name: tuple(

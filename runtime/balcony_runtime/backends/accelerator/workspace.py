@@ -2,7 +2,7 @@
 
 Owns the regions (row buffers, KV caches, small inputs of a pass) and a sequence's decode step as one captured program per
 exit: token table, stages, balcony, head and the choice of the most likely token run without Python or the host in between.
-Each graph is captured once, when the memory is made, so that no step waits for it; the programs of the exits share these
+Each graph is captured once, when the memory is made, and not in a decode step; the programs of the exits share these
 captures. I/O tables: those of the set ``graphs`` in :mod:`balcony_edge.bundle.manifest`, but with caches (B, H, S, d) of fixed
 S, a graph ``embed`` (``ids`` int64 (B, T) → ``hidden_0``), and a second output ``argmax`` int64 (B, Q) of ``lm_head``.
 """

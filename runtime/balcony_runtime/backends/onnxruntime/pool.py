@@ -52,6 +52,7 @@ class OnnxRuntimePool:
 
     #: A further row costs 4 % (float32) to 25 % (int4) of the first.
     most_dead = 3
+    prepared = 0
 
     def __init__(self, backend: OnnxRuntimeBackend, members: int, max_length: int) -> None:
         manifest = backend.manifest

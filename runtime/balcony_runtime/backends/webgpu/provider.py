@@ -56,7 +56,7 @@ def misfit(manifest: Manifest) -> str | None:
     if manifest.model.mixture and manifest.precision in ("int8", "int4"):
         return (
             f"is a quantized mixture of experts ({manifest.model.architecture}), whose zero points and router weights ONNX "
-            f"Runtime's QMoE does not take on WebGPU: export the model with --precision fp16, {elsewhere}"
+            f"Runtime's QMoE does not take on WebGPU: export the model with --precision fp32 or fp16, {elsewhere}"
         )
     return None
 

@@ -61,7 +61,7 @@ class Slots:
         if pool is None:
             raise RefusedError(
                 400,
-                "this engine keeps no rows of ended replies: serve with --device cpu, and no recurrent model",
+                "this engine keeps no rows of ended replies: serve with --device cpu, or fused engines; no recurrent model",
                 "no_slots",
             )
         if action == "erase":
