@@ -244,7 +244,10 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made = Bundle.open(bundle).manifest.engines["rtx-int4"]
     assert invoke_here(*common, *int4).returncode == 0  # without --block, graphs that are there are not rounded anew
     assert Bundle.open(bundle).manifest.engines["rtx-int4"] == made and made.block_size == 32
-    assert invoke_here("build", bundle, "--context-length", "32", *int4).returncode == 0
+    assert invoke_here("build", bundle, "--context-length", "32", "--batch", "4", *int4).returncode == 0
+    made = Bundle.open(bundle).manifest.engines["rtx-int4"]
+    assert invoke_here("build", bundle, *int4).returncode == 0  # sizes that are not given are those that are there
+    assert Bundle.open(bundle).manifest.engines["rtx-int4"] == made and made.batch_size == 4
     assert Bundle.open(bundle).manifest.engines["rtx-int4"].block_size == 32
     refused("--block 7: give 32, 64 or 128", *common, "--precision", "int4", "--block", "7")
     refused("--block and --rounded-as are for int4", *common, "--block", "128")

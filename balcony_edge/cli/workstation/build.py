@@ -38,10 +38,19 @@ def build(
     context_length: Annotated[
         int | None,
         typer.Option(
-            help="Rows of the KV caches; attention time grows with them (default: the bundle's context, at most 2048)."
+            help="Rows of the KV caches; attention time grows with them (default: those of the graphs, or the context, "
+            "at most 2048)."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch", min=1, max=1024, help="Most sequences that share a pass.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            min=1,
+            max=1024,
+            help="Most sequences that share a pass, 16 of them replies (default: those of the graphs, or 1).",
+        ),
+    ] = None,
     block: Annotated[
         int | None,
         typer.Option(
@@ -81,8 +90,10 @@ def build(
     if timing_cache is not None:
         require_writable_file(timing_cache, f"--timing-cache {timing_cache}", InputError, "name another place")
     capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
-    rows = default_context(bundle) if context_length is None else context_length
-    wanted = BuildOptions(target, precision, operators, rows, batch_size, block)
+    there = Bundle.open(bundle, verify_hashes=False).manifest.engines.get(set_name(target, precision, operators))
+    rows = context_length or (there.context_length if there else default_context(bundle))
+    batch = batch_size or (there.batch_size if there else 1)
+    wanted = BuildOptions(target, precision, operators, rows, batch, block)
     builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}
     build_into(bundle, wanted, builder_options, rounded_as=rounded_as, whole=whole)
     name = wanted.name
@@ -118,7 +129,12 @@ class BuildOptions:
     @property
     def name(self) -> str:
         """Name of the set in a bundle."""
-        return f"{self.target}-{self.precision}" + ("-plain" if self.operators == "plain" else "")
+        return set_name(self.target, self.precision, self.operators)
+
+
+def set_name(target: str, precision: str, operators: str) -> str:
+    """Name of an engine set in a bundle."""
+    return f"{target}-{precision}" + ("-plain" if operators == "plain" else "")
 
 
 def build_into(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from balcony_edge.cli.options import Engines, OnDevice
+
 if TYPE_CHECKING:
-    from balcony_edge.bundle.manifest import Manifest
+    from balcony_edge.bundle.manifest import Manifest, Quality
     from balcony_export.evaluate.report import Report
     from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
+    from balcony_runtime.backends.choose import DeviceName
 
 
 def evaluate(
@@ -49,13 +52,14 @@ def evaluate(
     ] = None,
     record: Annotated[bool, typer.Option("--record/--no-record", help="Keep results in the bundle's manifest.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    device: OnDevice = "cpu",
+    engines: Engines = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
     from balcony_edge.bundle.bundle import Bundle, read_manifest
     from balcony_edge.bundle.manifest import MANIFEST
-    from balcony_edge.bundle.quality import record_quality
     from balcony_edge.cli.console import progress_bar, stderr
     from balcony_edge.errors import BundleError, InputError
     from balcony_edge.files import require_writable
@@ -73,6 +77,10 @@ def evaluate(
         if given:
             raise InputError(f"{why} leave it out")
     texts = _by_name(text or [])
+    if record and (device != "cpu" or engines is not None):
+        raise InputError(
+            "--device, --engines: a bundle keeps what its own graphs give on the CPU: give --no-record, too"
+        )
     if output is not None:
         require_writable(output, f"--output {output}", InputError, "name another place")
     if Path(subject).name == MANIFEST:
@@ -84,20 +92,44 @@ def evaluate(
         _refuse_replacing(keeper, limit, texts)
     if is_bundle and balconies is not None:
         raise InputError(f"{subject} is a bundle, which has its own balconies: leave --balconies out")
-    if not is_bundle and model is not None:
-        raise InputError(f"{subject} is a model, which is compared with its own full depth: leave --model out")
+    if not is_bundle:
+        _refuse_for_a_model(subject, model, device, engines)
     with progress_bar() as progress:
         progress("loading", 0.0)
-        scorer = _open_bundle(subject, exits, threads) if is_bundle else _open_model(subject, balconies, exits, threads)
+        scorer = (
+            _open_bundle(subject, exits, threads, device, engines)
+            if is_bundle
+            else _open_model(subject, balconies, exits, threads)
+        )
         if not is_bundle and exits is not None and balconies is None:
             stderr.print("[yellow]The exits are untrained copies of the last layer: give --balconies.[/]")
         compare_with = None if model is None else partial(_open_model, model, None, None, threads)
         report = _measure(scorer, compare_with, _Sources(texts, names, data, limit, window), progress)
     _show(report, as_json)  # first: results are shown even if they cannot be kept
+    if keeper is not None:
+        _keep(Path(subject), keeper, report)
     if output is not None:
         write_report(report, output)
-    if keeper is not None:
-        record_quality(Path(subject), report.qualities, keeper.fingerprint)
+
+
+def _refuse_for_a_model(subject: str, model: str | None, device: str, engines: str | None) -> None:
+    from balcony_edge.errors import InputError
+
+    if model is not None:
+        raise InputError(f"{subject} is a model, which is compared with its own full depth: leave --model out")
+    if device != "cpu" or engines is not None:
+        raise InputError(f"{subject} is a model, which runs in PyTorch: leave --device and --engines out")
+
+
+def _keep(bundle: Path, before: Manifest, report: Report) -> None:
+    """Record results in the bundle's manifest; tells which earlier ones leave it."""
+    from balcony_edge.bundle.quality import record_quality
+    from balcony_edge.cli.console import stderr
+
+    _refuse_fewer_examples(before, report.qualities)
+    for lost in _dropped(before, report):
+        stderr.print(f"[yellow]{lost}[/]", soft_wrap=True)
+    record_quality(bundle, report.qualities, before.fingerprint)
 
 
 def _refuse_replacing(manifest: Manifest, limit: int | None, names: Iterable[str]) -> None:
@@ -115,6 +147,34 @@ def _refuse_replacing(manifest: Manifest, limit: int | None, names: Iterable[str
                 )
 
 
+def _refuse_fewer_examples(manifest: Manifest, measured: Mapping[int, Quality]) -> None:
+    """The same for tasks, which tell their number of examples when they have run."""
+    from balcony_edge.errors import InputError
+
+    recorded = [exit_.quality for exit_ in manifest.exits if exit_.quality is not None]
+    for name, task in next(iter(measured.values())).tasks.items():
+        known = max((quality.tasks[name].examples for quality in recorded if name in quality.tasks), default=0)
+        if known > task.examples:
+            raise InputError(
+                f"{name}: the bundle has results on {known} examples, which these on {task.examples} would replace: give "
+                "--no-record, or leave --limit out"
+            )
+
+
+def _dropped(manifest: Manifest, report: Report) -> Iterator[str]:
+    """Texts whose results leave the manifest, because they were compared with another model."""
+    from rich.markup import escape
+
+    recorded = next((exit_.quality for exit_ in manifest.exits if exit_.quality is not None), None)
+    measured = next(iter(report.qualities.values()))
+    if recorded is not None and measured.text and recorded.reference != measured.reference:
+        for name in recorded.text:
+            yield (
+                f"{escape(name)}: results that were compared with {escape(recorded.reference)} are dropped, because these are "
+                f"compared with {escape(measured.reference)}: give --model to compare with the same"
+            )
+
+
 def _by_name(files: list[Path]) -> dict[str, Path]:
     """Name under which results are kept → file."""
     from balcony_edge.bundle.manifest import one_line
@@ -127,14 +187,17 @@ def _by_name(files: list[Path]) -> dict[str, Path]:
     return texts
 
 
-def _open_bundle(subject: str, exits: str | None, threads: int | None) -> BundleScorer:
+def _open_bundle(
+    subject: str, exits: str | None, threads: int | None, device: DeviceName, engines: str | None
+) -> BundleScorer:
     from balcony_edge.bundle.bundle import Bundle
     from balcony_export.evaluate.scorer import BundleScorer
     from balcony_export.model.balcony import parse_exits
 
     bundle = Bundle.open(subject)
     depth = bundle.manifest.model.num_layers
-    return BundleScorer(bundle, None if exits is None else (*parse_exits(exits, depth), depth), threads)
+    layers = None if exits is None else (*parse_exits(exits, depth), depth)
+    return BundleScorer(bundle, layers, threads, device, engines)
 
 
 def _open_model(subject: str, balconies: Path | None, exits: str | None, threads: int | None) -> TorchScorer:
@@ -204,6 +267,7 @@ def _measure(
 
 
 def _show(report: Report, as_json: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from balcony_edge.cli.console import stdout
@@ -213,7 +277,7 @@ def _show(report: Report, as_json: bool) -> None:
         print(json.dumps(as_document(report)))  # noqa: T201 - programs read this
         return
     for content in tables(report):
-        table = Table(*content.header, title=content.title, title_justify="left")
+        table = Table(*map(escape, content.header), title=escape(content.title), title_justify="left")
         for row in content.rows:
             table.add_row(*row)
         stdout.print(table)

@@ -42,6 +42,8 @@ def extract(
     if len(exits) != 1:
         raise InputError(f"--exit {exit_}: extract writes one exit: name one, and run it again for others")
     (exit_layer,) = exits
+    if balconies is None and exit_layer < loaded.config.num_hidden_layers:
+        stderr.print("[yellow]The last layer is an untrained copy: give --balconies.[/]")
     small = write(ExitModel.open(loaded, exits, balconies), load_tokenizer(model), exit_layer, output)
     if (warning := layout_warning(loaded.config, small.config)) is not None:
         stderr.print(warning, style="yellow", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ adapter, so that scores can be compared digit by digit.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_edge.errors import InputError, MissingDependencyError, VerificationError
 from balcony_export.evaluate.scorer import BundleScorer, Scorer, ScoringRequest, TorchScorer
 from balcony_export.model.exits import ExitModel
 
@@ -83,6 +84,11 @@ class Sweep:
                 self._add(sums, exit_layer, logits, block.start, requests[index].rows, members[index])
             if self.progress is not None:
                 self.progress(block.request + 1, len(requests))
+        for exit_layer, (total, _) in (item for found in sums.values() for item in found.items()):
+            if not math.isfinite(total):
+                raise VerificationError(
+                    f"{self.scorer.name}: exit {exit_layer} gives logits that are not finite: train its balcony again"
+                )
         for key, found in sums.items():
             self._known[key] = {e: (float(total), bool(greedy)) for e, (total, greedy) in found.items()}
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TextQuality
 from balcony_edge.errors import InputError
-from balcony_edge.files import write_atomically
+from balcony_edge.files import write_together
 from balcony_export.evaluate.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -168,8 +168,8 @@ def write_report(report: Report, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {directory}: cannot be written ({error.strerror}): name another place") from error
-    for name, content in contents.items():
-        write_atomically(directory / name, content.encode(), InputError, "name another place with --output")
+    files = {directory / name: content.encode() for name, content in contents.items()}
+    write_together(files, InputError, "name another place with --output")
 
 
 def _lead(exit_: ExitReport) -> tuple[str, str, str]:

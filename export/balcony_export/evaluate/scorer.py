@@ -20,6 +20,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
 from balcony_export.model.architecture import eos_ids, longest_context
 from balcony_export.model.exits import ExitModel
+from balcony_runtime.backends.choose import DeviceName
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.text import special_tokens
 
@@ -53,6 +54,8 @@ class Scorer(Protocol):
     exit_layers: tuple[int, ...]
     context_length: int
     tokenizer: PreTrainedTokenizerBase
+    #: Number of logits, which may be more than the tokenizer's tokens.
+    vocab_size: int
     #: Tokens that end a text; instruction models have several.
     eos_ids: frozenset[int]
     #: Exit layer → parameters that one token reads, without LM head and token table (the paper's Table 1).
@@ -80,9 +83,17 @@ class BundleScorer:
         bundle: The bundle.
         exits: Exit layers to score, with or without the full depth; by default all.
         threads: Size of ONNX Runtime's thread pool.
+        device, engines: As for :meth:`.Engine.of`. The manifest keeps what the bundle's own graphs on the CPU give.
     """
 
-    def __init__(self, bundle: Bundle, exits: Sequence[int] | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        exits: Sequence[int] | None = None,
+        threads: int | None = None,
+        device: DeviceName = "cpu",
+        engines: str | None = None,
+    ) -> None:
         manifest = bundle.manifest
         self.exit_layers = manifest.exit_layers if exits is None else tuple(sorted(exits))
         for exit_layer in self.exit_layers:
@@ -92,6 +103,7 @@ class BundleScorer:
                     f"{bundle.path}: has no exit {exit_layer}: it has {there}: pick one of them or export again with --exits"
                 )
         self.name = f"{manifest.model.name} (bundle)"
+        self.vocab_size = manifest.model.vocab_size
         self.eos_ids = frozenset(manifest.model.eos_token_ids)
         self.tokenizer = bundle_tokenizer(bundle)
         head = manifest.runnable["lm_head"].parameters
@@ -101,7 +113,7 @@ class BundleScorer:
         }
         own = {exit_.exit_layer: exit_.kind == "balcony" and exit_.module != "none" for exit_ in manifest.exits}
         self.layers = {e: e + own[e] for e in self.exit_layers}
-        self._engine = Engine.of(bundle, threads=threads)
+        self._engine = Engine.of(bundle, device=device, engines=engines, threads=threads)
         self.context_length = self._engine.max_length  # of a GPU's engines it may be less than the bundle's
         self._sequence: TokenSequence | None = None
         self._longest = 0
@@ -175,6 +187,7 @@ class TorchScorer:
         self.name = name
         self.tokenizer = tokenizer
         self.context_length = longest_context(exits.model.config)
+        self.vocab_size = exits.parts.embed.num_embeddings
         self.eos_ids = frozenset(eos_ids(exits.model))
         self.parameters = {e: exits.parameters_read(e) for e in self.exit_layers}
         self.layers = {e: e + (e < exits.depth and exits.balconies[e].kind != "none") for e in self.exit_layers}

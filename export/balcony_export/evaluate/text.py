@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.bundle.manifest import Estimate, TextQuality
 from balcony_edge.errors import InputError, VerificationError
+from balcony_export.data.corpus import start_tokens
 from balcony_export.data.documents import read_documents, require_two_tokens
 from balcony_export.evaluate.scorer import Scorer, ScoringRequest
 
@@ -88,15 +89,21 @@ def evaluate_text(
         VerificationError: The logits of an exit are not finite.
     """
     size = window_of(scorer if reference is None else reference, scorer, window)
-    clustered = len(documents) == 1
+    lengths = [len(document.tokens) for document in documents]
+    clustered = sum(lengths) ** 2 < LEAST_CLUSTERS * sum(length**2 for length in lengths)
+    begin_with = tuple(start_tokens(scorer.tokenizer))
     requests: list[ScoringRequest] = []
     clusters: list[int] = []
     targets: list[tuple[int, ...]] = []
     for index, document in enumerate(documents):
-        for start in range(0, len(document.tokens) - 1, size - 1):
-            piece = document.tokens[start : start + size]
-            requests.append(ScoringRequest(piece[:-1], len(piece) - 1))
-            targets.append(piece[1:])
+        begins = begin_with if document.tokens[: len(begin_with)] == begin_with and len(begin_with) < size - 1 else ()
+        start = 0
+        while start < len(document.tokens) - 1:
+            lead = begins if start else ()  # a model that expects its start token fails without it
+            part = document.tokens[start : start + size - len(lead)]
+            requests.append(ScoringRequest((*lead, *part[:-1]), len(part) - 1))
+            targets.append(part[1:])
+            start += len(part) - 1
             clusters.append(len(requests) if clustered else index)
     sums: dict[int, dict[int, _Sums]] = {e: defaultdict(_Sums) for e in scorer.exit_layers}
     for begin in range(0, len(requests), _WINDOWS):
@@ -119,6 +126,10 @@ def evaluate_text(
     return {e: _quality(list(found.values()), len(documents), size) for e, found in sums.items()}
 
 
+#: Documents below which windows are the clusters of a standard error: so many of equal length, or more of unequal ones.
+LEAST_CLUSTERS = 2
+
+
 def ratio_of_sums(parts: Sequence[tuple[float, float]]) -> Estimate:
     """Sum of the clusters' numerators over the sum of their denominators, with the standard error of that ratio.
 
@@ -138,10 +149,12 @@ def window_of(reference: Scorer, scorer: Scorer, window: int | None) -> int:
     context = min(scorer.context_length, reference.context_length)
     if window is not None and not 2 <= window <= context:
         raise InputError(f"--window {window}: this model takes 2 to {context}: give a number in this range")
-    mine, theirs = len(scorer.tokenizer), len(reference.tokenizer)
-    if mine != theirs:
+    if reference is not scorer and (
+        scorer.tokenizer.get_vocab() != reference.tokenizer.get_vocab() or scorer.vocab_size != reference.vocab_size
+    ):
         raise InputError(
-            f"--model: its tokenizer has {theirs} tokens, the bundle's has {mine}: name the model that the bundle was made from"
+            f"--model: its tokens ({reference.vocab_size}) are not the bundle's ({scorer.vocab_size}): name the model that the "
+            "bundle was made from"
         )
     return window or min(context, WINDOW)
 

@@ -486,5 +486,7 @@ def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:
     for part in rest:
         if part not in flags:
             raise InputError(f"--precision {text}: '{part}' is not known: give {allowed}")
+        if flags[part].keys() & (chosen.keys() - {"bits"}):
+            raise InputError(f"--precision {text}: '{part}' contradicts an earlier word: give one of the two")
         chosen |= flags[part]
     return Scheme(**chosen)

@@ -6,6 +6,7 @@ and the rounding that uses them. The form of quantized blocks is :mod:`.blocks`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,10 +137,18 @@ def factors_of(moment: torch.Tensor, padding: int = 0) -> Factors:
     typical = sizes[~silent].mean() if not silent.all() else torch.tensor(1.0)
     sizes[silent] = typical
     undamped, order = sizes.clone(), sizes.argsort(descending=True)
-    sizes.add_(DAMPING * typical)
     moment = moment[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
-    return Factors(undamped, order, inverse)
+    for damping in (
+        DAMPING,
+        10 * DAMPING,
+        100 * DAMPING,
+    ):  # repetitive text leaves directions that float32 cannot invert
+        damped = moment.clone()
+        damped.diagonal().add_(damping * typical)
+        with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+            return Factors(undamped, order, inverse)
+    raise InputError("--calibration: its inputs are too much alike to round by: give more varied text")
 
 
 def round_with_compensation(

@@ -20,6 +20,7 @@ from balcony_edge.bundle.manifest import Estimate
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import BalconyError, VerificationError
 from balcony_export import precision
+from balcony_export.evaluate import text as text_module
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.report import as_document, build_report, markdown, tables
 from balcony_export.evaluate.scorer import BundleScorer, ScoringRequest, TorchScorer
@@ -119,6 +120,42 @@ def test_logits_that_are_not_finite_are_refused(tiny: Any) -> None:
     next(exits.balconies[3].layer.parameters()).data[0, 0] = math.nan
     with pytest.raises(VerificationError, match="exit 3 gives logits that are not finite"):
         evaluate_text(TorchScorer(exits, tiny.tokenizer), documents(tiny.tokenizer)[:1])
+
+
+def test_tasks_refuse_logits_that_are_not_finite(tiny: Any, data: Path) -> None:
+    """The harness would take the first choice of each example, which is right for some."""
+    exits = tiny.exits.copy()
+    next(exits.balconies[3].layer.parameters()).data[0, 0] = math.nan
+    refused(
+        "exit 3 gives logits that are not finite",
+        lambda: evaluate_tasks(TorchScorer(exits, tiny.tokenizer), ["boolq"], data=data),
+    )
+
+
+def test_few_documents_are_clustered_by_windows(torch_scorer: TorchScorer, tiny: Any) -> None:
+    """A long document and the rest of another one: the difference of these two is no error."""
+    one, two = documents(tiny.tokenizer, TEXTS[:2])
+    long, rest = TokenizedDocument("long", one.tokens * 12), TokenizedDocument("rest", two.tokens[:4])
+    (alone,) = (evaluate_text(torch_scorer, [long], window=16)[2],)
+    both = evaluate_text(torch_scorer, [long, rest], window=16)[2]
+    assert alone.kl.stderr and both.kl.stderr == pytest.approx(alone.kl.stderr, rel=0.3)
+
+
+def test_every_window_begins_as_the_model_expects(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later windows get the start token too, and still predict every token once."""
+    scorer = TorchScorer(tiny.exits, tiny.tokenizer)
+    monkeypatch.setattr(text_module, "start_tokens", lambda _: [7])
+    seen: list[ScoringRequest] = []
+    logits = scorer.logits
+    monkeypatch.setattr(scorer, "logits", lambda requests: seen.extend(requests) or logits(requests))
+    tokens = (7, *range(20, 60))
+    found = evaluate_text(scorer, [TokenizedDocument("d", tokens)], window=16)[5]
+    assert all(request.tokens[0] == 7 and len(request.tokens) <= 15 for request in seen)
+    predicted = [token for request in seen for token in request.tokens[len(request.tokens) - request.rows :][1:]]
+    assert found.tokens == sum(request.rows for request in seen) == 40 and set(predicted) < set(tokens)
+    seen.clear()
+    evaluate_text(scorer, [TokenizedDocument("d", tokens[1:])], window=16)
+    assert seen[1].tokens[0] != 7, "a document without it has none"
 
 
 def test_blocks_and_prefixes_give_the_logits_of_a_whole_pass(
@@ -355,7 +392,12 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 
 def test_command_on_a_bundle(
-    command: Any, bundle_copy: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any,
+    bundle_copy: Path,
+    tiny_checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = bad(tmp_path, "some.jsonl", b"".join(json.dumps({"text": t}).encode() + b"\n" for t in TEXTS))
     arguments = ("eval", bundle_copy, "--exits", "3", "--text", text, "--tasks", "arc_easy", "--data", data)
@@ -366,7 +408,13 @@ def test_command_on_a_bundle(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "evaluation.md"}
     recorded = Bundle.open(bundle_copy).manifest.exits
     assert recorded[0].quality is None and recorded[1].quality is not None and recorded[2].quality is not None
-    code, out, _ = command(*arguments, "--no-record")
+    only = ("eval", bundle_copy, "--exits", "3", "--tasks", "arc_easy", "--data", data)
+    code, _, error = command(*only, "--limit", 1)
+    assert code == 1 and "results on 2 examples, which these on 1 would replace" in error
+    assert Bundle.open(bundle_copy).manifest.exits == recorded
+    code, _, error = command(*arguments[:-4], "--model", tiny_checkpoint)
+    assert code == 0 and "some.jsonl: results that were compared with full depth of" in error and "tiny-llama" in error
+    code, out, _ = command(*arguments, "--no-record", "--device", "auto")
     assert code == 0 and "ARC-E" in out and "retention" in out
     monkeypatch.setattr("balcony_export.evaluate.tasks.evaluate_tasks", lambda *_, **__: pytest.fail("hours too early"))
     code, _, error = command(*arguments, "--window", "5000")
@@ -397,6 +445,8 @@ def test_command_refuses(command: Any, tiny: Any, tiny_checkpoint: Path, tmp_pat
         "has no exit 4": (tiny.path, "--exits", "4", "--text", text),
         "leave --balconies out": (tiny.path, "--balconies", tmp_path, "--text", text),
         "leave --model out": (tiny_checkpoint, "--model", "demo", "--text", text),
+        "leave --device and --engines out": (tiny_checkpoint, "--no-record", "--device", "webgpu", "--text", text),
+        "give --no-record, too": (tiny.path, "--device", "auto", "--text", text),
         "two files have the name t.txt": (tiny.path, "--text", text, "--text", other),
         "cannot be written": (tiny.path, "--text", text, "--no-record", "-o", text / "x"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import WEIGHTS
+from balcony_export import verify as verify_module
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph import trace
 from balcony_export.graph.trace import trace_balcony
@@ -53,8 +55,23 @@ def test_verify_finds_a_wrong_weight(export_tiny: Callable[[str], Any]) -> None:
     assert failed == {(3, phase + set_) for phase in ("prefill", "decode") for set_ in ("", ", portable")}
 
 
-def test_a_difference_that_is_not_a_number_fails() -> None:
+def test_a_difference_that_is_not_a_number_fails(
+    export_tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever prompt it is. The CPU runs, whatever engines the bundle has."""
     assert not ParityCheck(2, "prefill", 1, float("nan"), 1.0, 1e-4).passed
+    exported, prefill, devices = export_tiny("llama"), verify_module._prefill, set()
+
+    def broken(engine: Any, exit_layer: int, ids: Any) -> Any:
+        devices.add(engine.backend.name)
+        return prefill(engine, exit_layer, ids) * (math.nan if len(ids) == longest else 1)
+
+    longest = max(len(exported.tokenizer(text).input_ids) for text in PROMPTS)
+    assert len(exported.tokenizer(PROMPTS[0]).input_ids) < longest
+    monkeypatch.setattr(verify_module, "_prefill", broken)
+    checks = verify(exported.path, exported.exits, exported.tokenizer, PROMPTS)
+    assert {check.phase for check in checks if not check.passed} == {"prefill", "prefill, portable"}
+    assert devices == {"onnxruntime"}
 
 
 def test_operators_come_out_whole(export_tiny: Callable[[str], Any]) -> None:

@@ -319,6 +319,7 @@ def test_moments_of_experts_by_hand() -> None:
         ("int4,block=48", "'block=48' is not known"),
         ("int4,sym,asym", "sym and asym exclude each other"),
         ("int4,asym,positive", "positive and asym exclude each other"),
+        ("int4,block=32,head=4,block=128", "'block=128' contradicts an earlier word"),
         ("", "'' is not known"),
     ],
 )
