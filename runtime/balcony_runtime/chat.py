@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.engine import TokenSequence
-from balcony_runtime.reply import Token, TokenStream
+from balcony_runtime.reply import ReplyLimits, Token, TokenStream
 from balcony_runtime.sessions import file
 from balcony_runtime.text import Message
 
@@ -40,6 +40,7 @@ class Chat:
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = list(self._system)
         self._open_reply: TokenStream | None = None
+        self._limits: ReplyLimits | None = None
         self._stop_catching_up = threading.Event()  # ends the current :meth:`catching_up`
 
     def send(self, message: str | Message | Sequence[Message], **options: Any) -> TokenStream:
@@ -61,6 +62,7 @@ class Chat:
             raise InputError("the prompt is empty: give a text")
         self._end_open_work()
         stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, **options)
+        self._limits = stream.request.limits
         self._open_reply = TokenStream(self._recorded(new, stream), stream.request)
         return self._open_reply
 
@@ -153,7 +155,7 @@ class Chat:
         def work() -> None:
             # If the bundle is closed or memory runs out, the next reply, which needs these rows, reports it.
             with suppress(BalconyError):
-                while not (stop.is_set() or self._llm.budget.needs_sensors) and self.sequence.catch_up(IDLE_ROWS):
+                while not (stop.is_set() or self._ceilings()) and self.sequence.catch_up(IDLE_ROWS):
                     pass
 
         worker = threading.Thread(target=work, name="balcony-catch-up", daemon=True)
@@ -163,6 +165,11 @@ class Chat:
         finally:
             stop.set()
             worker.join()
+
+    def _ceilings(self) -> bool:
+        """Whether the budget of the last reply, or that of the bundle before the first, has ceilings."""
+        budget = self._llm.budget if self._limits is None else self._limits.resolved
+        return budget.needs_sensors
 
 
 def _messages(given: str | Message | Sequence[Message]) -> list[Message]:

@@ -121,6 +121,10 @@ class Engine(Closing):
                 f"max_length = {length}, batch_size = {batch_size}: there is not enough memory: ask for less of either"
             ) from error
 
+    def made(self, sequence: TokenSequence) -> bool:
+        """Whether a sequence is one of this engine."""
+        return sequence._engine is self
+
     def close(self) -> None:
         """Free the weights; sequences of a closed engine refuse to work."""
         self._closed = True

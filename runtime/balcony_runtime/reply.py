@@ -217,6 +217,8 @@ class TokenStream(Closing, Iterator[Token]):
                 raise
             self._tokens.append(token)
             self._finish_reason = token.finish_reason
+            if token.finish_reason is not None:
+                self._source.close()  # nobody need ask again for its place and its share of the time to be free
             return token
 
     async def __aiter__(self) -> AsyncIterator[Token]:

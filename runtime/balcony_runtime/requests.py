@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -145,6 +146,7 @@ class Requests:
         self._engine, self._codec, self.scheduler, self._learned = engine, codec, scheduler, learned
         self._around, model = surroundings, engine.manifest.model
         self._grammars = Grammars(codec.to_json, model.vocab_size, model.eos_token_ids)
+        self._continuing: weakref.WeakSet[TokenSequence] = weakref.WeakSet()  # callers' sequences in use by a reply
 
     def of(
         self,
@@ -253,11 +255,9 @@ class Requests:
             guide.prepare()  # while the prompt runs
         return Sampler(params, prompts, self._engine.manifest.model.vocab_size, guides)
 
-    @contextlib.contextmanager
-    def sequence(self, request: Request) -> Iterator[TokenSequence]:
+    def sequence(self, request: Request) -> contextlib.AbstractContextManager[TokenSequence]:
         """A sequence for a reply, which shares passes and prefixes with others if there is room for it."""
-        with self._lent(request.ids, request.rows) as sequence:
-            yield sequence
+        return self._lent(request.ids, request.rows)
 
     def empty(self, rows: int) -> contextlib.AbstractContextManager[TokenSequence]:
         """A sequence without rows, whose rows are shared when it goes back."""
@@ -299,6 +299,8 @@ class Requests:
         with contextlib.ExitStack() as held:
             if sequence is None:
                 sequence = held.enter_context(self.sequence(request))
+            else:
+                held.enter_context(self._continued(sequence))
             decoder = self.decoder(request, sequence, asked_s)
             # A trace records the decisions about one stream, so a stream that is recorded shares no rounds.
             steps = (
@@ -309,6 +311,22 @@ class Requests:
             held.callback(request.forget_untold, sequence)
             held.enter_context(contextlib.closing(steps))
             yield from self.told(request, steps, decoder)
+
+    @contextlib.contextmanager
+    def _continued(self, sequence: TokenSequence) -> Iterator[None]:
+        """Have a sequence of the caller's for one reply at a time; after NaN it begins anew, as its next reply would fail."""
+        if not self._engine.made(sequence):
+            raise InputError("sequence: is one of another bundle or engine: make it with llm.engine.new_sequence()")
+        if sequence in self._continuing:
+            raise InputError("sequence: another reply still uses it: close that stream, or read it to its end")
+        self._continuing.add(sequence)
+        try:
+            yield
+        except NotFiniteError:
+            sequence.rollback(0)
+            raise
+        finally:
+            self._continuing.discard(sequence)
 
     def _prompt_ids(
         self,
@@ -328,6 +346,11 @@ class Requests:
                     f"prompt: token ids and something else ({error}): give integers, a text, or messages"
                 ) from error
             refuse_foreign(np.array(ids), self._engine.manifest.model.vocab_size)
+            if documents or template_kwargs or control_tokens is not None:
+                raise InputError(
+                    "documents, chat_template_kwargs, control_tokens: the prompt is token ids: give a text or messages, or "
+                    "leave them out"
+                )
             return ids
         return self._codec.encode(
             prompt,  # type: ignore[arg-type]

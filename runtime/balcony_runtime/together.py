@@ -75,6 +75,8 @@ class Together(Closing):
 
         Its times count from the option ``asked_s``, a time on ``time.monotonic``, if that is given.
         """
+        if given := options.keys() & {"sequence", "trace"}:
+            raise InputError(f"{', '.join(sorted(given))}: not for replies that run together: use LLM.stream")
         return self._requests.of(prompt, **options)
 
     def begin(self, request: Request) -> TokenStream:

@@ -81,6 +81,17 @@ def test_nothing_is_worked_off_where_nobody_watches_a_ceiling(llm: LLM) -> None:
     assert chat.sequence.stage_rows == pending and pending[-1] > 0
 
 
+def test_the_ceilings_of_the_last_reply_hold_while_a_user_types(llm: LLM) -> None:
+    chat = llm.chat()
+    llm.budget = Budget()
+    own = Budget(max_exit=2, memory_mb=1e6)
+    finish(chat.send("the fox", max_new_tokens=6, ignore_eos=True, budget=own))
+    pending = chat.sequence.stage_rows
+    with chat.catching_up():
+        time.sleep(0.2)
+    assert chat.sequence.stage_rows == pending and pending[-1] > 0
+
+
 def test_a_message_in_the_middle_of_catching_up_gets_the_same_reply(llm: LLM) -> None:
     """Eight users at once; each sends a message while a thread works off the backlog of the previous reply."""
     texts = ("the quick brown fox jumps over the lazy dog " * 3, "why", "and the lazy dog jumps over it")

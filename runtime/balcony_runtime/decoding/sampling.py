@@ -405,8 +405,14 @@ def log_probabilities(
         logits: logits of the model, unchanged, (n, V).
         tokens: token of each row, (n,).
         top: number of likeliest tokens to list.
+
+    Raises:
+        InputError: a row has NaN or infinity.
     """
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    best = logits.max(axis=-1, keepdims=True)
+    if not np.isfinite(best).all():
+        raise not_finite()
+    shifted = logits - best
     totals = np.log(np.exp(shifted).sum(axis=-1, dtype=np.float64))
     own = (shifted[np.arange(len(tokens)), tokens] - totals).tolist()
     if not top:

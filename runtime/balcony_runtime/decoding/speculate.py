@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from balcony_edge.device.costs import CostModel
+from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.policy import Made, Probing, Turn
 from balcony_runtime.decoding.sampling import Sampler
@@ -122,6 +123,8 @@ class Speculator:
         sequence.run_balcony(planned.exit_layer, sequence.length)  # rows that plain steps left pending
         backlog_ns = time.perf_counter_ns() - backlog_ns
         outcome = run_round(sequence, turn.ids, turn.sampler, planned)
+        if outcome is None:
+            return None
         self.learn(planned, outcome.kept, (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6)
         return Made(
             [np.array([token], np.int64) for token in outcome.tokens],
@@ -193,8 +196,10 @@ def _further_ms(costs: CostModel, rows: tuple[int, ...], context_length: int) ->
     return sum(one.pass_ms(1 + more, context_length) - one.pass_ms(1, context_length) for one, more in pairs)
 
 
-def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: DraftRound) -> Outcome:
+def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: DraftRound) -> Outcome | None:
     """Draft tokens, check them, keep the prefix that the full depth agrees with, and roll back the rest.
+
+    None if no draft can be made (a balcony's logits are NaN, or the structure has no token there): a plain step follows.
 
     Args:
         sequence: sequence of one member, without pending rows at the draft's exit. Rows that the previous round's rollback
@@ -206,10 +211,14 @@ def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned:
     begin, drafter = sequence.length, sampler.fork()
     sequence.checkpoint()
     token, drafts = ids, []
-    for _ in range(planned.drafts):
-        proposal = drafter.propose(sequence.step(planned.exit_layer, token)[0])
-        drafts.append(proposal)
-        token = np.array([proposal.token], np.int64)
+    try:
+        for _ in range(planned.drafts):
+            proposal = drafter.propose(sequence.step(planned.exit_layer, token)[0])
+            drafts.append(proposal)
+            token = np.array([proposal.token], np.int64)
+    except InputError:
+        sequence.rollback(begin)
+        return None
     logits = sequence.advance(sequence.exits[-1], token[:, None], num_logits=planned.drafts + 1)[0]  # (g + 1, V)
     tokens: list[int] = []
     for proposal, row in zip(drafts, logits, strict=False):

@@ -107,12 +107,14 @@ class Scheduler:
             if not self._pool_made:
                 self._pool_made = True
                 self._pool = SequencePool.of(self._engine, MEMBERS, self.files, self._bounds.kept_bytes)
+                if self._pool is None and self.files is not None:
+                    _log.warning("prefix_directory: replies of this engine share no rows, so nothing is kept there")
         return self._pool
 
     @property
     def _all(self) -> tuple[Stream, ...]:
         """All streams; the collector may end one in any thread, also while this one looks at them."""
-        return tuple(self._streams.values())
+        return tuple(list(self._streams.values()))  # noqa: C414 - tuple() alone may begin a collection in the middle
 
     def close(self) -> None:
         """Write what ended sequences have to the files."""

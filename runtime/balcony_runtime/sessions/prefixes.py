@@ -103,7 +103,8 @@ class PrefixFiles:
             InputError: the file cannot be written.
         """
         tokens = sequence.tokens[0, : sequence.stage_cursor[0]]  # those of an end that was forced never ran
-        if self.longest(tokens, float("inf"))[1] == len(tokens):
+        path, shared = self.longest(tokens, self._most_bytes)  # larger files are never read
+        if path is not None and shared == len(tokens) and path.exists():
             return
         name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
         path = self.directory / f"{self._begin}{name}{SUFFIX}"

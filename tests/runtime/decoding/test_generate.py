@@ -232,6 +232,42 @@ def test_a_batch_on_an_engine_that_shares_no_passes(tiny: Any, monkeypatch: pyte
         assert len(set(alone)) == 2, "each reply has its own budget"
 
 
+def test_a_reply_is_over_with_its_last_token(llm: LLM) -> None:
+    """Its place is free although nobody has asked for one token more."""
+    stream = llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True)
+    while next(stream).finish_reason is None:
+        pass
+    assert llm.pool is not None and llm.pool.in_use == 0 and stream.reply.finish_reason == "length"
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert stream.reply.finish_reason == "length"
+
+
+def test_a_sequence_serves_one_reply_at_a_time(llm: LLM, tiny: Any) -> None:
+    sequence = llm.engine.new_sequence()
+    first = llm.stream([1, 2, 3], sequence=sequence, max_new_tokens=9, ignore_eos=True)
+    next(first)
+    with pytest.raises(InputError, match="another reply still uses it: close that stream"):
+        next(llm.stream([1, 2, 3], sequence=sequence, max_new_tokens=9))
+    next(first)
+    first.close()
+    again = [token.id for token in llm.stream([1, 2, 3], sequence=sequence, max_new_tokens=4, ignore_eos=True)]
+    assert again == [token.id for token in llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True)]
+    with Engine.of(Bundle.open(tiny.path)) as other, pytest.raises(InputError, match="of another bundle or engine"):
+        next(llm.stream([1, 2, 3], sequence=other.new_sequence(), max_new_tokens=4))
+
+
+def test_options_that_a_prompt_cannot_use_are_refused(llm: LLM) -> None:
+    for options in ({"documents": [{"text": "a"}]}, {"chat_template_kwargs": {"a": 1}}, {"control_tokens": False}):
+        with pytest.raises(InputError, match="the prompt is token ids: give a text or messages"):
+            llm.stream([1, 2, 3], **options)
+    with (
+        llm.together() as replies,
+        pytest.raises(InputError, match="sequence, trace: not for replies that run together"),
+    ):
+        replies.add([1], sequence=llm.engine.new_sequence(), trace=None)
+
+
 def test_text_and_chat_prompts(llm: LLM) -> None:
     chat = llm.generate([{"role": "user", "content": "the fox"}], max_new_tokens=8)
     assert chat.text == llm.generate("the fox", max_new_tokens=8).text

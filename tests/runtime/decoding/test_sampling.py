@@ -296,3 +296,6 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert [token for token, _ in best] == [1, 3]
     assert best[0][1] == pytest.approx(np.log(0.5), abs=1e-6)
     assert log_probabilities(LOGITS[None], np.array([1]), 0)[1] == [()]
+    for odd in (np.nan, np.inf):
+        with pytest.raises(InputError, match="NaN or infinity"):
+            log_probabilities(np.where(np.arange(LOGITS.size) == 2, odd, LOGITS)[None], np.array([3]), 2)

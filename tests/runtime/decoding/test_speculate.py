@@ -121,11 +121,29 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
     made = [first]
     while len(made) < 10:
         outcome = run_round(sequence, np.array([made[-1]]), sampler, DraftRound(3, 3, 1.0, 1.0))
+        assert outcome is not None
         made += outcome.tokens
         assert sequence.length == len(prompt) + len(made) - 1  # the last token is not in the sequence yet
         assert 0 <= outcome.kept <= 3 and len(outcome.tokens) == outcome.kept + 1 == len(outcome.logits)
         assert sequence.stage_rows == (0, 0, 0)
     assert made[:10] == wanted
+
+
+def test_a_draft_that_fails_makes_way_for_a_plain_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A balcony's logits may overflow where the full depth's do not."""
+    prompt, engine = PROMPTS[5], llm.engine
+    wanted, sequence = plain(llm, prompt, 3), engine.new_sequence(max_length=64)
+    sequence.advance(5, prompt)
+    sampler, step = Sampler(SamplingParams(), np.array([prompt]), engine.manifest.model.vocab_size), sequence.step
+
+    def broken(exit_layer: int, ids: Any) -> Any:
+        logits = step(exit_layer, ids).copy()
+        return logits * np.nan if sequence.length == len(prompt) + 2 else logits
+
+    monkeypatch.setattr(sequence, "step", broken)
+    assert run_round(sequence, np.array([wanted[0]]), sampler, DraftRound(3, 3, 1.0, 1.0)) is None
+    assert sequence.length == len(prompt)
+    assert sequence.advance(5, wanted[:1])[0, -1].argmax() == wanted[1]
 
 
 def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any) -> None:
