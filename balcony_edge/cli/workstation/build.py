@@ -91,7 +91,9 @@ def build(
         require_writable_file(timing_cache, f"--timing-cache {timing_cache}", InputError, "name another place")
     capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
     there = Bundle.open(bundle, verify_hashes=False).manifest.engines.get(set_name(target, precision, operators))
-    rows = context_length or (there.context_length if there else default_context(bundle))
+    rows = context_length
+    if rows is None:
+        rows = there.context_length if there else default_context(bundle)
     batch = batch_size or (there.batch_size if there else 1)
     wanted = BuildOptions(target, precision, operators, rows, batch, block)
     builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}

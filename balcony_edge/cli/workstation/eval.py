@@ -40,7 +40,7 @@ def evaluate(
     text: Annotated[
         list[Path] | None, typer.Option(help='Text: JSON Lines with "text", .txt or .raw (WikiText); repeatable.')
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas.")] = None,
     data: Annotated[Path | None, typer.Option(help="Directory with the files of the offline tasks.")] = None,
     limit: Annotated[
         int | None,
