@@ -201,7 +201,11 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_a_finalizer_swallowed_counts(tmp_path: Path) -> None:
+def test_an_interrupt_that_a_finalizer_swallowed_counts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    # A shell starts jobs in the background with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     class Finalized:
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGINT)

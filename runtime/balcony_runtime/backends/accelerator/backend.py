@@ -14,7 +14,7 @@ from balcony_edge.errors import DeviceError, InputError
 from balcony_runtime.backends.accelerator.device import Device, Executor, Region
 from balcony_runtime.backends.accelerator.pool import DevicePool
 from balcony_runtime.backends.accelerator.state import DeviceState
-from balcony_runtime.backends.accelerator.workspace import Memory, Workspace
+from balcony_runtime.backends.accelerator.workspace import Regions, Workspace
 from balcony_runtime.backends.base import closed
 
 
@@ -36,9 +36,9 @@ class DeviceBackend(Closing):
         self.lock = threading.RLock()
         #: Memory of collected states and pools. The next state takes it, or frees it: a state may be collected in any thread,
         #: even during a capture.
-        self.returned: deque[Memory] = deque()
+        self.returned: deque[Regions] = deque()
         #: All memory in use and returned.
-        self.memories: weakref.WeakSet[Memory] = weakref.WeakSet()
+        self.memories: weakref.WeakSet[Regions] = weakref.WeakSet()
         self._closed = False
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 from balcony_edge.errors import DeviceError
 from balcony_runtime.backends.accelerator.device import ALIGNMENT, Launch, Region
 from balcony_runtime.backends.accelerator.state import DeviceState, exclusive
-from balcony_runtime.backends.accelerator.workspace import Graphs, Memory, Shared, Workspace, members_of
+from balcony_runtime.backends.accelerator.workspace import Graphs, Regions, Shared, Workspace, members_of
 from balcony_runtime.backends.base import FloatArray, IntArray, passes_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class _Pass:
                 self._run = self._backend.device.joined([self._backend.device.captured(launch)])
 
 
-class PoolMemory(Memory):
+class PoolMemory(Regions):
     """Memory of all members, and the programs of shared passes.
 
     Raises:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 512
 
 
-class Cache:
+class CacheRegions:
     """KV tensors of one graph.
 
     Args:
@@ -38,10 +38,10 @@ class Cache:
         self._names, self._sides = names, sides
         self.side = 0
 
-    def of(self, first: int, count: int) -> Cache:
+    def of(self, first: int, count: int) -> CacheRegions:
         """The same memory for some neighbouring members."""
         parts = [[members_of(region, first, count) for region in side] for side in self._sides]
-        return Cache(self._names, parts)
+        return CacheRegions(self._names, parts)
 
     def tensors(self) -> dict[str, Region]:
         """Past and present tensors of the next pass."""
@@ -67,7 +67,7 @@ def members_of(region: Region, first: int, count: int) -> Region:
     return region.part(first * math.prod(region.shape[1:]), (count, *region.shape[1:]))
 
 
-class Step(NamedTuple):
+class StepRegions(NamedTuple):
     """Regions of a decode step of B members, whose program reads and writes the same ones every time.
 
     Attributes:
@@ -97,7 +97,7 @@ class Graph(NamedTuple):
 
     name: str
     step: dict[str, Region]
-    cache: Cache | None = None
+    cache: CacheRegions | None = None
 
     @property
     def side(self) -> int:
@@ -114,7 +114,7 @@ class Graphs(NamedTuple):
     head: Graph
 
     @classmethod
-    def over(cls, manifest: Manifest, step: Step, caches: Mapping[str, Cache]) -> Self:
+    def over(cls, manifest: Manifest, step: StepRegions, caches: Mapping[str, CacheRegions]) -> Self:
         """The graphs over a step's regions and these caches."""
         stages, exits, before = [], [], 0
         for stage, layer in enumerate(manifest.exit_layers):
@@ -131,7 +131,7 @@ class Graphs(NamedTuple):
         return cls(embed, stages, exits, head)
 
     @property
-    def caches(self) -> list[Cache]:
+    def caches(self) -> list[CacheRegions]:
         """All caches."""
         return [graph.cache for graph in (*self.stages, *self.exits) if graph.cache is not None]
 
@@ -140,7 +140,7 @@ class Graphs(NamedTuple):
         return [self.embed, *self.stages[: exit_index + 1], self.exits[exit_index], self.head]
 
 
-class Memory:
+class Regions:
     """Regions that are freed together; the device's programs over them go first."""
 
     def __init__(self, backend: DeviceBackend) -> None:
@@ -157,14 +157,14 @@ class Memory:
         """One row of each member, (B, 1, D)."""
         return self.allocate((batch_size, 1, self._backend.manifest.model.hidden_size), self._backend.row_dtype)
 
-    def new_step(self, batch_size: int) -> Step:
+    def new_step(self, batch_size: int) -> StepRegions:
         """Regions of a decode step."""
         model, dtype = self._backend.manifest.model, self._backend.row_dtype
         boundaries, shape = 1 + len(self._backend.manifest.exit_layers), (batch_size, 1, model.hidden_size)
         size = ITEM_BYTES[dtype]
         distance = -(-math.prod(shape) * size // ALIGNMENT) * ALIGNMENT // size
         rows = self.allocate((boundaries, distance), dtype)
-        return Step(
+        return StepRegions(
             tuple(rows.part(boundary * distance, shape) for boundary in range(boundaries)),
             hidden=self.new_row(batch_size),
             logits=self.allocate((batch_size, 1, model.vocab_size), "float32"),
@@ -182,14 +182,14 @@ class Memory:
         rows = min(MAX_ROWS, self._backend.engines.context_length)
         return self.allocate((batch_size, rows, self._backend.manifest.model.hidden_size), self._backend.row_dtype)
 
-    def new_caches(self, batch_size: int) -> dict[str, Cache]:
+    def new_caches(self, batch_size: int) -> dict[str, CacheRegions]:
         """Graph → its KV cache at full length."""
         made, sides = {}, 1 if self._backend.executor.in_place else 2
         for name, graph in self._backend.engines.graphs.items():
             pasts = [tensor for tensor in graph.inputs if tensor.name.startswith("past_")]
             shapes = [(batch_size, *(dim for dim in tensor.shape if isinstance(dim, int))) for tensor in pasts]
             if pasts and name != "backbone":
-                made[name] = Cache(
+                made[name] = CacheRegions(
                     [tensor.name for tensor in pasts],
                     [[self.allocate(s, t.dtype) for s, t in zip(shapes, pasts, strict=True)] for _ in range(sides)],
                 )
@@ -225,13 +225,13 @@ class Shared(NamedTuple):
         captured: graph without a cache → its launch over the step, captured for the first member.
     """
 
-    caches: dict[str, Cache]
-    step: Step
+    caches: dict[str, CacheRegions]
+    step: StepRegions
     scratch: list[Region]
     captured: dict[str, Launch]
 
 
-class Workspace(Memory):
+class Workspace(Regions):
     """Memory of one sequence at full length, and its decode step. Later sequences use it again.
 
     Args:
@@ -302,19 +302,19 @@ class Workspace(Memory):
             tensors = {**tensors, "start": self.step.start, **graph.cache.tensors()}
         return self._backend.executor.prepare(graph.name, tensors, to_capture=to_capture)
 
-    def keep(self, step: Step, member: int, row: int, boundaries: slice) -> None:
+    def keep(self, step: StepRegions, member: int, row: int, boundaries: slice) -> None:
         """Store a member's rows of a step at boundaries of this sequence, which has one member."""
         made, kept = self._ends(step, member, row, boundaries.start)
         distances = step.rows[1].pointer - step.rows[0].pointer, self.rows[0].nbytes
         count = boundaries.stop - boundaries.start
         self._device.copy(kept.pointer, distances[1], made.pointer, distances[0], made.nbytes, count)
 
-    def place(self, step: Step, member: int, row: int, boundary: int) -> None:
+    def place(self, step: StepRegions, member: int, row: int, boundary: int) -> None:
         """Make a row of this sequence that of a member in a step."""
         made, kept = self._ends(step, member, row, boundary)
         self._device.copy(made.pointer, made.nbytes, kept.pointer, kept.nbytes, made.nbytes, 1)
 
-    def _ends(self, step: Step, member: int, row: int, boundary: int) -> tuple[Region, Region]:
+    def _ends(self, step: StepRegions, member: int, row: int, boundary: int) -> tuple[Region, Region]:
         """Where a row lies in a step, and where it is kept."""
         made = members_of(step.rows[boundary], member, 1)
         return made, self.rows[boundary].part(row * made.shape[2], made.shape)
