@@ -14,7 +14,6 @@ import torch
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.governor import TICK_S
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
@@ -25,9 +24,7 @@ from balcony_runtime.decoding import loop as decode_module
 from balcony_runtime.decoding.loop import Decoder, Environment
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
-from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
-from balcony_runtime.text import TextCodec
 
 
 def hf_greedy(exported: Any, ids: list[int], count: int) -> list[int]:
@@ -193,79 +190,6 @@ def test_sampling_is_reproducible(llm: LLM) -> None:
         return [token.id for token in llm.stream([3, 4], max_new_tokens=20, sampling=sampling, ignore_eos=True)]
 
     assert draw(1) == draw(1) != draw(2)
-
-
-def test_a_batch_of_any_lengths_and_a_budget_for_each(llm: LLM) -> None:
-    prompts = [[1, 2, 3], [4, 5], [200, 7, 30, 8, 9]]
-    budgets = [Budget(exit_layer=2), None, Budget(exit_layer=3)]
-    together = llm.generate_batch(prompts, max_new_tokens=16, budget=budgets)
-    alone = [llm.generate(one, max_new_tokens=16, budget=own).text for one, own in zip(prompts, budgets, strict=True)]
-    assert together == alone
-    assert len(set(alone)) == 3
-    with pytest.raises(InputError, match="budget: 1 for 2 prompts: give one for all, or one for each"):
-        llm.generate_batch([[1], [1, 2]], max_new_tokens=2, budget=[None])
-    with pytest.raises(InputError, match="no messages were given"):
-        llm.generate_batch([[1], []], max_new_tokens=2)
-
-
-def test_a_batch_on_an_engine_that_shares_no_passes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of one length and one budget run in lockstep; others take turns."""
-    with Engine.of(Bundle.open(tiny.path).portable()) as engine:
-        llm = LLM(engine, TextCodec(Bundle.open(tiny.path)), Budget())
-        prompts = [[1, 2, 3], [4, 5, 6], [200, 7, 30]]
-        together = llm.generate_batch(prompts, max_new_tokens=16)
-        assert together == [llm.generate(prompt, max_new_tokens=16).text for prompt in prompts]
-        seeded = SamplingParams(temperature=1.0, seed=7)
-        drawn = llm.generate_batch(prompts, max_new_tokens=16, sampling=seeded)
-        assert drawn == [llm.generate(prompt, max_new_tokens=16, sampling=seeded).text for prompt in prompts]
-        monkeypatch.setattr(LLM, "_in_lockstep", None)
-        monkeypatch.setattr(engine.backend, "most_members", 2)
-        assert llm.generate_batch(prompts, max_new_tokens=16) == together
-        for others, budgets in (
-            ([[1], [1, 2]], [None, None]),
-            ([[1, 2], [1, 2]], [Budget(exit_layer=2), Budget(exit_layer=5)]),
-        ):
-            alone = [
-                llm.generate(one, max_new_tokens=16, budget=own).text for one, own in zip(others, budgets, strict=True)
-            ]
-            assert llm.generate_batch(others, max_new_tokens=16, budget=budgets) == alone
-        assert len(set(alone)) == 2, "each reply has its own budget"
-
-
-def test_a_reply_is_over_with_its_last_token(llm: LLM) -> None:
-    """Its place is free although nobody has asked for one token more."""
-    stream = llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True)
-    while next(stream).finish_reason is None:
-        pass
-    assert llm.pool is not None and llm.pool.in_use == 0 and stream.reply.finish_reason == "length"
-    with pytest.raises(StopIteration):
-        next(stream)
-    assert stream.reply.finish_reason == "length"
-
-
-def test_a_sequence_serves_one_reply_at_a_time(llm: LLM, tiny: Any) -> None:
-    sequence = llm.engine.new_sequence()
-    first = llm.stream([1, 2, 3], sequence=sequence, max_new_tokens=9, ignore_eos=True)
-    next(first)
-    with pytest.raises(InputError, match="another reply still uses it: close that stream"):
-        next(llm.stream([1, 2, 3], sequence=sequence, max_new_tokens=9))
-    next(first)
-    first.close()
-    again = [token.id for token in llm.stream([1, 2, 3], sequence=sequence, max_new_tokens=4, ignore_eos=True)]
-    assert again == [token.id for token in llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True)]
-    with Engine.of(Bundle.open(tiny.path)) as other, pytest.raises(InputError, match="of another bundle or engine"):
-        next(llm.stream([1, 2, 3], sequence=other.new_sequence(), max_new_tokens=4))
-
-
-def test_options_that_a_prompt_cannot_use_are_refused(llm: LLM) -> None:
-    for options in ({"documents": [{"text": "a"}]}, {"chat_template_kwargs": {"a": 1}}, {"control_tokens": False}):
-        with pytest.raises(InputError, match="the prompt is token ids: give a text or messages"):
-            llm.stream([1, 2, 3], **options)
-    with (
-        llm.together() as replies,
-        pytest.raises(InputError, match="sequence, trace: not for replies that run together"),
-    ):
-        replies.add([1], sequence=llm.engine.new_sequence(), trace=None)
 
 
 def test_text_and_chat_prompts(llm: LLM) -> None:
