@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import InputError, MissingDependencyError, VerificationError
-from balcony_export.evaluate.scorer import BundleScorer, Scorer, ScoringRequest, TorchScorer
+from balcony_edge.errors import InputError, MissingDependencyError
+from balcony_export.evaluate.scorer import BundleScorer, Scorer, ScoringRequest, TorchScorer, not_finite
 from balcony_export.model.exits import ExitModel
 
 try:
@@ -86,9 +86,7 @@ class Sweep:
                 self.progress(block.request + 1, len(requests))
         for exit_layer, (total, _) in (item for found in sums.values() for item in found.items()):
             if not math.isfinite(total):
-                raise VerificationError(
-                    f"{self.scorer.name}: exit {exit_layer} gives logits that are not finite: train its balcony again"
-                )
+                raise not_finite(self.scorer.name, exit_layer)
         for key, found in sums.items():
             self._known[key] = {e: (float(total), bool(greedy)) for e, (total, greedy) in found.items()}
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import BundleError, InputError
+from balcony_edge.errors import BundleError, InputError, VerificationError
 from balcony_export.model.architecture import eos_ids, longest_context
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.backends.choose import DeviceName
@@ -45,6 +45,11 @@ class Block:
     request: int
     start: int
     logits: dict[int, torch.Tensor]  # exit layer → (n, V), float32
+
+
+def not_finite(name: str, exit_layer: int) -> VerificationError:
+    """The error for NaN or infinite logits of a scorer's exit."""
+    return VerificationError(f"{name}: exit {exit_layer} gives logits that are not finite: train its balcony again")
 
 
 class Scorer(Protocol):

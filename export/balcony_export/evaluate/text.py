@@ -19,10 +19,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.bundle.manifest import Estimate, TextQuality
-from balcony_edge.errors import InputError, VerificationError
+from balcony_edge.errors import InputError
 from balcony_export.data.corpus import start_tokens
 from balcony_export.data.documents import read_documents, require_two_tokens
-from balcony_export.evaluate.scorer import Scorer, ScoringRequest
+from balcony_export.evaluate.scorer import Scorer, ScoringRequest, not_finite
 
 #: Tokens per window, unless the context is shorter: twice the rows that the shipped balconies were trained on.
 WINDOW = 1024
@@ -120,9 +120,7 @@ def evaluate_text(
             progress(min(begin + _WINDOWS, len(requests)) / len(requests))
     for exit_layer, found in sums.items():
         if not all(math.isfinite(c.nll) and math.isfinite(c.kl) for c in found.values()):
-            raise VerificationError(
-                f"{scorer.name}: exit {exit_layer} gives logits that are not finite: train its balcony again"
-            )
+            raise not_finite(scorer.name, exit_layer)
     return {e: _quality(list(found.values()), len(documents), size) for e, found in sums.items()}
 
 

@@ -138,11 +138,8 @@ def factors_of(moment: torch.Tensor, padding: int = 0) -> Factors:
     sizes[silent] = typical
     undamped, order = sizes.clone(), sizes.argsort(descending=True)
     moment = moment[order][:, order]
-    for damping in (
-        DAMPING,
-        10 * DAMPING,
-        100 * DAMPING,
-    ):  # repetitive text leaves directions that float32 cannot invert
+    # Repetitive text leaves directions that float32 cannot invert.
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
         damped = moment.clone()
         damped.diagonal().add_(damping * typical)
         with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]

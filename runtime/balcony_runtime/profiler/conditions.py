@@ -58,7 +58,7 @@ class ConditionWatch:
             governor=_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
             cpu_mhz=None if self._mhz is None or mhz is None else (self._mhz, mhz),
             celsius=None if self._celsius is None or celsius is None else (self._celsius, celsius),
-            throttled=True if self.throttled else False if known else None,
+            throttled=self.throttled or (False if known else None),
             notes=notes,
         )
 

@@ -130,7 +130,7 @@ class Gpus(NothingOpen):
             if driver in _DRIVERS:
                 chip = _chip(card / "device", driver)
                 memory_bytes = number_or_none(card / "device/mem_info_vram_total") or 0
-                inside = chip is not None and text_or_none(chip / "in1_label") == "vddnb"
+                inside = chip is not None and _is_inside_a_cpu(chip)
                 ranked.append(((inside, -memory_bytes, chip is None, index), (card, driver, chip)))
         found = [key for _, key in sorted(ranked, key=lambda entry: entry[0])]
         found += [(adreno, "kgsl", None) for adreno in numbered(self._root / "class/kgsl", "kgsl-3d")]
@@ -160,6 +160,11 @@ def _driver(device: Path) -> str:
         return ""
 
 
+def _is_inside_a_cpu(chip: Path) -> bool:
+    """Whether an AMD GPU has CPU cores next to it: only such chips measure the voltage of the northbridge."""
+    return text_or_none(chip / "in1_label") == "vddnb"
+
+
 def _chip(device: Path, name: str) -> Path | None:
     """The card's hwmon directory. i915 adds others for its parts (``i915_gt0``), which are counted in the card's."""
     chips = numbered(device / "hwmon", "hwmon")
@@ -182,9 +187,8 @@ def _amdgpu(card: Path, driver: str, chip: Path | None) -> _Gpu:
         (("utilization",), lambda _: (read_number(device / "gpu_busy_percent") / 100,)),
         (("memory_bytes", "memory_total_bytes"), lambda _: (read_number(used), read_number(total))),
     )
-    # Only chips with CPU cores measure the voltage of the northbridge, and the power of these includes the cores'.
-    whole_chip = text_or_none(hwmon / "in1_label") == "vddnb"
-    return _Gpu(f"{driver}:{card.name}", questions, _Shares(), device / "power/runtime_status", whole_chip)
+    # The power of a chip with CPU cores includes the cores'.
+    return _Gpu(f"{driver}:{card.name}", questions, _Shares(), device / "power/runtime_status", _is_inside_a_cpu(hwmon))
 
 
 def _intel(card: Path, driver: str, chip: Path | None) -> _Gpu:

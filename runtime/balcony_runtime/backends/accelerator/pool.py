@@ -95,7 +95,7 @@ class PoolMemory(Regions):
         graphs = Graphs.over(backend.manifest, self.step, self._caches)
         embed = graphs.embed._replace(step={"ids": self.step.ids, "hidden_0": self.taken})
         head = graphs.head._replace(step=graphs.head.step | {"hidden": self.asked})
-        self._graphs = {graph.name: graph for graph in (embed, *graphs.stages, *graphs.exits, head)}
+        self._graphs = {graph.name: graph for graph in graphs._replace(embed=embed, head=head).all}
 
     def workspace(self, member: int) -> Workspace:
         """Memory of one member, as a sequence uses it; made when it is needed."""
@@ -255,7 +255,8 @@ class DevicePool:
         for first, length, place in _runs(members):
             self._move(members_of(step.rows[0], first, length), members_of(self._memory.taken, place, length))
         for member, row in zip(members, rows, strict=True):
-            self.state(member).reached = row + 1
+            if (state := self._states[member]) is not None:
+                state.reached = row + 1
 
     def _run_stage(self, stage: int, first: int, count: int) -> None:
         self._run(f"stage_{stage}", first, count)

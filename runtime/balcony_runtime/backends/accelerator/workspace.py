@@ -131,9 +131,14 @@ class Graphs(NamedTuple):
         return cls(embed, stages, exits, head)
 
     @property
+    def all(self) -> list[Graph]:
+        """Every graph once."""
+        return [self.embed, *self.stages, *self.exits, self.head]
+
+    @property
     def caches(self) -> list[CacheRegions]:
         """All caches."""
-        return [graph.cache for graph in (*self.stages, *self.exits) if graph.cache is not None]
+        return [graph.cache for graph in self.all if graph.cache is not None]
 
     def path(self, exit_index: int) -> list[Graph]:
         """The graphs of a decode step at an exit."""
@@ -266,7 +271,7 @@ class Workspace(Regions):
         """Capture every graph of the decode step over a row that no sequence has; the first pass overwrites it."""
         in_place, graphs = self._backend.executor.in_place, self.graphs
         captured: dict[tuple[str, int], Launch] = {}
-        for graph in (graphs.embed, *graphs.stages, *graphs.exits, graphs.head):
+        for graph in graphs.all:
             for _ in range(1 if in_place or graph.cache is None else 2):
                 launch = same.get(graph.name)
                 if launch is None:
@@ -322,13 +327,15 @@ class Workspace(Regions):
     @property
     def memory_bytes(self) -> int:
         """Bytes of row buffers and KV caches."""
-        cached = [region for cache in self.graphs.caches for region in cache.regions()]
-        return sum(region.nbytes for region in (*self.rows, *cached))
+        return sum(region.nbytes for region in self._kept)
+
+    @property
+    def _kept(self) -> list[Region]:
+        return [*self.rows, *(region for cache in self.graphs.caches for region in cache.regions())]
 
     def clear(self) -> None:
         """Set caches and rows to zeros: NaN in a row that attention ignores would still reach its result (0 × NaN)."""
-        cached = [region for cache in self.graphs.caches for region in cache.regions()]
-        for region in (*self.rows, *cached):
+        for region in self._kept:
             self._device.clear(region)
 
     def forget_programs(self) -> None:
