@@ -267,10 +267,8 @@ class Requests:
     def _lent(self, tokens: Sequence[int], rows: int) -> Iterator[TokenSequence]:
         sequence = self.scheduler.new_sequence(tokens, rows)
         try:
-            yield sequence
-        except NotFiniteError:
-            sequence.rollback(0)  # no prompt begins with its rows, and its place is cleared
-            raise
+            with _emptied_after_nan(sequence):
+                yield sequence
         finally:
             self.scheduler.free(sequence)
 
@@ -321,10 +319,8 @@ class Requests:
             raise InputError("sequence: another reply still uses it: close that stream, or read it to its end")
         self._continuing.add(sequence)
         try:
-            yield
-        except NotFiniteError:
-            sequence.rollback(0)
-            raise
+            with _emptied_after_nan(sequence):
+                yield
         finally:
             self._continuing.discard(sequence)
 
@@ -391,3 +387,13 @@ def _structure(params: SamplingParams, box: Toolbox | None) -> Structure | None:
         raise InputError(f"sampling = {params!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
     asked = structure_of(json_schema=params.json_schema, regex=params.regex, grammar=params.grammar)
     return asked if box is None else box.structure(asked)
+
+
+@contextlib.contextmanager
+def _emptied_after_nan(sequence: TokenSequence) -> Iterator[None]:
+    """Leave a sequence without rows after NaN: no prompt begins with them, and its place in a pool is cleared."""
+    try:
+        yield
+    except NotFiniteError:
+        sequence.rollback(0)
+        raise
