@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.errors import DeviceError
 from balcony_export.tensorrt.engine_set import make_graphs
 from balcony_export.tensorrt.graphs import Format
 from balcony_export.tensorrt.integers import Rounding
@@ -31,3 +33,21 @@ def write_graphs(
     with new_engine_directory(bundle.path, name) as directory:
         engines = make_graphs(bundle, directory, target, form, batch_size=batch_size, rounding=rounding)
         return record_engines(bundle.path, name, engines, directory)
+
+
+@contextlib.contextmanager
+def memory_for(device: Any, count: int) -> Iterator[list[Any]]:
+    """A context in which a device has memory for so many more regions; gives the shapes of those that were allocated."""
+    allocate, taken = device.allocate, list[Any]()
+
+    def allocated(shape: Any, dtype: Any) -> Any:
+        if len(taken) == count:
+            raise DeviceError("out of memory")
+        taken.append(shape)
+        return allocate(shape, dtype)
+
+    device.allocate = allocated
+    try:
+        yield taken
+    finally:
+        device.allocate = allocate

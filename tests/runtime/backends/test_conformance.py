@@ -28,7 +28,7 @@ from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime import engine as engine_module
 from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, Builder
 from balcony_runtime.engine import Engine
-from tests.support.engine_sets import build_engines
+from tests.support.engine_sets import build_engines, memory_for
 from tests.support.properties import examples
 from tests.support.schedules import actions, assert_equal, from_scratch, play
 
@@ -305,18 +305,8 @@ def test_device_memory_goes_back_with_the_sequence(with_engine_sets: Callable[[s
         twice = held()
         assert fresh < twice < 2.5 * fresh
         # The memory of a state whose allocation failed half-way is freed as well.
-        allocate, taken = device.allocate, []
-
-        def full(shape: Any, dtype: Any) -> Any:
-            if len(taken) == 10:
-                raise DeviceError("out of memory")
-            taken.append(shape)
-            return allocate(shape, dtype)
-
-        device.allocate = full
-        with pytest.raises(DeviceError, match="out of memory"):
+        with memory_for(device, 10) as taken, pytest.raises(DeviceError, match="out of memory"):
             engine.new_sequence(max_length=64)
-        device.allocate = allocate
         assert len(taken) == 10 and held() == twice
     del left  # after the backend has closed there is nothing left to free
 

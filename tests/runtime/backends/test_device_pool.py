@@ -24,6 +24,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
 from tests.runtime.backends.test_conformance import BACKENDS, NEEDS
+from tests.support.engine_sets import memory_for
 from tests.support.pools import MEMBERS, actions, check_step, new_pool, play
 from tests.support.properties import examples
 from tests.support.schedules import assert_equal, from_scratch
@@ -302,16 +303,8 @@ def test_memory_goes_back_with_the_last_user(with_engine_sets: Callable[[str], B
         again.state(0).embed(np.arange(7)[None], 3)
         assert again.state(0).memory_bytes == again._memory.workspace(0).memory_bytes * 10 // 256
         # Where the memory does not suffice, what was taken is given back.
-        taken, allocate, after = [], device.allocate, held()
-
-        def full(shape: Any, dtype: Any) -> Any:
-            if len(taken) == 12:
-                raise DeviceError("out of memory")
-            taken.append(shape)
-            return allocate(shape, dtype)
-
-        device.allocate = full
-        with pytest.raises(DeviceError, match="out of memory"):
+        after = held()
+        with memory_for(device, 12), pytest.raises(DeviceError, match="out of memory"):
             backend.new_pool(MEMBERS, 256)
         assert held() == after
 
