@@ -67,7 +67,9 @@ test: $(READY)
 ON_GPU := cuda state tensorrt workspace
 test-device: $(READY)
 	$(BIN)/python -m pytest -m 'not deep' tests/cli tests/core tests/runtime tests/serve --cov --cov-report=term-missing:skip-covered
-	for each in $(ON_GPU); do $(BIN)/python -m coverage report --include="*/backends/accelerator/$$each.py" --fail-under=95 || exit 1; done
+	@if command -v cc > /dev/null; then \
+		for each in $(ON_GPU); do $(BIN)/python -m coverage report --include="*/backends/accelerator/$$each.py" --fail-under=95 || exit 1; done; \
+	else echo "no C compiler (cc): the stand-in for CUDA did not run, and the coverage of its code is not checked"; fi
 
 # Without coverage, which would add a third to the time of these tests and one point to the 93 % of the others.
 test-export: $(READY)
