@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -79,8 +79,12 @@ class Together(Closing):
             raise InputError(f"{', '.join(sorted(given))}: not for replies that run together: use LLM.stream")
         return self._requests.of(prompt, **options)
 
-    def begin(self, request: Request) -> TokenStream:
+    def begin(self, request: Request, on_admitted: Callable[[], None] | None = None) -> TokenStream:
         """Begin a reply that was prepared.
+
+        Args:
+            request: the reply.
+            on_admitted: called when the reply need not wait for others any more; it must be quick.
 
         Raises:
             BusyError: too many replies wait already.
@@ -88,6 +92,7 @@ class Together(Closing):
         steps, asked_s = deque[Step | Exception](), request.begun_s()
         with ExitStack() as held:
             decoder, stream = held.enter_context(_joined(self._requests, request, asked_s))
+            stream.on_admitted = on_admitted
             tokens = TokenStream(self._requests.told(request, _taken(steps), decoder), request)
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
         self._scheduler.ask(stream, asked_s)

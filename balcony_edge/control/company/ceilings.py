@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from balcony_edge.budget import Budget, Rail
+from balcony_edge.control.governor import slowest_tps
 
 #: Ceilings of which the lowest holds, and the one of which the highest holds.
 _LOWEST = (
@@ -60,12 +61,16 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
         del kept["temperature_c"]  # the critical temperature of another budget is below it and acts first
     if any(budget.priority == "latency" for budget in budgets):
         kept["priority"] = "latency"
-    paces = [budget.min_pace_tps for budget in budgets if budget.min_pace_tps is not None]
     if any(not budget.pacing for budget in budgets):
         kept["pacing"] = False
-    elif paces:
-        kept["min_pace_tps"] = max(paces)
+    elif any(budget.min_pace_tps is not None for budget in budgets):
+        kept["min_pace_tps"] = max(map(slowest_tps, budgets))
     return Budget.model_validate(kept)
+
+
+def longest_pause_s(budgets: Sequence[Budget]) -> float:
+    """Longest time between two rounds that the ceilings of these budgets may ask for; 0 without any."""
+    return 1 / max(map(slowest_tps, budgets)) if any(budget.needs_sensors for budget in budgets) else 0.0
 
 
 def left_out(budget: Budget, ceilings: Budget) -> str | None:

@@ -245,7 +245,8 @@ class Decoder:
         self._take_up(budget)
         latest = self._learned.state
         if latest is not self._latest:  # the slow loop is the device's: others have gone on with it
-            self._state = self._state._replace(governor=latest.governor)
+            # Until its first token, so is what they have learned.
+            self._state = self._state._replace(governor=latest.governor) if self._made else latest.for_next_reply()
             if self._environment.trace is not None:
                 self._environment.trace.begin(self._state)
         if costs is not None and costs is not self._costs:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from balcony_edge.control.company.ceilings import longest_pause_s
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.seen import CompanyState, LearnedAlone, RoundSeen, StreamSeen
 from balcony_edge.control.company.waiting import MOST_OVERTAKEN, in_order, overtakes
@@ -87,13 +88,14 @@ class Scheduler:
         self._running: Sequence[Stream] = ()
         self._company: frozenset[int] = frozenset()  # streams of the last round
         self._changes = 0  # how often a stream has begun, or a sequence has been given back
-        self._lent: dict[TokenSequence, int] = {}  # sequences of new_sequence → changes at the last look for rows
+        self._lent: dict[TokenSequence, int] = {}  # sequences of new_sequence → changes at the second look for rows
         self._controller: JointController | None = None
         self._priced: CostModel | None = None
         self._state = CompanyState()
         self._last: Measurement | None = None
         self._told: ControllerState | None = None  # what the last round has left in learned
-        self._not_before_s = self._idle_s = 0.0  # idle: until somebody is due, if nobody was in the last round
+        self._done_s = self._wait_s = 0.0  # end of the last round, and the pause after it
+        self._idle_s = 0.0  # until somebody is due, if nobody was in the last round
         self._trace: RoundTraceWriter | None = None
         self._recorded: RoundTraceWriter | None = None  # the trace from the next round on
         self._pool: SequencePool | None = None
@@ -126,11 +128,9 @@ class Scheduler:
 
         It shares passes with others if the engine can do that and there is room for it, now or when its prompt begins to run.
         """
-        changes, pool = self._changes, self.pool
-        sequence = None if pool is None else pool.take(tokens)
-        if sequence is None:
+        if (pool := self.pool) is None or (sequence := pool.take(tokens)) is None:
             sequence = self._engine.new_sequence(max_length=rows if pool is None else None)
-        self._lent[sequence] = changes
+        self._lent[sequence] = -1
         return sequence
 
     def free(self, sequence: TokenSequence) -> None:
@@ -319,7 +319,7 @@ class Scheduler:
             with stream.isolated():
                 reason = "a reply that has waited for longer is next: wait" if held else self._refusal(stream)
                 if reason is None:
-                    stream.admitted = True
+                    stream.admit()
                     overtakes(stream, (other for other in waiting if other.waits))
                     return True
                 if stream.decoder.budget.on_infeasible == "error":
@@ -396,7 +396,8 @@ class Scheduler:
                     stream.fail(error)
 
     def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
-        if (pause_s := self._not_before_s - time.monotonic()) > 0:
+        longest_s = longest_pause_s([one.decoder.budget for one in self._all])  # of those who are here now
+        if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
             time.sleep(min(pause_s, NAP_S))
             return
         controller = self._joint()
@@ -444,7 +445,7 @@ class Scheduler:
                 steps = stream.decoder.take(row, decision, waited_ms, (seen.readings, seen.now_s))
                 stream.decoder.follow(decision.exit_layer, state.slowdown, state.governor)
                 stream.answer(steps)
-        self._not_before_s = now_s + found.wait_ms / 1000
+        self._done_s, self._wait_s = now_s, found.wait_ms / 1000
 
     def _joint(self) -> JointController:
         costs = self._costs()

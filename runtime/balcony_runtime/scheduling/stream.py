@@ -48,6 +48,7 @@ class Stream:
         asks: whether it waits for its next token.
         admitted: whether it takes part in rounds.
         overtaken: number of later requests that began while it waited.
+        on_admitted: called when it is admitted, while the scheduler is locked.
     """
 
     def __init__(
@@ -58,8 +59,15 @@ class Stream:
         self.asks = False
         self.admitted = False
         self.overtaken = 0
+        self.on_admitted: Callable[[], None] | None = None
         self._found: list[Step] = []
         self._error: BaseException | None = None
+
+    def admit(self) -> None:
+        """Let it take part in rounds."""
+        self.admitted = True
+        if self.on_admitted is not None:
+            self.on_admitted()
 
     @property
     def waits(self) -> bool:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.ceilings import merged_ceilings
+from balcony_edge.control.company.ceilings import longest_pause_s, merged_ceilings
 from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import CompanyState, LearnedAlone, StreamState
 from balcony_edge.control.governor import Governor
@@ -203,3 +203,12 @@ def test_a_critical_temperature_ends_the_streams_that_name_it() -> None:
     _, found = decided([stream(key, one) for key, one in enumerate(limits)], readings=hot)
     assert [key for key, _ in found.refused] == [0]
     assert "critical_temperature_c = 90: the hottest sensor is at 95 °C" in found.refused[0][1]
+
+
+def test_a_token_a_second_is_left_also_where_nobody_names_it() -> None:
+    slow, plain = Budget(power_w=3.0, min_pace_tps=0.05), Budget(tpot_ms=50.0)
+    assert merged_ceilings([slow, plain]).min_pace_tps == 1.0
+    assert merged_ceilings([slow, Budget(min_pace_tps=0.2), Budget(max_pace_tps=0.1)]).min_pace_tps == 0.2
+    assert longest_pause_s([slow]) == 20.0
+    assert longest_pause_s([slow, plain]) == 1.0
+    assert longest_pause_s([plain, Budget(max_pace_tps=0.1)]) == 0.0, "no ceiling, no pause"

@@ -170,3 +170,17 @@ def test_rows_of_a_prompt_in_front_of_its_balcony_come_in_portions_too() -> None
     assert exits(found) == {0: 8} or 0 in exits(found)
     assert found.chunk is not None and found.chunk.rows > 1
     assert found.chunk == Chunk(1, 0, found.chunk.rows, balcony=True)
+
+
+@pytest.mark.parametrize("tpot_ms", [None, 30.0])
+def test_a_deadline_that_has_passed_leaves_a_prompt_its_rows(tpot_ms: float | None) -> None:
+    """Who is too late goes on next to the prompt, which gets as many rows as next to anybody else."""
+    over = stream(1, Budget(deadline_s=2.0, expected_tokens=50, tpot_ms=tpot_ms), started_s=0.0)
+    rows = {"made_tokens": 0, "stage_rows": (5000,) * 3, "balcony_rows": (5000, 5000, 1), "context_length": 4999}
+    prompt = stream(2, Budget(), started_s=9.9, **rows)
+    state, _ = decided([over, prompt])
+    assert not state.streams[1].met
+    _, found = decided([over, prompt], state)
+    _, next_to_any = decided([stream(1, Budget()), prompt])
+    assert set(exits(found)) == {1} and found.chunk is not None and next_to_any.chunk is not None
+    assert found.chunk.key == 2 and found.chunk.rows >= 0.8 * next_to_any.chunk.rows > 10

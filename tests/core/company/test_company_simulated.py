@@ -126,3 +126,10 @@ def test_who_waits_for_a_place_does_not_stop_the_clock() -> None:
     first, second = simulate_company(DEMO, [paced, paced], quality=(1, 1, 1, 1), most_streams=1, log=counted)
     assert all(gap == pytest.approx(100, rel=0.3) for gap in first.gaps_ms[1:])
     assert second.gaps_ms[0] > 300 and len(second.exits) == 4
+
+
+def test_late_tokens_are_counted() -> None:
+    budget = Budget(tpot_ms=0.01)
+    (one,) = streams = simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)], quality=QUALITY)
+    assert one.late_tokens == 39, "all but the first"
+    assert summary(streams, DEMO, QUALITY)["late_share"] == 1.0

@@ -238,3 +238,36 @@ def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch, tm
     begun = [found.price_ms for one, found in at_once if all(stream.made_tokens for stream in one.seen.streams)]
     # a step at the full depth takes 10 ms, and two that share it 10.75 ms; contexts add a little
     assert begun and all(price_ms == pytest.approx(10.75 + 3 * 10, rel=0.01) for price_ms in begun)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_late_tokens_count_for_the_joint_decision(llm: LLM, count: int) -> None:
+    """Alone and in rounds; the first token has no gap."""
+    llm.costs = PRICES
+    with llm.together() as replies:
+        for key in range(count):
+            replies.add([key, 2, 3], budget=Budget(tpot_ms=0.001), max_new_tokens=9, ignore_eos=True)
+        streams = list(llm._requests.scheduler._streams.values())
+        while not all(one.decoder.begun and one.decoder.seen(0, 0.0).made_tokens >= 5 for one in streams):
+            replies.step()
+        for one in streams:
+            seen = one.decoder.seen(0, 0.0)
+            assert seen.late == seen.made_tokens - 1
+
+
+def test_a_reply_that_waited_begins_with_what_others_have_learned_meanwhile(llm: LLM) -> None:
+    llm.costs = PRICES
+    room_for(llm, 60)
+    with llm.together() as replies:
+        first = replies.add([1], budget=Budget(tpot_ms=50.0), max_new_tokens=50, ignore_eos=True)
+        waits = replies.add([2], budget=Budget(tpot_ms=50.0), max_new_tokens=50, ignore_eos=True)
+        while not first.reply.tokens:
+            replies.step()
+        assert not waits.reply.tokens
+        first.cancel()
+        state = llm._learned.state
+        llm._learned.state = state._replace(slowdown=state.slowdown._replace(mean=2.0, variance=1e-4))
+        while not waits.reply.tokens:
+            replies.step()
+        decision = waits.reply.tokens[0].decision
+        assert decision.predicted_ms > 5 * decision.price_ms > 0

@@ -479,3 +479,18 @@ def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatc
         pool.look_again(waits, ())
     assert waits.tokens[0].tolist() == [*prompt, 7]
     assert_equal(waits.advance(5, ()), from_scratch(tiny_engine, 5, np.array([[*prompt, 7]]), 1))
+
+
+def test_rows_of_a_reply_that_runs_at_the_moment_are_found_before_the_prompt_runs(llm: LLM) -> None:
+    """Its sequence is locked during its steps: another thread would rarely find it idle at its first look."""
+    prompt = list(range(100, 160))
+    first = llm.stream([*prompt, 1], max_new_tokens=60, ignore_eos=True)
+    next(first)
+    assert llm.pool is not None
+    (donor,) = (one for one in llm.pool._places if one.length > 60)
+    with first, llm.together() as replies:
+        with ThreadPoolExecutor(1) as threads, donor.lock:  # the lock is its thread's own
+            second = threads.submit(replies.add, [*prompt, 2], max_new_tokens=2).result(60)
+        while replies.open:
+            replies.step()
+    assert second.reply.cached_tokens == 60

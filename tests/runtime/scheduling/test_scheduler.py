@@ -363,7 +363,8 @@ def test_a_token_counts_the_time_for_which_it_waited(llm: LLM) -> None:
         time.sleep(0.2)
         while replies.open:
             replies.step()
-    assert stream.reply.tokens[0].latency_ms > 200 > stream.reply.tokens[1].latency_ms
+    first, second = (token.latency_ms for token in stream.reply.tokens)
+    assert first > 200 and first - second > 100  # the second may take long on a busy machine, and does not wait
     (verdict,) = stream.reply.verdicts
     assert verdict.key == "ttft_ms" and verdict.held is False
 

@@ -457,3 +457,16 @@ def test_a_plan_that_was_not_worth_it_is_not_made_for_every_token() -> None:
     assert plans == list(range(0, 2000, PLAN_TOKENS))
     probing.tokens = PROBE_TOKENS
     assert probing.is_worth(0.5), "after so long it is tried"
+
+
+def test_a_pause_ends_with_those_who_asked_for_it(llm: LLM) -> None:
+    """The others have no ceiling, or one that leaves a token a second."""
+    scheduler = llm._requests.scheduler
+    with llm.together() as replies:
+        two = [replies.add([key], **ENDLESS) for key in (1, 2)]
+        while not all(one.reply.tokens for one in two):
+            replies.step()
+        scheduler._done_s, scheduler._wait_s = time.monotonic(), 60.0  # as after a round with somebody who has gone
+        before = [len(one.reply.tokens) for one in two]
+        replies.step()
+        assert [len(one.reply.tokens) for one in two] != before
