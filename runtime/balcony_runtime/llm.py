@@ -22,16 +22,16 @@ from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.closing import Closing
 from balcony_edge.control.company.assignment import qualities
-from balcony_edge.control.observed import unseen
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BudgetError, InfeasibleError, InputError
+from balcony_edge.errors import BudgetError, InputError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned
 from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
+from balcony_runtime.on_demand import SensorsOnDemand
 from balcony_runtime.reply import Reply, TokenStream
 from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests, Surroundings
 from balcony_runtime.scheduling.admission import Bounds
@@ -45,11 +45,8 @@ from balcony_runtime.together import Together
 if TYPE_CHECKING:
     from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.trace import TraceWriter
-    from balcony_runtime.sensors import Sensors
 
 _log = logging.getLogger(__name__)
-#: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
-FIRST_READINGS_S = 1.0
 
 
 class LLM(Closing):
@@ -86,9 +83,7 @@ class LLM(Closing):
             prefix_mb, prefix_directory: what is kept of replies that have ended, as for :func:`balcony_edge.load`.
         """
         self.engine, self.codec = engine, codec
-        self._costs, self._ask_sensors = costs, readings
-        self._sensors: Sensors | None = None
-        self._sensors_lock, self._costs_lock = threading.Lock(), threading.Lock()
+        self._costs, self._costs_lock, self._sensors = costs, threading.Lock(), SensorsOnDemand(readings)
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
         around = Surroundings(
@@ -103,7 +98,7 @@ class LLM(Closing):
         try:
             self.budget = budget
         except BaseException:
-            self._close_sensors()
+            self._sensors.close()
             raise
 
     @classmethod
@@ -167,33 +162,12 @@ class LLM(Closing):
         if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
         if budget.needs_sensors:
-            self._check_seen(budget)
+            self._sensors.check(budget)
         return resolved
-
-    def _check_seen(self, budget: Budget) -> None:
-        """Warn of ceilings that no sensor of this device measures; raise if the budget asks for an error."""
-        starts, until_s = self._ask_sensors is None, time.monotonic() + FIRST_READINGS_S
-        while missing := unseen(budget, self.readings(), time.monotonic()):
-            if not starts or time.monotonic() >= until_s:
-                break
-            time.sleep(0.05)
-        if not missing:
-            return
-        asked = ", ".join(f"{key} = {getattr(budget, key):g}" for key in missing)
-        text = f"{asked}: no sensor of this device measures it (`balcony-edge doctor` says what is missing)"
-        if budget.on_infeasible == "error":
-            raise InfeasibleError(f"{text}: leave it out, or choose another on_infeasible")
-        _log.warning("%s: it is not held", text)
 
     def readings(self) -> tuple[Reading, ...]:
         """Latest reading of every sensor; the first call starts the device's sensors."""
-        with self._sensors_lock:
-            if self._ask_sensors is None:
-                from balcony_runtime.sensors import Sensors, device_sources  # noqa: PLC0415 - few budgets need them
-
-                self._sensors = Sensors(device_sources()).start()
-                self._ask_sensors = self._sensors.latest
-        return self._ask_sensors()
+        return self._sensors.latest()
 
     @property
     def costs(self) -> CostModel:
@@ -492,9 +466,5 @@ class LLM(Closing):
         try:
             self._requests.scheduler.close()
         finally:
-            self._close_sensors()
-            self.engine.close()
-
-    def _close_sensors(self) -> None:
-        if self._sensors is not None:
             self._sensors.close()
+            self.engine.close()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import jinja2
@@ -43,6 +44,8 @@ _OPEN, _CLOSE, _ALIAS = "\ue0c0", "\ue0c1", "\ue0c2"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_ALIAS}]")
 #: Tokens before another one that decide how it is spelled.
 CONTEXT_TOKENS = 8
+#: Characters from which texts are tokenized one at a time, since each takes some hundred bytes a token meanwhile.
+LARGE_TEXT = 100_000
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
@@ -64,6 +67,7 @@ class TextCodec:
             self._tokenizer.no_padding()
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
+        self._large = threading.Lock()
         self._literal: Tokenizer | None = None
         self._aliases: tuple[Tokenizer, dict[int, int]] | None = None
         self._names: dict[int, str] = {}
@@ -149,7 +153,7 @@ class TextCodec:
                         f"{next(iter(variables))} with a plain text: only a chat template shows it: give messages"
                     )
                 tokenizer = self._without_control_tokens() if control_tokens is False else self._tokenizer
-                return _some(tokenizer.encode(_unicode(prompt), add_special_tokens=add_special_tokens).ids)
+                return _some(self._ids(tokenizer, _unicode(prompt), special=add_special_tokens))
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
             raise InputError(f"prompt of type {type(prompt).__name__}: give a text, messages or token ids")
@@ -159,7 +163,7 @@ class TextCodec:
         if not self._knows_developer:  # OpenAI's newer name of the system: many templates drop what they do not know
             messages = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
         if control_tokens:
-            return _some(self._tokenizer.encode(self._render(messages, variables), add_special_tokens=False).ids)
+            return _some(self._ids(self._tokenizer, self._render(messages, variables)))
         return _some(self._encode_literally(messages, variables))
 
     def _variables(
@@ -191,7 +195,7 @@ class TextCodec:
             reverse=True,
         )
         if not names:
-            return list(self._tokenizer.encode(self._render(messages, variables), add_special_tokens=False).ids)
+            return self._ids(self._tokenizer, self._render(messages, variables))
         for role in {_MARKS.sub("", message["role"]) for message in messages} - _ROLES:
             if any(role in name for name in names):
                 raise InputError(
@@ -209,12 +213,18 @@ class TextCodec:
 
         text = self._render(hidden(messages), hidden(variables))
         if _OPEN not in text:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return self._ids(self._tokenizer, text)
         # In one piece: many tokenizers put a space before the first word of each text that they are given.
         tokenizer, own = self._aliased(names)
         text = spelled.sub(lambda found: f"{_ALIAS}{names.index(found[0])}{_CLOSE}", text)
         text = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: names[int(found[1])], text)
-        return [own.get(token, token) for token in tokenizer.encode(text, add_special_tokens=False).ids]
+        return [own.get(token, token) for token in self._ids(tokenizer, text)]
+
+    def _ids(self, tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+        # encode() keeps Python's lock, which the thread that makes tokens needs; encode_batch_fast() does not
+        with self._large if len(text) > LARGE_TEXT else nullcontext():
+            (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        return list(found.ids)
 
     def _aliased(self, names: Sequence[str]) -> tuple[Tokenizer, dict[int, int]]:
         """A tokenizer that knows control tokens by aliases only, and their own ids by those of the aliases."""
@@ -274,7 +284,7 @@ class TextCodec:
 
     def decode(self, tokens: Sequence[int], *, control_tokens: bool = False) -> str:
         """Text of tokens, with or without the names of control tokens."""
-        # decode() keeps Python's lock, which the thread that makes tokens needs; decode_batch() does not
+        # as for _ids()
         (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=not control_tokens)
         return str(text)
 

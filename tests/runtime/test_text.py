@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -411,3 +413,23 @@ def test_stop_strings_cut_as_if_the_text_were_whole(text: str, stops: list[str],
 def test_stop_strings_that_are_none(stops: Any) -> None:
     with pytest.raises(InputError, match="must be a list of non-empty strings"):
         StopStrings(stops)
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(codec: TextCodec) -> None:
+    """One that holds Python's lock would stop the thread that makes tokens."""
+    text, turns, done = "a balcony over the river " * 60_000, 0, threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not done.wait(0.001):
+            turns += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    begin = time.perf_counter()
+    tokens = codec.encode(text, chat=False)
+    took_s = time.perf_counter() - begin
+    done.set()
+    thread.join()
+    assert len(tokens) > 60_000 and turns > 20 * took_s
+    assert tokens[:40] == codec.encode(text[:1000], chat=False)[:40]

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -289,3 +290,28 @@ def test_busy_replies_are_told_when_to_come_again(stream: bool, http: httpx.Clie
         found = http.post(CHAT, json=HELLO | {"stream": stream})
     assert (found.status_code, found.headers["x-balcony-reason"]) == (429, "overloaded")
     assert found.json()["error"]["code"] == "overloaded" and int(found.headers["retry-after"]) >= 1
+
+
+def test_texts_that_are_tokenized_count_as_bodies(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, begun, gate = serve(limits=Limits(bodies_bytes=300_000)), threading.Event(), threading.Event()
+    encode = server.service.llm.encode
+
+    def slowly(*args: Any, **options: Any) -> list[int]:
+        begun.set()
+        gate.wait(20)
+        return encode(*args, **options)
+
+    def tokenize(characters: int) -> int:
+        body = {"content": "a" * characters}
+        return httpx.post(server.url + "/tokenize", json=body, timeout=60).status_code
+
+    monkeypatch.setattr(server.service.llm, "encode", slowly)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(tokenize, 200_000)
+        assert begun.wait(20)
+        assert tokenize(200_000) == 429
+        gate.set()
+        assert first.result() == 200
+    assert tokenize(200_000) == 200

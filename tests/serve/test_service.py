@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -12,20 +13,28 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import balcony_edge
+from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.company.round_trace import read_rounds, replay_rounds
 from balcony_edge.device.machine import cpu_name
 from balcony_edge.device.readings import Reading
-from balcony_runtime.serve.http.server import Server
+from balcony_runtime.reply import Token
+from balcony_runtime.scheduling.admission import row_bytes
+from balcony_runtime.serve.http.server import Server, Settings
+from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
+from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.service import Limits, Service
 from tests.serve.client import CHAT, HELLO, SLOW, connected, is_free, until
 from tests.support.command import COMMAND, refused
@@ -431,3 +440,89 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
 )
 def test_a_server_that_cannot_start_says_why(arguments: list[str], message: str, tmp_path: Path) -> None:
     refused(message, "serve", tmp_path, "--port", "0", *arguments)
+
+
+def test_seconds_are_seconds() -> None:
+    none: dict[str, Any] = dict.fromkeys(("running", "waiting", "pending", "slowdown"), lambda: 0.0)
+    metrics = Metrics((2, 5), kept={}, readings=tuple, **none)
+    given: dict[str, Any] = dict.fromkeys(Token._fields)
+    made = Token(**given | {"exit_layer": 5, "latency_ms": 20.0, "target_ms": 10.0, "forced": False})
+    metrics.token(made, first=True)
+    metrics.token(made, first=False)
+    cost = Cost(asked_s=1.0)
+    cost.earliest_first_s = cost.latest_first_s = 1.25
+    cost.gaps, cost.gaps_ms = 2, 60.0
+    metrics.reply("chat", "tiny", cost, 0.5, "")
+    sums = dict(re.findall(r"^(\w+_sum)(?:{.*})? (\S+)$", metrics.text().decode(), re.MULTILINE))
+    assert {name.removesuffix("_sum"): float(value) for name, value in sums.items()} == {
+        "balcony_token_gap_seconds": 0.02,
+        "gen_ai_server_time_to_first_token_seconds": 0.25,
+        "gen_ai_server_time_per_output_token_seconds": 0.03,
+        "gen_ai_server_request_duration_seconds": 0.5,
+    }
+
+
+def test_a_counter_that_comes_while_an_answer_runs_is_not_its_energy() -> None:
+    now_s = time.monotonic()
+    one = Reading("rapl:package-0", "cpu", now_s, watts=9.0, joules=100.0)
+    two = Reading("rapl:package-1", "cpu", now_s, watts=9.0, joules=5000.0)
+    seen = iter([(one,), (one, two), (one,), (dataclasses.replace(one, joules=103.0),)])
+    assert EnergyMeter(lambda: next(seen)).joules() == {}
+    assert EnergyMeter(lambda: next(seen)).joules() == {"cpu": 3.0}
+
+
+def test_a_reply_that_is_not_admitted_waits(serve: Callable[..., Server]) -> None:
+    """Memory for one reply: the other is in line, and its prompt's time begins when it is admitted."""
+    server = serve(name="tiny")
+    llm = server.service.llm
+    llm.budget = Budget(kv_memory_mb=250 * row_bytes(llm.engine.manifest) / 1e6)
+
+    def counted(name: str) -> float:
+        text = httpx.get(server.url + "/metrics", timeout=20).text
+        return float(re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)[0])
+
+    first = connected(server, SLOW)
+    until(lambda: counted("balcony_replies_running") == 1)
+    with ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(httpx.post, server.url + CHAT, json=HELLO | {"max_tokens": 200}, timeout=60)
+        until(lambda: counted("balcony_replies_waiting") == 1)
+        assert counted("balcony_replies_running") == 1
+        slots = httpx.get(server.url + "/slots", timeout=20).json()
+        assert [one["is_processing"] for one in slots] == [True, False]
+        time.sleep(0.3)
+        first.close()
+        answer = waits.result(60).json()
+    assert answer["balcony"]["ttft_ms"] > 300 > answer["timings"]["prompt_ms"]
+    until(lambda: is_free(server))
+
+
+def test_a_client_that_leaves_after_bytes_of_its_next_request_is_noticed(serve: Callable[..., Server]) -> None:
+    """Many clients by hand end a body with a line break; uvicorn stops to read there."""
+    server = serve(name="tiny")
+    for further in (b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        connection = connected(server, SLOW | {"stream": False})
+        until(lambda: server.service.slots)
+        connection.sendall(further)
+        time.sleep(0.2)
+        connection.close()
+        until(lambda: is_free(server), 2.0)  # the reply alone takes four seconds
+
+
+def test_a_server_that_is_stopped_while_it_loads_serves_nobody(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    def open_llm() -> balcony_edge.LLM:
+        loading.set()
+        assert go_on.wait(60)
+        return balcony_edge.load(tiny.path)
+
+    server = Server(open_llm, Settings(port=0))
+    with caplog.at_level(logging.INFO):
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        assert loading.wait(60)
+        server.stop()
+        go_on.set()
+        thread.join(60)
+    assert not thread.is_alive() and not server.ready
+    assert not [record for record in caplog.records if record.getMessage().startswith("ready")]

@@ -108,6 +108,10 @@ def serve(
     blank = os.environ.get("BALCONY_EDGE_API_KEY") == "" if api_key is None else not api_key.strip()
     if blank:
         raise InputError("--api-key or BALCONY_EDGE_API_KEY: is empty: give a key, or leave it out")
+    if api_key is not None and not (api_key.strip().isascii() and api_key.strip().isprintable()):
+        raise InputError(
+            "--api-key or BALCONY_EDGE_API_KEY: has letters that clients encode differently: use ASCII only"
+        )
     limits = Limits(
         parallel=parallel,
         queue=queue,

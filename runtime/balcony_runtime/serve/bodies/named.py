@@ -43,7 +43,8 @@ class Names:
 
     def __init__(self, name: str, own: Budget, manifest: Manifest, folder: Path | None) -> None:
         self.name, self._manifest, self._folder = name, manifest, folder
-        self._budgets: dict[str, Budget] = {}
+        #: Name → budget; the first is the model itself.
+        self.budgets: Mapping[str, Budget] = {}
         self.read(own)
 
     def read(self, own: Budget) -> None:
@@ -59,7 +60,7 @@ class Names:
                 _log.warning("%s: is not offered: %s", path, error)
                 continue
             found[path.stem] = budget
-        self._budgets = {self.name: own, **{f"{self.name}:{key}": budget for key, budget in found.items()}}
+        self.budgets = {self.name: own, **{f"{self.name}:{key}": budget for key, budget in found.items()}}
 
     def _files(self) -> Sequence[Path]:
         if self._folder is None:
@@ -67,11 +68,6 @@ class Names:
         if not self._folder.is_dir():
             raise InputError(f"--budgets {self._folder}: is not a directory: give one with budget files (*.toml)")
         return sorted(self._folder.glob("*.toml"))
-
-    @property
-    def budgets(self) -> Mapping[str, Budget]:
-        """Name → budget; the first is the model itself."""
-        return self._budgets
 
     def budget(
         self, name: str | None, headers: Mapping[str, str], body: Any, most_tokens: int | None = None
@@ -89,10 +85,10 @@ class Names:
             BudgetError: a key or a value is refused.
         """
         name = name or self.name
-        base = self._budgets.get(name)
+        base = self.budgets.get(name)
         if base is None:
             name = name[:100]
-            close = difflib.get_close_matches(name, self._budgets, n=1)
+            close = difflib.get_close_matches(name, self.budgets, n=1)
             cure = f"did you mean {close[0]}?" if close else "/v1/models lists them"
             raise RefusedError(
                 404, f"model = {name!r}: there is no such model; {cure}", "model_not_found", param="model"

@@ -7,7 +7,8 @@ are not HTTP, get plain text.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -115,7 +116,7 @@ class _Routes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._body_bytes = 0  # of bodies that have not come whole
+        self._body_bytes = 0  # of bodies that have not come whole, or are being tokenized
         self._page = files("balcony_runtime.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
     async def page(self, request: Request) -> Response:
@@ -172,7 +173,8 @@ class _Routes:
 
     async def _complete(self, request: Request, *, chat: bool) -> Response | EventStream:
         self._service.refuse_unready()
-        asked = read_asked(await self._body(request), chat=chat)
+        async with self._body(request) as body:
+            asked = read_asked(body, chat=chat)
         watch = asyncio.create_task(gone(request.receive))
         try:
             answer = await self._answer(asked, request, watch)
@@ -215,7 +217,11 @@ class _Routes:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
-        llm, fields = self._service.llm, Fields(await self._body(request), TOKENIZE)
+        async with self._body(request) as body:
+            return await self._tokenize(Fields(body, TOKENIZE))
+
+    async def _tokenize(self, fields: Fields) -> Response:
+        llm = self._service.llm
         messages, prompt, special = fields.get("messages"), fields.text("prompt"), fields.truth_or_none("parse_special")
         if messages is not None:
             shown = template_of(fields) | {key: tools for key in ("tools", "tool_choice") if (tools := fields.get(key))}
@@ -234,13 +240,14 @@ class _Routes:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
-        llm, fields = self._service.llm, Fields(await self._body(request), DETOKENIZE)
-        tokens = fields.tokens("tokens")
-        if tokens is None:
-            raise bad("tokens", None, "must be a list of token ids")
-        if tokens:
-            refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
-        text = await asyncio.to_thread(llm.codec.decode, tokens, control_tokens=True)
+        llm = self._service.llm
+        async with self._body(request) as body:
+            tokens = Fields(body, DETOKENIZE).tokens("tokens")
+            if tokens is None:
+                raise bad("tokens", None, "must be a list of token ids")
+            if tokens:
+                refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
+            text = await asyncio.to_thread(llm.codec.decode, tokens, control_tokens=True)
         return JSONResponse({"content": text, "prompt": text})
 
     async def props(self, request: Request) -> Response:
@@ -287,7 +294,8 @@ class _Routes:
         key, action = request.path_params["key"], request.query_params.get("action")
         if action is not None and action not in ACTIONS:
             raise bad("action", action, f"must be one of {', '.join(ACTIONS)}")
-        fields = Fields(await self._body(request) or b"{}", SLOT)
+        async with self._body(request) as body:
+            fields = Fields(body or b"{}", SLOT)
         if action is None:
             if "budget" not in fields.names:
                 raise RefusedError(
@@ -296,10 +304,19 @@ class _Routes:
             return JSONResponse(_slot(await self._service.rebudget(key, fields.get("budget"))))
         return JSONResponse(await self._service.act_on_slot(action, key, fields.get("filename")))
 
-    async def _body(self, request: Request) -> bytes:
-        """The body of a request, if it is not too large and comes in time."""
-        limits = self._service.limits
+    @contextlib.asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body of a request, which counts among all bodies until the end of the block."""
         found = bytearray()
+        try:
+            await self._receive(request, found)
+            yield bytes(found)
+        finally:
+            self._body_bytes -= len(found)
+
+    async def _receive(self, request: Request, found: bytearray) -> None:
+        """Append the body of a request, if it is not too large and comes in time."""
+        limits = self._service.limits
         said = request.headers.get("content-length", "0")  # a whole number: h11 refuses others
         try:
             async with asyncio.timeout(limits.body_s):
@@ -316,9 +333,6 @@ class _Routes:
             raise RefusedError(
                 408, f"the body took longer than {limits.body_s:g} s: send it at once", "slow_body"
             ) from None
-        finally:
-            self._body_bytes -= len(found)
-        return bytes(found)
 
 
 def _too_large(most: int) -> RefusedError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import ClassVar
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 #: Longest time between two requests on a connection. Proxies and clients keep idle connections for 15 to 60 s; who closes first
@@ -17,6 +18,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 KEEP_ALIVE_S = 75
 #: Bytes that a client must read of a full buffer each time; a byte a minute would keep the connection for ever.
 LEAST_READ = 1 << 14
+#: Bytes of the next requests that are taken while a request is answered.
+MOST_AHEAD = 1 << 16
 
 
 def bounded(head_s: float, unread_s: float, most: int) -> type[Connection]:
@@ -72,6 +75,9 @@ class Connection(H11Protocol):
         """Read a part of a request."""
         super().data_received(data)
         self._start_head_timer()
+        # Uvicorn stops reading when the next request begins before the answer, and would not notice that the client leaves.
+        if self._busy and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= MOST_AHEAD:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """Note the end of an answer. Uvicorn's keep-alive time runs from here to the next byte."""

@@ -200,6 +200,8 @@ class Server:
             self._failure = error
             self._uvicorn.should_exit = True
             return
+        if self.service.draining:  # a signal came meanwhile
+            return
         _log.info("ready after %.1f s on %s", time.monotonic() - begin, self.url)
         _notify("READY=1\nSTATUS=Serving " + self.url)
         self._watched = asyncio.create_task(self._tell_watchdog())

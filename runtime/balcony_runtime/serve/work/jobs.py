@@ -81,12 +81,13 @@ class Job:
 
     @property
     def begun_s(self) -> float | None:
-        """Time at which the decode thread took the job up, be it to score the prompt; None while it waits."""
+        """Time at which its work began, be it to score the prompt; None while it waits for others."""
         return self.cost.begun_s
 
     def begin(self) -> None:
-        """Note that the decode thread takes the job up."""
-        self.cost.begun_s = self.shown.begun_s = time.monotonic()
+        """Note that its work begins, unless it has begun."""
+        if self.cost.begun_s is None:
+            self.cost.begun_s = self.shown.begun_s = time.monotonic()
 
 
 class Channel:

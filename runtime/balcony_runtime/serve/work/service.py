@@ -106,6 +106,9 @@ class Service:
     def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
         """Load the bundle and measure its prices, so that no budget of a request has to. Takes seconds; for a thread."""
         llm = open_llm()
+        if self.draining:  # a signal came meanwhile
+            llm.close()
+            return
         try:
             llm.costs  # noqa: B018 - measured now, not while others decode
             llm.readings()  # starts the sensors

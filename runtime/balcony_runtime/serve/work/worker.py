@@ -12,18 +12,25 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import Any
+
+import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.waiting import in_order, overtakes
 from balcony_edge.errors import BalconyError
+from balcony_runtime.decoding.sampling import log_probabilities
+from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
 from balcony_runtime.requests import Request
 from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
-from balcony_runtime.serve.work.likelihood import scored
 from balcony_runtime.together import Together
+
+#: Rows of a prompt that are scored at once: 64 rows of a vocabulary of 49,152 take 13 MB.
+SCORED_ROWS = 64
 
 _log = logging.getLogger(__name__)
 Found = list[tuple[Job, Item]]
@@ -136,7 +143,6 @@ class Worker:
             job = in_order(self._waiting, lambda one: (one.budget or self._llm.budget).weight)[0]
             self._waiting.remove(job)
             overtakes(job, self._waiting)
-            job.begin()
             if job.score is None:
                 self._begin(job)
                 continue
@@ -146,14 +152,16 @@ class Worker:
             except Exception as error:  # the job ends, and the others go on
                 self._fail(job, error)
                 continue
-            self._scoring[job] = scored(self._together.empty(len(job.ids)), job.ids, exit_layer, job.score)
+            job.begin()
+            self._scoring[job] = _scored(self._together.empty(len(job.ids)), job.ids, exit_layer, job.score)
 
     def _begin(self, job: Job) -> None:
         if job.request is None:
+            job.begin()
             self._found.append((job, Ended()))
             return
         try:
-            job.stream = self._together.begin(job.request)
+            job.stream = self._together.begin(job.request, job.begin)
         except Exception as error:
             self._fail(job, error)
         else:
@@ -228,3 +236,33 @@ class Worker:
 def _rebudget(job: Job, budget: Budget | None) -> None:
     if job.request is not None and not job.ended:
         job.request.limits.replace(budget)
+
+
+def _scored(
+    borrowed: AbstractContextManager[TokenSequence], ids: Sequence[int], exit_layer: int, top: int
+) -> Generator[None, None, Scores]:
+    """Log-probabilities of a prompt's tokens, by the engine's own logits at one exit, before any sampling parameter.
+
+    Yields after every piece, so that replies in progress do not wait for a long prompt, and returns the scores.
+
+    Args:
+        borrowed: gives an empty sequence, which goes back at the end with the rows of the prompt: its reply begins with them.
+        ids: tokens of the prompt.
+        exit_layer: exit whose distribution is asked for.
+        top: number of likeliest tokens to report at each place.
+
+    Raises:
+        ContextLengthError: the prompt does not fit the context.
+        InputError: a token is outside the vocabulary.
+    """
+    logprobs: list[float | None] = [None]
+    best: list[Sequence[tuple[int, float]]] = [()]
+    with borrowed as sequence:
+        for begin in range(0, len(ids) - 1, SCORED_ROWS):
+            piece = list(ids[begin : min(begin + SCORED_ROWS, len(ids) - 1)])
+            logits = sequence.advance(exit_layer, piece, len(piece))[0]
+            found, likeliest = log_probabilities(logits, np.array(ids[begin + 1 : begin + 1 + len(piece)]), top)
+            logprobs += found
+            best += likeliest
+            yield
+    return Scores(logprobs, best)

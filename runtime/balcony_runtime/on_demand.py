@@ -1,0 +1,74 @@
+"""The device's sensors, which the first budget that needs them starts, and the ceilings that none of them measures.
+
+Few budgets need sensors, so they are imported and started late. It does not know what they measure, nor the controller.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.observed import unseen
+from balcony_edge.device.readings import Reading
+from balcony_edge.errors import InfeasibleError
+
+if TYPE_CHECKING:
+    from balcony_runtime.sensors import Sensors
+
+_log = logging.getLogger(__name__)
+#: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
+FIRST_READINGS_S = 1.0
+
+
+class SensorsOnDemand:
+    """The sensors of one LLM.
+
+    Args:
+        latest: gives the latest reading of every sensor; None for the device's own sensors.
+    """
+
+    def __init__(self, latest: Callable[[], tuple[Reading, ...]] | None) -> None:
+        self._latest = latest
+        self._sensors: Sensors | None = None
+        self._lock = threading.Lock()
+        self._settled_s = 0.0
+        self._told: set[str] = set()
+
+    def latest(self) -> tuple[Reading, ...]:
+        """Latest reading of every sensor; the first call starts the device's sensors."""
+        with self._lock:
+            if self._latest is None:
+                from balcony_runtime.sensors import Sensors, device_sources  # noqa: PLC0415 - few budgets need them
+
+                self._sensors = Sensors(device_sources()).start()
+                self._latest, self._settled_s = self._sensors.latest, time.monotonic() + FIRST_READINGS_S
+        return self._latest()
+
+    def check(self, budget: Budget) -> None:
+        """Warn of ceilings that no sensor of this device measures, once of each.
+
+        Raises:
+            InfeasibleError: there are some, and the budget asks for an error in that case.
+        """
+        while missing := unseen(budget, self.latest(), time.monotonic()):
+            if time.monotonic() >= self._settled_s:
+                break
+            time.sleep(0.05)
+        if not missing:
+            return
+        asked = ", ".join(f"{key} = {getattr(budget, key):g}" for key in missing)
+        text = f"{asked}: no sensor of this device measures it (`balcony-edge doctor` says what is missing)"
+        if budget.on_infeasible == "error":
+            raise InfeasibleError(f"{text}: leave it out, or choose another on_infeasible")
+        if not self._told.issuperset(missing):  # a server asks for each reply
+            self._told.update(missing)
+            _log.warning("%s: it is not held", text)
+
+    def close(self) -> None:
+        """Stop the device's sensors, if they were started."""
+        if self._sensors is not None:
+            self._sensors.close()

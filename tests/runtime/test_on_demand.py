@@ -1,0 +1,66 @@
+"""Sensors that start with the first budget that needs them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from balcony_edge.budget import Budget
+from balcony_edge.device.readings import Reading
+from balcony_edge.errors import InfeasibleError
+from balcony_runtime import on_demand
+from balcony_runtime.on_demand import SensorsOnDemand
+
+WATTS = Budget(power_w=20.0, power_rail="cpu", on_infeasible="error")
+
+
+class Late:
+    """Sensors whose energy counter has no power before its second sample, 0.2 s later."""
+
+    started = closed = 0
+
+    def __init__(self, sources: Any) -> None:
+        self.begin_s = time.monotonic()
+
+    def start(self) -> Late:
+        Late.started += 1
+        return self
+
+    def latest(self) -> tuple[Reading, ...]:
+        now_s = time.monotonic()
+        watts = 9.0 if now_s > self.begin_s + 0.2 else None
+        return (Reading("rapl:package-0", "cpu", now_s, watts=watts, joules=now_s),)
+
+    def close(self) -> None:
+        Late.closed += 1
+
+
+def test_sensors_that_have_just_started_get_the_time_for_a_second_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if something else has started them, such as a trace."""
+    monkeypatch.setattr("balcony_runtime.sensors.Sensors", Late)
+    Late.started = Late.closed = 0
+    sensors = SensorsOnDemand(None)
+    sensors.close()
+    assert (Late.started, Late.closed) == (0, 0)
+    sensors.latest()
+    sensors.check(WATTS)
+    sensors.check(WATTS)
+    with pytest.raises(InfeasibleError, match=r"gpu_utilization = 0\.5: no sensor of this device measures it"):
+        sensors.check(Budget(gpu_utilization=0.5, on_infeasible="error"))
+    sensors.close()
+    assert (Late.started, Late.closed) == (1, 1)
+
+
+def test_what_is_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A server asks for each of its replies."""
+    sensors = SensorsOnDemand(tuple)
+    begin = time.perf_counter()
+    for budget in (Budget(power_w=5), Budget(power_w=5), Budget(power_w=9), Budget(power_w=5, temperature_c=70)):
+        sensors.check(budget)
+    assert time.perf_counter() - begin < on_demand.FIRST_READINGS_S, "these sensors run already"
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "power_w = 5",
+        "power_w = 5, temperature_c = 70",
+    ]
