@@ -372,8 +372,9 @@ class EngineSet(_Frozen):
     """Graphs for TensorRT and the engines that were built from them, in ``tensorrt/<directory>/`` (None: the set's name).
 
     ``target`` names the TensorRT: ``rtx`` (``tensorrt_rtx``) or ``tensorrt`` (the enterprise one, JetPack's). Caches always
-    have ``context_length`` rows; passes have at most ``batch_size`` members. ``builder`` and ``compute_capabilities`` say what
-    the engines run on; both are empty while the set has graphs only.
+    have ``context_length`` rows; passes have at most ``batch_size`` members. ``rounded``: int4 weights have the integers of
+    another bundle. ``builder`` and ``compute_capabilities`` say what the engines run on; both are empty while the set has
+    graphs only.
     """
 
     directory: FileName | None = None
@@ -383,6 +384,7 @@ class EngineSet(_Frozen):
     context_length: Size
     batch_size: Size
     block_size: Literal[32, 64, 128] | None = None
+    rounded: bool = False
     graphs: dict[FileName, GraphSpec]
     engines: dict[FileName, EngineSpec] = {}
     builder: Line = ""

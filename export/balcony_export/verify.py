@@ -249,7 +249,7 @@ def _with_stored_weights(bundle: Bundle, exits: ExitModel) -> ExitModel:
             )
         weight.copy_(torch.from_numpy(stored))
 
-    for names, stored in stored_weights(bundle).items():
+    for names, stored in stored_weights(bundle):
         first = 0
         for name in names.split("+"):
             weight = weight_of(name)

@@ -249,6 +249,14 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert invoke_here("build", bundle, *int4).returncode == 0  # sizes that are not given are those that are there
     assert Bundle.open(bundle).manifest.engines["rtx-int4"] == made and made.batch_size == 4
     assert Bundle.open(bundle).manifest.engines["rtx-int4"].block_size == 32
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["engines"]["rtx-int4"]["rounded"] = True
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    assert invoke_here("build", bundle, *int4).returncode == 0  # the graphs stay
+    larger = ("build", bundle, "--batch", "8", *int4)
+    refused("would lose the integers that it has from another bundle: name that with --rounded-as", *larger)
+    assert invoke_here(*larger, "--block", "32").returncode == 0
+    assert not Bundle.open(bundle).manifest.engines["rtx-int4"].rounded
     refused("--block 7: give 32, 64 or 128", *common, "--precision", "int4", "--block", "7")
     refused("--block and --rounded-as are for int4", *common, "--block", "128")
     refused("tensorrt is not installed", *common, "--target", "tensorrt")

@@ -131,7 +131,7 @@ def test_a_bundle_of_a_rounded_model_holds_its_weights(make_tiny: Any, make_toke
     export_bundle(
         exits, make_tokenizer(), tmp_path / "bundle", ExportOptions("tiny", True, scheme, calibration=ROWS[:3])
     )
-    stored = stored_weights(Bundle.open(tmp_path / "bundle"))
+    stored = dict(stored_weights(Bundle.open(tmp_path / "bundle")))
     for name in ("layers.1.mlp.down_proj.weight", "layers.0.self_attn.o_proj.weight"):
         np.testing.assert_allclose(stored[name], exits.parts.decoder.get_parameter(name).detach(), rtol=1e-6)
     np.testing.assert_allclose(stored["lm_head.weight"], exits.parts.head.weight.detach(), rtol=1e-6)

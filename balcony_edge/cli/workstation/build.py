@@ -206,6 +206,11 @@ def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_
             f"--graphs-only on a workstation ({error.name} is not installed here)"
         ) from error
     there = bundle.manifest.engines.get(wanted.name)
+    if there is not None and there.rounded and rounded_as is None and wanted.block_size is None:
+        raise InputError(
+            f"{bundle.path}: new graphs of {wanted.name} would lose the integers that it has from another bundle: name that "
+            f"with --rounded-as, or give --block {there.block_size} to round to the nearest"
+        )
     block = wanted.block_size or (there and there.block_size) or 64
     form = Format(wanted.precision, wanted.operators, wanted.context_length, block)  # type: ignore[arg-type]
     rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)

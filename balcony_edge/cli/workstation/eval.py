@@ -106,10 +106,10 @@ def evaluate(
         compare_with = None if model is None else partial(_open_model, model, None, None, threads)
         report = _measure(scorer, compare_with, _Sources(texts, names, data, limit, window), progress)
     _show(report, as_json)  # first: results are shown even if they cannot be kept
-    if keeper is not None:
-        _keep(Path(subject), keeper, report)
     if output is not None:
         write_report(report, output)
+    if keeper is not None:
+        _keep(Path(subject), keeper, report)
 
 
 def _refuse_for_a_model(subject: str, model: str | None, device: str, engines: str | None) -> None:
@@ -211,7 +211,7 @@ def _open_model(subject: str, balconies: Path | None, exits: str | None, threads
 
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
-    loaded = load_model(subject)
+    loaded = load_model(subject, attn_implementation=None)  # eager takes memory for the square of the window
     if torch.cuda.is_available():
         loaded.to("cuda")  # type: ignore[arg-type]
     layers = None if exits is None else parse_exits(exits, loaded.config.num_hidden_layers)

@@ -115,6 +115,7 @@ def train(
     from balcony_export.model.balcony_files import load_balconies
     from balcony_export.model.checkpoint import load_tokenizer, load_trainable
     from balcony_export.train.config import TrainConfig
+    from balcony_export.train.parallel import Processes
     from balcony_export.train.run_files import run_directory
     from balcony_export.train.trainer import Start, Trainer
 
@@ -162,6 +163,7 @@ def train(
         cache_gb=cache_gb,
     )
     config.check()
+    config.check_processes(Processes().count)
     corpus = build_corpus(
         data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=_shares(mix or [])
     )

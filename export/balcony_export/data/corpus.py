@@ -129,12 +129,15 @@ def build_corpus(
         )
     if not learned:
         raise InputError(f"{', '.join(read)}: all of it has the text of held-out documents: give more text")
+    facts = {name: facts for name, (facts, _) in read.items()}
+    del read, documents
     learned.sort(key=lambda document: document.key)
     generator = np.random.default_rng(seed)
     train = pack([document.tokens for document in learned], seq_len, generator, begin)
     held_out = pack(kept, seq_len, generator, begin).take(held_out_rows)
-    digest = hashlib.sha256(train.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest()
-    return Corpus(train, held_out, {name: facts for name, (facts, _) in read.items()}, digest)
+    digest = hashlib.sha256(train.tokens.data)
+    digest.update(held_out.tokens.data)
+    return Corpus(train, held_out, facts, digest.hexdigest())
 
 
 class _KeyedDocument(NamedTuple):
@@ -156,7 +159,8 @@ def _read(
         if not documents:
             raise InputError(f"{path}: has no documents: give {CHAT_FORMS}")
         documents.sort(key=lambda document: document.key)
-        facts: dict[str, Any] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        with path.open("rb") as file:
+            facts: dict[str, Any] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         if path.name in mix:
             used.add(path.name)
             facts["share"] = mix[path.name]

@@ -102,8 +102,14 @@ def read_records(path: Path, forms: str) -> Iterator[tuple[str, Any]]:
     Raises:
         InputError: The file is missing, empty or not UTF-8, or a line is not JSON or cannot be written as UTF-8.
     """
-    content = _content(path, forms)
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a string
+    empty = True
+    for number, given in enumerate(_lines(path, forms), start=1):
+        try:
+            line = given.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}:{number}: is not UTF-8 (byte {error.start} of the line): convert it first"
+            ) from error
         if not line.strip():
             continue
         try:
@@ -111,7 +117,10 @@ def read_records(path: Path, forms: str) -> Iterator[tuple[str, Any]]:
             json.dumps(value, ensure_ascii=False).encode()  # JSON allows half of a surrogate pair, UTF-8 does not
         except ValueError as error:
             raise InputError(f"{path}:{number}: is not JSON ({error}): give {forms}") from error
+        empty = False
         yield f"{path}:{number}", value
+    if empty:
+        raise InputError(f"{path}: is empty: give {forms}")
 
 
 def require_two_tokens(where: str, tokens: Sequence[int]) -> None:
@@ -123,6 +132,14 @@ def require_two_tokens(where: str, tokens: Sequence[int]) -> None:
     if len(tokens) < 2:
         count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"
         raise InputError(f"{where}: has {count}, and a document needs at least 2: remove it or give more text")
+
+
+def _lines(path: Path, forms: str) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): give {forms}") from error
 
 
 def _content(path: Path, forms: str) -> str:

@@ -290,7 +290,7 @@ def _open(
         layer = opened.manifest.exit_layers[-1] if exit_layer is None else exit_layer
         return BundleScorer(opened, (layer,), None if threads is None else int(threads))
     assert model is not None
-    loaded: Any = load_model(model)
+    loaded: Any = load_model(model, attn_implementation=None)
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if exit_layer is None or exit_layer == int(loaded.config.num_hidden_layers):
         return TorchScorer(ExitModel(loaded), load_tokenizer(model), name=model)

@@ -31,7 +31,7 @@ _TITLES = {
     "hellaswag_10shot": "HellaSwag (10)",
     "lambada_openai": "LAMBADA-Op",
     "lambada_standard": "LAMBADA-ST",
-    "mmlu": "MMLU (5)",
+    "mmlu": "MMLU",
     "openbookqa": "OpenBookQA",
     "piqa": "PIQA",
     "winogrande": "WinoGrande",

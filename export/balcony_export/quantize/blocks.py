@@ -7,7 +7,7 @@ weight is quantized once, however many graphs use it. The token table shares the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -277,26 +277,25 @@ def _packed(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     return packed
 
 
-def stored_weights(bundle: Bundle) -> dict[str, npt.NDArray[np.float32]]:
-    """The dequantized weights of a quantized bundle, by their names in the traced graphs  # (N, K)
+def stored_weights(bundle: Bundle) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Names in the traced graphs and dequantized weights of a quantized bundle, one by one  # (N, K)
 
     The names of merged products are joined by ``+``, and their rows follow one another.
     """
-    found: dict[str, npt.NDArray[np.float32]] = {}
+    seen: set[str] = set()
     for spec in bundle.manifest.cpu.values():
         model = ir.load(bundle.file(spec.file))
         for node in model.graph:
-            if node.op_type != "MatMulNBits":
+            weight = node.inputs[1] if node.op_type == "MatMulNBits" else None
+            if weight is None or weight.name in seen:
                 continue
+            seen.add(str(weight.name))
             arrays = [None if v is None else v.const_value.numpy() for v in node.inputs[1:4]]  # type: ignore[union-attr]
             packed, scales, zeros = (*arrays, None)[:3]
             attributes = {key: node.attributes[key].as_int() for key in ("K", "bits", "block_size")}
             blocks = Blocks(packed, scales, zeros, attributes["bits"], attributes["block_size"])  # type: ignore[arg-type]
-            weight = node.inputs[1]
-            assert weight is not None
-            found[str(weight.name).removesuffix(".blocks")] = blocks.dequantized(attributes["K"])
-        found |= stored_experts(model, lambda *parts: Blocks(*parts[:5]).dequantized(parts[5]))
-    return found
+            yield str(weight.name).removesuffix(".blocks"), blocks.dequantized(attributes["K"])
+        yield from stored_experts(model, lambda *parts: Blocks(*parts[:5]).dequantized(parts[5]))
 
 
 def quantize_graph(model: ir.Model, quantizer: Quantizer) -> None:

@@ -81,6 +81,7 @@ def make_graphs(
         context_length=form.capacity,
         batch_size=batch_size,
         block_size=(rounding or form).block_size if form.precision == "int4" else None,  # type: ignore[arg-type]
+        rounded=rounding is not None,
         graphs={key: graph_spec(key, graph) for key, graph in graphs.items()},  # type: ignore[misc]
         files={path.name: file_spec(path) for path in sorted(directory.iterdir())},
     )

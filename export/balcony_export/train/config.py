@@ -55,6 +55,19 @@ class TrainConfig:
         housekeeping = ("steps", "minutes", "micro_rows", "evaluate_every", "checkpoint_minutes", "cache_gb")
         return {key: value for key, value in json.loads(json.dumps(asdict(self))).items() if key not in housekeeping}
 
+    def check_processes(self, processes: int) -> None:
+        """Raise InputError for values that do not suit the number of processes."""
+        passes = self.batch_rows // self.micro_rows
+        if passes % processes or (processes > 1 and self.minutes is not None):
+            raise InputError(
+                f"{processes} processes with {passes} passes a step: the number of passes (rows a step / rows a pass) must be "
+                "a multiple of the number of processes, and --minutes is only for one process"
+            )
+        if processes > 1 and self.cache_gb:
+            raise InputError(
+                f"{processes} processes with --cache-gb: the cache works for one process only: leave it out"
+            )
+
     def check(self) -> None:
         """Raise InputError for values that are out of range or exclude each other."""
         if (self.steps is None) == (self.minutes is None):

@@ -110,18 +110,9 @@ class Trainer:
         work: Path | None = None,
         compiled: bool | None = None,
     ) -> None:
-        config.check()
         self.processes = Processes()
-        passes = config.batch_rows // config.micro_rows
-        if passes % self.processes.count or (self.processes.count > 1 and config.minutes is not None):
-            raise InputError(
-                f"{self.processes.count} processes with {passes} passes a step: the number of passes (rows a step / rows a "
-                "pass) must be a multiple of the number of processes, and --minutes is only for one process"
-            )
-        if self.processes.count > 1 and config.cache_gb:
-            raise InputError(
-                f"{self.processes.count} processes with --cache-gb: the cache works for one process only: leave it out"
-            )
+        config.check()
+        config.check_processes(self.processes.count)
         self.config, self.corpus, self.output = config, corpus, output
         self.clock: Callable[[], float] = time.monotonic
         self.factor, self.interrupted, self.stopped = 0.0, False, False

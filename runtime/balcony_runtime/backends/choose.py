@@ -12,7 +12,7 @@ import numpy as np
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, Manifest
-from balcony_edge.device.machine import checked_threads
+from balcony_edge.device.machine import checked_threads, this_device
 from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
@@ -32,7 +32,7 @@ TOKENS = 5
 class Choice(NamedTuple):
     """A device, the engine set that it runs (None: the bundle's graphs for CPUs), and the reason.
 
-    ``unfit`` says that the CPU runs although the bundle has engine sets and the machine an NVIDIA GPU.
+    ``unfit`` says that no engine set runs, although the bundle has some and the machine an NVIDIA GPU.
     """
 
     device: DeviceName
@@ -49,7 +49,12 @@ def choose(manifest: Manifest, engines: str | None = None) -> Choice:
     are then chosen even if they do not fit, so that opening them says what to do.
     """
     choice = _on_nvidia(manifest, engines)
-    if choice.device != "cpu" or not provider.is_installed() or provider.misfit(manifest) is not None:
+    if (
+        choice.device != "cpu"
+        or engines is not None
+        or not provider.is_installed()
+        or provider.misfit(manifest) is not None
+    ):
         return choice
     try:
         return Choice("webgpu", None, f"ONNX Runtime has WebGPU, and there is a GPU: {provider.gpu_for_webgpu()}")
@@ -67,7 +72,7 @@ def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
 
         capability = compute_capability()
     except BalconyError as error:
-        return Choice("cpu", None, str(error))
+        return Choice("cpu", None, str(error), unfit=bool(this_device().gpus))
     if engines in manifest.engines and manifest.engines[engines].engines:  # what does not fit is refused with its cure
         return Choice("tensorrt", engines, "it was named, and has engines")
     names = [name for name in manifest.engines if engines in (None, name)]
@@ -125,13 +130,16 @@ def open_backend(
         device = "cpu"
     if device == "auto":
         device, chosen, reason, unfit = choose(bundle.manifest, engines)
+        if engines is not None and chosen is None:
+            raise DeviceError(
+                f"{bundle.path}: engine set {engines} cannot run: {reason}: leave the set out, or run its graphs on the CPU "
+                "with --device cpu"
+            )
         if unfit:
-            _log.warning("%s: runs on the CPU: %s", bundle.path, reason)
-        if device == "webgpu" and engines is None:
+            _log.warning("%s: runs no engine set: %s", bundle.path, reason)
+        if device == "webgpu":
             return _faster(bundle, threads, verify_hashes)
-        if device == "webgpu":  # runs no engine sets
-            device = "cpu"
-        engines = engines or chosen
+        engines = chosen
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 

@@ -142,7 +142,8 @@ def profiled_prices(path: str | os.PathLike[str], engine: Engine) -> CostModel:
             f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "
             f"{', '.join(map(str, manifest.exit_layers))}: measure with `balcony-edge profile`"
         )
-    mismatches = profile.mismatches(this_device(), manifest.fingerprint, engine.backend.name, engine.backend.threads)
+    backend = engine.backend
+    mismatches = profile.mismatches(this_device(), manifest.fingerprint, backend.name, backend.graphs, backend.threads)
     for doubt in (*profile.doubts, *mismatches):
         _log.warning("%s: %s: its prices may not hold here", os.fspath(path), doubt)
     return profile.costs

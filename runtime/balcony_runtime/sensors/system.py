@@ -35,7 +35,9 @@ class System(NothingOpen):
         self._private_bytes: int | None = None
 
     def discover(self) -> None:
-        """There is nothing to look for."""
+        """Count the CPUs: a power mode may take some away, or bring them."""
+        if (cpus := psutil.cpu_count() or 1) != self._cpus:
+            self._cpus, self._last = cpus, None
 
     def read(self, now_s: float) -> SourceSample:
         readings = []

@@ -409,8 +409,9 @@ def test_command_on_a_bundle(
     recorded = Bundle.open(bundle_copy).manifest.exits
     assert recorded[0].quality is None and recorded[1].quality is not None and recorded[2].quality is not None
     only = ("eval", bundle_copy, "--exits", "3", "--tasks", "arc_easy", "--data", data)
-    code, _, error = command(*only, "--limit", 1)
+    code, _, error = command(*only, "--limit", 1, "-o", tmp_path / "fewer")
     assert code == 1 and "results on 2 examples, which these on 1 would replace" in error
+    assert (tmp_path / "fewer" / "evaluation.json").is_file(), "what took hours is not lost"
     assert Bundle.open(bundle_copy).manifest.exits == recorded
     code, _, error = command(*arguments[:-4], "--model", tiny_checkpoint)
     assert code == 0 and "some.jsonl: results that were compared with full depth of" in error and "tiny-llama" in error

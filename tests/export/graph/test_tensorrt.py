@@ -482,3 +482,18 @@ def test_a_set_that_cannot_be_recorded_is_removed(
         (home / name).mkdir(parents=True)
     with locked(home / ".set.partial-0123abcd"), new_engine_directory(bundle.path, "set") as directory:
         assert {path.name for path in home.iterdir()} == {directory.name, ".set.partial-0123abcd", "other"}
+
+
+def test_a_set_is_on_the_disk_before_the_old_one_is_removed(
+    tiny_copy: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, synced = tiny_copy("llama"), []
+    entry = EngineSet(
+        target="rtx", precision="fp16", operators="fused", graphs={}, files={}, context_length=64, batch_size=1
+    )
+    monkeypatch.setattr(engine_sets, "sync", lambda path: synced.append(path.name))
+    with new_engine_directory(bundle.path, "set") as directory:
+        for name in ("stage_0.engine", "weights.bin"):
+            (directory / name).write_bytes(b"gigabytes")
+        record_engines(bundle.path, "set", entry, directory)
+    assert sorted(synced) == ["stage_0.engine", "weights.bin"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, CheckpointError, InputError, VerificationError
 from balcony_export import precision as precisions
+from balcony_export import verify as verify_module
 from balcony_export.evaluate.text import TokenizedDocument
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.ir_tools import MICROSOFT
@@ -210,6 +212,11 @@ def test_a_quantized_bundle_is_the_model_with_its_weights_rounded(
     if scheme.kv_bits == 8:
         assert phases == {"prefill, int8 cache", "decode, int8 cache"} and not any(check.exact for check in checks)
         assert max(check.max_difference for check in checks) < 0.05
+        decode = verify_module._decode
+        with monkeypatch.context() as patch:
+            patch.setattr(verify_module, "_decode", lambda *given: decode(*given)[..., ::-1].copy())
+            wrong = verify(path, source.exits.copy(), source.tokenizer)
+        assert {check.phase for check in wrong if not check.passed} == {"decode, int8 cache"}
     else:
         assert exact <= phases and (scheme.accuracy_level == 1 or "decode, level 4" in phases)
     with Engine.open(path) as apart, Engine.open(path, packed=tmp_path / "packed") as joined:
@@ -483,3 +490,10 @@ def test_no_precision_is_tried_twice(kind: Any, count: int, tmp_path: Path, monk
             budget, exits, any_, tmp_path, ExportOptions("m", trained=True), traced=any_, progress=lambda *_: None
         )
     assert tried == list(CANDIDATES[-count:])
+
+
+def test_rounded_logits_are_compared_by_their_divergence() -> None:
+    """The mean over rows of KL(want ‖ got); a constant in all logits changes nothing."""
+    want = np.log(np.array([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5]], np.float32))
+    got = np.log(np.array([[0.25, 0.5, 0.25], [0.2, 0.3, 0.5]], np.float32)) + 7
+    assert verify_module._kl(got, want) == pytest.approx(0.25 * math.log(2) / 2, rel=1e-5)

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
 from balcony_edge.cli.device.doctor import engine_facts
+from balcony_edge.device.machine import Gpu, this_device
 from balcony_edge.errors import BundleError, DeviceError, InputError
 from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.backends import choose as choose_module
@@ -93,6 +95,10 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         cuda.compute_capability()
     except DeviceError as error:
         assert choose(built) == ("cpu", None, str(error), False)
+        device = this_device().model_copy(update={"gpus": (Gpu(name="RTX", driver="550", memory_bytes=2**33),)})
+        with monkeypatch.context() as patch:  # a driver that is too old, or no cuda-python
+            patch.setattr(choose_module, "this_device", lambda: device)
+            assert choose(built) == ("cpu", None, str(error), True)
     for capability, wanted, reason in (
         ("89", ("tensorrt", "rtx-fp16"), "engines for this GPU"),
         (
@@ -258,6 +264,11 @@ def test_compiled_kernels_are_kept_next_to_the_engines(tmp_path: Path, caplog: p
     first.cache.blob = b"compiled"
     kernels.save()
     assert path.read_bytes() == b"compiled" and list(tmp_path.iterdir()) == [path]
+    gone = tensorrt._KernelCache(tmp_path / "replaced" / "kernels.cache")
+    gone.config_for(OneEngine(), None)
+    gone._cache.blob = b"of a set that another one has replaced"
+    gone.save()
+    assert list(tmp_path.iterdir()) == [path]
 
     again = tensorrt._KernelCache(path)
     again.config_for(first, None)
@@ -286,3 +297,12 @@ def test_a_pool_that_the_host_made_is_used(tiny: Any) -> None:
     command = [sys.executable, "-c", program, str(tiny.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
+
+
+def test_a_set_that_is_named_runs_or_is_refused(with_engine_sets: Callable[[str], Bundle]) -> None:
+    """Its graphs are for a GPU, and slow on the CPU."""
+    path = with_engine_sets("llama").path
+    with pytest.raises(
+        DeviceError, match=r"engine set rtx-fp32 cannot run: .*run its graphs on the CPU with --device cpu"
+    ):
+        balcony_edge.load(path, engines="rtx-fp32")

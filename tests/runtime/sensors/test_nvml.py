@@ -183,8 +183,11 @@ def test_a_hung_driver_stops_nobody_else(library: Path) -> None:
 import threading, time
 from pathlib import Path
 from balcony_runtime.sensors import Sensors, device_sources
-with Sensors(device_sources(Path(sys.argv[0] or "/nonexistent")), rate_hz=10, stale_s=0.5) as sensors:
-    time.sleep(0.3)
+with Sensors(device_sources(Path(sys.argv[0] or "/nonexistent")), rate_hz=10, stale_s=2) as sensors:
+    end = time.monotonic() + 20
+    while len({reading.source for reading in sensors.latest()} & {"nvml:0", "psutil:cpu"}) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
     before = {reading.source for reading in sensors.latest()}
     os.environ["NVML_HANG"] = "1"
     while any(health.state != "hung" for health in sensors.health() if health.source == "nvml"):

@@ -142,3 +142,15 @@ def test_a_kernel_that_does_not_tell_private_memory_takes_nothing_else_away(mach
         assert [absence.part for absence in sample.absences] == ["psutil:process"]
     machine.private_bytes = 3000  # asked again a second later
     assert read(system, 11.0)["psutil:process"].memory_bytes == 3000
+
+
+def test_shares_follow_a_number_of_cpus_that_changes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Jetson's power mode brings four more; the time before and after is not mixed."""
+    system = System()
+    read(system, 10.0)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 8)
+    system.discover()
+    assert "psutil:cpu" not in read(system, 11.0)
+    machine.own = machine.own._replace(user=machine.own.user + 4.0)
+    machine.times = machine.times._replace(user=104.0, idle=1004.0)
+    assert read(system, 12.0)["psutil:cpu"].own_utilization == 0.5

@@ -164,9 +164,9 @@ class _KernelCache:
         return config
 
     def save(self) -> None:
-        """Write the compiled kernels. If the directory cannot be written, the next start only compiles them again."""
+        """Write the compiled kernels. If the directory has gone or cannot be written, the next start compiles again."""
         blob = None if self._cache is None else self._cache.serialize()  # TensorRT gives None if the GPU is lost
-        if blob is None or (now := bytes(blob)) == self._before:
+        if blob is None or (now := bytes(blob)) == self._before or not self._path.parent.exists():
             return
         try:
             write_atomically(self._path, now, BundleError, "make it writable to keep compiled kernels")
