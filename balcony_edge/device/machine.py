@@ -97,20 +97,20 @@ def this_device(root: Path = Path("/")) -> Machine:
         root: directory that contains ``proc``, ``sys`` and ``var``.
     """
     return Machine(
-        board=_text(root / "proc/device-tree/model") or _text(root / "sys/class/dmi/id/product_name"),
+        board=text_of(root / "proc/device-tree/model") or text_of(root / "sys/class/dmi/id/product_name"),
         cpu=cpu_name(root),
         cpus=available_cpus(),
         architecture=platform.machine(),
-        memory_bytes=_memory_bytes(_text(root / "proc/meminfo") or ""),
+        memory_bytes=_memory_bytes(text_of(root / "proc/meminfo") or ""),
         gpus=_nvidia_gpus(),
-        power_mode=_text(root / "var/lib/nvpmodel/status") or _text(root / "sys/firmware/acpi/platform_profile"),
+        power_mode=text_of(root / "var/lib/nvpmodel/status") or text_of(root / "sys/firmware/acpi/platform_profile"),
         system=f"{platform.system()} {platform.release()}",
     )
 
 
 def cpu_name(root: Path = Path("/")) -> str:
     """Names of an Arm CPU's cores, or the model name of another CPU."""
-    cpuinfo = _text(root / "proc/cpuinfo") or ""
+    cpuinfo = text_of(root / "proc/cpuinfo") or ""
     if names := core_names(cpuinfo):
         return names
     found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
@@ -130,7 +130,7 @@ def _cpu_quota(root: Path) -> int:
     not count, since a thread that is stopped for the rest of each period holds up all others.
     """
     tree, quota = root / "sys/fs/cgroup", 1 << 20
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
+    for line in (text_of(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         home = tree if not controllers else tree / "cpu"
         if controllers and "cpu" not in controllers.split(","):
@@ -138,9 +138,9 @@ def _cpu_quota(root: Path) -> int:
         place = Path(path.strip("/"))
         for group in (place, *place.parents):  # a container sees its own group at the top
             if controllers:
-                given, period = _text(home / group / "cpu.cfs_quota_us"), _text(home / group / "cpu.cfs_period_us")
+                given, period = text_of(home / group / "cpu.cfs_quota_us"), text_of(home / group / "cpu.cfs_period_us")
             else:
-                given, _, period = (_text(home / group / "cpu.max") or "max").partition(" ")
+                given, _, period = (text_of(home / group / "cpu.max") or "max").partition(" ")
             if given and period and given.isdigit() and period.isdigit() and int(period):
                 quota = min(quota, int(given) // int(period))
     return quota
@@ -161,9 +161,9 @@ def best_threads(sysfs: Path = Path("/sys")) -> int:
         return min(psutil.cpu_count(logical=False) or most, most)
     cpus = _one_of_each_core(os.sched_getaffinity(0), sysfs)
     most = min(most, len(cpus))
-    texts = [_text(sysfs / f"devices/system/cpu/cpu{cpu}/cpu_capacity") or "" for cpu in cpus]
+    texts = [text_of(sysfs / f"devices/system/cpu/cpu{cpu}/cpu_capacity") or "" for cpu in cpus]
     if not all(text.isdigit() for text in texts):  # the kernel knows no capacities
-        slow = _cpu_list(_text(sysfs / "devices/cpu_atom/cpus") or "")
+        slow = _cpu_list(text_of(sysfs / "devices/cpu_atom/cpus") or "")
         return min(len([cpu for cpu in cpus if cpu not in slow]) or most, most)
     capacities = sorted(map(int, texts), reverse=True)[:most]
     return max(range(1, len(capacities) + 1), key=lambda count: count * capacities[count - 1])
@@ -173,7 +173,7 @@ def _one_of_each_core(cpus: Collection[int], sysfs: Path) -> list[int]:
     """Of the CPUs that are hyper-threads of one core, the first; all others, and those of which the kernel says nothing."""
     first: dict[str, int] = {}
     for cpu in sorted(cpus):
-        first.setdefault(_text(sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu), cpu)
+        first.setdefault(text_of(sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu), cpu)
     return list(first.values())
 
 
@@ -190,7 +190,7 @@ def has_bfloat16(root: Path = Path("/")) -> bool:
 
     Without these instructions a matrix product in bfloat16 takes about three times as long as in float32.
     """
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text(root / "proc/cpuinfo") or "", re.MULTILINE)
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text_of(root / "proc/cpuinfo") or "", re.MULTILINE)
     return found is None or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(found.group(1).split())
 
 
@@ -215,7 +215,8 @@ def checked_threads(threads: int | None) -> int:
     return threads
 
 
-def _text(path: Path) -> str | None:
+def text_of(path: Path) -> str | None:
+    """Text of a small file of the system; None if it is empty or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t") or None
     except OSError:

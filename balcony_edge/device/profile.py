@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -198,9 +198,10 @@ class BundleFacts(_Frozen):
 
 
 class EngineFacts(_Frozen):
-    """The engine that ran the bundle."""
+    """The engine that ran the bundle, and the graphs that it ran: an engine set has others than the bundle."""
 
     name: str
+    graphs: str | None = None
     version: str
     threads: Annotated[int, Field(ge=1)]
 
@@ -310,18 +311,16 @@ class DeviceProfile(_Frozen):
             where = f"{key}: " if key else ""
             raise ProfileError(f"{name}: {where}{' '.join(first['msg'].split())[:160]}: measure again") from error
 
-    def document(self) -> dict[str, Any]:
-        """The profile as JSON-ready values."""
-        return self.model_dump(mode="json")
-
-    def mismatches(self, device: Machine, fingerprint: str, engine: str, threads: int) -> tuple[str, ...]:
+    def mismatches(self, device: Machine, fingerprint: str, engine: str, graphs: str, threads: int) -> tuple[str, ...]:
         """Reasons why its numbers may not hold on ``device`` for the bundle with this fingerprint, one phrase each.
 
-        ``engine`` is the name of the engine that runs it, with so many threads.
+        ``engine`` is the name of the engine that runs these graphs of it, with so many threads.
         """
         found = [] if fingerprint == self.bundle.fingerprint else ["it was measured with another bundle"]
         if engine != self.engine.name:
             found.append(f"it was measured with {self.engine.name}, not {engine}")
+        if self.engine.graphs not in (None, graphs):
+            found.append(f"it was measured with other graphs ({self.engine.graphs}, not {graphs})")
         if threads != self.engine.threads:
             found.append(f"it was measured with {self.engine.threads} threads, not {threads}")
         return (*found, *self.device.differences(device))
@@ -339,14 +338,18 @@ class DeviceProfile(_Frozen):
             if entry.kind == kind and (exit_layer is None or entry.exit_layer == exit_layer)
         )
 
-    def joules_per_token(self, exit_layer: int, rail: Rail = "board") -> float | None:
+    def power_at(self, exit_layer: int, rail: Rail) -> Power | None:
+        """Measured power of a rail while decoding at an exit; None if no sensor measures this rail."""
+        return next((one for one in self.power if (one.exit_layer, one.rail) == (exit_layer, rail)), None)
+
+    def joules_per_token(self, exit_layer: int, rail: Rail) -> float | None:
         """Measured energy of one token at an exit; None if no sensor measures this rail."""
-        return next((p.joules_per_token for p in self.power if (p.exit_layer, p.rail) == (exit_layer, rail)), None)
+        found = self.power_at(exit_layer, rail)
+        return None if found is None else found.joules_per_token
 
     def powered(self, rail: Rail) -> tuple[float, float] | None:
         """Idle watts of a rail, and the watts that decoding at full depth adds; None if they were not measured."""
-        full = self.costs.exits[-1]
-        found = next((p for p in self.power if (p.exit_layer, p.rail) == (full, rail)), None)
+        found = self.power_at(self.costs.exits[-1], rail)
         if found is None or found.idle_w is None:
             return None
         return found.idle_w, max(found.busy_w - found.idle_w, 0.0)
@@ -365,6 +368,7 @@ class DeviceProfile(_Frozen):
         """The rail whose power is shown in tables: the first that was measured."""
         return self.power[0].rail if self.power else "board"
 
-    def busy_w(self, exit_layer: int, rail: Rail = "board") -> float | None:
+    def busy_w(self, exit_layer: int, rail: Rail) -> float | None:
         """Measured power while decoding at an exit; None if no sensor measures this rail."""
-        return next((p.busy_w for p in self.power if (p.exit_layer, p.rail) == (exit_layer, rail)), None)
+        found = self.power_at(exit_layer, rail)
+        return None if found is None else found.busy_w

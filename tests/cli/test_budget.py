@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from balcony_edge.cli import app
+from balcony_edge.cli.budgets.simulate import load
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
 from balcony_edge.device.tables import render
@@ -142,6 +143,9 @@ def test_simulate_under_a_generated_load_and_under_its_own_record(tmp_path: Path
     assert loaded["intervals"][-1]["slowdown"] == pytest.approx(1.4, rel=0.1)
     again = json.loads(invoke(*common, "--load", record))
     assert again["mean_exit"] == pytest.approx(loaded["mean_exit"], abs=0.5)
+    invoke(*common, "--load", "step:high=2,at_s=1", "--record", record)
+    recorded = load(str(record))
+    assert recorded(0.5) == pytest.approx(1, rel=0.2) and recorded(2.5) == pytest.approx(2, rel=0.2)
     assert json.loads(invoke(*common[:3], "--tpot-ms", "13", *common[5:])) == idle
     assert "reason" in invoke(*common[:-1], "--explain")
     assert "late_tokens: " in invoke(*common[:-1])

@@ -97,7 +97,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     loaded = DeviceProfile.load(tmp_path / "p.json")
     assert loaded == profile and loaded.costs == COSTS
     assert loaded.joules_per_token(4, "cpu") == 0.1 and loaded.busy_w(4, "cpu") == 9
-    assert loaded.joules_per_token(4) is None and loaded.joules_per_token(8, "cpu") is None
+    assert loaded.joules_per_token(4, "board") is None and loaded.joules_per_token(8, "cpu") is None
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
 
 
@@ -117,7 +117,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_one_line(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    document = make_profile().document()
+    document = make_profile().model_dump(mode="json")
     if "exits" in change:
         document["costs"]["exits"] = change["exits"]
     elif "first_row_ms" in change or "head" in change:
@@ -155,15 +155,20 @@ def test_shipped_profiles_load_and_keep_their_bars(path: Path) -> None:
 
 def test_mismatches_are_named() -> None:
     profile = make_profile()
-    assert profile.mismatches(DEVICE, "f" * 64, "onnxruntime", 2) == ()
+    assert profile.mismatches(DEVICE, "f" * 64, "onnxruntime", "lowered", 2) == ()
     other = DEVICE.model_copy(update={"cpus": 4, "memory_bytes": 4 * 10**9, "system": "Linux 7", "power_mode": "15W"})
-    assert profile.mismatches(other, "e" * 64, "TensorRT", 1) == (
+    assert profile.mismatches(other, "e" * 64, "TensorRT", "engine set 1", 1) == (
         "it was measured with another bundle",
         "it was measured with onnxruntime, not TensorRT",
         "it was measured with 2 threads, not 1",
         "cpus: 2 there, 4 here",
         "power_mode: none there, 15W here",
         "memory: 8.0 GB there, 4.0 GB here",
+    )
+    measured = make_profile(engine=EngineFacts(name="TensorRT", graphs="engine set 1", version="10", threads=1))
+    assert measured.mismatches(DEVICE, "f" * 64, "TensorRT", "engine set 1", 1) == ()
+    assert measured.mismatches(DEVICE, "f" * 64, "TensorRT", "engine set 2", 1) == (
+        "it was measured with other graphs (engine set 1, not engine set 2)",
     )
 
 
@@ -314,3 +319,20 @@ def test_a_deadline_is_judged_by_the_spread_of_all_its_tokens() -> None:
 
     assert odds(deadline_s=1.1 * expected_s, expected_tokens=128) == pytest.approx(0.9437, abs=1e-3)
     assert odds(tpot_ms=1.1 * COSTS.steady_ms(4, 128)) == pytest.approx(0.7125, abs=1e-2)
+
+
+def test_the_error_of_the_prices_is_part_of_the_odds() -> None:
+    """Half of the prices are off by 6.74 % or more: a standard deviation of 10 %, next to 5 % of noise."""
+    profile = make_profile(residuals=(Residual(part="decode steps", points=2, median=0.0674, p95=0.1),))
+    (check,) = make_plan(profile, Budget(tpot_ms=20.0), prompt_tokens=64).exits[0].checks
+    spread = math.hypot(0.05, 0.1)
+    odds = NormalDist().cdf(math.log(20 / COSTS.steady_ms(4, 128)) / spread)
+    assert check.probability == pytest.approx(odds, rel=1e-6)
+
+
+def test_plan_counts_the_memory_of_a_reply() -> None:
+    """1 GB once loaded, and 10 MB for 1,000 tokens, of which there are 64 + 128."""
+    plans = [make_plan(make_profile(), Budget(memory_mb=mb), prompt_tokens=64) for mb in (1001, 1003)]
+    checks = [plan.exits[0].checks[0] for plan in plans]
+    assert [check.expected for check in checks] == [pytest.approx(1001.92)] * 2
+    assert [check.met for check in checks] == [False, True]

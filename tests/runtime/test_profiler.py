@@ -26,7 +26,7 @@ from balcony_runtime.profiler.conditions import ConditionWatch, Meter, measured_
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit
 from balcony_runtime.profiler.grid import Grid, parse_values
 from balcony_runtime.profiler.results import fit_costs
-from balcony_runtime.profiler.run import Options, _power, measure_profile
+from balcony_runtime.profiler.run import _power, measure_profile
 from balcony_runtime.profiler.timing import _rank, chance_ms, summarise
 from balcony_runtime.sensors import Absence, Sensors, SourceSample
 
@@ -156,7 +156,9 @@ def test_a_profile_of_a_tiny_bundle(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     seen: list[float] = []
     grid = Grid.make(256, **SMALL)
     with Sensors([NoPower()]) as sensors:
-        profile = measure_profile(llm, sensors, Options(grid, 1.0, "the command"), lambda _, share: seen.append(share))
+        profile = measure_profile(
+            llm, sensors, grid, lambda _, share: seen.append(share), sustain_s=1.0, command="the command"
+        )
     assert llm.budget is budget
     assert seen == sorted(seen) and 0 <= seen[0] <= seen[-1] <= 1
     exits = llm.exit_layers
@@ -220,13 +222,13 @@ def test_ctrl_c_keeps_what_is_measured(llm: LLM) -> None:
 
     grid = Grid.make(256, **SMALL)
     with Sensors([NoPower()]) as sensors:
-        profile = measure_profile(llm, sensors, Options(grid, 0, ""), stop_in("round 2"))
+        profile = measure_profile(llm, sensors, grid, stop_in("round 2"))
         assert not profile.complete and any("interrupted" in note for note in profile.conditions.notes)
         assert all(entry.timing.rounds >= 1 for entry in profile.entries)
         with pytest.raises(KeyboardInterrupt):
-            measure_profile(llm, sensors, Options(grid, 0, ""), stop_in("round 0"))
+            measure_profile(llm, sensors, grid, stop_in("round 0"))
         with pytest.raises(KeyboardInterrupt):  # passes of one row are measured by then, but not everything
-            measure_profile(llm, sensors, Options(grid, 0, ""), stop_in("round 1"))
+            measure_profile(llm, sensors, grid, stop_in("round 1"))
 
 
 class NoPower:
@@ -296,7 +298,7 @@ def test_power_is_the_slope_of_the_energy_counter() -> None:
 def test_energy_per_token_is_power_over_speed(llm: LLM) -> None:
     grid = dataclasses.replace(Grid.make(256, **SMALL), power_s=0.5)
     with Sensors([Counter()], rate_hz=10) as sensors:
-        profile = measure_profile(llm, sensors, Options(grid, 0, ""), lambda *_: None)
+        profile = measure_profile(llm, sensors, grid, lambda *_: None)
     assert [power.exit_layer for power in profile.power] == list(llm.exit_layers) and profile.power_reason is None
     for power in profile.power:
         assert power.busy_w == pytest.approx(20.0, rel=1e-6) == power.idle_w
@@ -395,7 +397,7 @@ def test_a_rail_that_vanishes_is_named_and_not_half_there(llm: LLM, monkeypatch:
 
     monkeypatch.setattr(run, "power_at", then_unplugged)
     with Sensors([source], rate_hz=10) as sensors:
-        profile = measure_profile(llm, sensors, Options(grid, 0, ""), lambda *_: None)
+        profile = measure_profile(llm, sensors, grid, lambda *_: None)
     assert [power.rail for power in profile.power] == ["cpu"] * 3 and profile.power_reason is None
     assert "power of the board rail was lost while it was measured" in profile.conditions.notes
 
@@ -406,13 +408,13 @@ def test_an_error_after_the_measurement_keeps_it(llm: LLM, monkeypatch: pytest.M
 
     with Sensors([Counter()], rate_hz=10) as sensors:
         monkeypatch.setattr(run, "_power", lost)
-        profile = measure_profile(llm, sensors, Options(Grid.make(256, **SMALL), 0, ""), lambda *_: None)
+        profile = measure_profile(llm, sensors, Grid.make(256, **SMALL), lambda *_: None)
         assert not profile.complete and profile.power_reason == "the profile ended before it"
         assert any(note.endswith("until then: CUDA: the launch failed") for note in profile.conditions.notes)
         assert any(note.startswith("clocks were held down") for note in profile.conditions.notes)
         monkeypatch.setattr(run, "_rounds", lost)
         with pytest.raises(DeviceError):
-            measure_profile(llm, sensors, Options(Grid.make(256, **SMALL), 0, ""), lambda *_: None)
+            measure_profile(llm, sensors, Grid.make(256, **SMALL), lambda *_: None)
 
 
 def test_watts_of_a_moment_are_the_boards() -> None:

@@ -52,7 +52,7 @@ def profile(
     from balcony_edge.cli.options import check_place, output_target, write_output
     from balcony_edge.device.tables import render
     from balcony_runtime.profiler.grid import Grid, parse_values
-    from balcony_runtime.profiler.run import Options, measure_profile
+    from balcony_runtime.profiler.run import measure_profile
     from balcony_runtime.sensors import Sensors, device_sources
 
     targets = [output_target(value) for value in output or []]
@@ -73,9 +73,8 @@ def profile(
         command = (
             shlex.join(["balcony-edge", *sys.argv[1:]]).encode("utf-8", "replace").decode()
         )  # a path may be no UTF-8
-        options = Options(grid, seconds, command)
         with Sensors(device_sources()) as sensors, progress_bar() as progress:
-            measured = measure_profile(llm, sensors, options, progress)
+            measured = measure_profile(llm, sensors, grid, progress, sustain_s=seconds, command=command)
     for form, path in targets:
         write_output(render(measured, form), path)
     if report is not None:

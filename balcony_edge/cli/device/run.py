@@ -135,7 +135,9 @@ def run(
                 options |= {"trace": writer, "control_tokens": control_tokens}
                 converse(llm, styles, system, options, live=live)
                 return
-            asked_for: Any = text if system is None else [{"role": "system", "content": system}, _user(text)]
+            asked_for: Any = text
+            if system is not None:
+                asked_for = [{"role": "system", "content": system}, {"role": "user", "content": text}]
             ids = llm.encode(asked_for, chat=False if raw else None, control_tokens=control_tokens)
             chat = llm.codec.has_chat_template and not raw  # its text begins, and does not go on with the prompt's
             stream = llm.stream(ids, chat=chat, logprobs=logprobs, trace=writer, **options)
@@ -160,10 +162,6 @@ def run(
                     stderr.print(f"exit {layer}: the full depth disagreed with {share}")
     if interrupted:
         raise typer.Exit(130)
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:

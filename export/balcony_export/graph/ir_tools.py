@@ -55,6 +55,15 @@ def initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> i
     return model.graph.initializers[name]
 
 
+def split_by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: int) -> None:
+    """Turn an input (B, T, H·d) of a node into (B, H, T, d)."""
+    shape = initializer(model, f"{heads}_heads_of_{head_dim}", np.array([0, 0, heads, head_dim], np.int64))
+    split = ir.Node("", "Reshape", [node.inputs[index], shape])
+    swapped = ir.Node("", "Transpose", [split.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
+    model.graph.insert_before(node, [split, swapped])
+    node.replace_input_with(index, swapped.outputs[0])
+
+
 def copy_with_outputs(model: ir.Model, node: ir.Node, outputs: Sequence[ir.Value]) -> ir.Node:
     """Insert a copy of ``node`` with other outputs before it; the caller removes ``node``."""
     new = ir.Node(node.domain, node.op_type, list(node.inputs), list(node.attributes.values()), outputs=list(outputs))

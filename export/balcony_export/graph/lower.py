@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from balcony_edge.bundle.manifest import ModelSpec
 from balcony_export.graph import passes
 from balcony_export.graph.experts import fuse
-from balcony_export.graph.ir_tools import MICROSOFT, SINK, initializer
+from balcony_export.graph.ir_tools import MICROSOFT, SINK, initializer, split_by_head
 from balcony_export.model.architecture import describe
 from balcony_export.model.exits import ExitModel
 
@@ -84,7 +84,8 @@ def lower_keys(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
     model = passes.cut(balcony, f"{balcony.graph.name}_keys", ["rows", "start", *pasts], presents, dims)
     for node in list(model.graph):
         if node.op_type == "TensorScatter" and _of_heads(node.outputs[0]):
-            _scatter_by_head(model, node, spec)
+            split_by_head(model, node, 1, spec.num_kv_heads, spec.head_dim)
+            node.attributes["axis"] = ir.AttrInt64("axis", 2)
         elif node.op_type == "RotaryEmbedding" and _turns_whole_heads(node.inputs[1], spec):
             for index in (1, 2):
                 node.replace_input_with(index, _scaled(model, node.inputs[index], scale))
@@ -115,8 +116,7 @@ def _lower(model: ir.Model, spec: ModelSpec) -> ir.Model:
 
 def _first_row(model: ir.Model, start: ir.Value, last: ir.Value) -> None:
     """Compute ``start`` from ``last``: the pass has the rows ``start`` to ``last``."""
-    one = ir.Value(name="one", const_value=ir.tensor([1], dtype=ir.DataType.INT64))
-    model.graph.register_initializer(one)
+    one = initializer(model, "one", np.array([1], np.int64))
     wide = ir.Node("", "Cast", [last], [ir.AttrInt64("to", ir.DataType.INT64.value)])
     rows = ir.Node("", "Shape", [model.graph.inputs[0]], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
     after = ir.Node("", "Add", [wide.outputs[0], one])
@@ -238,20 +238,6 @@ def _fuse_norm(
     for old, new in zip(replaced, fresh, strict=True):
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     model.graph.remove(norm, safe=True)
-
-
-def _scatter_by_head(model: ir.Model, node: ir.Node, spec: ModelSpec) -> None:
-    """Let a cache update write (B, KV heads, T, head size) at axis 2."""
-    shape = ir.Value(
-        name=f"{node.outputs[0].name}_by_head",
-        const_value=ir.tensor([0, 0, spec.num_kv_heads, spec.head_dim], dtype=ir.DataType.INT64),
-    )
-    model.graph.register_initializer(shape)
-    split = ir.Node("", "Reshape", [node.inputs[1], shape])
-    swapped = ir.Node("", "Transpose", [split.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
-    model.graph.insert_before(node, [split, swapped])
-    node.replace_input_with(1, swapped.outputs[0])
-    node.attributes["axis"] = ir.AttrInt64("axis", 2)
 
 
 def _cache_by_head(model: ir.Model, spec: ModelSpec) -> None:

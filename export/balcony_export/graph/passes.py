@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from balcony_export.graph.ir_tools import insert_between
+from balcony_export.graph.ir_tools import initializer, insert_between
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 #: Name of an attribute, later a note, of ``Attention``: the number of keys that a row sees, its own included.
@@ -65,15 +65,7 @@ def plain_products(model: ir.Model) -> None:
     def transposed(weight: ir.Value) -> ir.Value:
         if weight not in turned:
             assert weight.const_value is not None
-            array = weight.const_value.numpy().T
-            value = ir.Value(
-                name=f"{weight.name}.transposed",
-                const_value=ir.tensor(array),
-                type=weight.type,
-                shape=ir.Shape(array.shape),
-            )
-            model.graph.register_initializer(value)
-            turned[weight] = value
+            turned[weight] = initializer(model, f"{weight.name}.transposed", weight.const_value.numpy().T)
         return turned[weight]
 
     for node in list(model.graph):

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
+from balcony_export.graph.ir_tools import initializer
 from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from balcony_runtime.engine import Engine
 
@@ -72,7 +73,10 @@ def quantize_caches(model: ir.Model, scales: Mapping[str, npt.NDArray[np.float32
 
     Precondition: caches are inputs ``past_*`` and outputs ``present_*`` of ``GroupQueryAttention`` or ``TensorScatter``.
     """
-    names = {name: _scale(model, name, array) for name, array in scales.items()}
+    names = {
+        name: initializer(model, f"{name}.scale", array[:, None, :])  # (H, 1, d): broadcasts over (B, H, T, d)
+        for name, array in scales.items()
+    }
     for node in list(model.graph):
         if node.op_type == "GroupQueryAttention":
             pasts = [node.inputs[3], node.inputs[4]]
@@ -94,22 +98,12 @@ def quantize_caches(model: ir.Model, scales: Mapping[str, npt.NDArray[np.float32
             value.type = ir.TensorType(ir.DataType.INT8)
 
 
-def _scale(model: ir.Model, name: str, array: npt.NDArray[np.float32]) -> ir.Value:
-    tensor = ir.tensor(array[:, None, :], name=f"{name}.scale")  # (H, 1, d): broadcasts over (B, H, T, d)
-    value = ir.Value(
-        name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array[:, None, :].shape)
-    )
-    model.graph.register_initializer(value)
-    return value
-
-
 def _round_before(model: ir.Model, node: ir.Node, scale: ir.Value) -> None:
     update = node.inputs[1]
-    bounds = []
-    for label, bound in (("least", -128.0), ("most", 127.0)):
-        value = ir.Value(name=f"{scale.name}.{label}", const_value=ir.tensor(np.float32(bound)))
-        model.graph.register_initializer(value)
-        bounds.append(value)
+    bounds = [
+        initializer(model, f"{scale.name}.{label}", np.array(bound, np.float32))
+        for label, bound in (("least", -128), ("most", 127))
+    ]
     steps = [ir.Node("", "Div", [update, scale])]
     steps.append(ir.Node("", "Round", [steps[-1].outputs[0]]))
     steps.append(ir.Node("", "Clip", [steps[-1].outputs[0], *bounds]))

@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EnginePrecision, ModelSpec
-from balcony_export.graph.ir_tools import copy_with_outputs, initializer, insert_between
+from balcony_export.graph.ir_tools import copy_with_outputs, initializer, insert_between, split_by_head
 from balcony_export.tensorrt.integers import Rounding, quantize_weights
 from balcony_export.tensorrt.plain import plain_operators, plain_soft_caps
 from balcony_runtime.backends.token_table import TokenTable
@@ -144,7 +144,7 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
     heads_of = {name: _heads_and_width(value, spec) for name, value in caches.items()}
     for node in list(model.graph):
         if node.op_type == "TensorScatter":
-            _by_head(model, node, 1, *heads_of[str(node.outputs[0].name)])
+            split_by_head(model, node, 1, *heads_of[str(node.outputs[0].name)])
             node.attributes["axis"] = ir.AttrInt64("axis", 2)
         elif node.op_type == "GatherND":  # rows of a convolution's inputs
             past = node.inputs[0]
@@ -155,7 +155,7 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
             node.replace_input_with(0, flat.outputs[0])
         elif node.op_type == "Attention":
             heads = node.attributes["q_num_heads"].as_int()
-            _by_head(model, node, 0, heads, spec.head_dim)
+            split_by_head(model, node, 0, heads, spec.head_dim)
             for attribute in ("q_num_heads", "kv_num_heads"):  # only for inputs whose heads are merged
                 del node.attributes[attribute]
             before = node.outputs[0]
@@ -228,15 +228,6 @@ def _own_starts(model: ir.Model) -> None:
         back = ir.Node("", "Sub", [there.outputs[0], offset])
         model.graph.insert_before(node, [there, back])
         node.replace_input_with(2, back.outputs[0])
-
-
-def _by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: int) -> None:
-    """Turn an input (B, T, H·d) of a node into (B, H, T, d)."""
-    shape = initializer(model, f"{heads}_heads_of_{head_dim}", np.array([0, 0, heads, head_dim], np.int64))
-    split = ir.Node("", "Reshape", [node.inputs[index], shape])
-    swapped = ir.Node("", "Transpose", [split.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
-    model.graph.insert_before(node, [split, swapped])
-    node.replace_input_with(index, swapped.outputs[0])
 
 
 def _add_argmax(model: ir.Model) -> None:

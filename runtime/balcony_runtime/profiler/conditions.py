@@ -18,6 +18,7 @@ from typing import get_args
 import psutil
 
 from balcony_edge.budget import Rail
+from balcony_edge.device.machine import text_of
 from balcony_edge.device.profile import Conditions, Power
 from balcony_edge.device.readings import Reading, adding_up
 from balcony_runtime.sensors import Sensors
@@ -55,7 +56,7 @@ class ConditionWatch:
             seconds=time.perf_counter() - self._begin_s,
             others_cpu_share=share,
             load_1m=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-            governor=_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            governor=text_of(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
             cpu_mhz=None if self._mhz is None or mhz is None else (self._mhz, mhz),
             celsius=None if self._celsius is None or celsius is None else (self._celsius, celsius),
             throttled=self.throttled or (False if known else None),
@@ -65,10 +66,10 @@ class ConditionWatch:
     def cpu_mhz(self) -> float | None:
         """Mean clock of the CPUs now."""
         paths = sorted(Path("/sys/devices/system/cpu/cpufreq").glob("policy*/scaling_cur_freq"))
-        khz = [int(text) for path in paths if (text := _text(path)) and text.isdigit()]
+        khz = [int(text) for path in paths if (text := text_of(path)) and text.isdigit()]
         if khz:
             return fmean(khz) / 1000
-        mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text("/proc/cpuinfo") or "", re.MULTILINE)
+        mhz = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", text_of(Path("/proc/cpuinfo")) or "", re.MULTILINE)
         return fmean(map(float, mhz)) if mhz else None
 
     def celsius(self) -> float | None:
@@ -90,13 +91,6 @@ def _cpu_seconds() -> tuple[float, float, float]:
     """``(all, busy, own)`` CPU seconds since boot; time that the host took counts as busy."""
     idle, *busy = cpu_seconds()
     return idle + sum(busy), sum(busy), sum(os.times()[:4])
-
-
-def _text(path: str | Path) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
 
 
 def resident_bytes() -> int:

@@ -77,7 +77,7 @@ def report(profile: DeviceProfile) -> str:
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(_summary(profile))}</p>
 {doubts}{quality}{energy}{figures}{_tables(profile)}{_facts(profile)}
-<script type="application/json" id="profile">{_embedded(json.dumps(profile.document()))}</script>
+<script type="application/json" id="profile">{_embedded(json.dumps(profile.model_dump(mode="json")))}</script>
 <script>{_SCRIPT}</script>
 </body></html>
 """

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from statistics import median
@@ -50,29 +49,24 @@ BATTERY_S = 12.0
 Progress = Callable[[str, float], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Options of a measurement: the grid, seconds of a sustained run (0: none), and the command line for the record."""
-
-    grid: Grid
-    sustain_s: float
-    command: str
-
-
-def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Progress) -> DeviceProfile:
+def measure_profile(
+    llm: LLM, sensors: Sensors, grid: Grid, progress: Progress, *, sustain_s: float = 0.0, command: str = ""
+) -> DeviceProfile:
     """Measure ``llm`` on this device.
 
     Args:
         llm: a loaded bundle; its budget is changed and restored.
         sensors: started sensors.
-        options: options of the measurement.
+        grid: what is measured, and for how long.
         progress: function that gets the name of the current step and the finished share (0 to 1).
+        sustain_s: seconds of a sustained run; 0 for none.
+        command: the command line, for the record.
 
     Raises:
         KeyboardInterrupt: interrupted before everything was measured once; a later interrupt keeps the measurements.
     """
     budget, loaded_bytes = llm.budget, resident_bytes()
-    watch, bench = ConditionWatch(sensors), Bench(llm, options.grid)
+    watch, bench = ConditionWatch(sensors), Bench(llm, grid)
     rails: dict[Rail, tuple[str, ...]] | None = None
     measured_once = False  # whether every cell has samples
     blocks: dict[Key, list[list[float]]] = defaultdict(list)
@@ -80,21 +74,21 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     sustained: Sustained | None = None
     notes: list[str] = []
     try:
-        burst = _burst(bench, watch) if options.sustain_s else []
-        rounds = _rounds(bench.cells(), options.grid, blocks, watch, progress)
+        burst = _burst(bench, watch) if sustain_s else []
+        rounds = _rounds(bench.cells(), grid, blocks, watch, progress)
         measured_once = next(rounds)
         complete = next(rounds)
         if not complete:
-            notes.append(f"stopped after {options.grid.seconds:g} s: some intervals are wider than {TIGHT:.0%}")
+            notes.append(f"stopped after {grid.seconds:g} s: some intervals are wider than {TIGHT:.0%}")
         progress("power", 0.95)
         rails = measured_rails(sensors)  # now: a counter that stands still shows it at its second reading only
         if watch.throttled:
             notes.append("clocks were held down, by heat or a limit of power: cool the device, and measure again")
         if rails:
-            power, lost = _power(bench, Meter(sensors, rails), rails, options.grid.power_s)
+            power, lost = _power(bench, Meter(sensors, rails), rails, grid.power_s)
             notes += [f"power of the {rail} rail was lost while it was measured" for rail in lost]
-        if options.sustain_s:
-            sustained, whole = _sustain(bench, options.sustain_s, burst, watch, progress)
+        if sustain_s:
+            sustained, whole = _sustain(bench, sustain_s, burst, watch, progress)
             if not whole:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -117,7 +111,7 @@ def measure_profile(llm: LLM, sensors: Sensors, options: Options, progress: Prog
     return DeviceProfile(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool=version("balcony-edge"),
-        command=options.command,
+        command=command,
         complete=complete,
         device=this_device(),
         bundle=results.bundle_facts(manifest, llm.engine.max_length),
@@ -146,7 +140,7 @@ def _engine_facts(backend: Backend) -> EngineFacts:
         import onnxruntime  # noqa: PLC0415 - an engine is an extra, and comes in packages of several names
 
         installed = onnxruntime.__version__
-    return EngineFacts(name=backend.name, version=installed, threads=backend.threads)
+    return EngineFacts(name=backend.name, graphs=backend.graphs, version=installed, threads=backend.threads)
 
 
 def _why_no_power(notes: list[str], rails: dict[Rail, tuple[str, ...]] | None, sensors: Sensors) -> str:

@@ -31,6 +31,7 @@ from torch.onnx import ops
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import UnsupportedModelError
+from balcony_export.graph.ir_tools import MICROSOFT
 from balcony_export.graph.recurrent.norms import (
     L2_EPSILON,
     GatedNorm,
@@ -40,7 +41,6 @@ from balcony_export.graph.recurrent.norms import (
 )
 from balcony_export.graph.stand_ins import replaced_children
 
-MICROSOFT = "com.microsoft"
 #: ``LinearAttention``'s rules: a decayed state, and one that also forgets what a key retrieves.
 GATED, GATED_DELTA = "gated", "gated_delta"
 #: Smallest logarithm of a decay. exp(-50) is 2e-22 of a state, which float32 loses next to what the row adds. Smaller factors

@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from balcony_export.graph.ir_tools import initializer
-from balcony_export.graph.recurrent.mixers import GATED_DELTA, MICROSOFT
+from balcony_export.graph.ir_tools import MICROSOFT, initializer
+from balcony_export.graph.recurrent.mixers import GATED_DELTA
 from balcony_export.graph.recurrent.norms import UNSCALED
 
 FLOAT = ir.DataType.FLOAT

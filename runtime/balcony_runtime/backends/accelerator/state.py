@@ -187,11 +187,15 @@ class DeviceState(RowsOnly):
     def _copy_first(self, region: Region, dense: Region, *, to_region: bool) -> None:
         """Copy the first rows of a region from or to a dense tensor; they differ in one dimension."""
         lines = math.prod(dense.shape[: 1 if len(dense.shape) == 3 else 2])
-        width, pitch = dense.nbytes // lines, region.nbytes // lines
-        if to_region:
-            self._device.copy(region.pointer, pitch, dense.pointer, width, width, lines)
+        self._copy_lines(region.pointer, region.nbytes // lines, dense, lines, to_place=to_region)
+
+    def _copy_lines(self, place: int, pitch: int, dense: Region, lines: int, *, to_place: bool) -> None:
+        """Copy a dense tensor in so many lines to or from a place where a line begins every ``pitch`` bytes."""
+        width = dense.nbytes // lines
+        if to_place:
+            self._device.copy(place, pitch, dense.pointer, width, width, lines)
         else:
-            self._device.copy(dense.pointer, width, region.pointer, pitch, width, lines)
+            self._device.copy(dense.pointer, width, place, pitch, width, lines)
 
     @contextlib.contextmanager
     def _for_a_pass(self, shape: tuple[int, ...], dtype: DType) -> Iterator[Region]:
@@ -243,12 +247,8 @@ class DeviceState(RowsOnly):
 
     def _copy_rows(self, boundary: int, dense: Region, start: int, *, to_rows: bool) -> None:
         item = ITEM_BYTES[dense.dtype] * self._width
-        width, pitch = dense.shape[1] * item, self._workspace.length * item
         place = self._workspace.rows[boundary].pointer + start * item
-        if to_rows:
-            self._device.copy(place, pitch, dense.pointer, width, width, self._batch)
-        else:
-            self._device.copy(dense.pointer, width, place, pitch, width, self._batch)
+        self._copy_lines(place, self._workspace.length * item, dense, self._batch, to_place=to_rows)
 
     def _downloaded(self, region: Region) -> Any:
         begin = time.perf_counter_ns()

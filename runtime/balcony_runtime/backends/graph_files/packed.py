@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import onnxruntime as ort
 
 from balcony_edge.bundle.bundle import Bundle, sha256_file
 from balcony_edge.bundle.manifest import Manifest
-from balcony_edge.device.machine import this_device
+from balcony_edge.device.machine import cpu_name, text_of
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.files import locked, partial_directory, sync
 from balcony_runtime.backends.graph_files.join import Part, join
@@ -48,8 +49,8 @@ def packed_graphs(
         BundleError: existing files are damaged.
         InputError: the directory cannot be written, or the disk is full.
     """
-    device, lowered = this_device(), "lowered" if bundle.manifest.cpu else "portable"
-    facts = (bundle.manifest.fingerprint, lowered, ort.__version__, device.cpu, device.architecture, _cpu_features())
+    lowered = "lowered" if bundle.manifest.cpu else "portable"
+    facts = (bundle.manifest.fingerprint, lowered, ort.__version__, cpu_name(), platform.machine(), _cpu_features())
     home = directory / hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     graphs = {name: spec.file for name, spec in bundle.manifest.runnable.items() if name != "backbone"}
     paths = {f"path_{layer}": f"path_{layer}.onnx" for layer in bundle.manifest.exit_layers}
@@ -93,10 +94,7 @@ def _check(home: Path, verify_hashes: bool) -> None:
 
 def _cpu_features() -> str:
     """Instruction sets of the processor; virtual machines may give several generations the same name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
+    lines = (text_of(Path("/proc/cpuinfo")) or "").splitlines()
     return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
 
 

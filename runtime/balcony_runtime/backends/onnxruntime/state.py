@@ -489,6 +489,7 @@ def failed(what: str, error: RuntimeError) -> BundleError:
     return BundleError(f"{what}: ONNX Runtime failed while running it ({line}): free memory, or export again")
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error of ONNX Runtime, which has many."""
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without the place in ONNX Runtime's source, at most 200 characters."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.rpartition(" was false. ")[2][:200]

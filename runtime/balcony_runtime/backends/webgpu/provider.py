@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import DeviceError, MissingDependencyError
 from balcony_runtime.backends.installed import checked_onnxruntime
+from balcony_runtime.backends.onnxruntime.state import first_line
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
 
 NAME = "WebGpuExecutionProvider"
@@ -146,9 +147,3 @@ def failure(what: str, error: BaseException) -> DeviceError:
     else:
         cure = "update the GPU's driver, or run with --device cpu"
     return DeviceError(f"{what}: WebGPU failed ({first_line(error)}): {cure}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text without the place in ONNX Runtime's source, at most 200 characters."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.rpartition(" was false. ")[2][:200]

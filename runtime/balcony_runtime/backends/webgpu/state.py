@@ -135,7 +135,7 @@ class _Member:
                 made = self._once(name, {port: self._rows_at(exit_index + 1, first, last)}, last, output)
                 if self._asked is not None and last > begin:
                     if first < begin:
-                        made = self._taken(made, begin - first, last - first)
+                        made = self._take(made, np.arange(begin - first, last - first)).made(self._memory)
                     self._put(self._asked, made, max(first, begin) - begin)
 
     def logits(self) -> FloatArray:
@@ -156,11 +156,7 @@ class _Member:
         for name, value, first in self._reached(stage_rows, balcony_rows):
             found[name] = (whole := np.empty(value.shape, self._backend.dtype))[first]
             with self._temporary():
-                one = self._device.new_pass(self._memory, "take")
-                one.give("rows", value)
-                one.give("at", np.arange(value.shape[1]))
-                one.take("taken", whole)
-                self._run(one)
+                self._take(value, np.arange(value.shape[1]), whole)
         return found
 
     def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
@@ -187,11 +183,7 @@ class _Member:
     def wait(self) -> None:
         """Wait for all passes so far, by reading a row in a pass after them."""
         with self._temporary():
-            one = self._device.new_pass(self._memory, "take")
-            one.give("rows", self._row[0])
-            one.give("at", np.zeros(1, np.int64))
-            one.take("taken", np.empty(self._row[0].shape, self._backend.dtype))
-            self._run(one)
+            self._take(self._row[0], np.zeros(1, np.int64), np.empty(self._row[0].shape, self._backend.dtype))
 
     def _cache(self, name: str, zeros: Callable[..., Value], max_length: int) -> dict[str, Value]:
         """A graph's KV tensors (1, H, S, d) by the name of their input."""
@@ -304,15 +296,16 @@ class _Member:
         """Rows of a boundary, (1, T, D): embeddings in main memory, or a copy on the device."""
         if boundary == 0:
             return self._backend.table[self._ids[None, start:stop]]
-        return self._taken(self._rows[boundary - 1], start, stop)
+        return self._take(self._rows[boundary - 1], np.arange(start, stop)).made(self._memory)
 
-    def _taken(self, rows: Value, start: int, stop: int) -> Value:
+    def _take(self, rows: Value, at: IntArray, into: Array | None = None) -> BoundPass:
+        """Copy the rows at some places to main memory, or to new memory of the device."""
         one = self._device.new_pass(self._memory, "take")
         one.give("rows", rows)
-        one.give("at", np.arange(start, stop))
-        one.take("taken", None)
+        one.give("at", at)
+        one.take("taken", into)
         self._run(one)
-        return one.made(self._memory)
+        return one
 
     def _run(self, *passes: BoundPass) -> None:
         begin = time.perf_counter_ns()

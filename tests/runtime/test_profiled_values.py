@@ -1,0 +1,108 @@
+"""The numbers of a device profile, from samples that are known."""
+
+from __future__ import annotations
+
+import math
+import time
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+
+from balcony_edge.device.costs import CostModel
+from balcony_runtime.llm import LLM
+from balcony_runtime.profiler import conditions, run
+from balcony_runtime.profiler.cells import Bench, Key
+from balcony_runtime.profiler.conditions import ConditionWatch, Meter
+from balcony_runtime.profiler.grid import Grid
+from balcony_runtime.profiler.results import fit_costs, spread
+from balcony_runtime.profiler.timing import chance_ms, summarise
+from balcony_runtime.sensors import Sensors
+from tests.runtime.test_profiler import SMALL, Counter, NoPower
+
+MOVES = {
+    Key(kind, layer, rows=rows, context=end - 1): [[first_ms + further_ms * (rows - 1)]]
+    for kind, layer, first_ms, further_ms in (
+        ("catch_up", 4, 10.0, 1.0),
+        ("catch_up", 8, 12.0, 1.2),
+        ("balcony", 4, 1.0, 0.1),
+    )
+    for end in (16, 300)
+    for rows in (1, 2, 8)
+} | {Key("norm", 8, context=15): [[0.5]], Key("lm_head", 8, context=15): [[2.0]]}
+
+
+def costs_with(switches: dict[Key, list[list[float]]]) -> CostModel:
+    return fit_costs(MOVES | switches, (4, 8))[0]
+
+
+def test_a_switch_costs_what_it_takes_beyond_its_rows() -> None:
+    assert costs_with({}).switch_ms == 0.0
+    # three rows at the second stage: 10 + 12 + 2 × 1.2 + 0.5 + 2
+    up = {Key("switch_up", 8, 4, rows=3, context=102): [[26.9 + 0.7]]}
+    assert costs_with(up).switch_ms == pytest.approx(0.7)
+    # three rows at the balcony: 10 + 1 + 2 × 0.1 + 2
+    down = {Key("switch_down", 4, 8, rows=3, context=102): [[13.2 + 0.4]]}
+    assert costs_with(down).switch_ms == pytest.approx(0.4)
+    assert costs_with({Key("switch_up", 8, 4, rows=3, context=102): [[20.0]]}).switch_ms == 0.0
+
+
+def test_the_spread_is_that_of_the_log_normal() -> None:
+    ratios = [math.exp(0.1 * NormalDist().inv_cdf((place + 0.5) / 1000)) for place in range(1000)]
+    fast, slow = ([factor * ratio for ratio in ratios] for factor in (5.0, 9.0))
+    blocks = {Key("decode", 4, context=5): [fast[:500], fast[500:]], Key("decode", 8, context=5): [slow]}
+    assert spread(blocks) == pytest.approx(0.1, rel=0.02)
+    assert spread({Key("prefill", 4, rows=5): [fast]}) == 0.0
+
+
+def test_intervals_of_few_rounds() -> None:
+    assert chance_ms([[1.0], [2.0], [3.0]]) == pytest.approx(4.30 / math.sqrt(3))
+    assert chance_ms([[1.0, 2.0, 3.0]]) == pytest.approx(1.96 * 1.253 / math.sqrt(3))
+    assert chance_ms([[7.0]]) == 7.0
+    assert summarise([[10.0] * 3] * 9).uncertainty_ms == pytest.approx(0.2)  # two processes of one build differ by 2 %
+
+
+@pytest.mark.parametrize(("own_s", "share", "note"), [(3.0, 0.5, True), (8.0, 0.0, False), (7.6, 0.04, False)])
+def test_a_busy_device_is_noted(own_s: float, share: float, note: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([(0.0, 0.0, 0.0), (10.0, 8.0, own_s)])
+    monkeypatch.setattr(conditions, "_cpu_seconds", lambda: next(times))
+    with Sensors([NoPower()]) as sensors:
+        found = ConditionWatch(sensors).report()
+    assert found.others_cpu_share == pytest.approx(share)
+    assert any(one.startswith("other processes used") for one in found.notes) is note
+
+
+def test_a_pass_of_many_rows_is_timed_whole(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM.open(tiny.path, threads=1) as llm:
+        bench = Bench(llm, Grid.make(256, **SMALL))
+        state = bench._sequence("pass", 40, room=0).state
+        monkeypatch.setattr(state, "run_stage", lambda stage, start, stop: time.sleep(0.002 * (stop - start)))
+        found = bench._sweep(8, 40)
+    assert all(found[Key("catch_up", layer, rows=8, context=39)][0] >= 16.0 for layer in bench.exits)
+
+
+def test_joules_are_those_of_one_token(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM.open(tiny.path, threads=1) as llm, Sensors([Counter()], rate_hz=10) as sensors:
+        bench = Bench(llm, Grid.make(256, **SMALL))
+        monkeypatch.setattr(bench, "decode", lambda *_: time.sleep(0.05))
+        rails: dict[Any, tuple[str, ...]] = {"cpu": ("rapl:package-0",)}
+        found, lost = run._power(bench, Meter(sensors, rails), rails, 0.3)
+    assert len(found) == len(llm.exit_layers) and not lost
+    for power in found:  # 20 W, five tokens in 50 ms or a little more
+        assert 0.9 <= (power.joules_per_token or 0) / (20 * 0.05 / 5) <= 2.5
+
+
+def test_the_sustained_speed_is_that_of_the_end(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gaps = iter([[1.0]] * 4)
+
+    def block(_: Bench) -> list[float]:
+        time.sleep(0.02)
+        return next(gaps, [3.0])
+
+    monkeypatch.setattr(run, "_gaps", block)
+    with LLM.open(tiny.path, threads=1) as llm, Sensors([NoPower()]) as sensors:
+        bench = Bench(llm, Grid.make(256, **SMALL))
+        found, whole = run._sustain(bench, 1.0, [[1.0]], ConditionWatch(sensors), lambda *_: None)
+    assert found is not None and whole
+    assert (found.burst.p50_ms, found.sustained.p50_ms, found.slowdown) == (1.0, 3.0, 3.0)
+    assert found.moments[0].p50_ms == 1.0 and found.moments[-1].p50_ms == 3.0
