@@ -10,11 +10,18 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.segment import Segment, Segments
+from rich.style import Style
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 #: Colours of the exits from the shallowest on; the full depth has the terminal's own colour.
+#: Control characters except newline and tab → their symbols, or the replacement character for those without.
+_CONTROLS = {
+    code: 0x2400 + code if code < 0x20 else 0x2421 if code == 0x7F else 0xFFFD
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\n\t"
+}
 DEPTH_STYLES = ("red", "yellow", "green", "cyan", "blue", "magenta")
 
 
@@ -24,10 +31,16 @@ def depth_styles(exit_layers: tuple[int, ...]) -> dict[int, str]:
     return {**dict(zip(shallow, DEPTH_STYLES * len(shallow), strict=False)), exit_layers[-1]: "default"}
 
 
+def visible(text: str) -> str:
+    """Text for a terminal: control characters become symbols, because a reply must not command the terminal."""
+    return text.translate(_CONTROLS)
+
+
 def write_text(text: str, style: str = "") -> None:
     """Write a part of a reply to stdout: coloured on a terminal, and unchanged to a file or a pipe."""
     if stdout.is_terminal:
-        stdout.print(Text(text, style), end="", soft_wrap=True)
+        part = Segment(visible(text), Style.parse(style))  # a Text would have spaces instead of tabs
+        stdout.print(Segments([part]), end="", soft_wrap=True)
     else:
         print(text, end="", flush=True)  # noqa: T201 - unlike sys.stdout, it may be closed
 

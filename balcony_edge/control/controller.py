@@ -42,6 +42,7 @@ from typing import Literal, NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.catching_up import Recovery, Way, way_back
+from balcony_edge.control.deadline import ALL_KEPT, NOTHING_KEPT, Kept, deadline_rooms
 from balcony_edge.control.decision import (
     Because,
     Decision,
@@ -70,11 +71,6 @@ from balcony_edge.device.costs import CostModel
 #: Noise factor of the first step at a new exit. It runs the backlog, whose price per row is the least certain, so its
 #: measurement weighs a quarter.
 SWITCH_NOISE = 4.0
-#: Bursts come in runs: the sum over n tokens varies as if this many of them were always hit together.
-BURST_TOKENS = 16
-#: Extra time for the rest of a reply with a deadline, per deviation of the asked probability, for a load that has not
-#: begun: 8 % at a probability of 0.9, 14 % at 0.99. A load of 1.4 that begins in mid-reply is then met where possible.
-UNSEEN_LOAD = 0.06
 #: Largest cost of a step if no gap is asked for, in full steps of the deepest allowed exit. More rows go in chunks.
 SPIKE = 2.0
 #: Variance of the slowdown above which it counts as unknown. A target is then infeasible only if no luck could meet it.
@@ -343,17 +339,14 @@ class Controller:
     def _within_reach(self, scene: _Scene, outlook: Outlook) -> bool:
         """Whether some exit would hold the targets without its backlog; with luck while the slowdown is unknown."""
         slowdown, luck = scene.slowdown, 1.0
-        if scene.seen.deadline_runs:  # a load that has not begun must not make a target infeasible
-            outlook = self._outlook(scene, unseen=0.0)
+        if scene.seen.deadline_runs:  # neither bad luck nor a load that has not begun nor a pace makes it infeasible
+            outlook = self._outlook(scene, NOTHING_KEPT)
         if slowdown.variance > KNOWN_VARIANCE:
             luck = math.exp(scene.plan.quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         return any(outlook.holds(index, luck) for index in range(scene.plan.lowest, outlook.highest + 1))
 
-    def _outlook(self, scene: _Scene, unseen: float = UNSEEN_LOAD) -> Outlook:
-        """Compute the room at every exit.
-
-        ``unseen`` is the share of the time for the rest that a deadline keeps for a load that has not begun.
-        """
+    def _outlook(self, scene: _Scene, kept: Kept = ALL_KEPT) -> Outlook:
+        """Compute the room at every exit; ``kept`` is what a deadline keeps of the time."""
         plan, state, seen, slowdown, now_ms, steady_ms, highest = scene
         deviation = slowdown.deviation
         budget, first = plan.budget, seen.made_tokens == 0
@@ -382,44 +375,14 @@ class Controller:
             left_ms *= math.exp(-slowdown.mean - plan.quantile * deviation)
             limits_ms = [left_ms * math.exp(-offset) for offset in slowdown.offsets]
         if seen.deadline_runs:
-            rooms_ms, enters = self._deadline(plan, seen, slowdown, unseen)
+            later_ms = self._prices.exact_ms(seen.context_length + seen.remaining // 2)
+            rooms_ms, enters = deadline_rooms(seen, slowdown, later_ms, plan.lowest, plan.quantile, kept)
             limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
             may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
         if limits_ms is not None:
             room_ms = list(map(min, room_ms, limits_ms))
         first_ms = limits_ms if first else None
         return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise, first_ms)
-
-    def _deadline(
-        self, plan: _Plan, seen: Observation, slowdown: Slowdown, unseen: float
-    ) -> tuple[list[float], list[bool]]:
-        """Compute the room from the time left, and whether there is time to stay at an exit for a dwell.
-
-        Both are per exit index; the last entry of the room is that of a step with catch-up.
-
-        The rest of n tokens at exit i takes n × steady_i × m, where m is the mean slowdown, bursts included. m is the
-        mean of the last 60 steps, or the filter's estimate from the last few if that is larger. With the asked
-        probability the rest takes at most a margin longer: a part grows with the root of n, and the share ``unseen``
-        is for a load that has not begun.
-
-        The prompt leaves time for the pace that is asked for. Later, waits are cut when the time runs out.
-        """
-        left_ms, remaining = 1000 * seen.left_s, seen.remaining
-        middle = seen.context_length + remaining // 2
-        steady_ms = self._prices.exact_ms(middle)
-        mean = max(slowdown.ratio_mean, slowdown.factor, 1e-6)
-        spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + unseen * remaining
-        margin_ms = plan.quantile * spread * steady_ms[plan.lowest]
-        rooms_ms, enters = [], []
-        dwell = min(plan.budget.dwell_tokens, remaining)
-        paced_ms = 0.0 if seen.made_tokens else 1000 / (plan.budget.max_pace_tps or math.inf) / mean
-        gaps_ms = [max(price_ms, paced_ms) for price_ms in steady_ms]
-        for index, price_ms in enumerate(gaps_ms):
-            below_ms = gaps_ms[max(index - 1, plan.lowest)]
-            room_ms = (left_ms - margin_ms) / mean - (remaining - 1) * below_ms
-            rooms_ms.append(max(room_ms, 0.0))
-            enters.append(room_ms - below_ms >= dwell * (price_ms - below_ms))
-        return [*rooms_ms, min(rooms_ms)], enters
 
     def _tick(
         self, plan: _Plan, governor: Governor, slowdown: Slowdown, steady_ms: list[float], seen: Observation

@@ -215,7 +215,7 @@ class Because(NamedTuple):
                 if not outlook.may_enter[index]:
                     why = "leaves too little free"
                 elif outlook.fits(index):
-                    why = f"waits for its dwell of {budget.dwell_tokens} tokens"
+                    why = "waits for its dwell"
                 else:
                     why = "has a backlog for which there is no time"
                 return f"{within} {odds}; {self.exits[index]} {why}"
@@ -252,8 +252,8 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
     if budget.tpot_ms is not None:
         words.append((steady_ms > budget.tpot_ms, f"tpot_ms = {budget.tpot_ms:g}: a step takes {steady_ms:.1f} ms"))
     if seen.deadline_runs and budget.deadline_s is not None:
-        paced_ms = max(steady_ms, 1000 / budget.max_pace_tps if budget.max_pace_tps else 0.0)
-        all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * paced_ms) / 1000
+        # without the waits of a pace, which are cut when the time runs out
+        all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * steady_ms) / 1000
         takes = f"{budget.expected_tokens} tokens take {all_s:.3g} s"
         words.append((all_s > budget.deadline_s, f"deadline_s = {budget.deadline_s:g}: {takes}"))
     if seen.made_tokens == 0 and budget.ttft_ms is not None:

@@ -197,6 +197,8 @@ def govern(before: Governor, demand: Demand) -> Governor:
         lost=unseen(budget, demand.readings, now_s),
         critical_c=critical_c,
     )
+    if heat_share is not None and heat_share > integral:  # below its set point, so it can be held
+        return _settle(after, demand, room, limiting, caps, within=("temperature_c",))
     return _settle(after, demand, room, limiting, caps)
 
 
@@ -210,7 +212,14 @@ def _rested(governor: Governor) -> Governor:
     return governor._replace(power=power, cpu=cpu, gpu=gpu, short_s=math.inf, infeasible=())
 
 
-def _settle(governor: Governor, demand: Demand, room: float, limiting: list[str], caps: Mapping[str, int]) -> Governor:
+def _settle(
+    governor: Governor,
+    demand: Demand,
+    room: float,
+    limiting: list[str],
+    caps: Mapping[str, int],
+    within: Sequence[str] = (),
+) -> Governor:
     """Derive the depth from the share and the caps, with a dwell, and find what is out of reach.
 
     Args:
@@ -220,6 +229,7 @@ def _settle(governor: Governor, demand: Demand, room: float, limiting: list[str]
             without our load.
         limiting: keys that limit the share.
         caps: keys that limit the depth, with their deepest index; below ``lowest`` if they allow none.
+        within: keys whose ceiling is not reached, although they limit the share.
     """
     budget, now_s, step_s = demand.budget, demand.now_s, demand.step_s
     needed_tps = max(demand.pace_tps / (1 - PACE_MARGIN), slowest_tps(budget)) if budget.pacing else math.inf
@@ -238,7 +248,7 @@ def _settle(governor: Governor, demand: Demand, room: float, limiting: list[str]
     short = share < 1 and (not budget.pacing or share < floor_tps * step_s[demand.lowest])
     short = short or (room <= 0 and share <= LEAST_SHARE)
     late = share < 1 and share < demand.pace_tps * step_s[demand.lowest]
-    out = limiting if short else ["latency"] if late else []
+    out = [key for key in limiting if key not in within] if short else ["latency"] if late else []
     at_once = [key for key, deepest in caps.items() if deepest < demand.lowest]
     # The time to settle begins anew if a ceiling that is out of reach has another value than at the last tick. ``latency``
     # is no ceiling, so it never has.

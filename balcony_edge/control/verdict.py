@@ -22,6 +22,16 @@ KEPT_S = 0.1
 #: Error of the mean pace that is allowed, because clocks and sleeps are not exact.
 PACE_TOLERANCE = 0.01
 _PACES = ("min_pace_tps", "max_pace_tps")
+#: Key → what of the readings it is about.
+_SENSED = {
+    "power_w": "power",
+    "energy_j_per_token": "power",
+    "temperature_c": "hottest_c",
+    "critical_temperature_c": "hottest_c",
+    "gpu_utilization": "gpu",
+    "cpu_utilization": "cpu",
+    "memory_mb": "memory_mb",
+}
 
 
 class Verdict(NamedTuple):
@@ -129,6 +139,8 @@ class Watch:
             held = None if margin is None else margin >= (-PACE_TOLERANCE if key in _PACES else 0)
             if key == "critical_temperature_c" and margin is not None:
                 held = margin > 0  # the reply ends as soon as the limit is reached
+            if held and key in _SENSED and getattr(self._seen[-1], _SENSED[key]) is None:
+                held = None  # the sensor has gone
             found.append(Verdict(key, asked, reached, held, margin, how if reached is not None else "not measured"))
         return tuple(found)
 

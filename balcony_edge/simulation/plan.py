@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.controller import BURST_TOKENS
+from balcony_edge.control.deadline import BURST_TOKENS
 from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
@@ -122,7 +122,7 @@ def make_plan(
     exits = tuple(planner.exit_plan(layer, layer in allowed) for layer in profile.costs.exits)
     possible = [plan for plan in exits if plan.allowed]
     feasible = any(plan.met is not False for plan in possible)
-    shares, reason, gaps_ms = planner.simulated(resolved)
+    shares, reason, gaps_ms, joules = planner.simulated(resolved)
     unknown = {check.target for plan in possible for check in plan.checks if check.met is None}
     return Plan(
         exits=exits,
@@ -130,7 +130,7 @@ def make_plan(
         reason=reason,
         tokens_per_s=1000 / fmean(gaps_ms),
         tpot_ms=fmean(gaps_ms),
-        joules_per_token=_mixed(shares, {plan.exit_layer: plan.joules_per_token for plan in exits}),
+        joules_per_token=joules,
         agreement=_mixed(shares, {plan.exit_layer: plan.agreement for plan in exits}),
         feasible=feasible,
         nearest={} if feasible else planner.nearest(possible),
@@ -200,8 +200,12 @@ class _Planner:
                     found[check.target] = reachable(check, check.expected)
         return found
 
-    def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float]]:
-        """Simulate a reply on the profiled device: shares of exits, reason for the last token, gaps between tokens (ms)."""
+    def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float], float | None]:
+        """Simulate a reply on the profiled device.
+
+        Returns:
+            Shares of exits, reason for the last token, gaps between tokens (ms), and joules a token.
+        """
         profile = self.profile
         power = profile.powered(self.rail)
         known = {"on_infeasible": "shallowest"} if budget.on_infeasible == "error" else {}
@@ -219,7 +223,13 @@ class _Planner:
         for token in later:
             counts[token.decision.exit_layer] += 1
         shares = {layer: count / len(later) for layer, count in counts.items() if count}
-        return shares, tokens[self.tokens - 1].decision.reason, [token.latency_ms for token in later]
+        gaps_ms = [token.latency_ms for token in later]
+        step_j = _mixed(shares, {layer: profile.joules_per_token(layer, self.rail) for layer in shares})
+        wait_s = fmean(max(token.latency_ms - token.step_ms, 0.0) for token in later) / 1000
+        joules = step_j
+        if step_j is not None and wait_s:
+            joules = None if power is None else step_j + power[0] * wait_s
+        return shares, tokens[self.tokens - 1].decision.reason, gaps_ms, joules
 
     def _checks(self, exit_layer: int, tpot_ms: float) -> list[Check]:
         profile, budget, costs = self.profile, self.budget, self.profile.costs
@@ -255,6 +265,10 @@ class _Planner:
             if target == "power_w" and met is False and budget.pacing:
                 met = None  # this is the power without pacing; waits between tokens may bring it down
             checks.append(Check(target, asked, expected, probability, met))
+        if any(check.target == "power_w" and check.met is None and check.expected is not None for check in checks):
+            # waits for the watts are in none of these
+            waits = ("tpot_ms", "deadline_s", "energy_j_per_token")
+            checks = [replace(check, met=None) if check.target in waits and check.met else check for check in checks]
         return checks
 
     def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:

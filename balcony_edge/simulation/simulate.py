@@ -131,7 +131,7 @@ def explain(tokens: Sequence[SimulatedToken]) -> list[Interval]:
                 part[-1].time_s,
                 part[0].decision.exit_layer,
                 len(part),
-                mean(token.latency_ms for token in part),
+                mean(token.latency_ms for token in (part if begin else part[1:] or part)),  # without the first token
                 part[-1].slowdown,
                 part[-1].decision.reason,
             )

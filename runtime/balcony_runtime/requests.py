@@ -194,7 +194,10 @@ class Requests:
             cancelled=Cancellation(self.scheduler.wake),
             watch=Watch(),
             prompted=Prompted(len(ids)),
-            text=self._codec.stream(ids if self._continues(prompt, chat) else ()),
+            text=self._codec.stream(
+                ids if self._continues(prompt, chat) else (),
+                literal=sampling is not None and bool(sampling.structured),  # a structure may begin with a space
+            ),
             box=box,
             asked_s=asked_s,
         )

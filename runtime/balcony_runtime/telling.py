@@ -55,6 +55,8 @@ def told(
             finish = "stop"
         elif finish is not None or token == marker:  # no stop string goes over a marker
             piece += stop.flush()
+        if finish is not None and step.budget.needs_sensors:  # the step's readings are of the time before it
+            asked.watch.saw(time.monotonic(), readings())
         log_p: float | None = None
         best: tuple[tuple[int, float], ...] = ()
         if asked.logprobs is not None and step.logits is not None:

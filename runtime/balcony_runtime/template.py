@@ -321,7 +321,9 @@ def _percent(text: str, *values: Any, **named: Any) -> str:
 
 def _check_format(template: str, mark: str, values: list[Any]) -> None:
     """Refuse large or computed widths, and results that could exceed the bound."""
-    if re.search(r"\d{4,}|%[^a-zA-Z%]*\*|\{[^{}]*\{", template.replace("{{", "").replace("}}", "")):
+    if re.search(
+        r"%(\([^)]*\))?[^a-zA-Z%]*(\d{4,}|\*)|\{[^{}]*(\d{4,}|\{)", template.replace("{{", "").replace("}}", "")
+    ):
         raise jinja2.TemplateRuntimeError("a format has a width above 999 or a computed one: write the text out")
     _bounded(len(template) + template.count(mark) * (1000 + _size(values)))
 

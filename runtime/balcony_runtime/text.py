@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import jinja2
@@ -44,8 +43,6 @@ _OPEN, _CLOSE, _ALIAS = "\ue0c0", "\ue0c1", "\ue0c2"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_ALIAS}]")
 #: Tokens before another one that decide how it is spelled.
 CONTEXT_TOKENS = 8
-#: Characters from which texts are tokenized one at a time, since each takes some hundred bytes a token meanwhile.
-LARGE_TEXT = 100_000
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
@@ -67,7 +64,6 @@ class TextCodec:
             self._tokenizer.no_padding()
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
-        self._large = threading.Lock()
         self._literal: Tokenizer | None = None
         self._aliases: tuple[Tokenizer, dict[int, int]] | None = None
         self._names: dict[int, str] = {}
@@ -222,8 +218,7 @@ class TextCodec:
 
     def _ids(self, tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
         # encode() keeps Python's lock, which the thread that makes tokens needs; encode_batch_fast() does not
-        with self._large if len(text) > LARGE_TEXT else nullcontext():
-            (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=special)
         return list(found.ids)
 
     def _aliased(self, names: Sequence[str]) -> tuple[Tokenizer, dict[int, int]]:
@@ -264,7 +259,7 @@ class TextCodec:
             raise InputError("this bundle has no chat template: give the prompt as a text, with chat=False or --raw")
         calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
         if self._call_format is None and (calls or given.get("tools")):
-            messages, given = plain_messages(messages, given.get("tools", ())), {**given, "tools": []}
+            messages, given = plain_messages(messages, given.get("tools", ())), {**given, "tools": None}
         try:
             return self._rendered(template, messages, given)
         except InputError:
@@ -276,7 +271,9 @@ class TextCodec:
             raise
 
     def _rendered(self, template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any]) -> str:
-        variables = {**given, **self._special, "messages": list(messages), "add_generation_prompt": True}
+        # transformers also gives None for these: templates ask whether they are none
+        always = {"tools": None, "documents": None}
+        variables = {**always, **given, **self._special, "messages": list(messages), "add_generation_prompt": True}
         try:
             return _unicode(template.render(variables))
         except jinja2.TemplateError as error:
@@ -295,7 +292,7 @@ class TextCodec:
     def name(self, token: int) -> str:
         """Text of a token inside a text, so with its leading space; the name of a control token."""
         if token not in self._names:
-            before = self._tokenizer.encode("a", add_special_tokens=False).ids
+            before = self._word()
             whole, text = (self._tokenizer.decode(ids, skip_special_tokens=False) for ids in ([*before, token], before))
             self._names[token] = str(whole)[len(str(text)) :]
         return self._names[token]
@@ -310,9 +307,15 @@ class TextCodec:
         except KeyError:
             return None
 
-    def stream(self, before: Sequence[int] = ()) -> TextStream:
-        """A decoder that takes one token at a time; the first one follows the tokens ``before``."""
-        return TextStream(self._tokenizer, before)
+    def stream(self, before: Sequence[int] = (), *, literal: bool = False) -> TextStream:
+        """A decoder that takes one token at a time; the first one follows the tokens ``before``.
+
+        ``literal``: whether without such tokens the first one keeps its space, which many tokenizers drop.
+        """
+        return TextStream(self._tokenizer, before or (self._word() if literal else ()))
+
+    def _word(self) -> list[int]:
+        return list(self._tokenizer.encode("a", add_special_tokens=False).ids)
 
 
 def special_tokens(bundle: Bundle) -> dict[str, str]:

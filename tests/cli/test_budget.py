@@ -230,7 +230,8 @@ def test_agreement_of_a_profile_is_the_least_of_its_texts() -> None:
 
 def test_simulate_holds_the_power_of_the_rail_that_was_measured(tmp_path: Path) -> None:
     gpu = Power(exit_layer=5, rail="gpu", source="nvml:0", busy_w=60.0, idle_w=20.0, joules_per_token=1.0)
-    save(profile(power=(gpu,)), "gpu.json")
+    long = profile(power=(gpu,))
+    save(long.model_copy(update={"bundle": long.bundle.model_copy(update={"context_length": 4096})}), "gpu.json")
     (tmp_path / "b.toml").write_text("power_w = 40\npower_rail = 'gpu'\n")
     found = json.loads(
         invoke("simulate", "--profile", "gpu.json", "--budget", "b.toml", "-n", "3000", "--seconds", "40", "--json")
@@ -290,3 +291,44 @@ def test_simulate_says_that_watts_were_not_measured(
     command = ["simulate", "--profile", "bare.json", "--tpot-ms", "20", "-n", "10", *options, *device]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and ("has no power measurement" in done.stderr) == said
+
+
+def test_simulate_ends_with_the_context(tmp_path: Path) -> None:
+    command = ["simulate", "--profile", "p.json", "--tpot-ms", "13", "-p", "500", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert json.loads(done.stdout)["tokens"] == 12
+    assert "--tokens 256: a reply ends after 12, when the context is full" in done.stderr
+
+
+def test_simulate_says_before_it_stops_that_degrees_are_invented(tmp_path: Path) -> None:
+    gpu = Power(exit_layer=5, rail="gpu", source="nvml:0", busy_w=60.0, idle_w=12.0, joules_per_token=1.0)
+    save(profile(power=(gpu,)), "gpu.json")
+    (tmp_path / "b.toml").write_text("critical_temperature_c = 90\n")
+    done = CliRunner().invoke(app, ["simulate", "--profile", "gpu.json", "--budget", "b.toml"])
+    assert isinstance(done.exception, BalconyError) and "its heat sink is unknown" in done.stderr
+
+
+@pytest.mark.parametrize("order", [("chat", "gpu"), ("gpu", "chat")])
+def test_simulate_with_arrivals_holds_the_rail_of_any_class(tmp_path: Path, order: tuple[str, str]) -> None:
+    save(profile(power=tuple(
+        Power(exit_layer=5, rail=rail, source=rail, busy_w=busy_w, idle_w=5.0, joules_per_token=1.0)
+        for rail, busy_w in (("cpu", 10.0), ("gpu", 60.0))
+    )), "two.json")  # fmt: skip
+    (tmp_path / "chat.toml").write_text("tpot_ms = 50\n")
+    (tmp_path / "gpu.toml").write_text("power_w = 20\npower_rail = 'gpu'\n")
+    budgets = [word for name in order for word in ("--budget", f"{name}.toml")]
+    common = ["--arrivals", "rate=2", "--seconds", "10", "-n", "60", "--explain", "--json"]
+    found = invoke("simulate", "--profile", "two.json", *budgets, *common)
+    assert "limited by power_w" in found and "no reading for power_w" not in found
+
+
+def test_a_plan_with_waits_for_watts_promises_no_gap_and_no_joules(tmp_path: Path) -> None:
+    """50 ms of 8 W and waits at 4 W: 5 W are one step in four, and a token then takes 1 J and not 0.4."""
+    save(profile(power=tuple(
+        Power(exit_layer=layer, rail="cpu", source="r", busy_w=8.0, idle_w=4.0, joules_per_token=0.4) for layer in (2, 3, 5)
+    )), "cpu.json")  # fmt: skip
+    (tmp_path / "b.toml").write_text("power_w = 5\npower_rail = 'cpu'\nenergy_j_per_token = 0.5\ntpot_ms = 60\n")
+    plan = json.loads(invoke("plan", "--profile", "cpu.json", "--budget", "b.toml", "--json"))
+    checks = {check["target"]: check["met"] for check in plan["exits"][0]["checks"]}
+    assert checks["power_w"] is None and checks["energy_j_per_token"] is None and checks["tpot_ms"] is None
+    assert plan["joules_per_token"] > 0.4 + 4 * (plan["tpot_ms"] - 15) / 1000

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from balcony_edge.cli.console import depth_styles
 from balcony_edge.cli.device.chat import Conversation, parse_command
 from balcony_edge.control.trace import read_trace, replay
 from balcony_edge.errors import BudgetError
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text import TextCodec, TextStream
 from tests.support.command import invoke_here
 
 PROGRAM = "from balcony_edge.cli import main; main()"
@@ -193,7 +194,12 @@ def test_json_holds_log_probabilities(tiny: Any) -> None:
 def test_the_reply_in_a_chat_is_a_text_of_its_own(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers as in Llama 2 would otherwise begin it with a space."""
     before, stream = [], TextCodec.stream
-    monkeypatch.setattr(TextCodec, "stream", lambda self, ids=(): before.append(len(ids)) or stream(self, ids))
+
+    def seen(codec: TextCodec, ids: Sequence[int] = (), **options: Any) -> TextStream:
+        before.append(len(ids))
+        return stream(codec, ids, **options)
+
+    monkeypatch.setattr(TextCodec, "stream", seen)
     for options in ((), ("--raw",)):
         assert invoke_here("run", tiny.path, "the fox", "-n", "2", "--json", *options).returncode == 0
     assert before[0] == 0 < before[-1]

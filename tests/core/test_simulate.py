@@ -57,7 +57,7 @@ def test_a_deadline_counts_the_waits_of_the_pace() -> None:
     # even the shallowest prompt leaves too little to wait as long before every token: then waits are shorter, not exits
     tight = run(Budget(deadline_s=1.7, expected_tokens=40, max_pace_tps=25), tokens=40, prompt_tokens=620)
     assert tight[-1].time_s < 1.7 and 30 in exits(tight)
-    assert not any(token.decision.infeasible for token in tight[1:])
+    assert not any(token.decision.infeasible for token in tight)
 
 
 def test_a_reply_after_a_pause_starts_on_a_device_that_rested() -> None:
@@ -377,6 +377,8 @@ def test_throttling_slows_steps_and_ends_three_degrees_below() -> None:
 def test_explain_says_what_bound() -> None:
     tokens = run(Budget(tpot_ms=28), load="step:high=1.7,at_s=1", tokens=120)
     intervals = explain(tokens)
+    first = [token.latency_ms for token in tokens[1 : intervals[0].tokens]]
+    assert intervals[0].mean_ms == pytest.approx(sum(first) / len(first)), "without the time to first token"
     assert sum(interval.tokens for interval in intervals) == 120
     assert any(interval.exit_layer == 30 and interval.tokens > 20 for interval in intervals)
     assert intervals[-1].exit_layer < 30
@@ -420,6 +422,18 @@ def test_tokens_after_the_expected_ones_are_free_of_the_deadline() -> None:
     late = tokens[60:]
     assert exits(late) == {30} and not any(token.decision.infeasible for token in late)
     assert "2 s" not in late[-1].decision.reason
+
+
+@pytest.mark.parametrize(("tokens", "probability"), [(20, 0.9), (20, 0.99), (100, 0.9), (100, 0.99)])
+def test_a_deadline_that_can_be_met_is_not_called_infeasible_before_anything_was_measured(
+    tokens: int, probability: float
+) -> None:
+    """A tenth more time than the shallowest exit takes; the prior says that the rest may take half as long again."""
+    prices = DEMO.steady_ms(DEMO.exits[0], 64 + tokens // 2)
+    needs_s = (DEMO.prefill_ms(DEMO.exits[0], 64) + (tokens - 1) * prices) / 1000
+    asked = Budget(deadline_s=1.1 * needs_s, expected_tokens=tokens, probability=probability, on_infeasible="error")
+    made = run(asked, tokens=tokens, prompt_tokens=64)
+    assert made[-1].time_s <= 1.1 * needs_s and not any(token.decision.infeasible for token in made)
 
 
 @pytest.mark.parametrize(("tpot_ms", "probability"), [(15, 0.9), (16, 0.9), (20, 0.99)])

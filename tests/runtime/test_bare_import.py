@@ -11,9 +11,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from balcony_edge.errors import MissingDependencyError
+from balcony_runtime.backends.installed import refuse_too_old
 
 _PROGRAM = """
 import sys
@@ -159,3 +163,30 @@ def test_a_missing_web_framework_names_its_cure() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "starlette is not installed: pip install 'balcony-edge[serve]' for the server\n"
+
+
+@pytest.mark.parametrize(
+    ("installed", "changes", "words"),
+    [
+        ("1.25.0", {}, None),
+        ("1.25.0", {"recurrent": True}, "bundles with recurrent layers need 1.25.1 or newer"),
+        ("1.25.1", {"recurrent": True}, None),
+        ("1.26.0", {"kv_bits": 8}, "bundles with int8 caches need 1.27 or newer"),
+        ("1.27.1", {"kv_bits": 8}, None),
+        ("1.30.2", {"mixture": object(), "kv_bits": 8}, "bundles with quantized experts need 1.31 or newer"),
+        ("1.31.0", {"mixture": object(), "kv_bits": 8}, None),
+        ("1.25.0", {"mixture": object(), "kv_bits": None}, None),
+    ],
+)
+def test_some_bundles_need_a_newer_engine(
+    installed: str, changes: dict[str, Any], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = changes.pop("kv_bits", None)
+    model = SimpleNamespace(**{"recurrent": False, "mixture": None} | changes)
+    manifest: Any = SimpleNamespace(model=model, quantization=None if bits is None else SimpleNamespace(kv_bits=bits))
+    monkeypatch.setattr("onnxruntime.__version__", installed)
+    if words is None:
+        refuse_too_old(manifest)
+    else:
+        with pytest.raises(MissingDependencyError, match=f"onnxruntime {installed} is too old: {words}"):
+            refuse_too_old(manifest)

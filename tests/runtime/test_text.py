@@ -170,7 +170,7 @@ def test_the_reply_to_a_plain_text_goes_on_with_it(tiny: Any, prompt: Any, chat:
     seen: list[Any] = []
     with balcony_edge.load(tiny.path) as llm:
         stream = llm.codec.stream
-        llm.codec.stream = lambda ids: seen.append(list(ids)) or stream(ids)
+        llm.codec.stream = lambda ids, **options: seen.append(list(ids)) or stream(ids, **options)
         llm.generate(prompt, chat=chat, max_new_tokens=1)
         assert seen == [llm.encode(prompt, chat=False) if prompt == "hello" and before else [7, 8] if before else []]
 
@@ -261,6 +261,23 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path, monkeypatch: pytest.Monke
             bundle_copy,
             "{% for i in range(99999) %}{% for j in range(99999) %}{% continue %}{% endfor %}{% endfor %}",
         ).encode(message)
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        ("{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}x", "x"),
+        ("{% if tools is defined %}x{% endif %}", "x"),
+        (
+            "{{ 'Knowledge cutoff: March 2024. Role: %s' % messages[0].role }}",
+            "Knowledge cutoff: March 2024. Role: user",
+        ),
+        ("{{ 'In 2024 by {}'.format(messages[0].role) }}", "In 2024 by user"),
+    ],
+)
+def test_templates_see_what_transformers_shows_them(bundle_copy: Path, template: str, shown: str) -> None:
+    written = write_template(bundle_copy, template)
+    assert written._render([{"role": "user", "content": "a"}], {}) == shown
 
 
 #: Templates that take gigabytes in sandboxes that only bound single results, or none: doubling, widths, and sharing.
@@ -433,3 +450,17 @@ def test_other_threads_run_while_a_long_text_is_tokenized(codec: TextCodec) -> N
     thread.join()
     assert len(tokens) > 60_000 and turns > 20 * took_s
     assert tokens[:40] == codec.encode(text[:1000], chat=False)[:40]
+
+
+def test_a_structured_text_keeps_its_first_space(bundle_copy: Path) -> None:
+    """Tokenizers like Llama 2's drop it from a text's beginning, and a regex may ask for it."""
+    document = json.loads((bundle_copy / "tokenizer.json").read_text())
+    document["decoder"] = {
+        "type": "Sequence",
+        "decoders": [document["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+    }
+    (bundle_copy / "tokenizer.json").write_text(json.dumps(document))
+    codec = TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
+    (token,) = codec.encode(" the", chat=False)[:1]
+    assert codec.stream().push(token) + "|" != codec.stream(literal=True).push(token) + "|"
+    assert codec.stream(literal=True).push(token).startswith(" ")

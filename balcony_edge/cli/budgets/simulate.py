@@ -82,6 +82,7 @@ def simulate(
 
     from balcony_edge.cli.budgets.arrivals import explained, facts, parsed, show
     from balcony_edge.cli.budgets.budget import asked_budget, named_refusal
+    from balcony_edge.cli.console import stderr
     from balcony_edge.cli.show import say_doubts
     from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.trace import TraceWriter
@@ -98,13 +99,17 @@ def simulate(
         raise ContextLengthError(
             f"--prompt-tokens {prompt_tokens}: the context holds {longest}, and a reply needs a token: give a shorter prompt"
         )
+    if prompt_tokens + tokens > longest:
+        stderr.print(f"--tokens {tokens}: a reply ends after {longest - prompt_tokens}, when the context is full")
+        tokens = longest - prompt_tokens
     say_doubts(profile, measured)
     costs = measured.costs
     if arrivals is not None:
         sizes = (prompt_tokens, tokens, seconds)
         with RoundTraceWriter(record) if record is not None else nullcontext() as rounds:
-            company = _company(files, asked, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds)
-        _say_if_unmeasured(profile, measured, asked, device)
+            company = _company(
+                files, asked, profile, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds
+            )
         figures, rows = facts(company), explained(company) if explain else None
         if as_json:
             print(json.dumps(figures if rows is None else {**figures, "intervals": rows}))  # noqa: T201 - for programs
@@ -116,9 +121,9 @@ def simulate(
     plant = Plant(
         costs, physics(device or [], measured, resolved), load(slowdowns), prompt_tokens=prompt_tokens, seed=seed
     )
+    _say_if_unmeasured(profile, measured, asked, device)  # before: the device may be too hot at once
     with TraceWriter(record) if record is not None else nullcontext() as writer:
         run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
-    _say_if_unmeasured(profile, measured, asked, device)
     found = simulation.summary(run, resolved)
     if _heat_sink_unknown(measured, asked, device):
         found["max_c"] = None
@@ -132,6 +137,7 @@ def simulate(
 def _company(
     files: list[Path],
     own: Budget,
+    path: Path,
     profile: DeviceProfile,
     arriving: tuple[float, int],
     sizes: tuple[int, int, float],
@@ -144,6 +150,7 @@ def _company(
     from balcony_edge.cli.budgets.arrivals import Company, classes
     from balcony_edge.cli.budgets.budget import named_refusal
     from balcony_edge.control.company.assignment import qualities
+    from balcony_edge.control.company.ceilings import merged_ceilings
     from balcony_edge.errors import InputError
     from balcony_edge.simulation.company import Arrival, poisson, simulate_company
 
@@ -159,7 +166,9 @@ def _company(
             named[name] = budget.for_bundle(agreement)
     asked = [Arrival(0.0, prompt_tokens, tokens, budget) for budget in named.values()]
     arrivals = poisson(arriving[0], seconds, asked, seed=seed, burst=arriving[1])
-    constants = physics(device or [], profile, own)
+    ceilings = merged_ceilings(list(named.values()))  # the rail whose power is held
+    constants = physics(device or [], profile, ceilings)
+    _say_if_unmeasured(path, profile, ceilings, device)
     rounds: list[tuple[float, Round]] = []
     streams = simulate_company(
         profile.costs,
@@ -183,7 +192,9 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
     line = None
     if profile.powered(profile.rail_of(budget)) is None and not _given(device) & WATTS:
         line = "has no power measurement: watts and degrees are those of a small board; give --device idle_w=... and busy_w=..."
-    elif budget.temperature_c is not None and _heat_sink_unknown(profile, budget, device):
+    elif {budget.temperature_c, budget.critical_temperature_c} != {None} and _heat_sink_unknown(
+        profile, budget, device
+    ):
         line = "its heat sink is unknown: degrees are those of a small board; give --device kelvin_per_watt=..."
     if line is not None:
         stderr.print(f"{path}: {line}", style="yellow", markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from balcony_edge.budget import Budget
-from balcony_edge.cli.console import stdout
+from balcony_edge.cli.console import stdout, visible
 from balcony_edge.cli.device.live import show_live
 from balcony_edge.cli.show import show_stream, show_summary
 from balcony_edge.errors import BalconyError, BudgetError, ContextLengthError, InputError
@@ -150,7 +150,7 @@ class Conversation:
         else:
             self.chat = Chat.load(self.llm, name)
             said = next((one["content"] for one in reversed(self.chat.messages)), "nothing yet")
-            stdout.print(f"{len(self.chat.messages)} messages; the last: {said}", markup=False)
+            stdout.print(f"{len(self.chat.messages)} messages; the last: {visible(said)}", markup=False)
 
     def _show_stats(self) -> None:
         if self.last is None:

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from balcony_edge.budget import Rail
+from balcony_edge.cli.console import visible
 from balcony_edge.device.readings import adding_up
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class LiveView:
         """
         with self._lock:
             self._count += 1
-            self._line.append(token.text, style=self._styles[token.exit_layer])
+            self._line.append(visible(token.text), style=self._styles[token.exit_layer])
             if self._count > 1:  # the time of the first token is that of the prompt
                 self._tokens.append(token)
             if not self._decisions or self._decisions[-1][1:] != (token.exit_layer, token.reason):

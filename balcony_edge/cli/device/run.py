@@ -179,7 +179,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
         return "" if sys.stdin is None else sys.stdin.buffer.read().decode()  # None: stdin is closed
 
     where = "standard input" if file is None else f"--file {file}"
-    return _read(where, content, "name a text file, or - for stdin").removesuffix("\n")
+    return _read(where, content, "name a text file, or - for stdin").removesuffix("\n").removesuffix("\r")
 
 
 def _text_of(option: str, file: Path | None) -> str | None:

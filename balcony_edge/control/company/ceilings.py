@@ -68,9 +68,9 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
     return Budget.model_validate(kept)
 
 
-def longest_pause_s(budgets: Sequence[Budget]) -> float:
-    """Longest time between two rounds that the ceilings of these budgets may ask for; 0 without any."""
-    return 1 / max(map(slowest_tps, budgets)) if any(budget.needs_sensors for budget in budgets) else 0.0
+def longest_pause_s(budgets: Sequence[Budget], asking: Sequence[Budget]) -> float:
+    """Longest time between two rounds that the ceilings of these budgets leave those who ask; 0 without any ceiling."""
+    return 1 / max(map(slowest_tps, asking)) if any(budget.needs_sensors for budget in budgets) else 0.0
 
 
 def left_out(budget: Budget, ceilings: Budget) -> str | None:

@@ -79,9 +79,9 @@ class Composer:
             portion = self._in_portions(chosen, limit_ms, share)
             if portion is None:
                 chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
-        # A target that was given up still says how long a gap may not be; a deadline that has passed does not.
-        given_up = [GIVEN_UP * view.period_ms for view, _ in chosen if view.period_ms > 0]
-        calm_ms = min([CALM_MS / slowdown.factor, *given_up])
+        # A target that was given up still says how long a gap may not be. A deadline that has passed does not.
+        periods_ms = [view.period_ms or view.stream.budget.tpot_ms or math.inf for view, _ in chosen]
+        calm_ms = min([CALM_MS / slowdown.factor, *(GIVEN_UP * period_ms for period_ms in periods_ms)])
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         others = [] if prompt is None else [view for view, _ in chosen] + [view for view in waiting if not view.first]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.seen import StreamSeen, StreamState
-from balcony_edge.control.controller import UNSEEN_LOAD, quantile_of
+from balcony_edge.control.controller import quantile_of
+from balcony_edge.control.deadline import UNSEEN_LOAD
 from balcony_edge.control.slowdown import Slowdown
 
 #: Tokens that a reply is taken to have at least, when the share that may be late is reckoned.

@@ -64,7 +64,8 @@ def load_model(
         source: A directory, a ``.gguf`` file, a hub name, or ``demo`` for :func:`demo_model_path`.
         dtype: Type of the weights; GGUF weights are dequantized to it.
         keep_dtype: Whether to keep the checkpoint's own type, if it has one (GGUF has none).
-        attn_implementation: transformers' name of the attention function; None for its choice for the model.
+        attn_implementation: transformers' name of the attention function; None for its choice for the model. Attention
+            with a soft cap is always eager: the choice of some versions leaves the cap out.
 
     Raises:
         CheckpointError: ``source`` cannot be loaded.
@@ -82,6 +83,8 @@ def load_model(
             **({"quantization_config": GgufConfig(dequantize=True)} if options else {}),
         )
     model, report = loaded
+    if attn_implementation is None and getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(

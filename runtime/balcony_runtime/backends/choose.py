@@ -129,17 +129,9 @@ def open_backend(
     if device == "auto" and packed is not None:
         device = "cpu"
     if device == "auto":
-        device, chosen, reason, unfit = choose(bundle.manifest, engines)
-        if engines is not None and chosen is None:
-            raise DeviceError(
-                f"{bundle.path}: engine set {engines} cannot run: {reason}: leave the set out, or run its graphs on the CPU "
-                "with --device cpu"
-            )
-        if unfit:
-            _log.warning("%s: runs no engine set: %s", bundle.path, reason)
+        device, engines = _chosen(bundle, engines)
         if device == "webgpu":
             return _faster(bundle, threads, verify_hashes)
-        engines = chosen
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
@@ -170,6 +162,21 @@ def open_backend(
         _log.warning("%s: runs on the CPU: %s", bundle.path, error)
     # not before: the error holds the sessions that were opened
     return open_backend(bundle, "cpu", threads=threads, verify_hashes=verify_hashes)
+
+
+def _chosen(bundle: Bundle, engines: str | None) -> tuple[DeviceName, str | None]:
+    """The choice of ``auto``, which must be the set that was named, if one was."""
+    if engines is not None and engines not in bundle.manifest.engines:
+        bundle.engine_directory(engines)  # refuses it, and names those that there are
+    device, chosen, reason, unfit = choose(bundle.manifest, engines)
+    if engines is not None and chosen is None:
+        raise DeviceError(
+            f"{bundle.path}: engine set {engines} cannot run: {reason}: leave the set out, or run its graphs on the CPU with "
+            "--device cpu"
+        )
+    if unfit:
+        _log.warning("%s: runs no engine set: %s", bundle.path, reason)
+    return device, chosen
 
 
 def _faster(bundle: Bundle, threads: int | None, verify_hashes: bool) -> Backend:

@@ -1,4 +1,4 @@
-"""The installed ONNX Runtime: the module, or one line that names the problem and the cure.
+"""The installed ONNX Runtime: the module, or one line that names the problem and the cure; and the first line of its errors.
 
 Owns the oldest version that runs bundles. The packages of :data:`PACKAGES` are builds of one module and overwrite each other,
 so an environment may contain two of them, half of one, or the wrong one.
@@ -10,15 +10,23 @@ import importlib
 import importlib.metadata
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import MissingDependencyError
 
 #: The first version with a CPU kernel of opset 24's ``TensorScatter``. Up to 1.29 the last bits of results differ from those of
 #: 1.30 and newer, so texts in int4 differ (docs/platforms.md). pyproject.toml has the same number, and tests/test_packaging.py
 #: runs that version.
 OLDEST = "1.25"
+#: Later versions that some bundles need, the newest first, by what they use; tried with each release.
+_LATER: tuple[tuple[str, str, Callable[[Manifest], object]], ...] = (
+    ("1.31", "quantized experts", lambda manifest: manifest.model.mixture and manifest.quantization is not None),
+    ("1.27", "int8 caches", lambda manifest: manifest.quantization is not None and manifest.quantization.kv_bits == 8),
+    ("1.25.1", "recurrent layers", lambda manifest: manifest.model.recurrent),
+)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu")
 _INSTALL = "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"
 
@@ -49,13 +57,29 @@ def checked_onnxruntime() -> Any:
     missing = [name for name in ("__version__", "InferenceSession", "RunOptions") if not hasattr(module, name)]
     if missing:  # Python imports the directory that an uninstallation left as an empty package
         raise MissingDependencyError(f"ONNX Runtime is damaged (it has no {missing[0]}): {_again()}")
-    if _numbers(module.__version__) < _numbers(OLDEST):
-        package = next(iter(found), PACKAGES[0])
-        raise MissingDependencyError(
-            f"{package} {module.__version__} is too old: bundles need {OLDEST} or newer: "
-            f"pip install --upgrade '{package}>={OLDEST}'"
-        )
+    _refuse_older(module, OLDEST, "bundles")
     return module
+
+
+def refuse_too_old(manifest: Manifest) -> None:
+    """Refuse an ONNX Runtime without the operators of a bundle's graphs.
+
+    Raises:
+        MissingDependencyError: it is too old for the bundle.
+    """
+    for version, what, needs in _LATER:
+        if needs(manifest):
+            _refuse_older(importlib.import_module("onnxruntime"), version, f"bundles with {what}")
+            return
+
+
+def _refuse_older(module: Any, version: str, what: str) -> None:
+    if _numbers(module.__version__) < _numbers(version):
+        package = next(iter(installed_packages()), PACKAGES[0])
+        raise MissingDependencyError(
+            f"{package} {module.__version__} is too old: {what} need {version} or newer: "
+            f"pip install --upgrade '{package}>={version}'"
+        )
 
 
 def _again() -> str:
@@ -63,4 +87,10 @@ def _again() -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without the place in ONNX Runtime's source, at most 200 characters."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.rpartition(" was false. ")[2][:200]

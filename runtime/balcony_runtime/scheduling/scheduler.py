@@ -396,7 +396,9 @@ class Scheduler:
                     stream.fail(error)
 
     def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
-        longest_s = longest_pause_s([one.decoder.budget for one in self._all])  # of those who are here now
+        # Who has gone asks for no pause, and who is paused for no pace.
+        budgets = [[one.decoder.budget for one in streams] for streams in (self._all, asking)]
+        longest_s = longest_pause_s(*budgets)
         if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
             time.sleep(min(pause_s, NAP_S))
             return

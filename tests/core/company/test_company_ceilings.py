@@ -209,6 +209,7 @@ def test_a_token_a_second_is_left_also_where_nobody_names_it() -> None:
     slow, plain = Budget(power_w=3.0, min_pace_tps=0.05), Budget(tpot_ms=50.0)
     assert merged_ceilings([slow, plain]).min_pace_tps == 1.0
     assert merged_ceilings([slow, Budget(min_pace_tps=0.2), Budget(max_pace_tps=0.1)]).min_pace_tps == 0.2
-    assert longest_pause_s([slow]) == 20.0
-    assert longest_pause_s([slow, plain]) == 1.0
-    assert longest_pause_s([plain, Budget(max_pace_tps=0.1)]) == 0.0, "no ceiling, no pause"
+    assert longest_pause_s([slow], [slow]) == 20.0
+    assert longest_pause_s([slow, plain], [slow, plain]) == longest_pause_s([slow, plain], [plain]) == 1.0
+    assert longest_pause_s([slow, plain], [slow]) == 20.0, "the other one is paused, or waits"
+    assert longest_pause_s([plain], [Budget(max_pace_tps=0.1)]) == 0.0, "no ceiling, no pause"

@@ -102,7 +102,7 @@ def test_up_waits_for_the_dwell() -> None:
     budget = Budget(tpot_ms=12, dwell_tokens=8)
     held = decide(settled(4, tokens=7, tpot_ms=12), budget)
     assert held.exit_layer == 4
-    assert held.reason == "within 12 ms (p=1.00); 8 waits for its dwell of 8 tokens"
+    assert held.reason == "within 12 ms (p=1.00); 8 waits for its dwell"
     assert decide(settled(4, tokens=8, tpot_ms=12), budget).exit_layer == 8
 
 

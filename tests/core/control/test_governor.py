@@ -331,6 +331,8 @@ def test_depth_without_pacing_is_all_that_can_give_way() -> None:
     before = before._replace(asked=(("temperature_c", 60.0),))
     after = govern(before, demand(budget, 1.0, degrees(59.5, 1.0)))
     assert (after.ceiling, after.infeasible) == (0, ("temperature_c",))
+    warm = govern(before, demand(budget, 1.0, degrees(56.0, 1.0)))
+    assert (warm.ceiling, warm.infeasible) == (0, ()), "it limits the share, and is held"
     free = govern(Governor(ticked_s=0.9), demand(budget, 1.0, degrees(30.0, 1.0)))
     assert (free.ceiling, free.infeasible) == (3, ())
 

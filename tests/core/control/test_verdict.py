@@ -310,3 +310,16 @@ def test_joules_of_later_tokens_leave_out_the_prompt() -> None:
         now_s += gap_ms / 1000
     (verdict,) = watch.verdicts()
     assert verdict.reached == pytest.approx(4.0 * 0.05, rel=0.01) and verdict.held
+
+
+@pytest.mark.parametrize(("most_w", "held"), [(15.0, None), (3.0, False)])
+def test_a_sensor_that_goes_proves_nothing(most_w: float, held: bool | None) -> None:
+    """What was measured before may show that a ceiling was not held, and not that it was."""
+
+    def for_a_second(now_s: float) -> tuple[Reading, ...]:
+        watts = (Reading("board", "board", now_s, watts=4.0),) if now_s < 1001 else ()
+        return (*watts, Reading("cpu", "cpu", now_s, celsius=50.0))
+
+    found = judged(Budget(power_w=most_w, temperature_c=60), [100.0] * 40, for_a_second)
+    assert (found["power_w"].reached, found["power_w"].held) == (4.0, held)
+    assert found["temperature_c"].held is True

@@ -306,3 +306,5 @@ def test_a_set_that_is_named_runs_or_is_refused(with_engine_sets: Callable[[str]
         DeviceError, match=r"engine set rtx-fp32 cannot run: .*run its graphs on the CPU with --device cpu"
     ):
         balcony_edge.load(path, engines="rtx-fp32")
+    with pytest.raises(BundleError, match="has no engine set rtx-fp61"):
+        balcony_edge.load(path, engines="rtx-fp61")

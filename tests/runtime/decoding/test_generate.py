@@ -305,6 +305,22 @@ def test_ceilings_are_held_by_what_the_sensors_say(tiny: Any) -> None:
         assert all("no reading for power_w: latency only" in reason for reason in reasons)
 
 
+def test_the_last_token_counts_for_the_ceilings(tiny: Any) -> None:
+    """A reply of one token: the readings of its decision are those of an idle device."""
+    asked = 0
+
+    def readings() -> tuple[Reading, ...]:
+        nonlocal asked
+        asked += 1
+        return (Reading("board", "board", time.monotonic(), watts=4.0 if asked < 3 else 40.0),)
+
+    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain.codec, Budget(), readings=readings) as llm:
+        llm.costs = prices()
+        reply = llm.generate([1, 2, 3], budget=Budget(power_w=30), max_new_tokens=1)
+        (verdict,) = (one for one in reply.verdicts if one.key == "power_w")
+        assert asked == 3 and (verdict.held, verdict.reached) == (True, 22.0), "the mean of before and after"
+
+
 def test_a_ceiling_that_nothing_measures_is_said_counted_and_refused(
     tiny: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

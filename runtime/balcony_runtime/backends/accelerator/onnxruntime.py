@@ -16,9 +16,8 @@ from balcony_edge.errors import DeviceError
 from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.backends.accelerator.device import Device, HostDevice, Launch, Region, array_dtype
 from balcony_runtime.backends.graph_files.check import check_graph
-from balcony_runtime.backends.installed import checked_onnxruntime
+from balcony_runtime.backends.installed import checked_onnxruntime, first_line
 from balcony_runtime.backends.onnxruntime.backend import open_session
-from balcony_runtime.backends.onnxruntime.state import first_line
 
 #: Device name → ONNX Runtime's provider and the kind of memory that it binds.
 PROVIDERS = {

@@ -25,7 +25,7 @@ from balcony_edge.bundle.manifest import GraphSpec, Manifest
 from balcony_edge.closing import Closing
 from balcony_edge.device.machine import best_threads, checked_threads
 from balcony_edge.errors import BundleError
-from balcony_runtime.backends.installed import checked_onnxruntime
+from balcony_runtime.backends.installed import checked_onnxruntime, first_line, refuse_too_old
 
 if checked_onnxruntime():  # refuses an unusable installation before the modules below import it
     import onnxruntime as ort
@@ -35,7 +35,7 @@ from balcony_runtime.backends.graph_files.packed import packed_graphs
 from balcony_runtime.backends.onnxruntime.host_memory import mapped, use_large_pages
 from balcony_runtime.backends.onnxruntime.memory import Memory
 from balcony_runtime.backends.onnxruntime.pool import OnnxRuntimePool
-from balcony_runtime.backends.onnxruntime.state import OnnxRuntimeState, first_line
+from balcony_runtime.backends.onnxruntime.state import OnnxRuntimeState
 from balcony_runtime.backends.token_table import TokenTable
 
 #: Graphs that are loaded at once. Packing a graph's weights keeps one CPU busy, and takes their bytes again until it ends.
@@ -170,8 +170,10 @@ class OnnxRuntimeBackend(Closing):
         Raises:
             BundleError: a graph cannot be loaded or differs from the manifest.
             InputError: there are too many threads for the CPUs, or the packed weights cannot be written.
+            MissingDependencyError: ONNX Runtime is too old for the bundle.
         """
         self.manifest: Manifest = bundle.manifest
+        refuse_too_old(self.manifest)
         self.threads = threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway

@@ -19,6 +19,7 @@ import onnxruntime as ort
 from balcony_edge.bundle.manifest import GraphSpec
 from balcony_edge.errors import BundleError
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, likeliest, part_of
+from balcony_runtime.backends.installed import first_line
 from balcony_runtime.backends.onnxruntime.host_memory import touched_bytes, zeros
 from balcony_runtime.backends.onnxruntime.memory import Cache, Memory, value_of
 from balcony_runtime.backends.onnxruntime.recurrent import RecurrentStates
@@ -487,9 +488,3 @@ def failed(what: str, error: RuntimeError) -> BundleError:
     """The error for a failed run. The tables fit, so the cause is inside a graph, or memory ran out."""
     line = first_line(error)
     return BundleError(f"{what}: ONNX Runtime failed while running it ({line}): free memory, or export again")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text without the place in ONNX Runtime's source, at most 200 characters."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.rpartition(" was false. ")[2][:200]

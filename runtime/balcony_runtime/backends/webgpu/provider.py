@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import DeviceError, MissingDependencyError
-from balcony_runtime.backends.installed import checked_onnxruntime
-from balcony_runtime.backends.onnxruntime.state import first_line
+from balcony_runtime.backends.installed import checked_onnxruntime, first_line
 from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
 
 NAME = "WebGpuExecutionProvider"

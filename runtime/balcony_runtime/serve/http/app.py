@@ -116,7 +116,7 @@ class _Routes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._body_bytes = 0  # of bodies that have not come whole, or are being tokenized
+        self._body_bytes = 0  # of bodies that have not come whole, or are being read
         self._page = files("balcony_runtime.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
     async def page(self, request: Request) -> Response:
@@ -175,12 +175,12 @@ class _Routes:
         self._service.refuse_unready()
         async with self._body(request) as body:
             asked = read_asked(body, chat=chat)
-        watch = asyncio.create_task(gone(request.receive))
-        try:
-            answer = await self._answer(asked, request, watch)
-        except BaseException:
-            watch.cancel()
-            raise
+            watch = asyncio.create_task(gone(request.receive))
+            try:
+                answer = await self._answer(asked, len(body), request, watch)
+            except BaseException:
+                watch.cancel()
+                raise
         request.scope[LOGGED] = True
         try:
             answer.begin(watch)
@@ -194,7 +194,7 @@ class _Routes:
         answer.close()
         return JSONResponse(whole)
 
-    async def _answer(self, asked: Asked, request: Request, watch: asyncio.Task[None]) -> Answer:
+    async def _answer(self, asked: Asked, size: int, request: Request, watch: asyncio.Task[None]) -> Answer:
         """The answer to a request; a client that leaves, or the time limit, also ends its preparation.
 
         Raises:
@@ -203,7 +203,7 @@ class _Routes:
         """
         limit_s = self._service.limits.request_s
         client = "" if request.client is None else request.client.host
-        preparing = asyncio.create_task(self._service.answer(asked, request.headers, client))
+        preparing = asyncio.create_task(self._service.answer(asked, request.headers, client, size))
         try:
             await asyncio.wait((preparing, watch), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             if preparing.done():
@@ -218,14 +218,15 @@ class _Routes:
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
         async with self._body(request) as body:
-            return await self._tokenize(Fields(body, TOKENIZE))
+            return await self._tokenize(Fields(body, TOKENIZE), len(body))
 
-    async def _tokenize(self, fields: Fields) -> Response:
+    async def _tokenize(self, fields: Fields, size: int) -> Response:
         llm = self._service.llm
         messages, prompt, special = fields.get("messages"), fields.text("prompt"), fields.truth_or_none("parse_special")
         if messages is not None:
             shown = template_of(fields) | {key: tools for key in ("tools", "tool_choice") if (tools := fields.get(key))}
-            ids = await asyncio.to_thread(llm.encode, messages, control_tokens=special, **shown)
+            encode = partial(llm.encode, messages, control_tokens=special, **shown)
+            ids = await self._service.in_thread(encode, size)
         else:
             # vLLM has prompt and llama.cpp content; they differ in what they do without being asked.
             text = fields.text("content") if prompt is None else prompt
@@ -235,7 +236,7 @@ class _Routes:
             if around is None:
                 around = prompt is not None
             encode = partial(llm.encode, text, chat=False, control_tokens=special, add_special_tokens=around)
-            ids = await asyncio.to_thread(encode) if text else []
+            ids = await self._service.in_thread(encode, size) if text else []
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.max_length})
 
     async def detokenize(self, request: Request) -> Response:
@@ -247,7 +248,8 @@ class _Routes:
                 raise bad("tokens", None, "must be a list of token ids")
             if tokens:
                 refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
-            text = await asyncio.to_thread(llm.codec.decode, tokens, control_tokens=True)
+            decode = partial(llm.codec.decode, tokens, control_tokens=True)
+            text = await self._service.in_thread(decode, len(body))
         return JSONResponse({"content": text, "prompt": text})
 
     async def props(self, request: Request) -> Response:

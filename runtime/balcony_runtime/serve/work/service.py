@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from balcony_runtime.serve.work.slots import Slots
 from balcony_runtime.serve.work.worker import Found, Worker
 from balcony_runtime.tokens import refuse_foreign
 
+_T = TypeVar("_T")
+#: Bytes from which a body is large: its text takes seconds to tokenize, and some hundred bytes of memory a token meanwhile.
+LARGE_BODY = 100_000
 #: Longest time for which a refused client is asked to wait.
 MOST_RETRY_S = 60
 
@@ -102,6 +105,7 @@ class Service:
         self._mean_s, self._slowdown = 1.0, 1.0
         # One at a time: the threads that read prompts are for everybody, and the decode thread must not wait for a compiler.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="balcony-compile")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="balcony-large")
 
     def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
         """Load the bundle and measure its prices, so that no budget of a request has to. Takes seconds; for a thread."""
@@ -142,7 +146,8 @@ class Service:
 
     def close(self) -> None:
         """End all replies and free the engine."""
-        self._compiler.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._compiler, self._large):
+            executor.shutdown(wait=False, cancel_futures=True)
         if self._loaded is not None:
             self._loaded.worker.stop()
             self._loaded.llm.close()
@@ -235,8 +240,12 @@ class Service:
                 job.paused = True
                 self._parts.worker.pause(job)
 
-    async def answer(self, asked: Asked, headers: Mapping[str, str], client: str) -> Answer:
-        """The answer to a request, not begun.
+    async def in_thread(self, call: Callable[[], _T], size: int) -> _T:
+        """Run what takes time for a body of so many bytes. Large ones run one at a time, so that small ones need not wait."""
+        return await asyncio.get_running_loop().run_in_executor(self._large if size > LARGE_BODY else None, call)
+
+    async def answer(self, asked: Asked, headers: Mapping[str, str], client: str, size: int = 0) -> Answer:
+        """The answer to a request, not begun; its body has ``size`` bytes.
 
         Raises:
             RefusedError: the server is stopping, the queue is full, or the model is unknown.
@@ -255,7 +264,7 @@ class Service:
         try:
             if asked.structured and not await asyncio.to_thread(self._compile, asked, only_look=True):
                 await asyncio.get_running_loop().run_in_executor(self._compiler, self._compile, asked)
-            reading = asyncio.ensure_future(asyncio.to_thread(self._prepare, asked, budget, asked_s))
+            reading = asyncio.ensure_future(self.in_thread(partial(self._prepare, asked, budget, asked_s), size))
             prepared = await asyncio.shield(reading)
         finally:
             if reading is None or reading.done():

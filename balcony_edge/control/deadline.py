@@ -1,0 +1,70 @@
+"""The room that a deadline leaves for the next token at each exit.
+
+The rest of n tokens at exit i takes n × steady_i × m, where m is the mean slowdown, bursts included: the mean of the last 60
+steps, or the filter's estimate from the last few if that is larger. With the asked probability the rest takes at most a margin
+longer: a part grows with the root of n, and a share is for a load that has not begun.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from balcony_edge.control.decision import Observation
+from balcony_edge.control.slowdown import Slowdown
+
+#: Bursts come in runs: the sum over n tokens varies as if this many of them were always hit together.
+BURST_TOKENS = 16
+#: begun: 8 % at a probability of 0.9, 14 % at 0.99. A load of 1.4 that begins in mid-reply is then met where possible.
+UNSEEN_LOAD = 0.06
+#: Largest cost of a step if no gap is asked for, in full steps of the deepest allowed exit. More rows go in chunks.
+
+
+class Kept(NamedTuple):
+    """What is kept of the time that is left.
+
+    Attributes:
+        unseen: share for a load that has not begun.
+        chance: whether there is a margin for chance, so that the deadline holds with the asked probability.
+        pace: whether the prompt leaves time for the waits of ``max_pace_tps``. Later ones are cut when the time runs out.
+    """
+
+    unseen: float = UNSEEN_LOAD
+    chance: bool = True
+    pace: bool = True
+
+
+ALL_KEPT, NOTHING_KEPT = Kept(), Kept(unseen=0.0, chance=False, pace=False)
+
+
+def deadline_rooms(
+    seen: Observation, slowdown: Slowdown, steady_ms: Sequence[float], lowest: int, quantile: float, kept: Kept
+) -> tuple[list[float], list[bool]]:
+    """The room, and whether there is time to stay at an exit for a dwell.
+
+    Both are per exit index; the last entry of the room is that of a step with catch-up.
+
+    Args:
+        seen: observation; its deadline runs.
+        slowdown: slowdown filter.
+        steady_ms: price of a later step at each exit.
+        lowest: index of the shallowest exit that the budget allows.
+        quantile: deviations above the mean that hold the asked probability.
+        kept: what is kept of the time.
+    """
+    budget, left_ms, remaining = seen.budget, 1000 * seen.left_s, seen.remaining
+    mean = max(slowdown.ratio_mean, slowdown.factor, 1e-6)
+    spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + kept.unseen * remaining
+    margin_ms = quantile * spread * steady_ms[lowest] if kept.chance else 0.0
+    dwell = min(budget.dwell_tokens, remaining)
+    waits = kept.pace and not seen.made_tokens and budget.max_pace_tps
+    paced_ms = 1000 / budget.max_pace_tps / mean if waits and budget.max_pace_tps else 0.0
+    gaps_ms = [max(price_ms, paced_ms) for price_ms in steady_ms]
+    rooms_ms, enters = [], []
+    for index, price_ms in enumerate(gaps_ms):
+        below_ms = gaps_ms[max(index - 1, lowest)]
+        room_ms = (left_ms - margin_ms) / mean - (remaining - 1) * below_ms
+        rooms_ms.append(max(room_ms, 0.0))
+        enters.append(room_ms - below_ms >= dwell * (price_ms - below_ms))
+    return [*rooms_ms, min(rooms_ms)], enters
