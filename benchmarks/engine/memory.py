@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
-from benchmarks.rounds import aligned, bar, interleave, ratio
+from benchmarks.rounds import aligned, bar, interleave, print_bars, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT_TOKENS = 64
@@ -252,4 +252,6 @@ if __name__ == "__main__":
     )
     which.add_argument("--idle-here", action="store_true", help="the same under the present setting only")
     options = parser.parse_args()
-    print(json.dumps((idle if options.idle else _idle_here if options.idle_here else _run)(options.bundle)))
+    document = (idle if options.idle else _idle_here if options.idle_here else _run)(options.bundle)
+    print(json.dumps(document))
+    sys.exit(print_bars(document.get("bars", {})))

@@ -1,6 +1,7 @@
 """Python's share of a greedy decode step: everything except the calls into ONNX Runtime.
 
-Owns item (e) of :mod:`benchmarks.engine.main_job`. Tokens are taken from ``LLM.stream`` as a user takes them. The overhead
+Owns item (e) of :mod:`benchmarks.engine.main_job`. Tokens are taken from ``LLM.stream`` as a user takes them, except that
+the reply has a sequence of its own, outside the pool that replies share. The overhead
 of a token is the wall time from its request to its arrival, minus the growth of ``State.busy_ns``, which counts from the
 first ``run_with_iobinding`` call of a step to the end of its last. So it includes decision, embedding, row copies, bindings,
 logits copy, argmax, detokenization and the generators.

@@ -2,7 +2,7 @@
 
 Owns how this graph is built and stepped. It joins the graphs of a full-depth token into a single graph: one session, no
 stage boundary, and nothing that only exits need. The comparison is fair: it runs on the process's shared thread pool with
-the session options of the runtime. Its KV cache is bound in place with the runtime's capacity, and its decode step is bound
+the session options of the runtime, and its weights lie in huge pages like the chain's. Its KV cache is bound in place with the runtime's capacity, and its decode step is bound
 once.
 """
 
@@ -22,6 +22,7 @@ from balcony_edge.bundle.manifest import WEIGHTS
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.backends.graph_files.packed import joined_step
 from balcony_runtime.backends.onnxruntime.backend import open_session
+from balcony_runtime.backends.onnxruntime.host_memory import mapped, use_large_pages
 from balcony_runtime.backends.onnxruntime.memory import BUCKET
 from balcony_runtime.backends.onnxruntime.state import bound_run
 from balcony_runtime.backends.token_table import TokenTable
@@ -91,7 +92,10 @@ class WholeGraph:
 
 def open_whole_graph(bundle: Bundle, directory: Path) -> ort.InferenceSession:
     """Write the graph to ``directory`` and open it in a session like those of the runtime."""
-    return open_session(write_whole_graph(bundle, directory))
+    before = mapped()
+    session = open_session(write_whole_graph(bundle, directory))
+    use_large_pages(before)
+    return session
 
 
 def _value(array: Any) -> Any:

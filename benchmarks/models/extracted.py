@@ -7,8 +7,8 @@ GGUF for llama.cpp (float32, by the ``gguf`` package), and by ONNX Runtime GenAI
 environments are those of ``python -m benchmarks.peers --install``.
 
 The last line is JSON: ``exit``, and for each engine ``version``, ``same_replies`` (number of equal replies) and
-``same_tokens`` (share of equal tokens; after the first token that differs, the following ones usually also differ). Bar:
-every greedy reply in float32 is the same, unless the two best logits are closer than rounding.
+``same_tokens`` (share of equal tokens; after the first token that differs, the following ones usually also differ).
+Engines may differ where the two best logits are closer than rounding.
 """
 
 from __future__ import annotations

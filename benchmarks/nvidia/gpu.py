@@ -7,8 +7,8 @@ Every exit decodes the same random prompt. The fastest of ``--rounds`` counts, b
 ``--graphs on off`` runs TensorRT with and without CUDA graphs.
 
 The last line is JSON: ``gpu`` (name, driver, compute capability), ``engine``, ``runs`` (``batch``, ``exit_layer``,
-``cuda_graphs``, ``tokens_per_s``, ``speedup`` over the full depth). Bar: the exit at 0.5× is at least 1.8 times as fast as
-the full depth on the 8B shape.
+``cuda_graphs``, ``tokens_per_s``, ``speedup`` over the full depth). On the 8B shape the exit at 0.5× should be at least 1.8
+times as fast as the full depth.
 """
 
 from __future__ import annotations
