@@ -252,6 +252,6 @@ if __name__ == "__main__":
     )
     which.add_argument("--idle-here", action="store_true", help="the same under the present setting only")
     options = parser.parse_args()
-    document = (idle if options.idle else _idle_here if options.idle_here else _run)(options.bundle)
+    document: dict[str, Any] = (idle if options.idle else _idle_here if options.idle_here else _run)(options.bundle)
     print(json.dumps(document))
     sys.exit(print_bars(document.get("bars", {})))

@@ -2,8 +2,8 @@
 
 Owns how this graph is built and stepped. It joins the graphs of a full-depth token into a single graph: one session, no
 stage boundary, and nothing that only exits need. The comparison is fair: it runs on the process's shared thread pool with
-the session options of the runtime, and its weights lie in huge pages like the chain's. Its KV cache is bound in place with the runtime's capacity, and its decode step is bound
-once.
+the session options of the runtime, and its weights lie in huge pages like the chain's. Its KV cache is bound in place with
+the runtime's capacity, and its decode step is bound once.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m benchmarks.serving.server_overhead BUNDLE [--tokens 128] [--rounds 5]
 
 The server runs in this process, and all its clients in one other. Each round has both ways, every other one in the other
-order, on two copies of the loaded bundle; the ratio of a round is HTTP's rate over that of ``llm.stream`` in threads, and the figure is the median of
-the rounds. Greedy, at full depth, without a target. Bars: at least 0.97 with one stream and 0.92 with eight. The output ends
-with one JSON line; exit code 1 if a bar is missed.
+order, on two copies of the loaded bundle; the ratio of a round is HTTP's rate over that of ``llm.stream`` in threads, and
+the figure is the median of the rounds. Greedy, at full depth, without a target. Bars: at least 0.97 with one stream and
+0.92 with eight. The output ends with one JSON line; exit code 1 if a bar is missed.
 """
 
 from __future__ import annotations
