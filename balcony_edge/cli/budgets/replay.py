@@ -28,16 +28,19 @@ def replay(
 
     A difference shows a change of the controller since the recording. It also shows a run without the device.
     """
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stdout
     from balcony_edge.control.company.round_trace import is_round_trace
-    from balcony_edge.control.trace import read_trace
-    from balcony_edge.control.trace import replay as decide_again
 
     if is_round_trace(trace):
         _replay_rounds(trace, as_json)
-        return
+    else:
+        _replay_tokens(trace, as_json)
+
+
+def _replay_tokens(trace: Path, as_json: bool) -> None:
+    """Decide about the tokens of one reply again."""
+    from balcony_edge.control.trace import read_trace
+    from balcony_edge.control.trace import replay as decide_again
+
     recorded = read_trace(trace)
     differences: list[dict[str, Any]] = []
     exits: Counter[int] = Counter()
@@ -48,73 +51,54 @@ def replay(
         now = {**{key: getattr(decision, key) for key in (*_COMPARED, "reason")}, "catch_up": catch_up}
         if any(then[key] != now[key] for key in _COMPARED):
             differences.append({"token": number, "now_s": token.seen.now_s, "recorded": then, "again": now})
+    shares = ", ".join(f"{count} at exit {layer}" for layer, count in sorted(exits.items(), reverse=True))
+    facts = {"tokens": len(recorded.tokens), "exits": {str(e): n for e, n in sorted(exits.items())}}
+    _tell(facts, f"{len(recorded.tokens)} tokens: {shares}", differences, as_json)
+
+
+def _replay_rounds(trace: Path, as_json: bool) -> None:
+    """Decide about the rounds of several replies again."""
+    from balcony_edge.cli.console import stderr
+    from balcony_edge.control.company.round_trace import outcome_of, read_rounds, reason_of, replay_rounds
+
+    recorded = read_rounds(trace)
+    differences: list[dict[str, Any]] = []
+    for number, (one, found) in enumerate(zip(recorded.rounds, replay_rounds(recorded), strict=True)):
+        if (outcome := outcome_of(found)) != one.outcome:
+            then, now = one.outcome | {"reason": one.reason}, outcome | {"reason": reason_of(found)}
+            differences.append({"round": number, "now_s": one.seen.now_s, "recorded": then, "again": now})
+    if recorded.parts > 1:
+        note = f"{trace}: only the first of {recorded.parts} parts is replayed: record each in a file of its own"
+        stderr.print(note, markup=False, soft_wrap=True)
+    streams = len({stream.key for one in recorded.rounds for stream in one.seen.streams})
+    facts = {"rounds": len(recorded.rounds), "streams": streams}
+    _tell(facts, f"{len(recorded.rounds)} rounds of {streams} streams", differences, as_json)
+
+
+def _tell(facts: dict[str, Any], sentence: str, differences: list[dict[str, Any]], as_json: bool) -> None:
+    """Print what was replayed and what differs; the exit code is 1 if anything does."""
+    from rich.table import Table
+
+    from balcony_edge.cli.console import stdout
+
     if as_json:
-        facts = {"tokens": len(recorded.tokens), "exits": {str(e): n for e, n in sorted(exits.items())}}
         print(json.dumps({**facts, "differences": differences}))  # noqa: T201 - programs read this
     else:
-        shares = ", ".join(f"{count} at exit {layer}" for layer, count in sorted(exits.items(), reverse=True))
-        stdout.print(f"{len(recorded.tokens)} tokens: {shares}; decisions that differ now: {len(differences)}")
+        stdout.print(f"{sentence}; decisions that differ now: {len(differences)}")
         if differences:
-            table = Table("token", "recorded", "why", "now", "why")
-            for found in differences[:MOST_SHOWN]:
-                then, now = found["recorded"], found["again"]
+            what = next(iter(differences[0]))
+            table = Table(what, "recorded", "why", "now", "why")
+            for one in differences[:MOST_SHOWN]:
+                then, now = one["recorded"], one["again"]
                 cells = (_cell(then, now), then["reason"], _cell(now, then), now["reason"])
-                table.add_row(str(found["token"]), *cells)
+                table.add_row(str(one[what]), *cells)
             stdout.print(table)
     if differences:
         raise typer.Exit(1)
 
 
 def _cell(decision: dict[str, Any], other: dict[str, Any]) -> str:
-    """The exit of a decision, and what else differs from another one."""
-    more = [f"{key} = {decision[key]}" for key in _COMPARED[1:] if decision[key] != other[key]]
-    return ", ".join([str(decision["exit_layer"]), *more])
-
-
-def _replay_rounds(trace: Path, as_json: bool) -> None:
-    """The same for a trace of rounds, whose decisions are about several streams."""
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stderr, stdout
-    from balcony_edge.control.company.round_trace import read_rounds, replay_rounds
-
-    recorded = read_rounds(trace)
-    differences: list[dict[str, Any]] = []
-    for number, (then, found) in enumerate(zip(recorded.rounds, replay_rounds(recorded), strict=True)):
-        now = {move.key: move.decision.exit_layer for move in found.moves}
-        if (now, found.chunk) != (then.exits, then.chunk):
-            reason = "; ".join(dict.fromkeys(move.decision.reason for move in found.moves))
-            differences.append(
-                {
-                    "round": number,
-                    "now_s": then.seen.now_s,
-                    "recorded": {
-                        "exits": then.exits,
-                        "chunk": then.chunk and then.chunk._asdict(),
-                        "reason": then.reason,
-                    },
-                    "again": {"exits": now, "chunk": found.chunk and found.chunk._asdict(), "reason": reason},
-                }
-            )
-    if recorded.parts > 1:
-        note = f"{trace}: only the first of {recorded.parts} parts is replayed: record each in a file of its own"
-        stderr.print(note, markup=False, soft_wrap=True)
-    streams = len({stream.key for one in recorded.rounds for stream in one.seen.streams})
-    if as_json:
-        print(json.dumps({"rounds": len(recorded.rounds), "streams": streams, "differences": differences}))  # noqa: T201 - for programs
-    else:
-        stdout.print(
-            f"{len(recorded.rounds)} rounds of {streams} streams; decisions that differ now: {len(differences)}"
-        )
-        if differences:
-            table = Table("round", "recorded", "why", "now", "why")
-            for one in differences[:MOST_SHOWN]:
-                then, again = one["recorded"], one["again"]
-                chunks = then["chunk"] != again["chunk"]
-                before, after = (
-                    f"{it['exits']}, chunk {it['chunk']}" if chunks else str(it["exits"]) for it in (then, again)
-                )
-                table.add_row(str(one["round"]), before, then["reason"], after, again["reason"])
-            stdout.print(table)
-    if differences:
-        raise typer.Exit(1)
+    """The exits of a decision, which come first, and what else differs from another one."""
+    (_, exits), *rest = decision.items()
+    more = [f"{key} = {value}" for key, value in rest if key != "reason" and value != other[key]]
+    return ", ".join([str(exits), *more])

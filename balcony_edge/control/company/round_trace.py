@@ -1,6 +1,6 @@
 """Traces of rounds: what the joint controller saw and decided, as JSON lines, from which the same rounds can be decided again.
 
-Owns the file format: a header (``{"rounds": 3, "costs": ..., "quality": ..., "state": ...}``), and a line for each round. A
+Owns the file format: a header (``{"rounds": 5, "costs": ..., "quality": ..., "state": ...}``), and a line for each round. A
 stream's budget is written when it is new, and readings when they changed. A trace holds neither text nor tokens.
 """
 
@@ -24,7 +24,7 @@ from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, InputError
 
-VERSION = 4
+VERSION = 5
 _COSTS = pydantic.TypeAdapter(CostModel)
 _INFINITE = pydantic.ConfigDict(ser_json_inf_nan="strings")
 _STATE = pydantic.TypeAdapter(CompanyState, config=_INFINITE)
@@ -38,13 +38,39 @@ _AGAIN = "record it again (serve --record, simulate --arrivals --record, LLM.rec
 
 
 class RecordedRound(NamedTuple):
-    """A round of a trace: what was seen and chosen (exits: stream → exit layer), and who had ended before."""
+    """A round of a trace: what was seen, and chosen (:func:`outcome_of`), with its reason, and who had ended before."""
 
     seen: RoundSeen
-    exits: dict[int, int]
-    chunk: Chunk | None
+    outcome: dict[str, Any]
     reason: str
     ended: tuple[int, ...] = ()
+
+    @property
+    def exits(self) -> dict[int, int]:
+        """Stream → exit layer of its token."""
+        found: dict[int, int] = self.outcome["exits"]
+        return found
+
+
+def outcome_of(found: Round) -> dict[str, Any]:
+    """What of a round is compared when it is decided again.
+
+    Returns:
+        ``exits`` (stream → exit layer), ``chunk`` (rows that run first, or None), ``wait_ms``, and the streams that are
+        ``refused``, or have an ``infeasible`` target.
+    """
+    return {
+        "exits": {move.key: move.decision.exit_layer for move in found.moves},
+        "chunk": None if found.chunk is None else found.chunk._asdict(),
+        "wait_ms": found.wait_ms,
+        "refused": [key for key, _ in found.refused],
+        "infeasible": [move.key for move in found.moves if move.decision.infeasible],
+    }
+
+
+def reason_of(found: Round) -> str:
+    """The reasons of a round's tokens, each once."""
+    return "; ".join(dict.fromkeys(move.decision.reason for move in found.moves))
 
 
 class RoundTrace(NamedTuple):
@@ -130,11 +156,7 @@ class RoundTraceWriter(LinesWriter):
         if seen.readings != self._readings:
             self._readings = seen.readings
             document["readings"] = [reading.to_dict() for reading in seen.readings]
-        document["exits"] = {str(move.key): move.decision.exit_layer for move in found.moves}
-        document["chunk"] = None if found.chunk is None else found.chunk._asdict()
-        document["predicted_ms"] = found.predicted_ms
-        document["reason"] = "; ".join(dict.fromkeys(move.decision.reason for move in found.moves))
-        self._line(document)
+        self._line(document | outcome_of(found) | {"predicted_ms": found.predicted_ms, "reason": reason_of(found)})
 
 
 def is_round_trace(path: str | os.PathLike[str]) -> bool:
@@ -178,9 +200,14 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
             last = None if line["last"] is None else _MEASURED.validate_python(line["last"])
             learned = _LEARNED.validate_python(line.get("learned"))
             seen = RoundSeen(streams, last, float(line["now_s"]), float(line["busy_s"]), readings, learned)
-            exits = {int(key): int(layer) for key, layer in line["exits"].items()}
-            chunk, ended = _CHUNK.validate_python(line["chunk"]), tuple(map(int, line["ended"]))
-            rounds.append(RecordedRound(seen, exits, chunk, str(line["reason"]), ended))
+            chunk = _CHUNK.validate_python(line["chunk"])
+            outcome = {
+                "exits": {int(key): int(layer) for key, layer in line["exits"].items()},
+                "chunk": None if chunk is None else chunk._asdict(),
+                "wait_ms": float(line["wait_ms"]),
+                **{name: [int(key) for key in line[name]] for name in ("refused", "infeasible")},
+            }
+            rounds.append(RecordedRound(seen, outcome, str(line["reason"]), tuple(map(int, line["ended"]))))
         except BalconyError as error:
             raise InputError(f"{name}: line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -475,8 +475,13 @@ def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:
     path.write_text("\n".join([*lines[:5], json.dumps(changed), *lines[6:]]))
     differing = json.loads(invoke_here("replay", path, "--json").stdout)["differences"]
     assert [one["round"] for one in differing] == [4] and "a round of 2 streams" in differing[0]["again"]["reason"]
+    waits = json.loads(lines[5])
+    waits["wait_ms"] += 1
+    path.write_text("\n".join([*lines[:5], json.dumps(waits), *lines[6:]]))
+    done = invoke_here("replay", path)
+    assert done.returncode == 1 and "wait_ms = " in done.stdout, "a round that waits for longer is another decision"
     for text, message in (
-        (lines[0].replace('"rounds": 4', '"rounds": 7'), "version 7 of rounds, must be 4"),
+        (lines[0].replace('"rounds": 5', '"rounds": 7'), "version 7 of rounds, must be 5"),
         ("\n".join([lines[0], "{}", lines[1]]), "line 2 is not a line of rounds"),
         (
             "\n".join([lines[0], lines[1].replace('"balcony_rows": [', '"balcony_rows": [1, '), *lines[2:]]),
