@@ -15,13 +15,13 @@ from rich.style import Style
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
-#: Colours of the exits from the shallowest on; the full depth has the terminal's own colour.
 #: Control characters except newline and tab → their symbols, or the replacement character for those without.
 _CONTROLS = {
     code: 0x2400 + code if code < 0x20 else 0x2421 if code == 0x7F else 0xFFFD
     for code in (*range(0x20), *range(0x7F, 0xA0))
     if chr(code) not in "\n\t"
 }
+#: Colours of the exits from the shallowest on; the full depth has the terminal's own colour.
 DEPTH_STYLES = ("red", "yellow", "green", "cyan", "blue", "magenta")
 
 

@@ -339,10 +339,10 @@ class Controller:
     def _within_reach(self, scene: _Scene, outlook: Outlook) -> bool:
         """Whether some exit would hold the targets without its backlog; with luck while the slowdown is unknown."""
         slowdown, luck = scene.slowdown, 1.0
-        if scene.seen.deadline_runs:  # neither bad luck nor a load that has not begun nor a pace makes it infeasible
-            outlook = self._outlook(scene, NOTHING_KEPT)
         if slowdown.variance > KNOWN_VARIANCE:
             luck = math.exp(scene.plan.quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        if scene.seen.deadline_runs:  # neither bad luck nor a load that has not begun nor a pace makes it infeasible
+            outlook = self._outlook(scene, NOTHING_KEPT._replace(luck=luck))
         return any(outlook.holds(index, luck) for index in range(scene.plan.lowest, outlook.highest + 1))
 
     def _outlook(self, scene: _Scene, kept: Kept = ALL_KEPT) -> Outlook:

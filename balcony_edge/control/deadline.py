@@ -16,9 +16,9 @@ from balcony_edge.control.slowdown import Slowdown
 
 #: Bursts come in runs: the sum over n tokens varies as if this many of them were always hit together.
 BURST_TOKENS = 16
+#: Extra time for the rest of a reply with a deadline, per deviation of the asked probability, for a load that has not
 #: begun: 8 % at a probability of 0.9, 14 % at 0.99. A load of 1.4 that begins in mid-reply is then met where possible.
 UNSEEN_LOAD = 0.06
-#: Largest cost of a step if no gap is asked for, in full steps of the deepest allowed exit. More rows go in chunks.
 
 
 class Kept(NamedTuple):
@@ -28,11 +28,13 @@ class Kept(NamedTuple):
         unseen: share for a load that has not begun.
         chance: whether there is a margin for chance, so that the deadline holds with the asked probability.
         pace: whether the prompt leaves time for the waits of ``max_pace_tps``. Later ones are cut when the time runs out.
+        luck: factor by which the caller takes rooms for larger than they are. These have no margin that it could give back.
     """
 
     unseen: float = UNSEEN_LOAD
     chance: bool = True
     pace: bool = True
+    luck: float = 1.0
 
 
 ALL_KEPT, NOTHING_KEPT = Kept(), Kept(unseen=0.0, chance=False, pace=False)
@@ -65,6 +67,6 @@ def deadline_rooms(
     for index, price_ms in enumerate(gaps_ms):
         below_ms = gaps_ms[max(index - 1, lowest)]
         room_ms = (left_ms - margin_ms) / mean - (remaining - 1) * below_ms
-        rooms_ms.append(max(room_ms, 0.0))
+        rooms_ms.append(max(room_ms, 0.0) / kept.luck)
         enters.append(room_ms - below_ms >= dwell * (price_ms - below_ms))
     return [*rooms_ms, min(rooms_ms)], enters

@@ -248,7 +248,8 @@ def _settle(
     short = share < 1 and (not budget.pacing or share < floor_tps * step_s[demand.lowest])
     short = short or (room <= 0 and share <= LEAST_SHARE)
     late = share < 1 and share < demand.pace_tps * step_s[demand.lowest]
-    out = [key for key in limiting if key not in within] if short else ["latency"] if late else []
+    out = [key for key in limiting if key not in within] if short else []
+    out = out or (["latency"] if late else [])
     at_once = [key for key, deepest in caps.items() if deepest < demand.lowest]
     # The time to settle begins anew if a ceiling that is out of reach has another value than at the last tick. ``latency``
     # is no ceiling, so it never has.

@@ -30,6 +30,7 @@ _SENSED = {
     "critical_temperature_c": "hottest_c",
     "gpu_utilization": "gpu",
     "cpu_utilization": "cpu",
+    "battery_floor_percent": "battery",
     "memory_mb": "memory_mb",
 }
 
@@ -69,7 +70,7 @@ class _Seen(NamedTuple):
     cpu: Sample | None
     gpu: Sample | None
     hottest_c: float | None
-    charge: float | None
+    battery: Reading | None
     memory_mb: float | None
 
 
@@ -175,7 +176,9 @@ class Watch:
         return max(self._values(field), default=None)
 
     def _least_percent(self) -> float | None:
-        least = min(self._values("charge"), default=None)
+        # a floor is for a battery that drains
+        charges = [seen.battery.charge for seen in self._seen if seen.battery is not None and not seen.battery.charging]
+        least = min((charge for charge in charges if charge is not None), default=None)
         return None if least is None else 100 * least
 
     def _most_w(self, window_s: float) -> float | None:
@@ -205,7 +208,7 @@ def _seen(budget: Budget, now_s: float, readings: Sequence[Reading]) -> _Seen:
         utilization(readings, "cpu", now_s),
         utilization(readings, "gpu", now_s),
         hottest_c(readings, now_s),
-        None if battery is None or battery.charging else battery.charge,  # a floor is for a battery that drains
+        battery,
         None if memory is None else (memory.memory_bytes or 0) / 1e6,
     )
 

@@ -225,10 +225,9 @@ class _Planner:
         shares = {layer: count / len(later) for layer, count in counts.items() if count}
         gaps_ms = [token.latency_ms for token in later]
         step_j = _mixed(shares, {layer: profile.joules_per_token(layer, self.rail) for layer in shares})
-        wait_s = fmean(max(token.latency_ms - token.step_ms, 0.0) for token in later) / 1000
         joules = step_j
-        if step_j is not None and wait_s:
-            joules = None if power is None else step_j + power[0] * wait_s
+        if step_j is not None and any(token.latency_ms > token.step_ms for token in later):  # rows may run in the waits
+            joules = None if power is None else fmean(token.watts * token.latency_ms / 1000 for token in later)
         return shares, tokens[self.tokens - 1].decision.reason, gaps_ms, joules
 
     def _checks(self, exit_layer: int, tpot_ms: float) -> list[Check]:

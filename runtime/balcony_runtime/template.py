@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import string
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -321,9 +322,12 @@ def _percent(text: str, *values: Any, **named: Any) -> str:
 
 def _check_format(template: str, mark: str, values: list[Any]) -> None:
     """Refuse large or computed widths, and results that could exceed the bound."""
-    if re.search(
-        r"%(\([^)]*\))?[^a-zA-Z%]*(\d{4,}|\*)|\{[^{}]*(\d{4,}|\{)", template.replace("{{", "").replace("}}", "")
-    ):
+    if mark == "{":
+        specs = "\n".join(spec or "" for _, _, spec, _ in string.Formatter().parse(template))
+        wide = re.search(r"\d{4,}|\{", specs)
+    else:  # keys with parentheses hide where the width is
+        wide = re.search(r"%(\([^()]*\))?[^a-zA-Z%]*(\d{4,}|\*)|%\([^()]*\(", template)
+    if wide:
         raise jinja2.TemplateRuntimeError("a format has a width above 999 or a computed one: write the text out")
     _bounded(len(template) + template.count(mark) * (1000 + _size(values)))
 

@@ -434,6 +434,8 @@ def test_a_deadline_that_can_be_met_is_not_called_infeasible_before_anything_was
     asked = Budget(deadline_s=1.1 * needs_s, expected_tokens=tokens, probability=probability, on_infeasible="error")
     made = run(asked, tokens=tokens, prompt_tokens=64)
     assert made[-1].time_s <= 1.1 * needs_s and not any(token.decision.infeasible for token in made)
+    with pytest.raises(InfeasibleError, match="after 0 tokens"):
+        run(asked.model_copy(update={"deadline_s": 0.9 * needs_s}), tokens=tokens, prompt_tokens=64)
 
 
 @pytest.mark.parametrize(("tpot_ms", "probability"), [(15, 0.9), (16, 0.9), (20, 0.99)])

@@ -13,7 +13,7 @@ from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import CompanyState
 from balcony_edge.control.company.view import View, scale_of, targets_of
-from balcony_edge.control.controller import KNOWN_VARIANCE
+from balcony_edge.control.controller import KNOWN_VARIANCE, quantile_of
 from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
 
 #: Rounds after which the assignment is made again, because contexts have grown.
@@ -84,7 +84,8 @@ class Goals:
             return exits, exits, True
         luck = 1.0
         if slowdown.variance > KNOWN_VARIANCE:  # a target is out of reach only if no luck could meet it
-            luck = math.exp(max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+            quantile = max(quantile_of(view.stream.budget.probability) for view in views)
+            luck = math.exp(quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         prompt = first_due([view for view in views if view.first])
         due = prompt is not None and prompt.bound_ms < math.inf
         tops = [0] if prompt is None else range(prompt.highest, prompt.lowest - 1, -1)

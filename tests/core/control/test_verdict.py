@@ -320,6 +320,12 @@ def test_a_sensor_that_goes_proves_nothing(most_w: float, held: bool | None) -> 
         watts = (Reading("board", "board", now_s, watts=4.0),) if now_s < 1001 else ()
         return (*watts, Reading("cpu", "cpu", now_s, celsius=50.0))
 
+    def a_battery_for_a_second(now_s: float) -> tuple[Reading, ...]:
+        gauge = (Reading("battery:0", "battery", now_s, charge=0.25),) if now_s < 1001 else ()
+        return (*gauge, Reading("cpu", "cpu", now_s, celsius=50.0))
+
+    floor = judged(Budget(battery_floor_percent=20 if held is None else 30), [100.0] * 40, a_battery_for_a_second)
+    assert (floor["battery_floor_percent"].reached, floor["battery_floor_percent"].held) == (25.0, held)
     found = judged(Budget(power_w=most_w, temperature_c=60), [100.0] * 40, for_a_second)
     assert (found["power_w"].reached, found["power_w"].held) == (4.0, held)
     assert found["temperature_c"].held is True

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -261,15 +262,18 @@ class Service:
             raise busy(f"{others} replies run or wait, and {most} may: try again later", "queue_full", self.retry_s)
         self._preparing += count
         reading: asyncio.Future[Any] | None = None
+        left = threading.Event()
         try:
             if asked.structured and not await asyncio.to_thread(self._compile, asked, only_look=True):
                 await asyncio.get_running_loop().run_in_executor(self._compiler, self._compile, asked)
-            reading = asyncio.ensure_future(self.in_thread(partial(self._prepare, asked, budget, asked_s), size))
+            prepare = partial(self._prepare, asked, budget, asked_s)
+            reading = asyncio.ensure_future(self.in_thread(lambda: [] if left.is_set() else prepare(), size))
             prepared = await asyncio.shield(reading)
         finally:
             if reading is None or reading.done():
                 self._preparing -= count
-            else:  # nobody waits for it any more, but its thread goes on
+            else:  # nobody waits for it any more, but its thread goes on, unless it has not begun
+                left.set()
                 reading.add_done_callback(partial(self._abandoned, count))
         if self._stopped:
             raise stopped()
