@@ -323,12 +323,12 @@ def test_simulate_with_arrivals_holds_the_rail_of_any_class(tmp_path: Path, orde
 
 
 def test_a_plan_with_waits_for_watts_promises_no_gap_and_no_joules(tmp_path: Path) -> None:
-    """50 ms of 8 W and waits at 4 W: 5 W are one step in four, and a token then takes 1 J and not 0.4."""
+    """12 ms of 8 W are 0.1 J; on a device that idles at 4 W, 5 W mean waits, and their joules."""
     save(profile(power=tuple(
-        Power(exit_layer=layer, rail="cpu", source="r", busy_w=8.0, idle_w=4.0, joules_per_token=0.4) for layer in (2, 3, 5)
+        Power(exit_layer=layer, rail="cpu", source="r", busy_w=8.0, idle_w=4.0, joules_per_token=0.1) for layer in (2, 3, 5)
     )), "cpu.json")  # fmt: skip
-    (tmp_path / "b.toml").write_text("power_w = 5\npower_rail = 'cpu'\nenergy_j_per_token = 0.5\ntpot_ms = 60\n")
+    (tmp_path / "b.toml").write_text("power_w = 5\npower_rail = 'cpu'\nenergy_j_per_token = 0.12\ntpot_ms = 60\n")
     plan = json.loads(invoke("plan", "--profile", "cpu.json", "--budget", "b.toml", "--json"))
     checks = {check["target"]: check["met"] for check in plan["exits"][0]["checks"]}
     assert checks["power_w"] is None and checks["energy_j_per_token"] is None and checks["tpot_ms"] is None
-    assert plan["joules_per_token"] > 0.4 + 4 * (plan["tpot_ms"] - 15) / 1000
+    assert plan["joules_per_token"] == pytest.approx(5 * plan["tpot_ms"] / 1000, rel=0.25) and plan["tpot_ms"] > 20

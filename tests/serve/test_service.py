@@ -26,7 +26,7 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.control.company.round_trace import read_rounds, replay_rounds
+from balcony_edge.control.company.round_trace import outcome_of, read_rounds, replay_rounds
 from balcony_edge.device.machine import cpu_name
 from balcony_edge.device.readings import Reading
 from balcony_runtime.reply import Token
@@ -423,7 +423,7 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
     assert '"tokens": 60' in errors and "Traceback" not in errors
     recorded = read_rounds(tmp_path / "rounds.jsonl")
     assert {len(one.exits) for one in recorded.rounds} >= {2}, "both replies in one round"
-    assert [found.chunk for found in replay_rounds(recorded)] == [one.chunk for one in recorded.rounds]
+    assert [outcome_of(found) for found in replay_rounds(recorded)] == [one.outcome for one in recorded.rounds]
 
 
 @pytest.mark.parametrize(
