@@ -33,10 +33,11 @@ class Handler(BaseHTTPRequestHandler):
     """One request: its body is the prompt, the answer is plain text."""
 
     server: Server
+    timeout = 30  # an idle connection must not keep the program from ending
 
     def do_POST(self) -> None:
         """Stream a reply."""
-        length = min(int(self.headers.get("Content-Length", 0)), MAX_PROMPT_BYTES)
+        length = max(0, min(int(self.headers.get("Content-Length", 0)), MAX_PROMPT_BYTES))
         prompt = self.rfile.read(length).decode("utf-8", errors="replace")
         try:
             self._answer(prompt)

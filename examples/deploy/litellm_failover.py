@@ -36,8 +36,9 @@ SHORTEST, LONGEST = 10, 80
 
 
 def started(command: list[str], port: int) -> subprocess.Popen[bytes]:
-    """A server that is starting."""
-    return subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
+    """A server that is starting; it says on stderr why it cannot."""
+    environment = {name: value for name, value in os.environ.items() if name != "BALCONY_EDGE_API_KEY"}
+    return subprocess.Popen([*command, "--port", str(port)], env=environment)
 
 
 def free_port() -> int:
@@ -47,25 +48,28 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def model_of(port: int) -> str:
+def model_of(server: subprocess.Popen[bytes], port: int) -> str:
     """Name of the model of a server, once it is ready."""
+    here = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     until = time.monotonic() + 300
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
+            with here.open(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
                 return str(json.load(answer)["data"][0]["id"])
         except (urllib.error.URLError, ConnectionError):
             if time.monotonic() > until:
                 raise
+            if server.poll() is not None:
+                sys.exit("a server has ended")
             time.sleep(0.2)
 
 
-def router_of(settings: dict[str, Any], ports: list[int]) -> Any:
+def router_of(settings: dict[str, Any], servers: list[subprocess.Popen[bytes]], ports: list[int]) -> Any:
     """LiteLLM's router with the settings of the file, and our servers in it."""
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # nothing is fetched
     litellm = importlib.import_module("litellm")
-    for entry, port in zip(settings["model_list"], ports, strict=True):
-        name = model_of(port)
+    for entry, server, port in zip(settings["model_list"], servers, ports, strict=True):
+        name = model_of(server, port)
         entry["litellm_params"] = {
             "model": f"openai/{name}",
             "api_base": f"http://127.0.0.1:{port}/v1",
@@ -144,7 +148,7 @@ def main() -> None:
     command = [options.server, "serve", str(options.bundle)]
     servers = [started(command, port) for port in ports]
     try:
-        router = router_of(settings, ports)
+        router = router_of(settings, servers, ports)
         found = asyncio.run(run(router, servers[0], ports, options.requests, options.clients))
     finally:
         for server in servers:
