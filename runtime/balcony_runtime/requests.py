@@ -324,6 +324,12 @@ class Requests:
         try:
             with _emptied_after_nan(sequence):
                 yield
+        except NotFiniteError:
+            # Some graphs read rows after the end, under a mask, and 0 × NaN is NaN.
+            sequence.state = self._engine.new_sequence(
+                batch_size=sequence.batch_size, max_length=sequence.max_length
+            ).state
+            raise
         finally:
             self._continuing.discard(sequence)
 

@@ -69,7 +69,10 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
 
 
 def longest_pause_s(budgets: Sequence[Budget], asking: Sequence[Budget]) -> float:
-    """Longest time between two rounds that the ceilings of these budgets leave those who ask; 0 without any ceiling."""
+    """Longest time between two rounds that the ceilings of these budgets leave those who ask; 0 without any ceiling.
+
+    Who has gone asks for no pause, and who is paused for no pace.
+    """
     return 1 / max(map(slowest_tps, asking)) if any(budget.needs_sensors for budget in budgets) else 0.0
 
 

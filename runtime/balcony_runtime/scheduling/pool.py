@@ -127,7 +127,11 @@ class SequencePool:
                 fresh = None if donor.length - shared < LEAST_SHARED else self._empty(donor)
                 self._ended.remove(donor)
                 if fresh is None:
-                    donor.rollback(shared)
+                    try:
+                        donor.rollback(shared)
+                    except BaseException:
+                        self._ended.append(donor)
+                        raise
                     return self._counted(donor)
                 self._ended.append(donor)
             elif (fresh := self._empty()) is None:
@@ -175,8 +179,9 @@ class SequencePool:
                     filled = (wanted[None, :rows], *(donor or sequence).parts(rows)) if rows else ()
                     sequence.rollback(0)
                     if member is not None:
+                        self._members[member] = sequence  # an interrupt before the end leaves it nobody else's
                         sequence.state = self._pool.state(member)
-                        self._place(sequence, member)
+                        self._places[sequence] = member
                     if filled:
                         sequence.fill(*filled)
             finally:
@@ -190,10 +195,12 @@ class SequencePool:
         """Give a sequence the member of one that has ended, with its first rows."""
         ended.rollback(rows)
         self._ended.remove(ended)
-        self._place(sequence, self._places.pop(ended))
+        member = self._places.pop(ended)
         sequence.rollback(0)
+        # The place comes last: with it, others use the member's memory as the sequence's.
         sequence.state, sequence.length = ended.state, ended.length
         sequence.stage_cursor, sequence.balcony_cursor = ended.stage_cursor, ended.balcony_cursor
+        self._place(sequence, member)
 
     def _counted(self, sequence: TokenSequence) -> TokenSequence:
         self._count(0, sequence.length)

@@ -94,8 +94,8 @@ class Scheduler:
         self._state = CompanyState()
         self._last: Measurement | None = None
         self._told: ControllerState | None = None  # what the last round has left in learned
-        self._done_s = self._wait_s = 0.0  # end of the last round, and the pause after it
-        self._idle_s = 0.0  # until somebody is due, if nobody was in the last round
+        # End of the last round, the pause after it, and the time until somebody is due if nobody was in it.
+        self._done_s = self._wait_s = self._idle_s = 0.0
         self._trace: RoundTraceWriter | None = None
         self._recorded: RoundTraceWriter | None = None  # the trace from the next round on
         self._pool: SequencePool | None = None
@@ -396,9 +396,7 @@ class Scheduler:
                     stream.fail(error)
 
     def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
-        # Who has gone asks for no pause, and who is paused for no pace.
-        budgets = [[one.decoder.budget for one in streams] for streams in (self._all, asking)]
-        longest_s = longest_pause_s(*budgets)
+        longest_s = longest_pause_s(*([one.decoder.budget for one in those] for those in (self._all, asking)))
         if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
             time.sleep(min(pause_s, NAP_S))
             return

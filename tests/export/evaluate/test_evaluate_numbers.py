@@ -191,7 +191,7 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
         ),
         ("lambada_openai", "lambada_openai/lambada_test.jsonl", b'{"text": "a b"}\n{"txt": 1}\n', r":2: has no text"),
         ("mmlu", "mmlu/dev_5shot.jsonl", b"{", r"dev_5shot\.jsonl:1: is not JSON"),
-        ("mmlu", "mmlu/dev_5shot.jsonl", b"\xff\xfe", r"dev_5shot\.jsonl: is not UTF-8"),
+        ("mmlu", "mmlu/dev_5shot.jsonl", b"\xff\xfe", r"dev_5shot\.jsonl:1: is not UTF-8"),
         (
             "mmlu",
             "mmlu/dev_5shot.jsonl",

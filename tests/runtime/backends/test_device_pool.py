@@ -19,6 +19,7 @@ from balcony_edge.errors import DeviceError, InputError
 from balcony_runtime.backends.accelerator import pool as device_pool
 from balcony_runtime.backends.accelerator.cuda import _Graph as cuda_graph
 from balcony_runtime.backends.accelerator.pool import RUNS_BEFORE_CAPTURE
+from balcony_runtime.backends.base import NotFiniteError
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
@@ -330,3 +331,18 @@ def test_replies_share_passes_and_beginnings(with_engine_sets: Callable[[str], B
         assert pool.reused.rows >= 4 * len(common), "a common beginning is computed once"
         assert llm.generate_batch(prompts, **asked) == shared
     assert shared == tiny_llm.generate_batch(prompts, **asked)
+
+
+def test_a_conversation_begins_anew_after_nan(with_engine_sets: Callable[[str], Bundle]) -> None:
+    """These graphs read rows after the end under a mask, so the sequence needs clean memory."""
+    prompt = list(range(20, 60))
+    with balcony_edge.load(with_engine_sets("llama").path, device="cpu", engines="rtx-fp32") as llm:
+        clean = [token.id for token in llm.stream(prompt, max_new_tokens=3, ignore_eos=True)]
+        sequence: Any = llm.engine.new_sequence()
+        for cache in sequence.state._workspace.graphs.caches:
+            for region in cache.regions():
+                sequence.state._device.upload(region, np.full(region.shape, np.nan))
+        with pytest.raises(NotFiniteError):
+            llm.generate(prompt, max_new_tokens=3, ignore_eos=True, sequence=sequence)
+        again = llm.stream(prompt, max_new_tokens=3, ignore_eos=True, sequence=sequence)
+        assert [token.id for token in again] == clean

@@ -433,7 +433,7 @@ def test_a_reply_that_another_thread_cancels_ends_quietly(llm: LLM) -> None:
 
 def test_asynchronous_streams_share_rounds_too(llm: LLM) -> None:
     async def one(prompt: list[int]) -> list[int]:
-        return [token.id async for token in llm.stream(prompt, max_new_tokens=10, ignore_eos=True)]
+        return [token.id async for token in llm.stream(prompt, max_new_tokens=100, ignore_eos=True)]
 
     async def several() -> list[list[int]]:
         return await asyncio.gather(*(one(prompt) for prompt in PROMPTS[:4]))
@@ -441,7 +441,7 @@ def test_asynchronous_streams_share_rounds_too(llm: LLM) -> None:
     rounds = sizes_of_rounds(llm)
     found = asyncio.run(several())
     assert max(rounds) > 1
-    assert found == [ids(llm.generate(prompt, max_new_tokens=10, ignore_eos=True)) for prompt in PROMPTS[:4]]
+    assert found == [ids(llm.generate(prompt, max_new_tokens=100, ignore_eos=True)) for prompt in PROMPTS[:4]]
 
 
 def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:

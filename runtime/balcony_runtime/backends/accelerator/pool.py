@@ -279,6 +279,7 @@ class DevicePool:
         one = self._memory.bound(name, first, count)
         start = self._start[first : first + count]
         if one.attends and (standing := start.tobytes()) != self._stand_at:
+            self._stand_at = None  # an interrupt may come before it is known again
             self._device.upload(members_of(self._memory.step.start, 0, count), start)
             self._stand_at = standing
         begin = time.perf_counter_ns()
