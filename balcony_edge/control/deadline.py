@@ -60,8 +60,8 @@ def deadline_rooms(
     spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + kept.unseen * remaining
     margin_ms = quantile * spread * steady_ms[lowest] if kept.chance else 0.0
     dwell = min(budget.dwell_tokens, remaining)
-    waits = kept.pace and not seen.made_tokens and budget.max_pace_tps
-    paced_ms = 1000 / budget.max_pace_tps / mean if waits and budget.max_pace_tps else 0.0
+    pace_tps = budget.max_pace_tps if kept.pace and not seen.made_tokens else None
+    paced_ms = 1000 / pace_tps / mean if pace_tps else 0.0
     gaps_ms = [max(price_ms, paced_ms) for price_ms in steady_ms]
     rooms_ms, enters = [], []
     for index, price_ms in enumerate(gaps_ms):

@@ -197,9 +197,8 @@ def govern(before: Governor, demand: Demand) -> Governor:
         lost=unseen(budget, demand.readings, now_s),
         critical_c=critical_c,
     )
-    if heat_share is not None and heat_share > integral:  # below its set point, so it can be held
-        return _settle(after, demand, room, limiting, caps, within=("temperature_c",))
-    return _settle(after, demand, room, limiting, caps)
+    warms = heat_share is not None and heat_share > integral  # below its set point, so it can be held
+    return _settle(after, demand, room, limiting, caps, {"temperature_c"} if warms else set())
 
 
 def _rested(governor: Governor) -> Governor:
@@ -218,7 +217,7 @@ def _settle(
     room: float,
     limiting: list[str],
     caps: Mapping[str, int],
-    within: Sequence[str] = (),
+    within: set[str],
 ) -> Governor:
     """Derive the depth from the share and the caps, with a dwell, and find what is out of reach.
 
