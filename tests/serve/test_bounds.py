@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
+import balcony_edge
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.http.app import SMALL_BODY
-from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.http.server import Server, Settings
 from balcony_runtime.serve.work import answers
 from balcony_runtime.serve.work.jobs import Channel, Ended, Job
 from balcony_runtime.serve.work.service import Limits
@@ -315,3 +317,23 @@ def test_texts_that_are_tokenized_count_as_bodies(
         gate.set()
         assert first.result() == 200
     assert tokenize(200_000) == 200
+
+
+def test_a_server_that_is_stopped_while_it_loads_serves_nobody(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    def open_llm() -> balcony_edge.LLM:
+        loading.set()
+        assert go_on.wait(60)
+        return balcony_edge.load(tiny.path)
+
+    server = Server(open_llm, Settings(port=0))
+    with caplog.at_level(logging.INFO):
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        assert loading.wait(60)
+        server.stop()
+        go_on.set()
+        thread.join(60)
+    assert not thread.is_alive() and not server.ready
+    assert not [record for record in caplog.records if record.getMessage().startswith("ready")]

@@ -13,7 +13,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,6 @@ from typing import Any
 import httpx
 import pytest
 
-import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.company.round_trace import outcome_of, read_rounds, replay_rounds
@@ -31,7 +29,7 @@ from balcony_edge.device.machine import cpu_name
 from balcony_edge.device.readings import Reading
 from balcony_runtime.reply import Token
 from balcony_runtime.scheduling.admission import row_bytes
-from balcony_runtime.serve.http.server import Server, Settings
+from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
 from balcony_runtime.serve.work.metrics import Metrics
@@ -494,35 +492,3 @@ def test_a_reply_that_is_not_admitted_waits(serve: Callable[..., Server]) -> Non
         answer = waits.result(60).json()
     assert answer["balcony"]["ttft_ms"] > 300 > answer["timings"]["prompt_ms"]
     until(lambda: is_free(server))
-
-
-def test_a_client_that_leaves_after_bytes_of_its_next_request_is_noticed(serve: Callable[..., Server]) -> None:
-    """Many clients by hand end a body with a line break; uvicorn stops to read there."""
-    server = serve(name="tiny")
-    for further in (b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
-        connection = connected(server, SLOW | {"stream": False})
-        until(lambda: server.service.slots)
-        connection.sendall(further)
-        time.sleep(0.2)
-        connection.close()
-        until(lambda: is_free(server), 2.0)  # the reply alone takes four seconds
-
-
-def test_a_server_that_is_stopped_while_it_loads_serves_nobody(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
-    loading, go_on = threading.Event(), threading.Event()
-
-    def open_llm() -> balcony_edge.LLM:
-        loading.set()
-        assert go_on.wait(60)
-        return balcony_edge.load(tiny.path)
-
-    server = Server(open_llm, Settings(port=0))
-    with caplog.at_level(logging.INFO):
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        assert loading.wait(60)
-        server.stop()
-        go_on.set()
-        thread.join(60)
-    assert not thread.is_alive() and not server.ready
-    assert not [record for record in caplog.records if record.getMessage().startswith("ready")]
