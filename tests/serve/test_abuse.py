@@ -208,13 +208,12 @@ def test_a_client_that_cancels_a_stream_leaves_nothing(hasty: Server) -> None:
                 lines.readline()
 
 
-def test_a_client_that_leaves_after_bytes_of_its_next_request_is_noticed(serve: Callable[..., Server]) -> None:
+def test_a_client_that_leaves_after_bytes_of_its_next_request_is_noticed(hasty: Server) -> None:
     """Many clients by hand end a body with a line break; uvicorn stops to read there."""
-    server = serve(name="tiny")
     for further in (b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
-        connection = connected(server, SLOW | {"stream": False})
-        until(lambda: server.service.slots)
+        connection = connected(hasty, SLOW | {"stream": False})
+        until(lambda: hasty.service.slots)
         connection.sendall(further)
         time.sleep(0.2)
         connection.close()
-        until(lambda: is_free(server), 2.0)  # the reply alone takes four seconds
+        until(lambda: is_free(hasty), 2.0)  # the reply alone takes four seconds
