@@ -125,14 +125,11 @@ class SequencePool:
                 return self._empty()
             if donor in self._ended:
                 fresh = None if donor.length - shared < LEAST_SHARED else self._empty(donor)
-                self._ended.remove(donor)
                 if fresh is None:
-                    try:
-                        donor.rollback(shared)
-                    except BaseException:
-                        self._ended.append(donor)
-                        raise
+                    donor.rollback(shared)
+                    self._ended.remove(donor)
                     return self._counted(donor)
+                self._ended.remove(donor)
                 self._ended.append(donor)
             elif (fresh := self._empty()) is None:
                 return None

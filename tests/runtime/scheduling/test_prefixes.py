@@ -243,9 +243,10 @@ def test_an_interrupt_leaves_no_place_in_use(tiny: Any, tmp_path: Path, monkeypa
             with pytest.raises(KeyboardInterrupt):
                 pool.load(next(tmp_path.iterdir()))
         pool.give_back(taken(pool, [*prompt, *prompt]))
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(TokenSequence, "begin_like", interrupted)
-            pool.take([*prompt[:40], 1])
+        for method, asked in (("begin_like", prompt[:40]), ("rollback", prompt * 2)):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(TokenSequence, method, interrupted)
+                pool.take([*asked, 1])
         assert pool.in_use == 0 and sum(member is not None for member in pool.members) == 1
 
 
