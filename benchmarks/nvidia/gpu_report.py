@@ -1,9 +1,10 @@
 """Everything that needs an NVIDIA GPU, in pieces of at most nine minutes, and one report: `make test-gpu`.
 
-    python -m benchmarks.nvidia.gpu_report [--directory .cache/gpu-report] [--minutes M] [--only NAME ...] [--again]
+    python -m benchmarks.nvidia.gpu_report [--directory .cache/gpu-report] [--minutes 40] [--only NAME ...] [--again]
 
 A piece is a few commands. Its result is a file in the directory, and a piece with a file is not run again, so the whole can be
-interrupted and continued. `--minutes` starts no piece that could exceed that time. `--again` runs failed pieces once more.
+interrupted and continued. A call takes at most `--minutes`: it starts no piece that could exceed them, and the next call goes on.
+`--again` runs failed pieces once more.
 Nothing is downloaded: what the pieces need must be installed. Without a GPU each piece fails with one line.
 
 The report is `report.md` in the directory: the card, driver and packages, then each piece with its result. Tests of the
@@ -88,18 +89,19 @@ def pieces(directory: Path) -> tuple[Piece, ...]:
     )
     return (
         Piece("card", "the GPU and what is installed", ((*CLI, "doctor"), (*here, "--card")), needs=(), limit_s=60),
-        Piece("tests-rtx", "conformance suite on TensorRT-RTX", ((*tests, "tensorrt-rtx"),), limit_s=500, target="rtx"),
+        Piece("tests-rtx", "conformance suite on TensorRT-RTX", ((*tests, "tensorrt-rtx"),), limit_s=480, target="rtx"),
         Piece(
             "tests-tensorrt",
             "conformance suite on TensorRT",
             ((*tests, "tensorrt and not rtx"),),
-            limit_s=500,
+            limit_s=480,
             target="tensorrt",
         ),
         Piece(
             "tests-cuda",
             "conformance suite on ONNX Runtime's CUDA provider",
             ((*here, "--provider"), (*tests, "cuda-fused")),
+            limit_s=240,
         ),
         Piece(
             "bundle",
@@ -351,7 +353,7 @@ def main(arguments: Sequence[str] | None = None, made: Callable[[Path], tuple[Pi
     """Run what is missing, write the report, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=ROOT / ".cache" / "gpu-report")
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
@@ -388,7 +390,7 @@ def main(arguments: Sequence[str] | None = None, made: Callable[[Path], tuple[Pi
         if before is not None and (before["passed"] or not options.again):
             continue
         reason = misfit(piece, directory) or blocked(piece, directory, free_gb(directory))
-        if not reason and options.minutes and time.monotonic() - begin + piece.limit_s > 60 * options.minutes:
+        if not reason and time.monotonic() - begin + piece.limit_s > 60 * options.minutes:
             reason = "no time left for it: run again"
         if reason:
             waiting[piece.name] = reason

@@ -87,7 +87,7 @@ def test_pieces_run_once_and_the_report_names_the_card(tmp_path: Path, capsys: p
     (tmp_path / "good.json").unlink()
     (tmp_path / "good.json.part").write_text("half")  # an interrupted piece
     assert "| good | not run | | no time left for it: run again |" in report(tmp_path, "--minutes", "1", made=made)[1]
-    report(tmp_path, "--minutes", "20", made=made)
+    assert "| good | passed |" in report(tmp_path, made=made)[1]  # a call has 40 minutes
     assert ran.read_text() == "xxxx"
 
 
@@ -160,8 +160,9 @@ def test_every_test_that_needs_a_gpu_is_in_a_piece() -> None:
     names = [piece.name for piece in pieces]
     assert all(need in names[: names.index(piece.name)] for piece in pieces for need in piece.needs)
     assert all(piece.limit_s < 540 for piece in pieces)  # nine minutes hold each of them, and the start of the program
-    most = sum(piece.limit_s for piece in pieces) - 500  # one of the TensorRTs is not for the card
-    assert f"at most {most / 60:.0f} minutes together" in (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    (other,) = {piece.limit_s for piece in pieces if piece.target}  # one of the TensorRTs is not for the card
+    first = sum(piece.limit_s for piece in pieces if not piece.name.startswith("big-")) - other
+    assert first <= 40 * 60  # one call holds all but the 8B shape, however slow they are
     from tests.runtime.backends.test_conformance import NEEDS
 
     chosen = [piece.commands[-1][-1] for piece in pieces if piece.name.startswith("tests-")]
