@@ -252,11 +252,13 @@ def _shares(given: list[str]) -> dict[str, float]:
 
 
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
-    """Refuse to overwrite balconies of another run, unless this run starts from them."""
+    """Refuse a place that cannot be written, and to overwrite balconies of another run, unless this run starts from them."""
     from balcony_edge.errors import TrainingError
+    from balcony_edge.files import require_writable
     from balcony_export.model.balcony_files import trained_exits
     from balcony_export.train.run_files import read_state, run_directory
 
+    require_writable(output, f"--output {output}", TrainingError, "name another directory")
     there = [layer for layer in layers if layer in trained_exits(output)]
     goes_on = read_state(run_directory(output, layers)) is not None
     if there and not goes_on and (start is None or start.resolve() != output.resolve()):

@@ -136,6 +136,10 @@ def test_models_and_rows_that_cannot_be_are_refused_before_the_training(
     too_long = (*command, "--seq-len", "100000")
     refused(InputError, r"--seq-len 100000: this model's context holds \d+ tokens", tiny_checkpoint, "2", *too_long)
     assert not out.exists()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty.jsonl").touch()  # a text that would be refused, if it were read
+    unwritable = (tmp_path / "empty.jsonl", tmp_path / "file", "--steps", "1")
+    refused(TrainingError, "file: cannot be written", tiny_checkpoint, "2", *unwritable)
 
 
 def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> None:

@@ -17,6 +17,8 @@ from balcony_runtime.engine import Engine
 from tests.support.properties import examples
 from tests.support.schedules import actions, play
 
+ARCHITECTURES = ("llama", "qwen3", "gemma3", "smollm3")
+
 
 def plays(
     export_tiny: Callable[[str], Any], path: Path, architecture: str, precision: str, count: int, length: int
@@ -39,9 +41,13 @@ def plays(
 
 
 @pytest.mark.webgpu
-def test_int4_switches_exactly(export_tiny: Callable[[str], Any], tmp_path: Path) -> None:
-    """With float activations, as on the CPU; level 4 rounds activations on the CPU, and only on some adapters."""
-    plays(export_tiny, tmp_path / "b", "llama", "int4,level=1", 3, 12)
+@pytest.mark.parametrize("precision", ["fp32", "int4,level=1"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_switches_are_exact(
+    export_tiny: Callable[[str], Any], tmp_path: Path, architecture: str, precision: str
+) -> None:
+    """int4 with float activations, as on the CPU; level 4 rounds activations on the CPU, and only on some adapters."""
+    plays(export_tiny, tmp_path / "b", architecture, precision, 3, 12)
 
 
 @pytest.mark.webgpu
@@ -63,6 +69,6 @@ def test_float16_is_as_close_to_the_cpu_as_its_rounding(export_tiny: Callable[[s
 @pytest.mark.webgpu
 @pytest.mark.deep
 @pytest.mark.parametrize("precision", ["fp32", "int4,level=1", "int8,level=1"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "smollm3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_many_schedules(export_tiny: Callable[[str], Any], tmp_path: Path, architecture: str, precision: str) -> None:
     plays(export_tiny, tmp_path / "b", architecture, precision, 20, 40)
