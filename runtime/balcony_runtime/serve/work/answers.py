@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from pydantic_core import to_json
+
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.refusal import RefusedError, refusal_of, stopped, too_long
-from balcony_runtime.serve.work.jobs import FEW_BUFFERED, Channel, Cost, Ended, Item, Job, Scores
+from balcony_runtime.serve.work.jobs import FEW_BUFFERED, Channel, Cost, Item, Job, Scores
 from balcony_runtime.serve.work.shapes import Shapes, prompt_tokens
 from balcony_runtime.serve.work.worker import Worker
 
@@ -71,6 +73,7 @@ class Answer:
         self.asked_s = jobs[0].cost.asked_s
         self._until_s, self._limit_s = self.asked_s + limit_s, limit_s
         self.scores: dict[Job, Scores] = {}
+        self._left = len(jobs)  # jobs that have not ended
         self._first: tuple[Job, Item] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._gone = self._closed = self._stopped = False
@@ -96,7 +99,7 @@ class Answer:
             RefusedError: a reply failed.
             GoneError: the client has disconnected.
         """
-        while not all(job.ended for job in self.jobs):
+        while self._left:
             if (found := await self._next(KEEPALIVE_S)) is not None:
                 self._take(*found)
         scores = [self.scores.get(job) for job in self.jobs]
@@ -125,7 +128,7 @@ class Answer:
         """
         opened: set[Job] = set()
         try:
-            while not all(job.ended for job in self.jobs):
+            while self._left:
                 found, self._first = self._first or await self._next(KEEPALIVE_S), None
                 if found is None:
                     yield b": waiting\n\n"
@@ -155,7 +158,7 @@ class Answer:
             made = self.shapes.token(job, item) if isinstance(item, Token) else self.shapes.end(job, "length")
             if made is not None:
                 pieces.append(made)
-        if pieces and all(one.ended for one in self.jobs):
+        if pieces and not self._left:
             pieces[-1] |= self.shapes.costs(self.jobs, [one.cost for one in self.jobs])
         return pieces
 
@@ -164,11 +167,13 @@ class Answer:
             raise self._failed(item)
         if isinstance(item, Scores):
             self.scores[job] = item
-        elif isinstance(item, Ended):
-            job.ended = True
         elif isinstance(item, Token):
-            job.shown.count(item)
+            if self.asked.each_token:
+                job.shown.count(item)
             job.ended = item.finish_reason is not None
+        else:
+            job.ended = True
+        self._left -= job.ended
 
     async def _next(self, seconds: float) -> tuple[Job, Item] | None:
         """The next item, or None after some seconds without one.
@@ -230,7 +235,7 @@ class Answer:
         for job in self.jobs:
             if not job.ended:
                 self._worker.cancel(job)
-        if self._gone and not all(job.ended for job in self.jobs):
+        if self._gone and self._left:
             self.status, self.reason = 499, "disconnected"  # nginx's number for a client that went away
         elif isinstance(error, asyncio.CancelledError):
             self.status, self.reason = 503, "stopped"
@@ -293,11 +298,8 @@ class EventStream:
 _BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
-_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
 def _event(piece: object) -> bytes:
-    text = _JSON.encode(piece)
+    text = to_json(piece)
     if not text.isascii():
-        text = text.translate(_BREAKS)
-    return f"data: {text}\n\n".encode()
+        text = text.decode().translate(_BREAKS).encode()
+    return b"data: " + text + b"\n\n"

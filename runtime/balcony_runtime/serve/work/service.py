@@ -228,9 +228,10 @@ class Service:
 
     def _deliver(self, found: Found) -> None:
         """Hand the items of a step to their answers, and pause replies whose readers are slow. Runs in the event loop."""
+        count = self.metrics.token
         for job, item in found:
             if isinstance(item, Token):
-                self.metrics.token(item, first=job.cost.tokens == 0)
+                count(item, first=job.cost.tokens == 0)
                 job.cost.count(item)
                 decision = item.decision
                 if decision.price_ms > 0 and decision.predicted_ms > 0:
