@@ -3,8 +3,8 @@
     python -m benchmarks.nvidia.gpu_report [--directory .cache/gpu-report] [--minutes 40] [--only NAME ...] [--again]
 
 A piece is a few commands. Its result is a file in the directory, and a piece with a file is not run again, so the whole can be
-interrupted and continued. A call takes at most `--minutes`: it starts no piece that could exceed them, and the next call goes on.
-`--again` runs failed pieces once more.
+interrupted and continued. A call takes at most `--minutes`: it starts no piece that could exceed them, and the next call goes
+on. `--again` runs failed pieces once more.
 Nothing is downloaded: what the pieces need must be installed. Without a GPU each piece fails with one line.
 
 The report is `report.md` in the directory: the card, driver and packages, then each piece with its result. Tests of the

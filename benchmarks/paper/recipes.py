@@ -18,12 +18,13 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -32,6 +33,7 @@ from balcony_export.data.documents import read_records
 from balcony_export.model.balcony import Balcony
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.train.config import TrainConfig
+from balcony_export.train.loss import VocabularyPart, VocabularySample
 from balcony_export.train.trainer import Trainer
 
 EXITS = (14, 17, 20)
@@ -82,6 +84,66 @@ class _SeesSinks(Trainer):
         return torch.cat([first, where]).sort().values
 
 
+class _ExactAtTheEnd(Trainer):
+    """A trainer that compares the whole vocabulary in the last fifth of its steps."""
+
+    def _part(self, rows: npt.NDArray[np.int64]) -> VocabularyPart | None:
+        return None if self.done >= 0.8 else super()._part(rows)
+
+
+class _LikelyDraws(VocabularySample):
+    """Draws the other half by the full model's mean probabilities to the power of one half, not evenly.
+
+    Systematic sampling: token i is drawn with probability min(1, c·√p), and its logit gets the log of the inverse.
+    """
+
+    probabilities: torch.Tensor  # (V,), of the ranking's tokens by id
+
+    def draw(self, whole: VocabularyPart, text: torch.Tensor, seed: Sequence[int]) -> VocabularyPart:
+        chosen = self._chosen(text)
+        share = self.probabilities.sqrt()
+        share[chosen] = 0
+        count, certain = self.size - len(chosen), torch.zeros_like(share, dtype=torch.bool)
+        while True:  # those whose share is above 1 are drawn for certain, and the others share what is left
+            scaled = share * (~certain) * ((count - certain.sum()) / (share * (~certain)).sum())
+            if not (scaled > 1).any():
+                break
+            certain |= scaled > 1
+        scaled[certain] = 1
+        random = np.random.default_rng(seed)
+        order = torch.from_numpy(random.permutation(len(scaled)))
+        steps = (scaled[order].cumsum(0) + random.random()).floor()
+        drawn = order[steps.diff(prepend=steps.new_zeros(1)) > 0]
+        ids = torch.cat([chosen, drawn])
+        offset = torch.cat([torch.zeros(len(chosen)), -scaled[drawn].log()])
+        weight = whole.weight[ids]
+        return VocabularyPart(weight, offset.float(), weight)
+
+
+class _DrawsLikely(Trainer):
+    """A trainer whose drawn tokens are the likely ones (:class:`_LikelyDraws`)."""
+
+    def _vocabulary_sample(self) -> VocabularySample | None:
+        plain = super()._vocabulary_sample()
+        assert plain is not None
+        rows, mean = self.corpus.train.take(64), torch.zeros(len(self.head.whole.weight), dtype=torch.float64)
+        for tokens, length in zip(rows.tokens, rows.lengths, strict=True):
+            states = self.states.of(tokens[None])[-1][0, :length]
+            mean += self.head.full.logits(states, self.head.whole.full).float().softmax(-1).sum(0).double()
+        sample = _LikelyDraws(plain.size, plain.ranking)
+        sample.probabilities = mean / mean.sum()
+        return sample
+
+
+def _newton_schulz(steps: int) -> Callable[[Trainer], None]:
+    def start(trainer: Trainer) -> None:
+        for optimizers in trainer.optimizers.values():
+            for group in (group for one in optimizers for group in one.param_groups if "ns_steps" in group):
+                group["ns_steps"] = steps
+
+    return start
+
+
 @dataclass(frozen=True)
 class Trial:
     """Differences of a trial from the shipped recipe."""
@@ -130,6 +192,10 @@ TRIALS: dict[str, Trial] = {
     "norm × 0.3": Trial(start=_scale_norm(0.3)),
     "norms at 3e-2": Trial({"vector_rate": 3e-2}),
     "massive activations in the loss": Trial(trainer=_SeesSinks),
+    "the whole vocabulary in the last fifth": Trial(trainer=_ExactAtTheEnd),
+    "likely tokens drawn": Trial(trainer=_DrawsLikely),
+    "4 iterations of Newton-Schulz": Trial(start=_newton_schulz(4)),
+    "3 iterations of Newton-Schulz": Trial(start=_newton_schulz(3)),
     "sampled text": Trial(data="sampled"),
     "half sampled text": Trial(data="mixed"),
 }
