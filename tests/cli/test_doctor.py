@@ -68,7 +68,7 @@ def test_laptop_with_watts_by_a_counter(sysfs_tree: Callable[[str], Path]) -> No
         stop.set()
         thread.join()
     readings = {reading["source"]: reading for reading in report["sensors"]["readings"]}
-    assert 10 < readings["rapl:package-0"]["watts"] < 30  # over 0.2 s, and the writer may be late
+    assert 4 < readings["rapl:package-0"]["watts"] < 100  # over 0.2 s, and the writer may be late; not milliwatts
     assert readings["battery:BAT0+BAT1"]["charging"] is False and readings["battery:drain"]["watts"] == 9.25
 
 

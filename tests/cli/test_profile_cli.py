@@ -34,7 +34,8 @@ def measured(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *GRID,
     )
     assert done.returncode == 0, done.stderr
-    assert "tokens/s" in done.stdout and "energy is not measured" in done.stderr
+    assert "tokens/s" in done.stdout
+    assert ("energy is not measured" in done.stderr) == (not DeviceProfile.load(path).power), "most test machines"
     return path
 
 

@@ -192,7 +192,7 @@ def test_tasks(server: Server, task: str, extra: dict[str, Any]) -> None:
 
 def test_answers_side_by_side_are_merged_as_a_stream(server: Server) -> None:
     """Its mixture of agents is the one task that may stream."""
-    assert streamed(server, TASK | {"stream": True, "max_tokens": 4}).usage["predicted_n"] == 4
+    assert streamed(server, TASK | SEED | {"stream": True, "max_tokens": 4}).usage["predicted_n"] == 4
 
 
 def test_native_function_calling(tool_server: Server) -> None:

@@ -122,8 +122,9 @@ def test_a_running_reply_takes_another_budget(http: httpx.Client, server: Server
                     (slot,) = http.get("/slots").json()
                     assert slot["id"] == facts["slots"][0] and slot["budget"] == {"max_pace_tps": 50}
                     assert slot["is_processing"] and slot["model"] == "tiny"
-                    timed = http.post(f"/slots/{slot['id']}", json={"budget": {"deadline_s": 60}})
-                    assert timed.json()["budget"] == {"deadline_s": 60, "expected_tokens": 200}
+                    timed = {"deadline_s": 60, "max_pace_tps": 50}
+                    changed = http.post(f"/slots/{slot['id']}", json={"budget": timed})
+                    assert changed.json()["budget"] == timed | {"expected_tokens": 200}
                     changed = http.post(f"/slots/{slot['id']}", json={"budget": {"exit_layer": 2}})
                     assert changed.json()["budget"] == {"exit_layer": 2}
     assert exits[:3] == [5] * 3 and exits[-1] == 2 and len(exits) == 200
@@ -324,8 +325,8 @@ def test_a_client_that_does_not_read_holds_up_no_end(
 
 def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Server]) -> None:
     """Until then balancers hear that it stops, and its metrics can be read."""
-    server = serve(drain_s=1.0)
-    slow = SLOW | {"budget": {"max_pace_tps": 20}}
+    server = serve(drain_s=4.0)
+    slow = SLOW | {"budget": {"max_pace_tps": 10}}
     with httpx.stream("POST", server.url + CHAT, json=slow, timeout=20) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -334,7 +335,7 @@ def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Serve
         assert (health.status_code, health.json()["error"]["code"]) == (503, "draining")
         assert metrics.status_code == 200 and "balcony_replies_running 1.0" in metrics.text
         (slot,) = httpx.get(server.url + "/slots").json()
-        faster = httpx.post(f"{server.url}/slots/{slot['id']}", json={"budget": {"max_pace_tps": 30}})
+        faster = httpx.post(f"{server.url}/slots/{slot['id']}", json={"budget": {"max_pace_tps": 12}})
         assert faster.status_code == 200, "it may end in time"
         assert httpx.post(server.url + CHAT, json=HELLO).status_code == 503
         rest = [line for line in lines if line]
@@ -405,7 +406,7 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
                 process.send_signal(signal.SIGHUP)
                 assert heard().startswith(b"RELOADING=1") and heard() == b"READY=1"
                 assert client.get("/v1/models/tiny-llama:fresh").status_code == 200
-                both = {"prompt": [[5, 6], [7, 8]], "max_tokens": 6, "budget": {"tpot_ms": 500}}
+                both = {"prompt": [[5, 6], [7, 8]], "max_tokens": 6, "ignore_eos": True, "budget": {"tpot_ms": 500}}
                 assert client.post("/v1/completions", json=both).status_code == 200
                 body = SLOW | {"model": "tiny-llama:calm", "budget": None, "max_tokens": 60}
                 with client.stream("POST", CHAT, json=body) as answer:

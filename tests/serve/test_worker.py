@@ -94,7 +94,7 @@ def test_a_change_that_fails_ends_the_reply_that_it_was_for(llm: LLM) -> None:
     """A budget that was allowed when it was checked, and is not any more: the thread goes on."""
     sent = Sent(llm)
     sent.worker.start()
-    first = job(sent.worker, 1, 4000)
+    first = job(sent.worker, 1, 4000, budget=Budget(max_pace_tps=100))
     sent.worker.submit(first)
     sent.until(1, 2)
     sent.worker.rebudget(first, Budget(exit_layer=4))

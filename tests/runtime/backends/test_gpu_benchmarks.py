@@ -39,8 +39,11 @@ def report(directory: Path, *arguments: str, made: Callable[[Path], tuple[Piece,
     return status, (directory / "report.md").read_text()
 
 
-def test_pieces_run_once_and_the_report_names_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pieces_run_once_and_the_report_names_the_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = tmp_path / "ran"
+    monkeypatch.setattr(gpu_report, "free_gb", lambda _: 100.0)
     ran.write_text("")
     card = json.dumps({"name": "Stand-in GPU, driver 1", "capability": "89", "packages": {"torch": "2"}})
     note = f"open({str(ran)!r}, 'a').write('x'); print('done')"

@@ -56,8 +56,8 @@ def test_memory_in_use_is_moved_with_its_content(large: int, region: mmap.mmap) 
     half[:] = np.random.default_rng(0).integers(0, 256, half.size, np.uint8)
     copy = half.copy()
     moved = use_large_pages(before)
-    if not moved:
-        pytest.skip("the system is older than this call, or has no large page free")
+    if moved < 12 * MB:
+        pytest.skip("the system is older than this call, or has too few large pages free")
     assert moved % large == 0 and np.array_equal(half, copy)
     assert 12 * MB <= large_bytes(place(region)) <= 16 * MB  # the unused half takes none
     del half

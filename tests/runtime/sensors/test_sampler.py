@@ -322,6 +322,7 @@ def test_an_absent_source_is_asked_less_and_less_often() -> None:
 def test_closing_waits_for_all_hung_sources_together() -> None:
     sources = [Stepped() for _ in range(8)]
     sensors = Sensors(sources, rate_hz=10).start(probe_s=0.0)
+    eventually(lambda: all(source.discoveries[0] for source in sources))
     began = time.monotonic()
     sensors.close(timeout_s=0.2)
     assert 0.2 <= time.monotonic() - began < 6
