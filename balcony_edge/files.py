@@ -140,8 +140,8 @@ def write_together(contents: Mapping[Path, bytes], error_class: type[BalconyErro
 
 def sync(path: Path) -> None:
     """Wait until a file is on the disk."""
-    with path.open("r+b") as file:  # Windows flushes only what may be written
-        _flush(file)
+    with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes only what may be written
+        os.fsync(file.fileno())
 
 
 def _flush(file: BinaryIO) -> None:

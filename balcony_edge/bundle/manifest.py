@@ -392,10 +392,16 @@ class EngineSet(_Frozen):
     files: dict[FileName, FileSpec]
 
     @property
+    def unbuilt(self) -> EngineSet:
+        """The set without its engines."""
+        built = {engine.file for engine in self.engines.values()}
+        files = {name: spec for name, spec in self.files.items() if name not in built}
+        return self.model_copy(update={"engines": {}, "builder": "", "compute_capabilities": (), "files": files})
+
+    @property
     def identity(self) -> str:
         """Hash of graphs and weights, which stays when engines for other GPUs are built from them."""
-        built = {engine.file for engine in self.engines.values()}
-        lines = [f"{name} {spec.sha256}" for name, spec in sorted(self.files.items()) if name not in built]
+        lines = [f"{name} {spec.sha256}" for name, spec in sorted(self.unbuilt.files.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

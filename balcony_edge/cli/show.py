@@ -96,11 +96,12 @@ def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None
     console.print(", ".join(parts))
     if reply.verdicts:
         verdicts = Table("budget", "asked", "reached", "free", "held")
-        words = {True: "[green]yes[/]", False: "[red]no[/]", None: "[yellow]not measured[/]"}
+        words: dict[bool | None, str] = {True: "[green]yes[/]", False: "[red]no[/]"}
         for one in reply.verdicts:
             reached = "" if one.reached is None else f"{one.reached:.4g} ({one.how})"
             free = "" if one.margin is None else f"{one.margin:.0%}"
-            verdicts.add_row(one.key, f"{one.asked:g}", reached, free, words[one.held])
+            unknown = "not measured" if one.reached is None else "unknown: the sensor has gone"
+            verdicts.add_row(one.key, f"{one.asked:g}", reached, free, words.get(one.held, f"[yellow]{unknown}[/]"))
         console.print(verdicts)
 
 

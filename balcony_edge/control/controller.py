@@ -337,7 +337,10 @@ class Controller:
         )
 
     def _within_reach(self, scene: _Scene, outlook: Outlook) -> bool:
-        """Whether some exit would hold the targets without its backlog; with luck while the slowdown is unknown."""
+        """Whether some exit would hold the targets without its backlog: with luck while the slowdown is unknown.
+
+        A deadline is out of reach only if the mean time is: chance may still help the tokens to come.
+        """
         slowdown, luck = scene.slowdown, 1.0
         if slowdown.variance > KNOWN_VARIANCE:
             luck = math.exp(scene.plan.quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))

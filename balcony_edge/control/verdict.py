@@ -45,7 +45,7 @@ class Verdict(NamedTuple):
         key: name of the key.
         asked: value of the key.
         reached: value of the reply, in the unit of the key; None if it was not measured.
-        held: whether ``reached`` is within ``asked``; None if it was not measured.
+        held: whether ``reached`` is within ``asked``; None if it was not measured, or not to the end.
         margin: share of ``asked`` that was left free, negative if the key was missed; None if it was not measured.
         how: description of ``reached`` ("mean", "highest").
     """
@@ -106,7 +106,7 @@ class Watch:
 
     def saw(self, now_s: float, readings: Sequence[Reading]) -> None:
         """Keep the readings; also called when no token follows because the device is too hot."""
-        if self._budget is not None and readings:
+        if self._budget is not None and (readings or self._budget.needs_sensors):
             self._seen.append(_seen(self._budget, now_s, readings))
 
     def verdicts(self) -> tuple[Verdict, ...]:

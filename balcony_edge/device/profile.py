@@ -155,7 +155,10 @@ class Sustained(_Frozen):
 
 
 class MemoryUse(_Frozen):
-    """Memory of the measuring process; ``per_1k_tokens_bytes`` is the size of one sequence's caches and row buffers."""
+    """Memory of the measuring process: private bytes once the bundle was loaded, and the peak of the resident ones.
+
+    ``per_1k_tokens_bytes`` is the size of one sequence's caches and row buffers.
+    """
 
     loaded_bytes: int | None
     peak_bytes: int | None

@@ -36,7 +36,7 @@ class SensorsOnDemand:
         self._sensors: Sensors | None = None
         self._lock = threading.Lock()
         self._settled_s = 0.0
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str | None]] = set()  # keys, of power with its rail
 
     def latest(self) -> tuple[Reading, ...]:
         """Latest reading of every sensor; the first call starts the device's sensors."""
@@ -64,8 +64,9 @@ class SensorsOnDemand:
         text = f"{asked}: no sensor of this device measures it (`balcony-edge doctor` says what is missing)"
         if budget.on_infeasible == "error":
             raise InfeasibleError(f"{text}: leave it out, or choose another on_infeasible")
-        if not self._told.issuperset(missing):  # a server asks for each reply
-            self._told.update(missing)
+        told = {(key, budget.power_rail if key in ("power_w", "energy_j_per_token") else None) for key in missing}
+        if not self._told.issuperset(told):  # a server asks for each reply
+            self._told.update(told)
             _log.warning("%s: it is not held", text)
 
     def close(self) -> None:

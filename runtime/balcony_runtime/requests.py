@@ -21,7 +21,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.verdict import Watch
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import ContextLengthError, InputError
+from balcony_edge.errors import BalconyError, ContextLengthError, InputError
 from balcony_runtime.backends.base import IntArray, NotFiniteError
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
@@ -196,7 +196,7 @@ class Requests:
             prompted=Prompted(len(ids)),
             text=self._codec.stream(
                 ids if self._continues(prompt, chat) else (),
-                literal=sampling is not None and bool(sampling.structured),  # a structure may begin with a space
+                literal=bool(sampling and sampling.structured),  # a structure may begin with a space
             ),
             box=box,
             asked_s=asked_s,
@@ -287,6 +287,7 @@ class Requests:
             self._learned,
             keep_logits=request.logprobs is not None,
             asked_s=asked_s,
+            max_new_tokens=request.max_new_tokens,
         )
         return Decoder(sequence, prompt, request.sampler, environment)
 
@@ -326,9 +327,10 @@ class Requests:
                 yield
         except NotFiniteError:
             # Some graphs read rows after the end, under a mask, and 0 × NaN is NaN.
-            sequence.state = self._engine.new_sequence(
-                batch_size=sequence.batch_size, max_length=sequence.max_length
-            ).state
+            with contextlib.suppress(BalconyError):  # without memory for both states it keeps the old one
+                sequence.state = self._engine.new_sequence(
+                    batch_size=sequence.batch_size, max_length=sequence.max_length
+                ).state
             raise
         finally:
             self._continuing.discard(sequence)

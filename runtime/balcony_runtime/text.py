@@ -418,9 +418,10 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._open: list[int] = []  # tokens since the last text
+        self._before = ""  # what ``before`` ends with, if it may be half of a character
         for token in before[-CONTEXT_TOKENS:]:
             self.push(token)
-        self._open = []
+        self._before, self._open = self.flush(), []
 
     def push(self, token: int) -> str:
         """Text that this token completes; empty while a character is unfinished."""
@@ -437,6 +438,7 @@ class TextStream:
             self._stream.step(self._tokenizer, token)
         if text:
             self._open = []
+            text, self._before = text.removeprefix(self._before), ""
         return text
 
     def flush(self) -> str:

@@ -267,7 +267,12 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert invoke_here("run", bundle, "the fox", "-n", "3", "--device", "cpu", "--engines", "rtx-fp16").returncode == 0
     assert invoke_here("run", bundle, "the fox", "-n", "3").returncode == 0  # auto: no GPU, so the CPU
     (Bundle.open(bundle).engine_directory("rtx-fp16") / "norm.engine").write_bytes(b"")
-    refused("norm.engine: 0 bytes", "run", bundle, "the fox", "--device", "cpu", "--engines", "rtx-fp16")
+    run = ("run", bundle, "the fox", "-n", "3", "--device", "cpu", "--engines", "rtx-fp16")
+    refused("norm.engine: 0 bytes", *run)
+    with monkeypatch.context() as patch:  # the graphs are whole, so only engines are made again
+        patch.setattr("balcony_export.tensorrt.engine_set.make_graphs", fails)
+        assert invoke_here(*common, "--sm", "86,89").returncode == 0
+    assert invoke_here(*run).returncode == 0
 
 
 def test_extract(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

@@ -57,10 +57,12 @@ def test_what_is_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     """A server asks for each of its replies."""
     sensors = SensorsOnDemand(tuple)
     begin = time.perf_counter()
-    for budget in (Budget(power_w=5), Budget(power_w=5), Budget(power_w=9), Budget(power_w=5, temperature_c=70)):
+    asked = [Budget(power_w=5), Budget(power_w=5), Budget(power_w=9), Budget(power_w=5, temperature_c=70)]
+    for budget in (*asked, *[Budget(power_w=6, power_rail="gpu")] * 2):
         sensors.check(budget)
     assert time.perf_counter() - begin < on_demand.FIRST_READINGS_S, "these sensors run already"
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         "power_w = 5",
         "power_w = 5, temperature_c = 70",
+        "power_w = 6",  # of another rail
     ]

@@ -22,13 +22,14 @@ from balcony_runtime.decoding.prices import split_experts
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import run
 from balcony_runtime.profiler.cells import Bench, Key
-from balcony_runtime.profiler.conditions import ConditionWatch, Meter, measured_rails, why_no_power
+from balcony_runtime.profiler.conditions import ConditionWatch, Meter, measured_rails, private_bytes, why_no_power
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit
 from balcony_runtime.profiler.grid import Grid, parse_values
 from balcony_runtime.profiler.results import fit_costs
 from balcony_runtime.profiler.run import _power, measure_profile
 from balcony_runtime.profiler.timing import _rank, chance_ms, summarise
 from balcony_runtime.sensors import Absence, Sensors, SourceSample
+from balcony_runtime.sensors.system import System
 
 SMALL = {"quick": True, "prompts": (16,), "tokens": 5, "depths": (0, 40), "pending": (2,), "rounds": 2}
 
@@ -194,6 +195,13 @@ def test_a_profile_of_a_tiny_bundle(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
         (gap,) = (e.timing.p50_ms for e in profile.select("decode", layer) if e.context == 0)
         (python,) = (e.timing.p50_ms for e in profile.select("python", layer) if e.context == 0)
         assert 0 < python < gap
+
+
+def test_the_memory_of_a_loaded_bundle_is_what_a_ceiling_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (private_bytes() or 0) > 10**7
+    for readings, told in (((Reading("psutil:process", "process", 0.0, memory_bytes=7),), 7), ((), None)):
+        monkeypatch.setattr(System, "read", lambda _, now_s, readings=readings: SourceSample(readings))
+        assert private_bytes() == told
 
 
 def test_cells_leave_their_sequences_as_they_found_them(llm: LLM) -> None:

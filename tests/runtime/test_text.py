@@ -175,6 +175,15 @@ def test_the_reply_to_a_plain_text_goes_on_with_it(tiny: Any, prompt: Any, chat:
         assert seen == [llm.encode(prompt, chat=False) if prompt == "hello" and before else [7, 8] if before else []]
 
 
+def test_a_reply_completes_the_end_of_its_prompt_and_does_not_repeat_it(codec: TextCodec) -> None:
+    """A replacement character may be half of a character, or one that the prompt has."""
+    fox, (first, second) = codec.encode("fox", chat=False), codec.encode("\u0101", chat=False)
+    for before in (codec.encode("a\ufffd", chat=False), codec.encode("\ufffd" * 9, chat=False), [*fox, first]):
+        stream = codec.stream(before)
+        assert "".join(map(stream.push, fox)) + stream.flush() == "fox"
+    assert codec.stream([*fox, first]).push(second) == "\u0101"
+
+
 @examples(1000)
 @given(st.lists(st.integers(0, 319), max_size=40))
 def test_streamed_text_is_the_text_decoded_at_once(codec: TextCodec, tokens: list[int]) -> None:
@@ -225,7 +234,6 @@ def test_a_template_gets_the_roles_that_it_knows(bundle_copy: Path) -> None:
 
 
 def test_templates_run_in_a_sandbox(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("balcony_runtime.template.MAX_SECONDS", 0.2)
     message = [{"role": "user", "content": "x"}]
     for template in (
         "{{ messages.__class__.__mro__ }}",
@@ -236,15 +244,19 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path, monkeypatch: pytest.Monke
     ):
         with pytest.raises(InputError, match="the chat template refuses these messages"):
             write_template(bundle_copy, template).encode(message)
+    forever = "{% for i in range(99999) %}{% for j in range(99999) %}"
     for template, pattern in (
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than 0.2 s"),
+        (forever + "{% endfor %}{% endfor %}", "took longer than 0.2 s"),
+        (forever + "{% continue %}{% endfor %}{% endfor %}", "took longer than 0.2 s"),
         ("{{ 'x' * 5000000 }}", "a repetition is longer"),
         ("{% for i in range(9999) %}{{ 'x' * 1000 }}{% endfor %}", "the text is longer"),
         ("{{ 9 ** 99999 }}", "a power of 99999"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ):
-        with pytest.raises(InputError, match=pattern):
+        with monkeypatch.context() as patched, pytest.raises(InputError, match=pattern):
+            if "took longer" in pattern:
+                patched.setattr("balcony_runtime.template.MAX_SECONDS", 0.2)
             write_template(bundle_copy, template).encode(message)
     with pytest.raises(BundleError, match=r"chat_template\.jinja: not readable"):
         write_template(bundle_copy, "{% for %}")
@@ -256,11 +268,6 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path, monkeypatch: pytest.Monke
     written = write_template(bundle_copy, template)
     said = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "a"), ("user", "b"))]
     assert written.decode(written.encode(said)) == "a!user"
-    with pytest.raises(InputError, match=r"took longer than 0\.2 s"):
-        write_template(
-            bundle_copy,
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% continue %}{% endfor %}{% endfor %}",
-        ).encode(message)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,8 @@ def build_into(
             from balcony_runtime.backends.accelerator.tensorrt_builder import Builder
 
             builder = Builder(wanted.target, batch_size=wanted.batch_size, **builder_options)
-        if rounded_as is not None or not _has_graphs(bundle, wanted):
+        there = None if rounded_as is not None else _usable(bundle, wanted)
+        if there is None:
             progress("writing graphs", 0.0)
             engines = _make_graphs(bundle, directory, wanted, rounded_as)
         elif builder is None:
@@ -170,8 +172,8 @@ def build_into(
         else:
             from balcony_runtime.backends.accelerator.tensorrt_builder import link_files
 
-            engines = bundle.manifest.engines[name]
-            link_files(bundle.engine_directory(name), engines, directory)
+            source, engines = there
+            link_files(source, engines, directory)
         if builder is not None:
             from balcony_runtime.backends.accelerator.tensorrt_builder import make_engines
 
@@ -182,15 +184,23 @@ def build_into(
         record_engines(path, name, engines, directory)
 
 
-def _has_graphs(bundle: Bundle, wanted: BuildOptions) -> bool:
+def _usable(bundle: Bundle, wanted: BuildOptions) -> tuple[Path, EngineSet] | None:
+    """Directory and entry of the set that is there; None if its graphs are damaged, or others than those wanted.
+
+    If only an engine is damaged, the entry has no engines: they are built again.
+    """
+    from balcony_edge.bundle.bundle import Bundle as Opened
     from balcony_edge.errors import BundleError
 
-    try:
-        bundle.engine_directory(wanted.name)
-    except BundleError:  # missing or damaged: they are written again
-        return False
+    there = bundle.manifest.engines.get(wanted.name)
     keys = ("context_length", "batch_size", *(() if wanted.block_size is None else ("block_size",)))
-    return all(getattr(bundle.manifest.engines[wanted.name], key) == getattr(wanted, key) for key in keys)
+    if there is None or any(getattr(there, key) != getattr(wanted, key) for key in keys):
+        return None
+    for entry in (there, there.unbuilt):
+        manifest = bundle.manifest.model_copy(update={"engines": {wanted.name: entry}})
+        with contextlib.suppress(BundleError):
+            return Opened(bundle.path, manifest).engine_directory(wanted.name), entry
+    return None
 
 
 def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_as: Path | None) -> EngineSet:

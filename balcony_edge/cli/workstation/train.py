@@ -127,7 +127,7 @@ def train(
         torch.set_num_threads(checked_threads(threads))
     if steps is None and minutes is None:
         raise InputError("the length of the run is missing: give --tokens, --steps or --minutes")
-    # before Trainer joins the processes: after that, under FSDP, transformers would load weights in the first one only
+    # before Processes joins them: after that, under FSDP, transformers would load weights in the first one only
     loaded = load_trainable(model, seq_len)
     uncut = None if teacher is None else _load_teacher(teacher, model, seq_len, loss)
     layers = parse_exits(exits, loaded.config.num_hidden_layers)

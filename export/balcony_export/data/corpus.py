@@ -129,15 +129,13 @@ def build_corpus(
         )
     if not learned:
         raise InputError(f"{', '.join(read)}: all of it has the text of held-out documents: give more text")
-    facts = {name: facts for name, (facts, _) in read.items()}
-    del read, documents
     learned.sort(key=lambda document: document.key)
     generator = np.random.default_rng(seed)
     train = pack([document.tokens for document in learned], seq_len, generator, begin)
     held_out = pack(kept, seq_len, generator, begin).take(held_out_rows)
     digest = hashlib.sha256(train.tokens.data)
     digest.update(held_out.tokens.data)
-    return Corpus(train, held_out, facts, digest.hexdigest())
+    return Corpus(train, held_out, {name: facts for name, (facts, _) in read.items()}, digest.hexdigest())
 
 
 class _KeyedDocument(NamedTuple):

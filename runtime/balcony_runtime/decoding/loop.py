@@ -95,6 +95,7 @@ class Environment(NamedTuple):
         learned: what earlier replies learned about the device.
         keep_logits: whether steps must carry the logits.
         asked_s: time of the request on ``time.monotonic``; None for the time at which the decoder is made.
+        max_new_tokens: largest number of tokens of the reply; None for as many as the sequence holds.
     """
 
     budget_and_costs: Callable[[], tuple[Budget, CostModel | None]]
@@ -104,6 +105,7 @@ class Environment(NamedTuple):
     learned: Learned | None = None
     keep_logits: bool = True
     asked_s: float | None = None
+    max_new_tokens: int | None = None
 
 
 class Decoder:
@@ -414,7 +416,10 @@ class Decoder:
         if budget.tpot_ms is not None:  # as for plain steps, with the probability asked for
             margin = math.exp(quantile_of(budget.probability) * self._state.slowdown.deviation)
             most_ms = budget.tpot_ms / slowdown / margin
-        return self._policy.attempt(Turn(sequence, ids, self._sampler, budget, costs, most_ms, slowdown, begin_ns))
+        most = self._environment.max_new_tokens
+        left = sequence.max_length if most is None else most - self._made
+        turn = Turn(sequence, ids, self._sampler, budget, costs, most_ms, slowdown, begin_ns, left)
+        return self._policy.attempt(turn)
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:
         """Make one token of each member at an exit, after the prompt or the previous token (B,)."""

@@ -62,6 +62,7 @@ class Turn(NamedTuple):
         most_ms: longest time that the budget allows for one gap, at slowdown 1; infinite without a target.
         slowdown: slowdown of the device by which that time is shorter than the target.
         begin_ns: start of the step, on ``time.perf_counter_ns``.
+        left: most tokens that the reply may still have.
     """
 
     sequence: TokenSequence
@@ -72,6 +73,7 @@ class Turn(NamedTuple):
     most_ms: float
     slowdown: float
     begin_ns: int
+    left: int
 
 
 class Made(NamedTuple):

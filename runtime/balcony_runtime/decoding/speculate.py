@@ -24,7 +24,7 @@ import numpy as np
 
 from balcony_edge.device.costs import CostModel
 from balcony_edge.errors import InputError
-from balcony_runtime.backends.base import FloatArray, IntArray
+from balcony_runtime.backends.base import FloatArray, IntArray, NotFiniteError
 from balcony_runtime.decoding.policy import Made, Probing, Turn
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.engine import TokenSequence
@@ -46,7 +46,7 @@ class Standing(NamedTuple):
 
     Attributes:
         context_length: number of rows before the new ones.
-        room: number of rows that the sequence can still take; a round of g drafts takes g + 1.
+        room: most rows of the sequence, and tokens of the reply, that may still come; a round of g drafts takes g + 1.
         balcony_rows: pending rows of each balcony, without the new ones.
         stage_rows: pending rows of each stage, which the round's passes take along.
         replays: whether the rows that a round keeps run again, because the model has recurrent layers.
@@ -112,12 +112,14 @@ class Speculator:
         """Make the tokens of one round, or return None if a plain step is as fast or stages have a backlog."""
         sequence = turn.sequence
         backlog = max(sequence.stage_rows) > (MOST_DRAFTS if sequence.replays else 0)  # a round leaves at most so many
-        if backlog or self._since_plain >= ROUND_TOKENS:
+        if backlog or self._since_plain >= ROUND_TOKENS or turn.left < 2:
             return None
-        room = sequence.max_length - sequence.length
+        room = min(sequence.max_length - sequence.length, turn.left)
         standing = Standing(sequence.length, room, sequence.balcony_rows, sequence.stage_rows, sequence.replays)
         planned = self.plan(turn.costs, standing, turn.most_ms, turn.slowdown)
         if planned is None:
+            if turn.left == 2:  # the next reply has room for more drafts
+                self._probing.plan_now()
             return None
         backlog_ns = time.perf_counter_ns()
         sequence.run_balcony(planned.exit_layer, sequence.length)  # rows that plain steps left pending
@@ -216,8 +218,13 @@ def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned:
             proposal = drafter.propose(sequence.step(planned.exit_layer, token)[0])
             drafts.append(proposal)
             token = np.array([proposal.token], np.int64)
-    except InputError:
+    except InputError as error:
+        rows = sequence.length - begin
         sequence.rollback(begin)
+        if isinstance(error, NotFiniteError):
+            # Some graphs read rows after the end, under a mask, and 0 × NaN is NaN: a token that ran takes their place.
+            sequence.advance(planned.exit_layer, [int(ids[0])] * rows)
+            sequence.rollback(begin)
         return None
     logits = sequence.advance(sequence.exits[-1], token[:, None], num_logits=planned.drafts + 1)[0]  # (g + 1, V)
     tokens: list[int] = []

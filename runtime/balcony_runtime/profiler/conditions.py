@@ -15,14 +15,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import get_args
 
-import psutil
-
 from balcony_edge.budget import Rail
 from balcony_edge.device.machine import text_of
 from balcony_edge.device.profile import Conditions, Power
 from balcony_edge.device.readings import Reading, adding_up
 from balcony_runtime.sensors import Sensors
-from balcony_runtime.sensors.system import cpu_seconds
+from balcony_runtime.sensors.system import System, cpu_seconds
 
 #: Sources that never measure power, so their absences do not explain a lack of it.
 _NO_POWER = ("thermal", "psutil")
@@ -93,9 +91,10 @@ def _cpu_seconds() -> tuple[float, float, float]:
     return idle + sum(busy), sum(busy), sum(os.times()[:4])
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
+def private_bytes() -> int | None:
+    """Private memory of this process, which ``memory_mb`` is a ceiling of; None if the system does not report it."""
+    readings = System().read(time.monotonic()).readings
+    return next((one.memory_bytes for one in readings if one.scope == "process"), None)
 
 
 def peak_bytes() -> int | None:

@@ -28,7 +28,7 @@ from balcony_runtime.profiler.conditions import (
     measured_rails,
     peak_bytes,
     power_at,
-    resident_bytes,
+    private_bytes,
     why_no_power,
 )
 from balcony_runtime.profiler.grid import Grid
@@ -65,7 +65,7 @@ def measure_profile(
     Raises:
         KeyboardInterrupt: interrupted before everything was measured once; a later interrupt keeps the measurements.
     """
-    budget, loaded_bytes = llm.budget, resident_bytes()
+    budget, loaded_bytes = llm.budget, private_bytes()
     watch, bench = ConditionWatch(sensors), Bench(llm, grid)
     rails: dict[Rail, tuple[str, ...]] | None = None
     measured_once = False  # whether every cell has samples

@@ -176,9 +176,9 @@ class SequencePool:
                     filled = (wanted[None, :rows], *(donor or sequence).parts(rows)) if rows else ()
                     sequence.rollback(0)
                     if member is not None:
+                        state = self._pool.state(member)  # may fail for want of memory: nothing has changed yet
                         self._members[member] = sequence  # an interrupt before the end leaves it nobody else's
-                        sequence.state = self._pool.state(member)
-                        self._places[sequence] = member
+                        sequence.state, self._places[sequence] = state, member
                     if filled:
                         sequence.fill(*filled)
             finally:

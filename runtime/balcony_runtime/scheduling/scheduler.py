@@ -88,7 +88,9 @@ class Scheduler:
         self._running: Sequence[Stream] = ()
         self._company: frozenset[int] = frozenset()  # streams of the last round
         self._changes = 0  # how often a stream has begun, or a sequence has been given back
-        self._lent: dict[TokenSequence, int] = {}  # sequences of new_sequence → changes at the second look for rows
+        self._lent: dict[
+            TokenSequence, int
+        ] = {}  # sequences of new_sequence → changes at the last look for rows; -1: none
         self._controller: JointController | None = None
         self._priced: CostModel | None = None
         self._state = CompanyState()

@@ -187,7 +187,7 @@ def test_readings_are_kept_every_tenth_of_a_second() -> None:
         watch.token(budget, now_s, 62.5, gpu(now_s), first=now_s == 1.0)
     watch.saw(2.0, ())  # no readings are no zeros
     (verdict,) = watch.verdicts()
-    assert (verdict.reached, verdict.held, verdict.how) == (pytest.approx(0.3), True, "mean")
+    assert (verdict.reached, verdict.held, verdict.how) == (pytest.approx(0.3), None, "mean")
 
 
 def test_each_processor_is_judged_by_its_own_readings() -> None:
@@ -329,3 +329,5 @@ def test_a_sensor_that_goes_proves_nothing(most_w: float, held: bool | None) -> 
     found = judged(Budget(power_w=most_w, temperature_c=60), [100.0] * 40, for_a_second)
     assert (found["power_w"].reached, found["power_w"].held) == (4.0, held)
     assert found["temperature_c"].held is True
+    nothing_else = judged(Budget(power_w=most_w), [100.0] * 40, lambda now_s: for_a_second(now_s)[:-1])
+    assert (nothing_else["power_w"].reached, nothing_else["power_w"].held) == (4.0, held)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError
@@ -146,6 +148,33 @@ def test_a_draft_that_fails_makes_way_for_a_plain_step(llm: LLM, monkeypatch: py
     assert sequence.advance(5, wanted[:1])[0, -1].argmax() == wanted[1]
 
 
+def test_a_draft_that_fails_leaves_no_nan(
+    with_engine_sets: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These graphs read rows after the end under a mask, those of drafts that were rolled back included."""
+    prompt = PROMPTS[5]
+    with balcony_edge.load(with_engine_sets("llama").path, device="cpu", engines="rtx-fp32") as llm:
+        wanted, sequence = plain(llm, prompt, 2), cast(Any, llm.engine.new_sequence())
+        sequence.advance(5, prompt)
+        sampler, step = Sampler(SamplingParams(), np.array([prompt]), 320), sequence.step
+
+        def broken(exit_layer: int, ids: Any) -> Any:
+            logits = step(exit_layer, ids)
+            if sequence.length < len(prompt) + 2:
+                return logits
+            for graph in sequence.state._workspace.graphs.path(EXITS.index(exit_layer)):
+                for region in graph.cache.regions() if graph.cache else ():
+                    rows = sequence.state._device.download(region)
+                    rows[:, :, len(prompt) + 1] = np.nan
+                    sequence.state._device.upload(region, rows)
+            return logits * np.nan
+
+        monkeypatch.setattr(sequence, "step", broken)
+        assert run_round(sequence, np.array(wanted[:1]), sampler, DraftRound(3, 3, 1.0, 1.0)) is None
+        assert sequence.length == len(prompt)
+        assert sequence.advance(5, wanted[:1])[0, -1].argmax() == wanted[1]
+
+
 def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any) -> None:
     expensive = CostModel(EXITS, (UnitCost(9.0, 5.0),) * 3, (UnitCost(9.0, 5.0),) * 3, UnitCost(1.0, 1.0))
     with balcony_edge.load(tiny.path) as llm:
@@ -204,6 +233,24 @@ def test_contradictions_and_depth() -> None:
         Budget(policy="lossless", max_exit=3)
     assert Budget(policy="lossless").allowed_exits(EXITS) == (5,)
     assert Budget(policy="lossless").speculates and Budget(policy="speculative").speculates and not Budget().speculates
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_round_makes_no_more_tokens_than_the_reply_may_have(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    drafts: list[int] = []
+
+    def counted(sequence: Any, ids: Any, sampler: Any, planned: DraftRound) -> Any:
+        drafts.append(planned.drafts)
+        return run_round(sequence, ids, sampler, planned)
+
+    monkeypatch.setattr("balcony_runtime.decoding.speculate.run_round", counted)
+    wanted = plain(llm, PROMPTS[1], count)
+    llm.budget = Budget(policy="lossless")
+    tokens = list(llm.stream(PROMPTS[1], max_new_tokens=count, ignore_eos=True))
+    assert [token.id for token in tokens] == wanted
+    assert bool(drafts) == (count > 2) and max(drafts, default=0) <= count - 2  # the first token is the prompt's
 
 
 def test_a_trace_of_rounds_replays(llm: LLM, tmp_path: Path) -> None:

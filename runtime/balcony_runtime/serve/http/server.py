@@ -247,8 +247,11 @@ class _Uvicorn(uvicorn.Server):
             self._owner.service.abort()
             self.should_exit = True
             return
-        _log.info("stopping: waiting for requests in progress; another signal ends them")
         _notify("STOPPING=1")
+        if not self._owner.service.ready:
+            _log.info("stopping: the model was still loading")
+            os._exit(0)  # nothing interrupts a load, and it has no requests to wait for
+        _log.info("stopping: waiting for requests in progress; another signal ends them")
         self._owner.stop()
 
 

@@ -73,7 +73,7 @@ class Job:
         #: Set by the decode thread when the reply begins.
         self.stream: TokenStream | None = None
         self.channel = Channel()
-        #: Cost of the tokens that were made, and of those that the answer has taken.
+        #: Cost of the tokens that were made, and of those that pieces have shown if each tells it.
         self.cost, self.shown = Cost(asked_s), Cost(asked_s)
         self.buffered, self.paused, self.ended = 0, False, False
         #: Number of later requests that began while it waited.

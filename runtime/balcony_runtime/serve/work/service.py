@@ -28,7 +28,7 @@ from balcony_runtime.reply import Token
 from balcony_runtime.requests import Request
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.named import Names
-from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining, stopped
+from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining, stopped, too_long
 from balcony_runtime.serve.work.answers import Answer
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
@@ -147,8 +147,8 @@ class Service:
 
     def close(self) -> None:
         """End all replies and free the engine."""
-        for executor in (self._compiler, self._large):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._large.shutdown(cancel_futures=True)  # the text that it reads may still look for rows
         if self._loaded is not None:
             self._loaded.worker.stop()
             self._loaded.llm.close()
@@ -243,8 +243,17 @@ class Service:
                 self._parts.worker.pause(job)
 
     async def in_thread(self, call: Callable[[], _T], size: int) -> _T:
-        """Run what takes time for a body of so many bytes. Large ones run one at a time, so that small ones need not wait."""
-        return await asyncio.get_running_loop().run_in_executor(self._large if size > LARGE_BODY else None, call)
+        """Run what takes time for a body of so many bytes. Large ones run one at a time, so that small ones need not wait.
+
+        Raises:
+            RefusedError: it took longer than a request may; if it had not begun, it never does.
+        """
+        executor = self._large if size > LARGE_BODY else None
+        try:
+            async with asyncio.timeout(self.limits.request_s):
+                return await asyncio.get_running_loop().run_in_executor(executor, call)
+        except TimeoutError:
+            raise too_long(self.limits.request_s) from None
 
     async def answer(self, asked: Asked, headers: Mapping[str, str], client: str, size: int = 0) -> Answer:
         """The answer to a request, not begun; its body has ``size`` bytes.
