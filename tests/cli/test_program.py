@@ -266,8 +266,9 @@ def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("key", ["", " ", "\n"])
-def test_an_empty_key_opens_no_server(tiny: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_no_client_can_send_opens_no_server(tiny: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused_here("--api-key or BALCONY_EDGE_API_KEY: is empty", "serve", tiny.path, "--api-key", key)
+    refused_here("letters that clients encode differently", "serve", tiny.path, "--api-key", f"{key}schlüssel")
     monkeypatch.setenv("BALCONY_EDGE_API_KEY", key)
     refused_here("--api-key or BALCONY_EDGE_API_KEY: is empty", "serve", tiny.path)
 

@@ -398,10 +398,11 @@ class Scheduler:
                     stream.fail(error)
 
     def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
-        longest_s = longest_pause_s(*([one.decoder.budget for one in those] for those in (self._all, asking)))
-        if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
-            time.sleep(min(pause_s, NAP_S))
-            return
+        if self._wait_s:
+            longest_s = longest_pause_s(*([one.decoder.budget for one in those] for those in (self._all, asking)))
+            if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
+                time.sleep(min(pause_s, NAP_S))
+                return
         controller = self._joint()
         if self._trace is not self._recorded:
             self._trace, self._state = self._recorded, self._state._replace(assigned_for=())
