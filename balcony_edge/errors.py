@@ -2,22 +2,6 @@
 
 Form of a message: what was given, what is allowed, what to do. The CLI prints that one line and exits 1; anything
 that is not a ``BalconyError`` is a bug and keeps its traceback.
-
-    BalconyError
-    ├── BundleError           a bundle that is missing, damaged, of another version, or not what its manifest says
-    ├── CheckpointError       a model or a set of balconies that cannot be read or does not fit
-    │   └── UnsupportedModelError   a model whose architecture the exporter refuses, by name
-    ├── EngineBuildError      a graph that TensorRT cannot read or build
-    ├── BudgetError           a target or a budget file that makes no sense
-    │   └── InfeasibleError   a target that nothing can meet, if the budget asks for an error
-    ├── BusyError             more replies at once than the device can hold to their targets
-    ├── ProfileError          a device profile that cannot be measured, read or written
-    ├── ContextLengthError    more tokens than the context holds
-    ├── InputError            a prompt, a sampling parameter, an exit or a path that cannot be used
-    ├── TrainingError         a training run that cannot start or must stop
-    ├── VerificationError     outputs that differ from the reference
-    ├── DeviceError           an accelerator that is missing, refuses work or has no memory left
-    └── MissingDependencyError  a package that this action needs and that is not installed
 """
 
 

@@ -42,7 +42,7 @@ from typing import Literal, NamedTuple
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.catching_up import Recovery, Way, way_back
-from balcony_edge.control.deadline import ALL_KEPT, NOTHING_KEPT, Kept, deadline_rooms
+from balcony_edge.control.deadline import deadline_rooms
 from balcony_edge.control.decision import (
     Because,
     Decision,
@@ -345,11 +345,11 @@ class Controller:
         if slowdown.variance > KNOWN_VARIANCE:
             luck = math.exp(scene.plan.quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         if scene.seen.deadline_runs:  # neither bad luck nor a load that has not begun nor a pace makes it infeasible
-            outlook = self._outlook(scene, NOTHING_KEPT._replace(luck=luck))
+            outlook = self._outlook(scene, luck)
         return any(outlook.holds(index, luck) for index in range(scene.plan.lowest, outlook.highest + 1))
 
-    def _outlook(self, scene: _Scene, kept: Kept = ALL_KEPT) -> Outlook:
-        """Compute the room at every exit; ``kept`` is what a deadline keeps of the time."""
+    def _outlook(self, scene: _Scene, luck: float | None = None) -> Outlook:
+        """Compute the room at every exit; ``luck`` is for that of a deadline."""
         plan, state, seen, slowdown, now_ms, steady_ms, highest = scene
         deviation = slowdown.deviation
         budget, first = plan.budget, seen.made_tokens == 0
@@ -379,7 +379,7 @@ class Controller:
             limits_ms = [left_ms * math.exp(-offset) for offset in slowdown.offsets]
         if seen.deadline_runs:
             later_ms = self._prices.exact_ms(seen.context_length + seen.remaining // 2)
-            rooms_ms, enters = deadline_rooms(seen, slowdown, later_ms, plan.lowest, plan.quantile, kept)
+            rooms_ms, enters = deadline_rooms(seen, slowdown, later_ms, plan.lowest, plan.quantile, luck)
             limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
             may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
         if limits_ms is not None:

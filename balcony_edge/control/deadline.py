@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from balcony_edge.control.decision import Observation
 from balcony_edge.control.slowdown import Slowdown
@@ -21,27 +20,8 @@ BURST_TOKENS = 16
 UNSEEN_LOAD = 0.06
 
 
-class Kept(NamedTuple):
-    """What is kept of the time that is left.
-
-    Attributes:
-        unseen: share for a load that has not begun.
-        chance: whether there is a margin for chance, so that the deadline holds with the asked probability.
-        pace: whether the prompt leaves time for the waits of ``max_pace_tps``. Later ones are cut when the time runs out.
-        luck: factor by which the caller takes rooms for larger than they are. These have no margin that it could give back.
-    """
-
-    unseen: float = UNSEEN_LOAD
-    chance: bool = True
-    pace: bool = True
-    luck: float = 1.0
-
-
-ALL_KEPT, NOTHING_KEPT = Kept(), Kept(unseen=0.0, chance=False, pace=False)
-
-
 def deadline_rooms(
-    seen: Observation, slowdown: Slowdown, steady_ms: Sequence[float], lowest: int, quantile: float, kept: Kept
+    seen: Observation, slowdown: Slowdown, steady_ms: Sequence[float], lowest: int, quantile: float, luck: float | None
 ) -> tuple[list[float], list[bool]]:
     """The room, and whether there is time to stay at an exit for a dwell.
 
@@ -53,20 +33,23 @@ def deadline_rooms(
         steady_ms: price of a later step at each exit.
         lowest: index of the shallowest exit that the budget allows.
         quantile: deviations above the mean that hold the asked probability.
-        kept: what is kept of the time.
+        luck: None to keep time for chance, for a load that has not begun, and for the prompt also for the waits of
+            ``max_pace_tps``; later ones are cut when the time runs out. A number to keep nothing: it is the factor by which the
+            caller takes rooms for larger than they are, and these have no margin that it could give back.
     """
     budget, left_ms, remaining = seen.budget, 1000 * seen.left_s, seen.remaining
+    kept = luck is None
     mean = max(slowdown.ratio_mean, slowdown.factor, 1e-6)
-    spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + kept.unseen * remaining
-    margin_ms = quantile * spread * steady_ms[lowest] if kept.chance else 0.0
+    spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + UNSEEN_LOAD * remaining
+    margin_ms = quantile * spread * steady_ms[lowest] if kept else 0.0
     dwell = min(budget.dwell_tokens, remaining)
-    pace_tps = budget.max_pace_tps if kept.pace and not seen.made_tokens else None
+    pace_tps = budget.max_pace_tps if kept and not seen.made_tokens else None
     paced_ms = 1000 / pace_tps / mean if pace_tps else 0.0
     gaps_ms = [max(price_ms, paced_ms) for price_ms in steady_ms]
     rooms_ms, enters = [], []
     for index, price_ms in enumerate(gaps_ms):
         below_ms = gaps_ms[max(index - 1, lowest)]
         room_ms = (left_ms - margin_ms) / mean - (remaining - 1) * below_ms
-        rooms_ms.append(max(room_ms, 0.0) / kept.luck)
+        rooms_ms.append(max(room_ms, 0.0) / (luck or 1.0))
         enters.append(room_ms - below_ms >= dwell * (price_ms - below_ms))
     return [*rooms_ms, min(rooms_ms)], enters

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Annotated, Any, NamedTuple
@@ -42,19 +42,14 @@ class TraceToken(NamedTuple):
     Attributes:
         seen: observation of the controller.
         line: line of the token in the file; docs/controller.md documents its keys.
+        costs: prices of the decision.
         start: state at the start of the reply, if the token is its first; else None.
     """
 
     seen: Observation
     line: dict[str, Any]
+    costs: CostModel
     start: ControllerState | None
-
-
-class Trace(NamedTuple):
-    """A recorded run: its tokens, and the cost model of each token's decision."""
-
-    tokens: tuple[TraceToken, ...]
-    costs: tuple[CostModel, ...]
 
 
 class LinesWriter(Closing):
@@ -163,8 +158,8 @@ class TraceWriter(LinesWriter):
         self._line(line)
 
 
-def read_trace(path: str | os.PathLike[str]) -> Trace:
-    """Read a trace. A last line that was cut off when its run was killed is left out.
+def read_trace(path: str | os.PathLike[str]) -> tuple[TraceToken, ...]:
+    """Read a trace's tokens. A last line that was cut off when its run was killed is left out.
 
     Raises:
         InputError: the file cannot be read, is not a trace, or is of another version.
@@ -177,7 +172,6 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             f"{name}: not readable as a trace ({error}): record one with `balcony-edge run --record`"
         ) from error
     tokens: list[TraceToken] = []
-    priced: list[CostModel] = []
     costs: CostModel | None = None
     budget = Budget()
     readings: tuple[Reading, ...] = ()
@@ -196,8 +190,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
                 if "readings" in line:
                     readings = tuple(Reading.from_dict(reading) for reading in line["readings"])
                 start = _state(line["state"]) if "state" in line else None
-                tokens.append(TraceToken(_observation(line, costs, budget, readings), line, start))
-                priced.append(costs)
+                tokens.append(TraceToken(_observation(line, costs, budget, readings), line, costs, start))
         except BalconyError as error:
             where = "" if str(error).startswith(name) else f"{name}: line {number}: "
             raise InputError(f"{where}{error}") from error
@@ -209,7 +202,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             ) from error
     if not tokens:
         raise InputError(f"{name}: contains no tokens: record a trace with `balcony-edge run --record`")
-    return Trace(tuple(tokens), tuple(priced))
+    return tuple(tokens)
 
 
 class _Line(pydantic.BaseModel):
@@ -279,14 +272,14 @@ def _first(error: Exception) -> str:
     return " ".join(repr(error).split())[:80]
 
 
-def replay(trace: Trace) -> Iterator[Decision]:
+def replay(trace: Sequence[TraceToken]) -> Iterator[Decision]:
     """Yield the controller's decisions for the observations of a trace."""
     state = ControllerState.initial()
     controller: Controller | None = None
-    costs: CostModel | None = None
-    for (seen, _, start), priced in zip(trace.tokens, trace.costs, strict=True):
-        if controller is None or priced is not costs:
-            controller, costs = Controller(priced), priced
+    before: CostModel | None = None
+    for seen, _, costs, start in trace:
+        if controller is None or costs is not before:
+            controller, before = Controller(costs), costs
         if start is not None:
             state = start
         state, decision = controller.decide(state, seen)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -119,22 +119,13 @@ class Interval(NamedTuple):
 def explain(tokens: Sequence[SimulatedToken]) -> list[Interval]:
     """Split a run into intervals at one exit. The reason is that of the last token, whose decision saw the whole interval."""
     intervals: list[Interval] = []
-    begin = 0
-    for end in range(1, len(tokens) + 1):
-        if end < len(tokens) and tokens[end].decision.exit_layer == tokens[begin].decision.exit_layer:
-            continue
-        part = tokens[begin:end]
-        since_s = tokens[begin - 1].time_s if begin else 0.0
+    since_s = 0.0
+    for exit_layer, group in groupby(tokens, lambda token: token.decision.exit_layer):
+        part = list(group)
+        last, timed = part[-1], part if intervals else part[1:] or part  # without the first token
+        mean_ms = mean(token.latency_ms for token in timed)
         intervals.append(
-            Interval(
-                since_s,
-                part[-1].time_s,
-                part[0].decision.exit_layer,
-                len(part),
-                mean(token.latency_ms for token in (part if begin else part[1:] or part)),  # without the first token
-                part[-1].slowdown,
-                part[-1].decision.reason,
-            )
+            Interval(since_s, last.time_s, exit_layer, len(part), mean_ms, last.slowdown, last.decision.reason)
         )
-        begin = end
+        since_s = last.time_s
     return intervals

@@ -275,10 +275,6 @@ class TokenSequence:
         """
         self.state.checkpoint(self.stage_cursor, self.balcony_cursor)
 
-    def begin_like(self, other: TokenSequence, rows: int) -> None:
-        """Give an empty sequence the first rows of another one, whose :attr:`lock` is held."""
-        self.fill(other.tokens[:, :rows], *other.parts(rows))
-
     @_exclusive
     def fill(
         self,

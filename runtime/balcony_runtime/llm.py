@@ -429,7 +429,7 @@ class LLM(Closing):
             ContextLengthError: the prompt does not fit the context.
         """
         request = self._requests.of(prompt, max_new_tokens=1, chat=chat, control_tokens=control_tokens)
-        with self._requests.sequence(request) as sequence:
+        with self._requests.sequence(request.ids, request.rows) as sequence:
             sequence.keep_common(request.ids)
             sequence.append(request.ids[sequence.length :])
             sequence.catch_up()

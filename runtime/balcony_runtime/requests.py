@@ -258,16 +258,9 @@ class Requests:
             guide.prepare()  # while the prompt runs
         return Sampler(params, prompts, self._engine.manifest.model.vocab_size, guides)
 
-    def sequence(self, request: Request) -> contextlib.AbstractContextManager[TokenSequence]:
-        """A sequence for a reply, which shares passes and prefixes with others if there is room for it."""
-        return self._lent(request.ids, request.rows)
-
-    def empty(self, rows: int) -> contextlib.AbstractContextManager[TokenSequence]:
-        """A sequence without rows, whose rows are shared when it goes back."""
-        return self._lent((), rows)
-
     @contextlib.contextmanager
-    def _lent(self, tokens: Sequence[int], rows: int) -> Iterator[TokenSequence]:
+    def sequence(self, tokens: Sequence[int], rows: int) -> Iterator[TokenSequence]:
+        """A sequence of so many rows for a prompt; it shares passes and prefixes with others if there is room for it."""
         sequence = self.scheduler.new_sequence(tokens, rows)
         try:
             with _emptied_after_nan(sequence):
@@ -300,7 +293,7 @@ class Requests:
         asked_s = request.begun_s()  # before a prefix is read from a file
         with contextlib.ExitStack() as held:
             if sequence is None:
-                sequence = held.enter_context(self.sequence(request))
+                sequence = held.enter_context(self.sequence(request.ids, request.rows))
             else:
                 held.enter_context(self._continued(sequence))
             decoder = self.decoder(request, sequence, asked_s)

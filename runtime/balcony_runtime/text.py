@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -64,8 +65,6 @@ class TextCodec:
             self._tokenizer.no_padding()
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
-        self._literal: Tokenizer | None = None
-        self._aliases: tuple[Tokenizer, dict[int, int]] | None = None
         self._names: dict[int, str] = {}
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
@@ -148,7 +147,7 @@ class TextCodec:
                     raise InputError(
                         f"{next(iter(variables))} with a plain text: only a chat template shows it: give messages"
                     )
-                tokenizer = self._without_control_tokens() if control_tokens is False else self._tokenizer
+                tokenizer = self._literal if control_tokens is False else self._tokenizer
                 return _some(self._ids(tokenizer, _unicode(prompt), special=add_special_tokens))
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
@@ -185,11 +184,7 @@ class TextCodec:
 
     def _encode_literally(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
         """Tokens of a conversation in which only the template's own control tokens have a meaning."""
-        names = sorted(
-            (token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special),
-            key=len,
-            reverse=True,
-        )
+        names = self._control_tokens
         if not names:
             return self._ids(self._tokenizer, self._render(messages, variables))
         for role in {_MARKS.sub("", message["role"]) for message in messages} - _ROLES:
@@ -211,7 +206,7 @@ class TextCodec:
         if _OPEN not in text:
             return self._ids(self._tokenizer, text)
         # In one piece: many tokenizers put a space before the first word of each text that they are given.
-        tokenizer, own = self._aliased(names)
+        tokenizer, own = self._aliased
         text = spelled.sub(lambda found: f"{_ALIAS}{names.index(found[0])}{_CLOSE}", text)
         text = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: names[int(found[1])], text)
         return [own.get(token, token) for token in self._ids(tokenizer, text)]
@@ -221,37 +216,41 @@ class TextCodec:
         (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=special)
         return list(found.ids)
 
-    def _aliased(self, names: Sequence[str]) -> tuple[Tokenizer, dict[int, int]]:
-        """A tokenizer that knows control tokens by aliases only, and their own ids by those of the aliases."""
-        if self._aliases is None:
-            tokenizer = Tokenizer.from_str(self._without_control_tokens().to_str())
-            tokenizer.encode_special_tokens = True
-            known = {token.content: (id_, token) for id_, token in tokenizer.get_added_tokens_decoder().items()}
-            aliases = {f"{_ALIAS}{place}{_CLOSE}": known[name] for place, name in enumerate(names)}
-            tokenizer.add_tokens(
-                [
-                    AddedToken(
-                        alias,
-                        single_word=token.single_word,
-                        lstrip=token.lstrip,
-                        rstrip=token.rstrip,
-                        normalized=token.normalized,
-                        special=False,
-                    )
-                    for alias, (_, token) in aliases.items()
-                ]
-            )
-            added = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
-            self._aliases = tokenizer, {added[alias]: id_ for alias, (id_, _) in aliases.items()}
-        return self._aliases
+    @cached_property
+    def _control_tokens(self) -> list[str]:
+        """Names of the control tokens, the longest first."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
-    def _without_control_tokens(self) -> Tokenizer:
+    @cached_property
+    def _aliased(self) -> tuple[Tokenizer, dict[int, int]]:
+        """A tokenizer that knows control tokens by aliases only, and their own ids by those of the aliases."""
+        tokenizer = Tokenizer.from_str(self._literal.to_str())
+        tokenizer.encode_special_tokens = True
+        known = {token.content: (id_, token) for id_, token in tokenizer.get_added_tokens_decoder().items()}
+        aliases = {f"{_ALIAS}{place}{_CLOSE}": known[name] for place, name in enumerate(self._control_tokens)}
+        tokenizer.add_tokens(
+            [
+                AddedToken(
+                    alias,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                    special=False,
+                )
+                for alias, (_, token) in aliases.items()
+            ]
+        )
+        added = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
+        return tokenizer, {added[alias]: id_ for alias, (id_, _) in aliases.items()}
+
+    @cached_property
+    def _literal(self) -> Tokenizer:
         """A copy of the tokenizer that treats names of control tokens as plain text."""
-        if self._literal is None:
-            literal = Tokenizer.from_str(self._tokenizer.to_str())
-            literal.encode_special_tokens = True
-            self._literal = literal
-        return self._literal
+        literal = Tokenizer.from_str(self._tokenizer.to_str())
+        literal.encode_special_tokens = True
+        return literal
 
     def _render(self, messages: Sequence[dict[str, Any]], given: Mapping[str, Any]) -> str:
         template = self._template

@@ -100,7 +100,7 @@ class Together(Closing):
 
     def empty(self, rows: int) -> AbstractContextManager[TokenSequence]:
         """An empty sequence of so many rows. What it has at the end is there for the next prompt that begins alike."""
-        return self._requests.empty(rows)
+        return self._requests.sequence((), rows)
 
     def pause(self, stream: TokenStream) -> None:
         """Ask for no more tokens of a reply than those that are on the way, e.g. because its reader is slow."""
@@ -162,7 +162,7 @@ class Together(Closing):
 @contextmanager
 def _joined(requests: Requests, request: Request, asked_s: float) -> Iterator[tuple[Decoder, Stream]]:
     """A reply in the company; one generator, which unwinds in order also where a ``Together`` is dropped without close()."""
-    with requests.sequence(request) as sequence:
+    with requests.sequence(request.ids, request.rows) as sequence:
         decoder = requests.decoder(request, sequence, asked_s)
         stream = requests.scheduler.join(decoder, sequence, request.rows, request.cancelled)
         try:

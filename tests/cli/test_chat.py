@@ -119,7 +119,7 @@ def test_a_chat_is_recorded_and_shown_live(tiny: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("last decisions") >= 2, done.stderr
     recorded = read_trace(trace)
-    assert [token.seen.made_tokens for token in recorded.tokens] == [*range(6), *range(6)]
+    assert [token.seen.made_tokens for token in recorded] == [*range(6), *range(6)]
     assert [decision.exit_layer for decision in replay(recorded)] == [5] * 12
 
 

@@ -165,8 +165,11 @@ def test_a_reply_that_is_longer_than_the_terminal_stays_readable(tiny: Any) -> N
         assert place, word
 
 
-def test_a_live_run_ends_with_its_stream(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_live_run_ends_with_its_stream(
+    tiny: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with balcony_edge.load(tiny.path) as llm:
+        monkeypatch.setattr(llm, "readings", tuple)
         stream = llm.stream("the fox", max_new_tokens=5, ignore_eos=True)
-        assert show_live(stream, depth_styles(llm.exit_layers), tuple) is False
+        assert show_live(stream, depth_styles(llm.exit_layers), llm) is False
         assert len(stream.reply.tokens) == 5

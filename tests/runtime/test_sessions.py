@@ -89,7 +89,7 @@ def test_all_that_a_sequence_is_comes_back(tiny_engine: Engine, saved: tuple[Pat
 def test_logits_are_the_same_to_the_bit(tiny_engine: Engine, saved: tuple[Path, TokenSequence]) -> None:
     path, sequence = saved
     one, two = (tiny_engine.new_sequence() for _ in range(2))
-    one.begin_like(sequence, sequence.length)
+    one.fill(sequence.tokens, *sequence.parts(sequence.length))
     file.load(path, tiny_engine, two)
     for exit_layer in (5, 2, 3, 5):
         assert (one.step(exit_layer, np.array([7])) == two.step(exit_layer, np.array([7]))).all()

@@ -44,7 +44,7 @@ def _replay_tokens(trace: Path, as_json: bool) -> None:
     recorded = read_trace(trace)
     differences: list[dict[str, Any]] = []
     exits: Counter[int] = Counter()
-    for number, (token, decision) in enumerate(zip(recorded.tokens, decide_again(recorded), strict=True)):
+    for number, (token, decision) in enumerate(zip(recorded, decide_again(recorded), strict=True)):
         exits[token.line["exit_layer"]] += 1
         then = {key: token.line.get(key) for key in (*_COMPARED, "reason")}
         catch_up = None if decision.catch_up is None else list(decision.catch_up)
@@ -52,8 +52,8 @@ def _replay_tokens(trace: Path, as_json: bool) -> None:
         if any(then[key] != now[key] for key in _COMPARED):
             differences.append({"token": number, "now_s": token.seen.now_s, "recorded": then, "again": now})
     shares = ", ".join(f"{count} at exit {layer}" for layer, count in sorted(exits.items(), reverse=True))
-    facts = {"tokens": len(recorded.tokens), "exits": {str(e): n for e, n in sorted(exits.items())}}
-    _tell(facts, f"{len(recorded.tokens)} tokens: {shares}", differences, as_json)
+    facts = {"tokens": len(recorded), "exits": {str(e): n for e, n in sorted(exits.items())}}
+    _tell(facts, f"{len(recorded)} tokens: {shares}", differences, as_json)
 
 
 def _replay_rounds(trace: Path, as_json: bool) -> None:

@@ -223,7 +223,7 @@ def load(text: str) -> Load:
 
     if text.partition(":")[0] in PARAMETERS or not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
         return parse_load(text)
-    tokens = read_trace(text).tokens
+    tokens = read_trace(text)
     times_s, slowdowns = [], []
     for before, token in pairwise(tokens):
         last = token.seen.last

@@ -124,12 +124,7 @@ class Conversation:
     def _answer(self, line: str) -> None:
         stream, stopped = self.chat.send(line, **self.options), False
         try:
-            if self.live:
-                stopped = show_live(
-                    stream, self.styles, self.llm.readings, lambda: self.llm.quality, lambda: self.llm.budget
-                )
-            else:
-                stopped = show_stream(stream, self.styles)
+            stopped = show_live(stream, self.styles, self.llm) if self.live else show_stream(stream, self.styles)
         finally:  # also after an error in the middle
             stdout.print(" [dim](stopped)[/]" if stopped else "")
             reply = stream.reply

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from balcony_edge.budget import Budget
     from balcony_edge.device.readings import Reading
     from balcony_runtime.decoding.confident import Telemetry
+    from balcony_runtime.llm import LLM
     from balcony_runtime.reply import Token, TokenStream
 
 #: Most decisions shown, and number of tokens in the mean.
@@ -32,20 +33,14 @@ LAST_DECISIONS, MEAN_TOKENS = 5, 16
 SEPARATOR = " · "
 
 
-def show_live(
-    stream: TokenStream,
-    styles: dict[int, str],
-    readings: Callable[[], tuple[Reading, ...]],
-    quality: Callable[[], Mapping[int, Telemetry]] = dict,
-    budget: Callable[[], Budget] | None = None,
-) -> bool:
+def show_live(stream: TokenStream, styles: dict[int, str], llm: LLM) -> bool:
     """Draw until the stream ends; True if Ctrl-C ended it.
 
     If stdout is not a terminal, it gets only the text, and the status area goes to stderr.
     """
     from balcony_edge.cli.console import stderr, stdout, write_text
 
-    view = LiveView(styles, readings, quality, budget)
+    view = LiveView(styles, llm.readings, lambda: llm.quality, lambda: llm.budget)
     on_screen, stopped = stdout.is_terminal, False
     with Live(view, console=stdout if on_screen else stderr, refresh_per_second=8) as live:
         try:

@@ -142,11 +142,7 @@ def run(
             chat = llm.codec.has_chat_template and not raw  # its text begins, and does not go on with the prompt's
             stream = llm.stream(ids, chat=chat, logprobs=logprobs, trace=writer, **options)
             plain = None if as_json else styles
-            interrupted = (
-                show_live(stream, styles, llm.readings, lambda: llm.quality, lambda: llm.budget)
-                if live
-                else show_stream(stream, plain)
-            )
+            interrupted = show_live(stream, styles, llm) if live else show_stream(stream, plain)
         reply = stream.reply
         quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if asked.policy == "confident" else None
         if as_json:

@@ -135,7 +135,7 @@ class SequencePool:
                 return None
             if donor.lock.acquire(blocking=False):
                 try:
-                    fresh.begin_like(donor, shared)
+                    fresh.fill(donor.tokens[:, :shared], *donor.parts(shared))
                 except BaseException:
                     self._clear(fresh)
                     raise

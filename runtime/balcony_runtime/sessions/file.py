@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
+from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
 from balcony_edge.files import atomic_file
 from balcony_runtime.backends.base import Array, IntArray
@@ -209,7 +210,7 @@ class _Parts(Mapping[str, Array]):
         return len(self._reader.tensors)
 
 
-class _Reader:
+class _Reader(Closing):
     """A file that is mapped into memory. A context manager that unmaps it.
 
     Raises:
@@ -331,12 +332,6 @@ class _Reader:
         """Unmap the file, once no view of it is left."""
         with contextlib.suppress(BufferError):  # a view in a traceback: the file is unmapped when that goes
             self._map.close()
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _header(notes: Notes, tensors: _Tensors) -> bytes:

@@ -311,10 +311,8 @@ def test_a_trace_of_early_exits_replays(calibrated: Path, tmp_path: Path) -> Non
             exits = [token.exit_layer for token in llm.stream("a fox", max_new_tokens=60, ignore_eos=True, trace=trace)]
     assert set(exits) == {2, 5}
     trace_read = read_trace(tmp_path / "run.jsonl")
-    assert len(trace_read.tokens) == 60 and any("sure at 2" in token.line["reason"] for token in trace_read.tokens)
-    assert [again.exit_layer for again in replay(trace_read)] == [
-        token.line["exit_layer"] for token in trace_read.tokens
-    ]
+    assert len(trace_read) == 60 and any("sure at 2" in token.line["reason"] for token in trace_read)
+    assert [again.exit_layer for again in replay(trace_read)] == [token.line["exit_layer"] for token in trace_read]
 
 
 def test_trials_teach_the_slowdown(tiny: Any, tmp_path: Path) -> None:

@@ -371,13 +371,13 @@ def test_a_recorded_run_replays(llm: LLM, tmp_path: Path) -> None:
             if len(tokens) == 30:
                 llm.budget = Budget(tpot_ms=0.5)
     recorded = read_trace(tmp_path / "run.jsonl")
-    assert [token.line["exit_layer"] for token in recorded.tokens] == [token.exit_layer for token in tokens]
-    assert [token.line["latency_ms"] for token in recorded.tokens] == [token.latency_ms for token in tokens]
+    assert [token.line["exit_layer"] for token in recorded] == [token.exit_layer for token in tokens]
+    assert [token.line["latency_ms"] for token in recorded] == [token.latency_ms for token in tokens]
     again = list(replay(recorded))
     bare = [[decided._replace(words=()) for decided in run] for run in (again, [token.decision for token in tokens])]
     assert bare[0] == bare[1]  # everything except the wording
     assert [decision.reason for decision in again] == [token.reason for token in tokens]
-    assert any(token.seen.readings for token in recorded.tokens)
+    assert any(token.seen.readings for token in recorded)
 
 
 def test_least_agreement_needs_an_evaluated_bundle(llm: LLM) -> None:

@@ -258,8 +258,8 @@ def test_a_trace_of_rounds_replays(llm: LLM, tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "t.jsonl") as trace:
         tokens = list(llm.stream(PROMPTS[2], max_new_tokens=30, ignore_eos=True, trace=trace))
     recorded = read_trace(tmp_path / "t.jsonl")
-    assert 5 < len(recorded.tokens) <= len(tokens)
-    assert [d.exit_layer for d in replay(recorded)] == [t.line["exit_layer"] for t in recorded.tokens]
+    assert 5 < len(recorded) <= len(tokens)
+    assert [d.exit_layer for d in replay(recorded)] == [t.line["exit_layer"] for t in recorded]
     assert any(
         "drafted" in json.loads(line).get("reason", "") for line in (tmp_path / "t.jsonl").read_text().splitlines()
     )

@@ -243,7 +243,7 @@ def test_an_interrupt_leaves_no_place_in_use(tiny: Any, tmp_path: Path, monkeypa
             with pytest.raises(KeyboardInterrupt):
                 pool.load(next(tmp_path.iterdir()))
         pool.give_back(taken(pool, [*prompt, *prompt]))
-        for method, asked in (("begin_like", prompt[:40]), ("rollback", prompt * 2)):
+        for method, asked in (("fill", prompt[:40]), ("rollback", prompt * 2)):
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(TokenSequence, method, interrupted)
                 pool.take([*asked, 1])

@@ -316,7 +316,7 @@ def test_all_stages_of_a_long_prompt_make_way(llm: LLM) -> None:
     """Also those after the first one, whose rows are the last to go."""
     for budget, first, left in ((Budget(), 1, 40), (Budget(exit_layer=2), 101, 1)):
         request = llm._requests.of(list(range(first, first + 40)), budget=budget)
-        with llm._requests.sequence(request) as sequence:
+        with llm._requests.sequence(request.ids, request.rows) as sequence:
             decoder = llm._requests.decoder(request, sequence, request.begun_s())
             assert decoder.rows_due == 40
             sequence.run_stage(0, 39)  # exit 2 needs no other stage, and the full depth two more

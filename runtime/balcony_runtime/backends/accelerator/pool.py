@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -301,14 +302,6 @@ class DevicePool:
 
 def _runs(members: Iterable[int]) -> Iterator[tuple[int, int, int]]:
     """First member and length of every run of neighbours, and the place of the first in the list."""
-    first, count, place = -1, 0, 0
-    for member in members:
-        if count and member == first + count:
-            count += 1
-            continue
-        if count:
-            yield first, count, place
-            place += count
-        first, count = member, 1
-    if count:
-        yield first, count, place
+    for _, run in groupby(enumerate(members), lambda one: one[1] - one[0]):  # the same for neighbours
+        (place, first), *others = run
+        yield first, 1 + len(others), place

@@ -38,15 +38,9 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
     asked: set[str] = set()
     kept = tuple(keep)
     for part in parts:
-        outside = [
-            (number, kind, value) for number, kind, value in message_fields(part.model) if number != proto.MODEL_GRAPH
-        ]
-        head = head or b"".join(encoded_field(*field) for field in outside)
-        fields = list(
-            message_fields(
-                next(value for number, _, value in message_fields(part.model) if number == proto.MODEL_GRAPH)
-            )
-        )
+        model = list(message_fields(part.model))
+        head = head or b"".join(encoded_field(*field) for field in model if field[0] != proto.MODEL_GRAPH)
+        fields = list(message_fields(next(value for number, _, value in model if number == proto.MODEL_GRAPH)))
         ports = {
             _name(v, proto.VALUE_NAME) for number, _, v in fields if number in (proto.GRAPH_INPUT, proto.GRAPH_OUTPUT)
         }
