@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
@@ -61,25 +60,18 @@ class Neighbours:
         self._before = _cpu_seconds()
 
     def report(self) -> dict[str, Any]:
-        """Shares since the object was made: ``others_cpu_share`` of all CPU time (None without /proc/stat), ``load_1m``."""
-        before, after = self._before, _cpu_seconds()
-        share = None
-        if before is not None and after is not None:
-            total, busy, own = (late - early for early, late in zip(before, after, strict=True))
-            share = round(max(busy - own, 0.0) / total, 3) if total > 0 else None
+        """Shares since the object was made: ``others_cpu_share`` of all CPU time, ``load_1m``."""
+        total, busy, own = (late - early for early, late in zip(self._before, _cpu_seconds(), strict=True))
+        share = round(max(busy - own, 0.0) / total, 3) if total > 0 else None
         return {"others_cpu_share": share, "load_1m": round(os.getloadavg()[0], 2)}
 
 
-def _cpu_seconds() -> tuple[float, float, float] | None:
+def _cpu_seconds() -> tuple[float, float, float]:
     """``(all, busy, ours)`` seconds of all CPUs since boot; time stolen by the host counts as busy."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-    except OSError:
-        return None
-    tick = os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    idle = fields[3] + fields[4]  # idle and iowait: proc(5)
-    return (sum(fields) / tick, (sum(fields) - idle) / tick, sum(own[:4]))
+    from balcony_runtime.sensors.system import cpu_seconds  # noqa: PLC0415 - :mod:`.engine.memory` counts what is imported
+
+    idle, *busy = cpu_seconds()
+    return idle + sum(busy), sum(busy), sum(os.times()[:4])
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched from a hub
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -265,20 +266,22 @@ class Exported:
         return self.exits.balconies
 
 
+def exported(exits: ExitModel, name: str, path: Path) -> Exported:
+    """Export a model in float32."""
+    tokenizer, options = tiny_tokenizer(), ExportOptions(name, trained=True)
+    traced = trace(exits, options)
+    export_bundle(exits, tokenizer, path, options, traced=traced)
+    return Exported(path, exits, tokenizer, traced)
+
+
 @pytest.fixture(scope="session")
 def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """Exports a tiny model by the name of its architecture, once a session. The balconies are unlike the last layer."""
-    made: dict[str, Exported] = {}
 
+    @functools.cache
     def export(architecture: str) -> Exported:
-        if architecture not in made:
-            model, tokenizer = tiny_model(architecture), tiny_tokenizer()
-            path = tmp_path_factory.mktemp("bundles") / architecture
-            exits, options = with_balconies(model), ExportOptions(f"tiny-{architecture}", trained=True)
-            traced = trace(exits, options)
-            export_bundle(exits, tokenizer, path, options, traced=traced)
-            made[architecture] = Exported(path, exits, tokenizer, traced)
-        return made[architecture]
+        path = tmp_path_factory.mktemp("bundles") / architecture
+        return exported(with_balconies(tiny_model(architecture)), f"tiny-{architecture}", path)
 
     return export
 

@@ -164,14 +164,12 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
 
 def plot(policies: dict[str, Any], output: Path) -> None:
     """Draw the agreement of each policy with the full depth over its tokens a second."""
-    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
+    from matplotlib.figure import Figure  # noqa: PLC0415 - only the plot needs it
 
     from benchmarks.labels import name_points  # noqa: PLC0415 - likewise
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
     for names in (
         ["plain", *reversed([n for n in policies if n.startswith("exit")])],
         [n for n in policies if "%" in n],

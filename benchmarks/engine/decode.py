@@ -15,7 +15,8 @@ import numpy as np
 import onnxruntime as ort
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.backends.base import FloatArray
+from balcony_runtime.engine import Engine
 from benchmarks.engine.whole_graph import WholeGraph
 from benchmarks.rounds import interleave, ratio
 
@@ -52,7 +53,7 @@ def measure(engine: Engine, bundle: Bundle, session: ort.InferenceSession, round
             cases[exit_layer, context] = block(engine, exit_layer, context)
         whole = WholeGraph(bundle, session, prompt(context))
         differences[context] = _difference(engine, whole, context)
-        cases[0, context] = partial(_whole_block, whole)
+        cases[0, context] = partial(_typical, partial(whole.step, TOKEN), partial(getattr, whole, "ort_ns"))
     samples = interleave(cases, rounds)
     wall = {key: [step.wall_ms for step in steps] for key, steps in samples.items()}
     inside = {key: [step.ort_ms for step in steps] for key, steps in samples.items()}
@@ -86,32 +87,24 @@ def measure(engine: Engine, bundle: Bundle, session: ort.InferenceSession, round
 
 def block(engine: Engine, exit_layer: int, context: int) -> Callable[[], Step]:
     """A case for :func:`.rounds.interleave`: decode steps at an exit after a prompt, the same steps each time."""
-    sequence = engine.new_sequence(max_length=context + WARM_STEPS + STEPS)
+    sequence, ids = engine.new_sequence(max_length=context + WARM_STEPS + STEPS), np.array([TOKEN])
     sequence.advance(exit_layer, prompt(context))
-    return partial(_block, sequence, exit_layer)
+
+    def run() -> Step:
+        found = _typical(partial(sequence.step, exit_layer, ids), lambda: sequence.state.busy_ns)
+        sequence.rollback(context)
+        return found
+
+    return run
 
 
-def _block(sequence: TokenSequence, exit_layer: int) -> Step:
-    length, ids = sequence.length, np.array([TOKEN])
+def _typical(step: Callable[[], FloatArray], inside_ns: Callable[[], int]) -> Step:
+    """The median of a block of steps; ``inside_ns`` gives the time inside ONNX Runtime so far."""
     steps = []
     for _ in range(WARM_STEPS + STEPS):
-        begin, busy = time.perf_counter_ns(), sequence.state.busy_ns
-        sequence.step(exit_layer, ids).argmax()
-        steps.append(((time.perf_counter_ns() - begin) / 1e6, (sequence.state.busy_ns - busy) / 1e6))
-    sequence.rollback(length)
-    return _typical(steps)
-
-
-def _whole_block(whole: WholeGraph) -> Step:
-    steps = []
-    for _ in range(WARM_STEPS + STEPS):
-        begin, busy = time.perf_counter_ns(), whole.ort_ns
-        whole.step(TOKEN).argmax()
-        steps.append(((time.perf_counter_ns() - begin) / 1e6, (whole.ort_ns - busy) / 1e6))
-    return _typical(steps)
-
-
-def _typical(steps: list[tuple[float, float]]) -> Step:
+        begin, busy = time.perf_counter_ns(), inside_ns()
+        step().argmax()
+        steps.append(((time.perf_counter_ns() - begin) / 1e6, (inside_ns() - busy) / 1e6))
     wall, inside = zip(*steps[WARM_STEPS:], strict=True)
     return Step(median(wall), median(inside))
 

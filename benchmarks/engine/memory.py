@@ -34,6 +34,7 @@ from statistics import median
 from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
+from benchmarks.peer_workers.worker import memory_mb
 from benchmarks.rounds import aligned, bar, interleave, print_bars, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,12 +159,12 @@ def _idle_here(path: Path) -> dict[str, Any]:
 
         speak()  # makes everything that is made only once
         gc.collect()
-        before = _private_mb()
+        before = memory_mb()["private"]
         for count in (1, 8, 64):
             chats += [speak() for _ in range(count - len(chats))]
             gc.collect()
             tokens = sum(chat.sequence.length for chat in chats)
-            used_mb, taken_mb = tokens * row_bytes * 4 / 1e6, _private_mb() - before
+            used_mb, taken_mb = tokens * row_bytes * 4 / 1e6, memory_mb()["private"] - before
             reported_mb = sum(chat.sequence.state.memory_bytes for chat in chats) / 1e6
             figures = {
                 "used_mb": used_mb,
@@ -190,11 +191,6 @@ def _idle_here(path: Path) -> dict[str, Any]:
     return report
 
 
-def _private_mb() -> float:
-    now = _rollup()
-    return (now["Private_Clean"] + now["Private_Dirty"]) / 1e3
-
-
 def _run(path: Path) -> dict[str, float]:
     from balcony_runtime.engine import Engine  # noqa: PLC0415 - the child also measures the memory of this import
 
@@ -203,22 +199,19 @@ def _run(path: Path) -> dict[str, float]:
         sequence.advance(engine.exit_layers[-1], [17] * PROMPT_TOKENS)
         for exit_layer in reversed(engine.exit_layers):
             sequence.advance(exit_layer, [17])
-        now = _rollup()
-    return {
-        "peak_rss_mb": _kb("/proc/self/status")["VmHWM"] / 1e3,
-        "peak_pss_mb": max(*peak, now["Pss"]) / 1e3,
-        "private_mb": _private_mb(),
-    }
+        peak.append(memory_mb()["pss"])
+    now = memory_mb()
+    return {"peak_rss_mb": now["peak_rss"], "peak_pss_mb": max(peak), "private_mb": now["private"]}
 
 
 @contextmanager
 def _peak_pss() -> Iterator[list[float]]:
-    samples = [_rollup()["Pss"]]
+    samples = [memory_mb()["pss"]]
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.01):
-            samples[0] = max(samples[0], _rollup()["Pss"])
+            samples[0] = max(samples[0], memory_mb()["pss"])
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -227,20 +220,6 @@ def _peak_pss() -> Iterator[list[float]]:
     finally:
         stop.set()
         thread.join()
-
-
-def _rollup() -> dict[str, float]:
-    return _kb("/proc/self/smaps_rollup")
-
-
-def _kb(path: str) -> dict[str, float]:
-    """``name: value kB`` lines of a proc file, in kilobytes of 1,000 bytes."""
-    values = {}
-    for line in Path(path).read_text(encoding="ascii").splitlines():
-        words = line.split()
-        if len(words) == 3 and words[2] == "kB":
-            values[words[0].rstrip(":")] = int(words[1]) * 1.024
-    return values
 
 
 if __name__ == "__main__":

@@ -21,20 +21,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Any, Self
+from typing import Any
 
 from balcony_edge.budget import Budget
-from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import Manifest
-from balcony_runtime.backends.base import Backend, State
-from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.sampling import SamplingParams
-from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
-from balcony_runtime.text import TextCodec
 from benchmarks.engine.decode import prompt
 from benchmarks.rounds import interleave, p95
 
@@ -47,50 +40,8 @@ EASY_MS = 1000.0
 SAMPLED, SAMPLING = "sampled", SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=0)
 
 
-class RecordingBackend:
-    """A backend that remembers the state it made last, so that its ``busy_ns`` can be read during a stream."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.manifest: Manifest = backend.manifest
-        self.threads, self.max_length = backend.threads, backend.max_length
-        self.name, self.graphs, self.most_members = backend.name, backend.graphs, backend.most_members
-        self.picks_inside = backend.picks_inside
-        self.state: State | None = None
-
-    def new_state(self, batch_size: int, max_length: int) -> State:
-        """Make a state with the wrapped backend and remember it."""
-        self.state = self._backend.new_state(batch_size, max_length)
-        return self.state
-
-    def new_pool(self, members: int, max_length: int) -> None:
-        """Nothing: what is recorded is one sequence."""
-
-    def close(self) -> None:
-        """Close the wrapped backend."""
-        self._backend.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def open_recording(bundle: Bundle, packed: Path | None) -> tuple[LLM, RecordingBackend]:
-    """Open the public API over a backend whose states can be read."""
-    backend = RecordingBackend(OnnxRuntimeBackend(bundle, packed=packed))
-    return LLM(Engine(backend), TextCodec(bundle), Budget()), backend
-
-
-def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, Any]]:
-    """Measure item ``overhead`` of the JSON line.
-
-    Args:
-        llm: LLM that generates over ``backend``.
-        backend: backend that tells how long the engine was busy.
-        rounds: number of replies per budget.
-    """
+def measure(llm: LLM, rounds: int) -> list[dict[str, Any]]:
+    """Measure item ``overhead`` of the JSON line, with so many replies per budget."""
     shallow, full = llm.exit_layers[0], llm.exit_layers[-1]
     costs = measure_prices(llm.engine)
     deepest_ms, below_ms = (costs.steady_ms(exit_layer, PROMPT_TOKENS) for exit_layer in (full, llm.exit_layers[-2]))
@@ -103,9 +54,9 @@ def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, 
         "mixed, target": Budget(tpot_ms=between_ms, probability=0.5, dwell_tokens=2),
     }
     cases: dict[str, Callable[[], list[float]]] = {
-        name: partial(_reply, llm, backend, budget, SamplingParams()) for name, budget in budgets.items()
+        name: partial(_reply, llm, budget, SamplingParams()) for name, budget in budgets.items()
     }
-    cases[SAMPLED] = partial(_reply, llm, backend, budgets[f"exit {full}"], SAMPLING)
+    cases[SAMPLED] = partial(_reply, llm, budgets[f"exit {full}"], SAMPLING)
     rows = []
     for name, replies in interleave(cases, rounds).items():
         values = [value for reply in replies for value in reply]
@@ -113,13 +64,13 @@ def measure(llm: LLM, backend: RecordingBackend, rounds: int) -> list[dict[str, 
     return rows
 
 
-def _reply(llm: LLM, backend: RecordingBackend, budget: Budget, sampling: SamplingParams) -> list[float]:
+def _reply(llm: LLM, budget: Budget, sampling: SamplingParams) -> list[float]:
     """Overhead of each token of one reply, in µs."""
     llm.budget = budget
-    stream = llm.stream(prompt(PROMPT_TOKENS), max_new_tokens=NEW_TOKENS, sampling=sampling, ignore_eos=True)
-    next(stream)  # the reply's state is there from its first token on
-    state = backend.state
-    assert state is not None
+    ids, sequence = prompt(PROMPT_TOKENS), llm.engine.new_sequence(max_length=PROMPT_TOKENS + NEW_TOKENS)
+    stream = llm.stream(ids, max_new_tokens=NEW_TOKENS, sampling=sampling, ignore_eos=True, sequence=sequence)
+    next(stream)
+    state = sequence.state
     overhead_us: list[float] = []
     while True:
         begin, busy_ns = time.perf_counter_ns(), state.busy_ns

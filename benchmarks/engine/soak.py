@@ -28,6 +28,7 @@ from balcony_edge.budget import Budget
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
+from benchmarks.peer_workers.worker import memory_mb
 
 #: Tokens after which arenas, caches and code paths have reached their final size.
 SETTLED_TOKENS = 10_000
@@ -156,10 +157,7 @@ class Soak:
 def resident_mb() -> float:
     """Resident memory of this process in megabytes, after a garbage collection."""
     gc.collect()
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1.024e-3
-    raise SystemExit("/proc/self/status has no VmRSS: this benchmark needs Linux")
+    return memory_mb()["rss"]
 
 
 def main() -> None:

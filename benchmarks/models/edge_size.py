@@ -69,6 +69,7 @@ def decode(bundle: Path) -> dict[str, Any]:
     """Measure load time, milliseconds per token of every exit, and the peak memory of this process."""
     from balcony_runtime.engine import Engine  # noqa: PLC0415 - timed without the parent's imports
     from benchmarks.engine.decode import block  # noqa: PLC0415 - likewise
+    from benchmarks.peer_workers.worker import memory_mb  # noqa: PLC0415 - likewise
 
     begin = time.perf_counter()
     with Engine.open(bundle, verify_hashes=False) as engine:
@@ -77,12 +78,7 @@ def decode(bundle: Path) -> dict[str, Any]:
             {exit_layer: block(engine, exit_layer, CONTEXT) for exit_layer in engine.exit_layers}, ROUNDS
         )
     times = {str(e): round(median(step.wall_ms for step in steps), 2) for e, steps in found.items()}
-    return {"load_s": round(load_s, 2), "decode_ms": times, "peak_gb": _peak_gb()}
-
-
-def _peak_gb() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9, 2)
+    return {"load_s": round(load_s, 2), "decode_ms": times, "peak_gb": round(memory_mb()["peak_rss"] / 1e3, 2)}
 
 
 def _in_a_process(*arguments: str) -> float:

@@ -25,7 +25,6 @@ import re
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,15 +77,11 @@ def export_all(names: list[str], options: argparse.Namespace) -> dict[str, Bundl
             words, _, method = name.partition(" ")
             this = replace(wanted, precision=parse_precision(words), calibration=rows if method else ())
             place = _place(options.work, name)
-            export_bundle(exits, tokenizer, place, this, traced=traced, check=partial(_judge, judge))
+            export_bundle(exits, tokenizer, place, this, traced=traced, check=judge.measure)
             print(f"{name}: exported and judged", file=sys.stderr, flush=True)
     for name in names:
         bundles[name] = Bundle.open(_place(options.work, name), verify_hashes=False)
     return bundles
-
-
-def _judge(judge: Judge, directory: Path) -> None:
-    judge.measure(directory)
 
 
 def _place(work: Path, name: str) -> Path:

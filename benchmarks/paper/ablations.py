@@ -146,15 +146,14 @@ def variants(base: PreTrainedModel, corpus: Corpus, steps: int) -> dict[str, Cal
 
 def plot(found: dict[str, Scores], output: Path) -> None:
     """Draw the cross-entropy of every exit and the full depth, a line for each variant."""
-    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
+    from matplotlib import color_sequences  # noqa: PLC0415 - only the plot needs it
+    from matplotlib.figure import Figure  # noqa: PLC0415 - likewise
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
     depths = list(next(iter(found.values())))
     # each line has its own colour and marker; later markers are smaller, so that equal lines are both visible
-    colors = mpl.color_sequences["tab20"]
+    colors = color_sequences["tab20"]
     for index, (name, scores) in enumerate(found.items()):
         style = "-" if index == 0 else ("--" if index < len(FROZEN) else ":")
         axes.plot(

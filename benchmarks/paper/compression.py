@@ -48,7 +48,7 @@ from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import InputError
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
-from balcony_export.evaluate.text import TokenizedDocument, evaluate_text
+from balcony_export.evaluate.text import evaluate_text
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, load_balconies
@@ -128,11 +128,10 @@ class Subject:
         return [row[:length].tolist() for row, length in zip(rows.tokens, rows.lengths, strict=True)]
 
     @property
-    def judged(self) -> list[TokenizedDocument]:
+    def judged(self) -> list[tuple[int, ...]]:
         """The held-out rows."""
         held = self.corpus.held_out
-        pairs = zip(held.tokens, held.lengths, strict=True)
-        return [TokenizedDocument(f"row {i}", tuple(row[:n].tolist())) for i, (row, n) in enumerate(pairs)]
+        return [tuple(row[:length].tolist()) for row, length in zip(held.tokens, held.lengths, strict=True)]
 
 
 def methods(widths: tuple[int, ...], rank: int) -> list[Method]:
@@ -294,12 +293,10 @@ def mark_best(points: Points) -> None:
 
 def plot(points: Mapping[str, Mapping[str, Mapping[str, Any]]], output: Path, title: str) -> None:
     """Draw KL over bytes per token, a line for each method."""
-    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
+    from matplotlib.figure import Figure  # noqa: PLC0415 - only the plot needs it
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
-
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     for index, (name, exits) in enumerate(points.items()):
         rows = [point for point in exits.values() if point["kl"] > 0]
         axes.plot(

@@ -236,12 +236,10 @@ def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, A
 
 def plot(speed: dict[str, Any], planes: dict[str, Any], output: Path) -> None:
     """Draw both figures next to each other."""
-    import matplotlib as mpl  # noqa: PLC0415 - only the plot needs it
+    from matplotlib.figure import Figure  # noqa: PLC0415 - only the plot needs it
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - likewise
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for kind, marker in (("depth", "o"), ("width", "s")):
         rows = [speed["full"], *(row for name, row in speed.items() if name.startswith(kind))]
         left.plot(

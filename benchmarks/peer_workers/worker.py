@@ -139,8 +139,9 @@ def score(
 def memory_mb() -> dict[str, float]:
     """Memory of this process in MB of 1,000,000 bytes, on Linux.
 
-    ``peak_rss`` is VmHWM. ``private`` counts the pages of this process alone, mapped files included. ``dirty`` counts the
-    private pages without a file, which a second process with the same model needs again.
+    ``rss`` is VmRSS and ``peak_rss`` VmHWM. ``pss`` counts a page that n processes map as 1/n of one, ``private`` the pages of
+    this process alone, mapped files included. ``dirty`` counts the private pages without a file, which a second process with
+    the same model needs again.
     """
     values = {}
     for path in ("/proc/self/status", "/proc/self/smaps_rollup"):
@@ -149,7 +150,9 @@ def memory_mb() -> dict[str, float]:
             if len(words) == 3 and words[2] == "kB":
                 values[words[0].rstrip(":")] = int(words[1]) * 1024 / 1e6
     return {
+        "rss": values["VmRSS"],
         "peak_rss": values["VmHWM"],
+        "pss": values["Pss"],
         "private": values["Private_Clean"] + values["Private_Dirty"],
         "dirty": values["Private_Dirty"],
     }

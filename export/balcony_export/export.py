@@ -78,8 +78,6 @@ class ExportOptions:
 class Traced:
     """A model's graphs before they are written: the portable set, and the lowered set, which may be empty."""
 
-    spec: ModelSpec
-    layers: tuple[int, ...]
     graphs: Mapping[str, ir.Model]
     lowered: Mapping[str, ir.Model]
 
@@ -98,8 +96,7 @@ def trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback =
 
 
 def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback) -> Traced:
-    spec = describe(exits.model, options.name, options.context_length)
-    layers = exits.exit_layers
+    spec, layers = describe(exits.model, options.name, options.context_length), exits.exit_layers
     progress("tracing the backbone", 0.0)
     backbone = graph.trace_backbone(exits, spec)
     _tidy(backbone)
@@ -120,7 +117,7 @@ def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback)
     for one in graphs.values():
         spell_out(one)
         write_in_standard_operators(one)
-    return Traced(spec, layers, graphs, lowered)
+    return Traced(graphs, lowered)
 
 
 def export_bundle(
@@ -130,7 +127,7 @@ def export_bundle(
     options: ExportOptions,
     *,
     traced: Traced | None = None,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path], object] | None = None,
     progress: ProgressCallback = _no_progress,
 ) -> Manifest:
     """Write the bundle of a model, with one exit per balcony and the full depth.
@@ -193,7 +190,7 @@ def export_bundle(
         document: dict[str, Any] = {
             "model": spec.model_dump(mode="json"),
             "precision": options.precision if scheme is None else f"int{scheme.bits}",
-            "exits": [_exit_entry(exits, e, options.trained) for e in traced.layers],
+            "exits": [_exit_entry(exits, e, options.trained) for e in exits.exit_layers],
             "embedding": {
                 **table,
                 "dtype": "float16" if dtype == torch.float16 else "float32",

@@ -25,7 +25,7 @@ from balcony_edge.bundle.quality import record_quality
 from balcony_edge.errors import InputError
 from balcony_export.evaluate.report import build_report
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
-from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, tokenized_documents
+from balcony_export.evaluate.text import evaluate_text, tokenized_documents
 from balcony_export.export import ExportOptions, ProgressCallback, Traced, export_bundle, trace
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
@@ -60,13 +60,13 @@ def parse_budget(text: str) -> float:
     return value
 
 
-def read_judged_texts(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[TokenizedDocument]]:
+def read_judged_texts(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[tuple[int, ...]]]:
     """The beginning of each text, ``JUDGED_TOKENS`` long, by the file's name.
 
     Raises:
         InputError: A file cannot be used.
     """
-    found: dict[str, list[TokenizedDocument]] = {}
+    found: dict[str, list[tuple[int, ...]]] = {}
     for path in files:
         name = one_line(path.name)
         if name in found:
@@ -75,8 +75,8 @@ def read_judged_texts(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase)
             )
         left, kept = JUDGED_TOKENS, []
         for document in tokenized_documents(path, tokenizer):
-            kept.append(TokenizedDocument(document.where, document.tokens[:left]))
-            left -= len(kept[-1].tokens)
+            kept.append(document[:left])
+            left -= len(kept[-1])
             if left < 2:
                 break  # the rest of a large file is neither tokenized nor checked
         found[name] = kept
@@ -97,7 +97,7 @@ class Judge:
         self,
         exits: ExitModel,
         tokenizer: PreTrainedTokenizerBase,
-        texts: dict[str, list[TokenizedDocument]],
+        texts: dict[str, list[tuple[int, ...]]],
         *,
         name: str,
     ) -> None:
@@ -141,7 +141,7 @@ def export_within(
     options: ExportOptions,
     *,
     traced: Traced | None = None,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path], object] | None = None,
     progress: ProgressCallback,
 ) -> Manifest:
     """Export with the fastest precision that stays within a quality budget.

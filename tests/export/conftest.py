@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ import pytest
 from balcony_edge.bundle.bundle import Bundle
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
-from balcony_export.export import ExportOptions, Traced, export_bundle, trace
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.exits import ExitModel
-from tests.conftest import Exported, tiny_model, tiny_tokenizer
+from tests.conftest import Exported, exported, tiny_model
 from tests.export.graph.experts import MIXTURES, mixture_exits
 from tests.export.train.distilling import SEQ_LEN
 from tests.support.hybrids import HYBRIDS, TWO_LAYERS
@@ -40,18 +40,7 @@ def torch_scorer(tiny: Any) -> TorchScorer:
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """Exports a tiny mixture in float32, once."""
-    made: dict[str, Exported] = {}
-
-    def export(name: str) -> Exported:
-        if name not in made:
-            exits, tokenizer, options = mixture_exits(name), tiny_tokenizer(), ExportOptions(name, trained=True)
-            traced: Traced = trace(exits, options)
-            path = tmp_path_factory.mktemp("mixtures") / name
-            export_bundle(exits, tokenizer, path, options, traced=traced)
-            made[name] = Exported(path, exits, tokenizer, traced)
-        return made[name]
-
-    return export
+    return functools.cache(lambda name: exported(mixture_exits(name), name, tmp_path_factory.mktemp("mixtures") / name))
 
 
 @pytest.fixture(scope="session")
@@ -61,19 +50,15 @@ def family(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Exported]:
     """Exports a tiny model of a family, once: as other tests do where they export it, else with two layers and a norm."""
-    made: dict[str, Exported] = {}
 
+    @functools.cache
     def export(name: str) -> Exported:
         if name in MIXTURES:
             return mixture(name)
         if name in (*HYBRIDS, "lfm2"):
             return export_tiny(name)
-        if name not in made:
-            model = tiny_model(name, num_hidden_layers=2, **TWO_LAYERS[name])
-            exits, options = ExitModel(model, init_balconies(model, (1,), "none")), ExportOptions(name, trained=True)
-            traced, path = trace(exits, options), tmp_path_factory.mktemp("families") / name
-            export_bundle(exits, tokenizer := tiny_tokenizer(), path, options, traced=traced)
-            made[name] = Exported(path, exits, tokenizer, traced)
-        return made[name]
+        model = tiny_model(name, num_hidden_layers=2, **TWO_LAYERS[name])
+        exits = ExitModel(model, init_balconies(model, (1,), "none"))
+        return exported(exits, name, tmp_path_factory.mktemp("families") / name)
 
     return export

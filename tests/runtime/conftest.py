@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,19 +26,17 @@ def with_engine_sets(
     export_tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Bundle]:
     """A tiny model's bundle with graphs for TensorRT in both sets of operators, by the name of its architecture."""
-    made: dict[str, Path] = {}
 
-    def build(architecture: str) -> Bundle:
-        if architecture not in made:
-            path = tmp_path_factory.mktemp("engines") / architecture
-            shutil.copytree(export_tiny(architecture).path, path)
-            bundle = Bundle.open(path)
-            write_graphs(bundle, "rtx-fp32", "rtx", Format("fp32", "fused", 256), batch_size=8)
-            write_graphs(bundle, "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256), batch_size=2)
-            made[architecture] = path
-        return Bundle.open(made[architecture])
+    @functools.cache
+    def made(architecture: str) -> Path:
+        path = tmp_path_factory.mktemp("engines") / architecture
+        shutil.copytree(export_tiny(architecture).path, path)
+        bundle = Bundle.open(path)
+        write_graphs(bundle, "rtx-fp32", "rtx", Format("fp32", "fused", 256), batch_size=8)
+        write_graphs(bundle, "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256), batch_size=2)
+        return path
 
-    return build
+    return lambda architecture: Bundle.open(made(architecture))
 
 
 @pytest.fixture(scope="session")
@@ -45,17 +44,15 @@ def with_precision(
     export_tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
     """A tiny model's bundle in a precision, by the name of its architecture and the words of ``--precision``."""
-    made: dict[tuple[str, str], Path] = {}
 
+    @functools.cache
     def build(architecture: str, precision: str) -> Path:
-        if (architecture, precision) not in made:
-            source, path = export_tiny(architecture), tmp_path_factory.mktemp("precisions") / "bundle"
-            calibration = ROWS if "asym" in precision or "kv=8" in precision else ()
-            options = ExportOptions(f"tiny-{architecture}", True, parse_precision(precision), calibration)
-            traced = None if precision == "fp16" else source.traced
-            export_bundle(source.exits.copy(), source.tokenizer, path, options, traced=traced)
-            made[architecture, precision] = path
-        return made[architecture, precision]
+        source, path = export_tiny(architecture), tmp_path_factory.mktemp("precisions") / "bundle"
+        calibration = ROWS if "asym" in precision or "kv=8" in precision else ()
+        options = ExportOptions(f"tiny-{architecture}", True, parse_precision(precision), calibration)
+        traced = None if precision == "fp16" else source.traced
+        export_bundle(source.exits.copy(), source.tokenizer, path, options, traced=traced)
+        return path
 
     return build
 

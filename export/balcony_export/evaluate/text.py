@@ -30,14 +30,6 @@ WINDOW = 1024
 _WINDOWS = 16
 
 
-@dataclass(frozen=True)
-class TokenizedDocument:
-    """One document as tokens; ``where`` names it in messages."""
-
-    where: str
-    tokens: tuple[int, ...]
-
-
 @dataclass
 class _Sums:
     """Sums over the predicted tokens of one cluster at one exit."""
@@ -50,8 +42,8 @@ class _Sums:
 
 def tokenized_documents(
     path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-) -> Iterator[TokenizedDocument]:
-    """Documents of a file, tokenized as the model is fed (with a start token if the tokenizer adds one), one by one.
+) -> Iterator[tuple[int, ...]]:
+    """Tokens of each document of a file, as the model is fed (with a start token if the tokenizer adds one), one by one.
 
     Args:
         path: Text file of a form that :mod:`balcony_export.data.documents` reads.
@@ -64,12 +56,12 @@ def tokenized_documents(
     for document in islice(read_documents(path), limit):
         tokens = tuple(int(token) for token in tokenizer(document.text, verbose=False)["input_ids"])
         require_two_tokens(document.where, tokens)
-        yield TokenizedDocument(document.where, tokens)
+        yield tokens
 
 
 def evaluate_text(
     scorer: Scorer,
-    documents: Sequence[TokenizedDocument],
+    documents: Sequence[tuple[int, ...]],
     *,
     reference: Scorer | None = None,
     window: int | None = None,
@@ -79,7 +71,7 @@ def evaluate_text(
 
     Args:
         scorer: Source of the exits' logits.
-        documents: One or more documents, each of two or more tokens.
+        documents: Tokens of one or more documents, each of two or more.
         reference: Scorer whose full depth is compared with for KL and agreement; by default the same scorer.
         window: Tokens per pass; by default the context, at most ``WINDOW``.
         progress: Called with the share of windows that are done.
@@ -89,18 +81,18 @@ def evaluate_text(
         VerificationError: The logits of an exit are not finite.
     """
     size = window_of(scorer if reference is None else reference, scorer, window)
-    lengths = [len(document.tokens) for document in documents]
+    lengths = [len(document) for document in documents]
     clustered = sum(lengths) ** 2 < LEAST_CLUSTERS * sum(length**2 for length in lengths)
     begin_with = tuple(start_tokens(scorer.tokenizer))
     requests: list[ScoringRequest] = []
     clusters: list[int] = []
     targets: list[tuple[int, ...]] = []
     for index, document in enumerate(documents):
-        begins = begin_with if document.tokens[: len(begin_with)] == begin_with and len(begin_with) < size - 1 else ()
+        begins = begin_with if document[: len(begin_with)] == begin_with and len(begin_with) < size - 1 else ()
         start = 0
-        while start < len(document.tokens) - 1:
+        while start < len(document) - 1:
             lead = begins if start else ()  # a model that expects its start token fails without it
-            part = document.tokens[start : start + size - len(lead)]
+            part = document[start : start + size - len(lead)]
             requests.append(ScoringRequest((*lead, *part[:-1]), len(part) - 1))
             targets.append(part[1:])
             start += len(part) - 1

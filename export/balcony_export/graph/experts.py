@@ -32,7 +32,7 @@ from torch.onnx import ops
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from balcony_edge.errors import UnsupportedModelError
-from balcony_export.graph.ir_tools import MICROSOFT, initializer, insert_between
+from balcony_export.graph.ir_tools import MICROSOFT, Chain, initializer, replace_node
 from balcony_export.graph.stand_ins import replaced_children
 from balcony_export.graph.widen import Widened
 from balcony_export.model.experts import experts_in, is_experts
@@ -250,7 +250,7 @@ def fuse(model: ir.Model) -> None:
         }
         operands = [source, logits, gate_up, None, down]
         fused = ir.Node(MICROSOFT, "MoE", operands, ir.convenience.convert_attributes(attributes))
-        insert_between(model, node, node.outputs[0], [fused])
+        replace_node(model, node, [fused])
         model.graph.opset_imports[MICROSOFT] = 1
     model.graph.opset_imports.pop(_DOMAIN, None)
 
@@ -276,7 +276,7 @@ def spell_out(model: ir.Model) -> None:
         out = chain("MatMul", down, chain("Mul", active, by_expert))  # (E, D, N)
         summed = chain("ReduceSum", out, chain.integers(0), keepdims=0)  # (D, N)
         chain("Transpose", summed, perm=[1, 0])  # (N, D)
-        insert_between(model, node, node.outputs[0], chain.nodes)
+        replace_node(model, node, chain.nodes)
     model.graph.opset_imports.pop(_DOMAIN, None)
 
 
@@ -298,20 +298,8 @@ def _routing(chain: _Chain, node: ir.Node, logits: ir.Value | None, experts: int
     return chain("ReduceSum", weights, chain.integers(1), keepdims=0)
 
 
-class _Chain:
-    """Collects the nodes that replace one node; each call adds a node and returns its output."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.model, self.nodes = model, list[ir.Node]()
-
-    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        return self.several(op_type, 1, *inputs, **attributes)[0]
-
-    def several(self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
-        """Add a node with several outputs."""
-        converted = ir.convenience.convert_attributes(attributes)
-        self.nodes.append(ir.Node("", op_type, list(inputs), converted, num_outputs=outputs))
-        return self.nodes[-1].outputs
+class _Chain(Chain):
+    """A chain with constants of its own."""
 
     def integers(self, *numbers: int) -> ir.Value:
         """A constant vector of int64."""

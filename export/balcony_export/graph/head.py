@@ -19,11 +19,13 @@ def build_norm(exits: ExitModel) -> ir.Model:
     """The final norm of the full depth: ``hidden`` → ``normed``."""
     norm = rms_norm_operator(exits.parts.norm)
     assert norm is not None
-    scale = ir.Value(name="norm.weight", const_value=ir.tensor(norm.scale.detach(), name="norm.weight"))
-    hidden = _value("hidden", norm.scale.dtype, ["batch", "queries", exits.parts.embed.embedding_dim])
+    scale = _initializer("norm.weight", norm.scale)
+    hidden = _hidden(norm.scale.dtype, exits.parts.embed.embedding_dim)
     attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", norm.epsilon), ir.AttrInt64("stash_type", 1)]
     node = ir.Node("", "RMSNormalization", [hidden, scale], attributes)
-    return _model("norm", [hidden], [node], [scale], {"normed": (node, hidden.dtype, hidden.shape)})
+    normed = node.outputs[0]
+    normed.name, normed.type, normed.shape = "normed", hidden.type, hidden.shape
+    return _model("norm", hidden, [node], [scale])
 
 
 def build_head(exits: ExitModel) -> ir.Model:
@@ -33,70 +35,48 @@ def build_head(exits: ExitModel) -> ir.Model:
     """
     parts, cap = exits.parts, exits.soft_cap
     weight, width = parts.head.weight, parts.embed.embedding_dim
-    name = "embed_tokens.weight" if weight is parts.embed.weight else "lm_head.weight"
-    table = ir.Value(name=name, const_value=ir.tensor(weight.detach(), name=name))
-    hidden = _value("hidden", weight.dtype, ["batch", "queries", width])
-    rows = _constant("rows_shape", [-1, width])
-    tail = _constant("vocabulary", [weight.shape[0]])
+    table = _initializer("embed_tokens.weight" if weight is parts.embed.weight else "lm_head.weight", weight)
+    hidden = _hidden(weight.dtype, width)
+    rows = _initializer("rows_shape", torch.tensor([-1, width]))
+    tail = _initializer("vocabulary", torch.tensor([len(weight)]))
     initializers = [table, rows, tail]
     flat = ir.Node("", "Reshape", [hidden, rows])
     operands = [flat.outputs[0], table]
     if parts.head.bias is not None:
-        bias = ir.Value(name="lm_head.bias", const_value=ir.tensor(parts.head.bias.detach(), name="lm_head.bias"))
-        initializers.append(bias)
-        operands.append(bias)
+        initializers.append(_initializer("lm_head.bias", parts.head.bias))
+        operands.append(initializers[-1])
     gemm = ir.Node("", "Gemm", operands, [ir.AttrInt64("transB", 1)])
     lead = ir.Node("", "Shape", [hidden], [ir.AttrInt64("start", 0), ir.AttrInt64("end", 2)])
     shape = ir.Node("", "Concat", [lead.outputs[0], tail], [ir.AttrInt64("axis", 0)])
-    last = ir.Node("", "Reshape", [gemm.outputs[0], shape.outputs[0]])
-    nodes = [flat, gemm, lead, shape, last]
+    nodes = [flat, gemm, lead, shape, ir.Node("", "Reshape", [gemm.outputs[0], shape.outputs[0]])]
     if weight.dtype != torch.float32:
-        last = ir.Node("", "Cast", [last.outputs[0]], [ir.AttrInt64("to", ir.DataType.FLOAT.value)])
-        nodes.append(last)
+        nodes.append(ir.Node("", "Cast", [nodes[-1].outputs[0]], [ir.AttrInt64("to", ir.DataType.FLOAT.value)]))
     if exits.logits_divisor != 1.0:  # Granite
-        divisor = _number("logits_divisor", exits.logits_divisor)
-        initializers.append(divisor)
-        last = ir.Node("", "Div", [last.outputs[0], divisor])
-        nodes.append(last)
+        initializers.append(_initializer("logits_divisor", torch.tensor(exits.logits_divisor)))
+        nodes.append(ir.Node("", "Div", [nodes[-1].outputs[0], initializers[-1]]))
     if cap is not None:  # Gemma-2: tanh(logits / cap) * cap
-        factor = _number("softcap", cap)
-        initializers.append(factor)
-        divided = ir.Node("", "Div", [last.outputs[0], factor])
+        initializers.append(_initializer("softcap", torch.tensor(cap)))
+        divided = ir.Node("", "Div", [nodes[-1].outputs[0], initializers[-1]])
         squashed = ir.Node("", "Tanh", [divided.outputs[0]])
-        last = ir.Node("", "Mul", [squashed.outputs[0], factor])
-        nodes += [divided, squashed, last]
-    out_shape = ir.Shape(["batch", "queries", weight.shape[0]])
-    return _model("lm_head", [hidden], nodes, initializers, {"logits": (last, ir.DataType.FLOAT, out_shape)})
+        nodes += [divided, squashed, ir.Node("", "Mul", [squashed.outputs[0], initializers[-1]])]
+    logits = nodes[-1].outputs[0]
+    logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
+    logits.shape = ir.Shape(["batch", "queries", len(weight)])
+    return _model("lm_head", hidden, nodes, initializers)
 
 
-def _value(name: str, dtype: torch.dtype, shape: Sequence[int | str]) -> ir.Value:
+def _hidden(dtype: torch.dtype, width: int) -> ir.Value:
     kind = ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT
-    return ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
+    return ir.Value(name="hidden", type=ir.TensorType(kind), shape=ir.Shape(["batch", "queries", width]))
 
 
-def _constant(name: str, values: list[int]) -> ir.Value:
-    return ir.Value(name=name, const_value=ir.tensor(values, dtype=ir.DataType.INT64, name=name))
+def _initializer(name: str, tensor: torch.Tensor) -> ir.Value:
+    value = ir.tensor(tensor.detach(), name=name)
+    return ir.Value(name=name, const_value=value, type=ir.TensorType(value.dtype), shape=ir.Shape(tensor.shape))
 
 
-def _number(name: str, value: float) -> ir.Value:
-    return ir.Value(name=name, const_value=ir.tensor(torch.tensor(value), name=name))
-
-
-def _model(
-    name: str,
-    inputs: Sequence[ir.Value],
-    nodes: Sequence[ir.Node],
-    initializers: Sequence[ir.Value],
-    outputs: dict[str, tuple[ir.Node, ir.DataType | None, ir.Shape | None]],
-) -> ir.Model:
-    values = []
-    for output, (node, dtype, shape) in outputs.items():
-        value = node.outputs[0]
-        assert dtype is not None
-        value.name, value.type, value.shape = output, ir.TensorType(dtype), shape
-        values.append(value)
-    for value in initializers:
-        assert value.const_value is not None
-        value.shape, value.dtype = ir.Shape(value.const_value.numpy().shape), value.const_value.dtype
-    graph = ir.Graph(inputs, values, nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name=name)
+def _model(name: str, hidden: ir.Value, nodes: Sequence[ir.Node], initializers: Sequence[ir.Value]) -> ir.Model:
+    """A graph from ``hidden`` to the result of its last node."""
+    outputs = nodes[-1].outputs
+    graph = ir.Graph([hidden], outputs, nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name=name)
     return ir.Model(graph, ir_version=11)

@@ -55,6 +55,22 @@ def initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> i
     return model.graph.initializers[name]
 
 
+class Chain:
+    """Collects the nodes that replace one node; each call adds a node and returns its output."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self.nodes = model, list[ir.Node]()
+
+    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        return self.several(op_type, 1, *inputs, **attributes)[0]
+
+    def several(self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
+        """Add a node with several outputs."""
+        converted = ir.convenience.convert_attributes(attributes)
+        self.nodes.append(ir.Node("", op_type, list(inputs), converted, num_outputs=outputs))
+        return self.nodes[-1].outputs
+
+
 def split_by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: int) -> None:
     """Turn an input (B, T, H·d) of a node into (B, H, T, d)."""
     shape = initializer(model, f"{heads}_heads_of_{head_dim}", np.array([0, 0, heads, head_dim], np.int64))
@@ -64,33 +80,20 @@ def split_by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_d
     node.replace_input_with(index, swapped.outputs[0])
 
 
-def copy_with_outputs(model: ir.Model, node: ir.Node, outputs: Sequence[ir.Value]) -> ir.Node:
-    """Insert a copy of ``node`` with other outputs before it; the caller removes ``node``."""
-    new = ir.Node(node.domain, node.op_type, list(node.inputs), list(node.attributes.values()), outputs=list(outputs))
-    new.metadata_props.update(node.metadata_props)
-    model.graph.insert_before(node, new)
-    return new
-
-
-def insert_between(model: ir.Model, new: ir.Node, before: ir.Value, chain: Sequence[ir.Node]) -> None:
-    """Insert ``chain`` after ``new``, let its end replace ``before`` everywhere, and remove the node that made ``before``."""
-    old = before.producer()
-    assert old is not None
-    last = chain[-1].outputs[0]
+def replace_node(model: ir.Model, node: ir.Node, chain: Sequence[ir.Node]) -> None:
+    """Let ``chain`` take the place of a node, and the result of its end the place of the node's."""
+    before, last = node.outputs[0], chain[-1].outputs[0]
     last.name, last.type, last.shape = before.name, last.type or before.type, before.shape
-    model.graph.insert_after(new, chain)
+    model.graph.insert_after(node, chain)
     ir.convenience.replace_all_uses_with(before, last, replace_graph_outputs=True)
-    model.graph.remove(old, safe=True)
+    model.graph.remove(node, safe=True)
 
 
-_ONNX_TO_DTYPE = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.INT32: "int32",
-    ir.DataType.INT8: "int8",
-}
+def append_to_node(model: ir.Model, node: ir.Node, output: ir.Value, chain: Sequence[ir.Node]) -> None:
+    """Let a node give ``output``, from which ``chain`` makes what takes the place of its result."""
+    new = ir.Node(node.domain, node.op_type, list(node.inputs), list(node.attributes.values()), outputs=[output])
+    new.metadata_props.update(node.metadata_props)
+    replace_node(model, node, [new, *chain])
 
 
 def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
         for value in values:
             assert value.dtype is not None and value.shape is not None
             shape = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
-            specs.append({"name": value.name, "dtype": _ONNX_TO_DTYPE[value.dtype], "shape": shape})
+            specs.append({"name": value.name, "dtype": value.dtype.numpy().name, "shape": shape})
         return specs
 
     # rope tables are gathered by row, so they are not read whole; integers are shapes and a sink is a constant, not weights

@@ -23,6 +23,7 @@ from balcony_export.model.architecture import describe
 from balcony_export.model.exits import ExitModel
 
 INT32 = ir.TensorType(ir.DataType.INT32)
+SKIP_NORM = "SkipSimplifiedLayerNormalization"
 #: A sink of the softmax so far below every score that it changes no sum. With one, ``GroupQueryAttention`` computes all scores
 #: of a head before it weighs the values, which is faster than its blocks for one row and for short prompts.
 NO_SINK = -1e30
@@ -172,23 +173,11 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
             dtype = node.outputs[0].dtype.numpy()
             lowest = max(NO_SINK, float(np.finfo(dtype).min))
             sink = [None, None, initializer(model, SINK, np.full(spec.num_attention_heads, lowest, dtype))]
-    pasts = [write.inputs[0] for write in writes]
-    outputs = [ir.Value(name=node.outputs[0].name, type=node.outputs[0].type, shape=node.outputs[0].shape)]
-    for present in (present_key, present_value):
-        assert present is not None
-        outputs.append(ir.Value(name=present.name, type=present.type, shape=present.shape))
-    fused = ir.Node(
-        MICROSOFT,
-        "GroupQueryAttention",
-        [query, key, value, *pasts, last, total, *rope, *sink],
-        ir.convenience.convert_attributes(attributes),
-        outputs=outputs,
-    )
-    model.graph.insert_before(node, fused)
-    for old, new in zip((node.outputs[0], present_key, present_value), outputs, strict=True):
-        assert old is not None
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    model.graph.remove([node, *writes], safe=True)
+    operands = [query, key, value, *(write.inputs[0] for write in writes), last, total, *rope, *sink]
+    converted, old = ir.convenience.convert_attributes(attributes), [node, *writes]
+    fused = ir.Node(MICROSOFT, "GroupQueryAttention", operands, converted, num_outputs=3)
+    replaced = [one.outputs[0] for one in old]
+    ir.convenience.replace_nodes_and_values(model.graph, node, old, [fused], replaced, fused.outputs)
 
 
 def _turns_whole_heads(table: ir.Value | None, spec: ModelSpec) -> bool:
@@ -215,29 +204,18 @@ def _skip_norms(model: ir.Model) -> None:
         source, scale = node.inputs[0], node.inputs[1]
         assert source is not None
         add = _optional_producer(source, "Add")
+        epsilon = ir.AttrFloat32("epsilon", node.attributes["epsilon"].as_float())
         if add is None and source.is_graph_input() and str(source.name).startswith("hidden_"):
             nothing = ir.Node("", "Sub", [source, source])
-            model.graph.insert_before(node, nothing)
-            _fuse_norm(model, node, node, [source, nothing.outputs[0], scale], None)
+            fused = ir.Node(MICROSOFT, SKIP_NORM, [source, nothing.outputs[0], scale], [epsilon])
+            old = node.outputs
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [nothing, fused], old, fused.outputs)
         elif add is not None and all(value is not None and value.const_value is None for value in add.inputs):
             # the sum's other readers come after the norm in a decoder layer, or they are outputs
-            _fuse_norm(model, node, add, [*add.inputs, scale], add.outputs[0])
-            model.graph.remove(add, safe=True)
-
-
-def _fuse_norm(
-    model: ir.Model, norm: ir.Node, place: ir.Node, inputs: list[ir.Value | None], old_sum: ir.Value | None
-) -> None:
-    """Insert one operator after ``place`` that computes what ``norm`` computes, and ``old_sum`` if it is given."""
-    replaced = [norm.outputs[0]] if old_sum is None else [norm.outputs[0], old_sum]
-    fresh = [ir.Value(name=old.name, type=old.type, shape=old.shape) for old in replaced]
-    outputs = fresh if old_sum is None else [fresh[0], ir.Value(name=""), ir.Value(name=""), fresh[1]]
-    epsilon = ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float())
-    fused = ir.Node(MICROSOFT, "SkipSimplifiedLayerNormalization", inputs, [epsilon], outputs=outputs)
-    model.graph.insert_after(place, fused)
-    for old, new in zip(replaced, fresh, strict=True):
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    model.graph.remove(norm, safe=True)
+            new = [ir.Value(), ir.Value(name=""), ir.Value(name=""), ir.Value()]
+            fused = ir.Node(MICROSOFT, SKIP_NORM, [*add.inputs, scale], [epsilon], outputs=new)
+            old = [node.outputs[0], add.outputs[0]]
+            ir.convenience.replace_nodes_and_values(model.graph, add, [add, node], [fused], old, new[::3])
 
 
 def _cache_by_head(model: ir.Model, spec: ModelSpec) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from balcony_export.graph.ir_tools import initializer, insert_between
+from balcony_export.graph.ir_tools import initializer, replace_node
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 #: Name of an attribute, later a note, of ``Attention``: the number of keys that a row sees, its own included.
@@ -79,7 +79,7 @@ def plain_products(model: ir.Model) -> None:
         value = transposed(weight)
         product = ir.Node("", "MatMul", [node.inputs[0], value])
         product.metadata_props.update(node.metadata_props)
-        insert_between(model, node, node.outputs[0], [product])
+        replace_node(model, node, [product])
     common.RemoveUnusedNodesPass()(model)
 
 

@@ -390,11 +390,7 @@ def _quantize_head(model: ir.Model, node: ir.Node, quantizer: Quantizer) -> None
     assert before is not None and before.op_type == after.op_type == "Reshape" and before.inputs[0] is not None
     inputs = int(table.const_value.shape[1])  # type: ignore[arg-type]
     new = _matmul_nbits(model, before.inputs[0], "lm_head.weight", blocks, inputs, level, bias)
-    old, out = after.outputs[0], new.outputs[0]
-    out.name, out.type, out.shape = old.name, old.type, old.shape
-    model.graph.insert_before(node, new)
-    ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
-    model.graph.remove([after, node], safe=True)
+    ir.convenience.replace_nodes_and_values(model.graph, node, [after, node], [new], after.outputs, new.outputs)
     model.graph.opset_imports[MICROSOFT] = 1
 
 
@@ -429,10 +425,8 @@ def _split(model: ir.Model, merged: ir.Value, outputs: Sequence[ir.Value], width
     producer = merged.producer()
     assert producer is not None
     sizes = initializer(model, f"{merged.name}_widths", np.array(widths, np.int64))
-    parts = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in outputs]
-    model.graph.insert_after(producer, ir.Node("", "Split", [merged, sizes], [ir.AttrInt64("axis", -1)], outputs=parts))
-    for old, new in zip(outputs, parts, strict=True):
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    split = ir.Node("", "Split", [merged, sizes], [ir.AttrInt64("axis", -1)], num_outputs=len(outputs))
+    ir.convenience.replace_nodes_and_values(model.graph, producer, [], [split], outputs, split.outputs)
 
 
 def _silu(model: ir.Model) -> None:
@@ -445,12 +439,8 @@ def _silu(model: ir.Model) -> None:
         if source is None or len(uses) != 1 or uses[0].node.op_type != "Mul" or source not in uses[0].node.inputs:
             continue
         product = uses[0].node
-        output = product.outputs[0]
-        new = ir.Value(name=output.name, type=output.type, shape=output.shape)
-        fused = ir.Node(MICROSOFT, "QuickGelu", [source], [ir.AttrFloat32("alpha", 1.0)], outputs=[new])
-        model.graph.insert_before(product, fused)
-        ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
-        model.graph.remove([product, node], safe=True)
+        fused, old = ir.Node(MICROSOFT, "QuickGelu", [source], [ir.AttrFloat32("alpha", 1.0)]), [product, node]
+        ir.convenience.replace_nodes_and_values(model.graph, product, old, [fused], product.outputs, fused.outputs)
 
 
 def parse_precision(text: str) -> Literal["float32", "float16"] | Scheme:

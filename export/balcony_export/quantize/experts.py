@@ -19,7 +19,7 @@ from torch import nn
 
 from balcony_edge.errors import InputError
 from balcony_export.graph.experts import GATE_UP, separated
-from balcony_export.graph.ir_tools import MICROSOFT, initializer, insert_between
+from balcony_export.graph.ir_tools import MICROSOFT, initializer, replace_node
 from balcony_export.model.experts import experts_in, is_experts
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def quantize_experts(model: ir.Model, quantizer: Quantizer) -> None:
         while operands[-1] is None:
             operands.pop()
         chain.append(ir.Node(MICROSOFT, "QMoE", operands, ir.convenience.convert_attributes(attributes)))
-        insert_between(model, node, node.outputs[0], chain)
+        replace_node(model, node, chain)
 
 
 def _by_expert(array: npt.NDArray[Any], experts: int) -> npt.NDArray[Any]:

@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EnginePrecision, ModelSpec
-from balcony_export.graph.ir_tools import copy_with_outputs, initializer, insert_between, split_by_head
+from balcony_export.graph.ir_tools import append_to_node, initializer, split_by_head
 from balcony_export.tensorrt.integers import Rounding, quantize_weights
 from balcony_export.tensorrt.plain import plain_operators, plain_soft_caps
 from balcony_runtime.backends.token_table import TokenTable
@@ -158,12 +158,10 @@ def _caches_by_head(model: ir.Model, spec: ModelSpec, capacity: int) -> None:
             split_by_head(model, node, 0, heads, spec.head_dim)
             for attribute in ("q_num_heads", "kv_num_heads"):  # only for inputs whose heads are merged
                 del node.attributes[attribute]
-            before = node.outputs[0]
-            split = ir.Value(name=f"{before.name}_by_head", type=before.type)
-            merged = copy_with_outputs(model, node, [split])
+            split = ir.Value(name=f"{node.outputs[0].name}_by_head", type=node.outputs[0].type)
             back = ir.Node("", "Transpose", [split], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
             width = initializer(model, f"merged_{heads}_heads", np.array([0, 0, heads * spec.head_dim], np.int64))
-            insert_between(model, merged, before, [back, ir.Node("", "Reshape", [back.outputs[0], width])])
+            append_to_node(model, node, split, [back, ir.Node("", "Reshape", [back.outputs[0], width])])
     _own_masks(model)
     _own_starts(model)
     for name, value in caches.items():
@@ -273,10 +271,8 @@ def _to_precision(model: ir.Model, activations: ir.DataType) -> None:
             up = _cast(node.inputs[0], ir.DataType.FLOAT)
             model.graph.insert_before(node, up)
             node.replace_input_with(0, up.outputs[0])
-            before = node.outputs[0]
-            exact_output = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=before.shape)
-            norm = copy_with_outputs(model, node, [exact_output])
-            insert_between(model, norm, before, [_cast(exact_output, activations)])
+            exact_output = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=node.outputs[0].shape)
+            append_to_node(model, node, exact_output, [_cast(exact_output, activations)])
     for output in list(model.graph.outputs):
         if output.name == "logits":
             _logits_in_float32(model, output)
@@ -286,11 +282,7 @@ def _logits_in_float32(model: ir.Model, logits: ir.Value) -> None:
     producer = logits.producer()
     assert producer is not None
     narrow = ir.Value(name="narrow_logits", type=logits.type, shape=logits.shape)
-    position = list(producer.outputs).index(logits)
-    assert position == 0
-    last = copy_with_outputs(model, producer, [narrow])
-    wide = _cast(narrow, ir.DataType.FLOAT)
-    insert_between(model, last, logits, [wide])
+    append_to_node(model, producer, narrow, [_cast(narrow, ir.DataType.FLOAT)])
 
 
 def _cast(value: ir.Value | None, to: ir.DataType) -> ir.Node:

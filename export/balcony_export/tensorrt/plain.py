@@ -7,12 +7,11 @@ shapes, so that both sets of graphs have the same inputs and outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from balcony_export.graph.ir_tools import initializer, insert_between
+from balcony_export.graph.ir_tools import Chain, initializer, replace_node
 
 OPSET, IR_VERSION = 21, 10
 #: Score of a key that a row must not see: softmax turns it into 0 in float32.
@@ -42,29 +41,18 @@ def plain_soft_caps(model: ir.Model) -> None:
 
 
 def _replace(model: ir.Model, node: ir.Node, pattern: Callable[[_Chain, ir.Node], None]) -> None:
-    chain = _Chain(model, node)
+    chain = _Chain(model)
     pattern(chain, node)
-    insert_between(model, node, node.outputs[0], chain.nodes)
+    replace_node(model, node, chain.nodes)
 
 
-class _Chain:
-    """Collects the nodes that replace one node; each call adds a node and returns its output."""
-
-    def __init__(self, model: ir.Model, node: ir.Node) -> None:
-        self.model, self.nodes = model, list[ir.Node]()
-        self.dtype = node.inputs[0].dtype if node.inputs[0] is not None else None
-
-    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        node = ir.Node("", op_type, list(inputs), ir.convenience.convert_attributes(attributes))
-        self.nodes.append(node)
-        return node.outputs[0]
+class _Chain(Chain):
+    """A chain with constants of its own."""
 
     def split(self, value: ir.Value | None, width: int, whole: int) -> Sequence[ir.Value]:
         """Two parts of the last axis of so many numbers each, and the rest of it if there is one."""
         sizes = [width, width, whole - 2 * width] if whole > 2 * width else [width, width]
-        node = ir.Node("", "Split", [value, self.ints(*sizes)], [ir.AttrInt64("axis", -1)], num_outputs=len(sizes))
-        self.nodes.append(node)
-        return node.outputs
+        return self.several("Split", len(sizes), value, self.ints(*sizes), axis=-1)
 
     def ints(self, *values: int) -> ir.Value:
         return initializer(self.model, f"ints_{'_'.join(map(str, values))}", np.array(values, np.int64))

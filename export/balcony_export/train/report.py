@@ -115,13 +115,11 @@ def plot_curves(
         TrainingError: The picture cannot be written.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # an extra
-        from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415  # an extra
         from matplotlib.ticker import StrMethodFormatter  # noqa: PLC0415
     except ImportError as error:
         raise MissingDependencyError("the plot needs matplotlib: pip install 'balcony-edge[plot]'") from error
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, exit_layer in enumerate(metrics[0]["loss"] if metrics else ()):
         millions = [line["tokens"] / 1e6 for line in metrics]

@@ -25,7 +25,7 @@ from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.report import as_document, build_report, markdown, tables
 from balcony_export.evaluate.scorer import BundleScorer, ScoringRequest, TorchScorer
 from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
-from balcony_export.evaluate.text import TokenizedDocument, evaluate_text, ratio_of_sums, tokenized_documents
+from balcony_export.evaluate.text import evaluate_text, ratio_of_sums, tokenized_documents
 from balcony_export.model.balcony_files import fingerprint, save_balconies
 from balcony_export.precision import read_judged_texts
 
@@ -38,8 +38,8 @@ TEXTS = (
 )
 
 
-def documents(tokenizer: Any, texts: tuple[str, ...] = TEXTS) -> list[TokenizedDocument]:
-    return [TokenizedDocument(str(i), tuple(tokenizer(text).input_ids)) for i, text in enumerate(texts)]
+def documents(tokenizer: Any, texts: tuple[str, ...] = TEXTS) -> list[tuple[int, ...]]:
+    return [tuple(tokenizer(text).input_ids) for text in texts]
 
 
 # ---- text
@@ -49,7 +49,7 @@ def test_the_full_model_against_itself(bundle_scorer: Any, torch_scorer: Any, ti
     for scorer in (bundle_scorer, torch_scorer):
         full = evaluate_text(scorer, documents(tiny.tokenizer))[5]
         assert full.kl == Estimate(value=0.0, stderr=0.0) and full.agreement == Estimate(value=1.0, stderr=0.0)
-        assert full.documents == 4 and full.tokens == sum(len(d.tokens) - 1 for d in documents(tiny.tokenizer))
+        assert full.documents == 4 and full.tokens == sum(len(one) - 1 for one in documents(tiny.tokenizer))
 
 
 def test_perplexity_kl_and_agreement_by_hand(torch_scorer: TorchScorer, tiny: Any) -> None:
@@ -57,7 +57,7 @@ def test_perplexity_kl_and_agreement_by_hand(torch_scorer: TorchScorer, tiny: An
     (document,) = documents(tiny.tokenizer, TEXTS[1:2])
     found = evaluate_text(torch_scorer, [document], window=16)
     nll, kl, hits, count = 0.0, 0.0, 0, 0
-    tokens = torch.tensor(document.tokens)
+    tokens = torch.tensor(document)
     for start in range(0, len(tokens) - 1, 15):
         piece = tokens[start : start + 16]
         with torch.no_grad():
@@ -135,7 +135,7 @@ def test_tasks_refuse_logits_that_are_not_finite(tiny: Any, data: Path) -> None:
 def test_few_documents_are_clustered_by_windows(torch_scorer: TorchScorer, tiny: Any) -> None:
     """A long document and the rest of another one: the difference of these two is no error."""
     one, two = documents(tiny.tokenizer, TEXTS[:2])
-    long, rest = TokenizedDocument("long", one.tokens * 12), TokenizedDocument("rest", two.tokens[:4])
+    long, rest = one * 12, two[:4]
     (alone,) = (evaluate_text(torch_scorer, [long], window=16)[2],)
     both = evaluate_text(torch_scorer, [long, rest], window=16)[2]
     assert alone.kl.stderr and both.kl.stderr == pytest.approx(alone.kl.stderr, rel=0.3)
@@ -149,12 +149,12 @@ def test_every_window_begins_as_the_model_expects(tiny: Any, monkeypatch: pytest
     logits = scorer.logits
     monkeypatch.setattr(scorer, "logits", lambda requests: seen.extend(requests) or logits(requests))
     tokens = (7, *range(20, 60))
-    found = evaluate_text(scorer, [TokenizedDocument("d", tokens)], window=16)[5]
+    found = evaluate_text(scorer, [tokens], window=16)[5]
     assert all(request.tokens[0] == 7 and len(request.tokens) <= 15 for request in seen)
     predicted = [token for request in seen for token in request.tokens[len(request.tokens) - request.rows :][1:]]
     assert found.tokens == sum(request.rows for request in seen) == 40 and set(predicted) < set(tokens)
     seen.clear()
-    evaluate_text(scorer, [TokenizedDocument("d", tokens[1:])], window=16)
+    evaluate_text(scorer, [tokens[1:]], window=16)
     assert seen[1].tokens[0] != 7, "a document without it has none"
 
 
@@ -342,7 +342,7 @@ def test_bad_text(tmp_path: Path, bundle_scorer: BundleScorer, monkeypatch: pyte
     )
     monkeypatch.setattr(precision, "JUDGED_TOKENS", 6)
     (judged,) = read_judged_texts([early], bundle_scorer.tokenizer).values()
-    assert [len(one.tokens) for one in judged] == [4, 2], "the rest of the file is not tokenized"
+    assert [len(one) for one in judged] == [4, 2], "the rest of the file is not tokenized"
     refused("cannot be read", lambda: list(tokenized_documents(tmp_path / "absent.txt", bundle_scorer.tokenizer)))
     refused("takes 2 to 256", lambda: evaluate_text(bundle_scorer, documents(bundle_scorer.tokenizer), window=1000))
 

@@ -20,6 +20,7 @@ from balcony_export import verify as verify_module
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph import trace
 from balcony_export.graph.trace import trace_balcony
+from balcony_export.model.architecture import describe
 from balcony_export.model.exits import ExitModel
 from balcony_export.verify import ParityCheck, verify
 from balcony_runtime.engine import Engine
@@ -99,7 +100,8 @@ def test_a_balcony_computes_queries_for_the_last_rows_only(export_tiny: Callable
 def test_one_trace_does_for_balconies_that_differ_in_their_weights(
     export_tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exits, spec = export_tiny("llama").exits, export_tiny("llama").traced.spec
+    exits = export_tiny("llama").exits
+    spec = describe(exits.model, "tiny-llama")
     first, wanted = (trace_balcony(exits, exit_layer, spec, {}) for exit_layer in (2, 3))
     monkeypatch.setattr(trace, "_export", lambda *_: "traced")
     found = trace_balcony(exits, 3, spec, {2: first})

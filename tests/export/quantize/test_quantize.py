@@ -22,7 +22,6 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, CheckpointError, InputError, VerificationError
 from balcony_export import precision as precisions
 from balcony_export import verify as verify_module
-from balcony_export.evaluate.text import TokenizedDocument
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.ir_tools import MICROSOFT
 from balcony_export.model.balcony import init_balconies
@@ -376,9 +375,7 @@ def test_a_manifest_that_lies_about_quantization_is_refused(tiny: Any, tmp_path:
 
 
 def test_the_quality_budget_takes_the_fastest_that_is_good_enough(tiny: Any, tmp_path: Path) -> None:
-    documents = {
-        "text.jsonl": [TokenizedDocument("text:1", tuple(ROWS[0])), TokenizedDocument("text:2", tuple(ROWS[1]))]
-    }
+    documents = {"text.jsonl": [tuple(ROWS[0]), tuple(ROWS[1])]}
     judge = Judge(tiny.exits, tiny.tokenizer, documents, name="tiny")
     kls = []
 

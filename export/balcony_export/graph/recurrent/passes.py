@@ -133,11 +133,7 @@ def write_in_standard_operators(model: ir.Model) -> None:
         results = writers[node.op_type](builder, node)
         for constant in builder.constants:
             model.graph.register_initializer(constant)
-        model.graph.insert_before(node, builder.nodes)
-        for old, new in zip(node.outputs, results, strict=True):
-            new.name, new.type, new.shape = old.name, old.type, old.shape
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], builder.nodes, node.outputs, results)
     if not any(node.domain == MICROSOFT for node in model.graph):
         model.graph.opset_imports.pop(MICROSOFT, None)
 
