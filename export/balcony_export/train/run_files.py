@@ -22,6 +22,8 @@ from balcony_export.model.balcony_files import write_file
 from balcony_export.train.report import StepReport
 
 CHECKPOINT = "checkpoint.safetensors"
+#: Directory with the balconies of a run's last step, which need not be the best.
+END = "end"
 
 
 def run_directory(output: Path, exits: tuple[int, ...]) -> Path:

@@ -43,6 +43,7 @@ from balcony_export.train.positions import pick_positions
 from balcony_export.train.report import StepReport
 from balcony_export.train.run_files import (
     CHECKPOINT,
+    END,
     load_run,
     log_step,
     read_state,
@@ -356,7 +357,7 @@ class Trainer:
         for exit_layer, (kl, agreement, averaged) in (judged or {}).items() if self.processes.writes else ():
             if exit_layer not in self.best or kl <= self.best[exit_layer][0]:
                 self.best[exit_layer] = (kl, agreement)
-                self._write(exit_layer, averaged=averaged)
+                self._write(self.output, exit_layer, Judged(kl, agreement, averaged))
         state = {
             "step": self.step,
             "wall_s": self.wall_s,
@@ -372,11 +373,11 @@ class Trainer:
         if self.processes.writes:
             save_run(self.work, self.balconies, self.averages, self.optimizers, state)
 
-    def _write(self, exit_layer: int, *, averaged: bool) -> None:
+    def _write(self, directory: Path, exit_layer: int, judged: Judged) -> None:
         made = {exit_layer: self.balconies[exit_layer]}
-        self._exchange(made if averaged else ())
-        save_balconies(self.output, made, self.base_facts, self.facts(self.best[exit_layer]))
-        self._exchange(made if averaged else ())
+        self._exchange(made if judged.averaged else ())
+        save_balconies(directory, made, self.base_facts, self.facts(judged[:2]))
+        self._exchange(made if judged.averaged else ())
 
     def _begin(self) -> None:
         """Open the cache, cut the metrics off at this step, and keep the balconies that a new run starts from."""
@@ -387,7 +388,7 @@ class Trainer:
         for exit_layer, (kl, agreement) in self.evaluate().items():
             self.best[exit_layer] = (kl, agreement)
             if self.processes.writes and self.start.home != self.output.resolve():
-                self._write(exit_layer, averaged=False)
+                self._write(self.output, exit_layer, Judged(kl, agreement, False))
 
     def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
         """Record of the training for balconies.json."""
@@ -450,7 +451,10 @@ class Trainer:
                     last_checkpoint = self.clock()
                 if self.stopped:
                     return
-            self.checkpoint(judged or self.judged())
+            judged = judged or self.judged()
+            self.checkpoint(judged)
+            for exit_layer, one in judged.items() if self.processes.writes else ():
+                self._write(self.work / END, exit_layer, one)  # for `average`, also where the start was better
         except OSError as error:
             what = f"writing failed ({error.strerror or error}): {self._kept()}: free space, then {self._again()}"
             raise TrainingError(f"{self.work}: {what}") from error
