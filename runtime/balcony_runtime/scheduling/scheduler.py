@@ -88,9 +88,7 @@ class Scheduler:
         self._running: Sequence[Stream] = ()
         self._company: frozenset[int] = frozenset()  # streams of the last round
         self._changes = 0  # how often a stream has begun, or a sequence has been given back
-        self._lent: dict[
-            TokenSequence, int
-        ] = {}  # sequences of new_sequence → changes at the last look for rows; -1: none
+        self._lent: dict[TokenSequence, int] = {}  # sequences that are out → changes at the last look for rows, or -1
         self._controller: JointController | None = None
         self._priced: CostModel | None = None
         self._state = CompanyState()
@@ -398,11 +396,10 @@ class Scheduler:
                     stream.fail(error)
 
     def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
-        if self._wait_s:
-            longest_s = longest_pause_s(*([one.decoder.budget for one in those] for those in (self._all, asking)))
-            if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
-                time.sleep(min(pause_s, NAP_S))
-                return
+        longest_s = longest_pause_s(*([one.decoder.budget for one in those] for those in (self._all, asking)))
+        if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
+            time.sleep(min(pause_s, NAP_S))
+            return
         controller = self._joint()
         if self._trace is not self._recorded:
             self._trace, self._state = self._recorded, self._state._replace(assigned_for=())
