@@ -2,7 +2,7 @@
 
     python -m benchmarks.tiny_bundle DIR
 
-A Llama with random weights, six layers, exits 2, 3 and 5, and 1,024 rows: that of the tests.
+A Llama with random weights, five layers, exits 2, 3 and 5, and 1,024 rows: that of the tests.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from balcony_export.export import ExportOptions, export_bundle
-from tests.conftest import tiny_model, tiny_tokenizer, with_balconies
+from tests.conftest import exported, tiny_model, with_balconies
 
 
 def main() -> None:
@@ -19,8 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a tiny bundle of random weights.")
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
-    exits = with_balconies(tiny_model("llama", max_position_embeddings=1024))
-    export_bundle(exits, tiny_tokenizer(), directory, ExportOptions("tiny-llama", trained=True))
+    exported(with_balconies(tiny_model("llama", max_position_embeddings=1024)), "tiny-llama", directory)
 
 
 if __name__ == "__main__":

@@ -124,14 +124,9 @@ class _DrawsLikely(Trainer):
     """A trainer whose drawn tokens are the likely ones (:class:`_LikelyDraws`)."""
 
     def _vocabulary_sample(self) -> VocabularySample | None:
-        plain = super()._vocabulary_sample()
-        assert plain is not None
-        rows, mean = self.corpus.train.take(64), torch.zeros(len(self.head.whole.weight), dtype=torch.float64)
-        for tokens, length in zip(rows.tokens, rows.lengths, strict=True):
-            states = self.states.of(tokens[None])[-1][0, :length]
-            mean += self.head.full.logits(states, self.head.whole.full).float().softmax(-1).sum(0).double()
-        sample = _LikelyDraws(plain.size, plain.ranking)
-        sample.probabilities = mean / mean.sum()
+        likely = self.head.summed_probabilities(self._first_states()).double()
+        sample = _LikelyDraws(self.config.vocabulary, likely.argsort(descending=True))
+        sample.probabilities = likely / likely.sum()
         return sample
 
 

@@ -205,10 +205,15 @@ class HeadLoss:
     @torch.no_grad()
     def ranking(self, full: torch.Tensor) -> torch.Tensor:
         """All tokens, the most probable in the full model on average first  # (n, D) -> (V,)"""
-        mean = torch.zeros_like(self.whole.offset)
+        return self.summed_probabilities(full).argsort(descending=True)
+
+    @torch.no_grad()
+    def summed_probabilities(self, full: torch.Tensor) -> torch.Tensor:
+        """Probability of every token in the full model, summed over the states  # (n, D) -> (V,)"""
+        total = torch.zeros_like(self.whole.offset)
         for start in range(0, len(full), CHUNK):
-            mean += self.full.logits(full[start : start + CHUNK], self.whole.full).float().softmax(dim=-1).sum(dim=0)
-        return mean.argsort(descending=True)
+            total += self.full.logits(full[start : start + CHUNK], self.whole.full).float().softmax(dim=-1).sum(dim=0)
+        return total
 
     def backward(
         self,

@@ -172,13 +172,17 @@ class Trainer:
         """Sampler of a step's vocabulary, ranked on the first rows of the corpus; None to compare the whole vocabulary."""
         if not 0 < self.config.vocabulary < len(self.head.whole.weight) or self.config.loss == "ce":
             return None
+        return VocabularySample(self.config.vocabulary, self.head.ranking(self._first_states()))
+
+    def _first_states(self) -> torch.Tensor:
+        """States before the head of the full model, of the first rows of the corpus  # (n, D)"""
         rows, seen = self.corpus.train.take(_RANKING_ROWS), []
         for first in range(0, len(rows.tokens), self.config.micro_rows):
             part = slice(first, first + self.config.micro_rows)
             states = self.states.of(rows.tokens[part])[-1]  # (B, T, D)
             used = torch.arange(self.config.seq_len)[None] < torch.from_numpy(rows.lengths[part])[:, None]  # (B, T)
             seen.append(states[used.to(states.device)])
-        return VocabularySample(self.config.vocabulary, self.head.ranking(torch.cat(seen)))
+        return torch.cat(seen)
 
     def _part(self, rows: npt.NDArray[np.int64]) -> VocabularyPart | None:
         """Part of the vocabulary that this step compares; from all of its rows, so the same in all passes and processes."""

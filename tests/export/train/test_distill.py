@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 
 from balcony_export.data.corpus import Corpus, Rows, build_corpus
 from balcony_export.data.documents import read_documents
-from balcony_export.model.balcony_files import is_whole, load_balconies
+from balcony_export.model.averaging import average
+from balcony_export.model.balcony_files import is_whole, load_balconies, read_index, read_tensors
 from balcony_export.train.report import plot_curves
+from balcony_export.train.run_files import END
 from balcony_export.train.trainer import METRICS
 from tests.export.train.distilling import SEQ_LEN, losses_of, trainer_of
 
@@ -296,3 +299,26 @@ def test_states_of_a_residual_sum_in_float32_are_cached(
     trainer.run()
     assert trainer.states.cache is not None and trainer.states.cache.dtype == torch.float32
     assert trainer.states.cache.filled.any()
+
+
+def test_the_end_of_a_run_is_kept_where_its_start_was_better(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    """`average` takes both: the mean of a good start and a noisy end may be better than each."""
+
+    def weights(directory: Path) -> list[torch.Tensor]:
+        exits = read_index(directory)["exits"]
+        tensors = [read_tensors(directory, exits[exit_layer]) for exit_layer in ("2", "3")]
+        return [torch.cat([one[name].float().flatten() for name in sorted(one)]) for one in tensors]
+
+    model, first = make_tiny("llama"), tmp_path / "first"
+    trainer_of(copy.deepcopy(model), corpus, first, steps=40).run()
+    begun = load_balconies(first, model)
+    run = trainer_of(copy.deepcopy(model), corpus, tmp_path / "out", begun, steps=2, rate=10.0)
+    run.run()
+    average([run.work / END, first], tmp_path / "mean")
+    for start, kept, end, mean in zip(
+        *map(weights, (first, run.output, run.work / END, tmp_path / "mean")), strict=True
+    ):
+        assert torch.equal(start, kept) and not torch.equal(start, end)
+        assert torch.allclose(mean, (start + end) / 2, rtol=1e-2, atol=1e-4)

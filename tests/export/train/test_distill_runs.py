@@ -22,12 +22,11 @@ import torch
 
 from balcony_edge.errors import CheckpointError, InputError, TrainingError
 from balcony_export.data.corpus import Corpus, Rows
-from balcony_export.model.averaging import average
-from balcony_export.model.balcony_files import load_balconies, read_index, read_tensors, rows_seen
+from balcony_export.model.balcony_files import load_balconies, rows_seen
 from balcony_export.train import trainer as trainer_module
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.report import StepReport
-from balcony_export.train.run_files import END, log_step, read_state
+from balcony_export.train.run_files import log_step, read_state
 from balcony_export.train.trainer import METRICS, Start, Trainer
 from tests.export.train.distilling import SEQ_LEN, losses_of, trainer_of
 from tests.support.command import unmeasured
@@ -440,29 +439,6 @@ def test_a_disk_that_fills_up_is_one_line(
     assert 0 < trainer.step < 2000
     with pytest.raises(TrainingError, match=r"states\.bin: no room for .* lower --cache-gb"):
         trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, cache_gb=0.01).run()
-
-
-def test_the_end_of_a_run_is_kept_where_its_start_was_better(
-    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
-) -> None:
-    """`average` takes both: the mean of a good start and a noisy end may be better than each."""
-
-    def weights(directory: Path) -> list[torch.Tensor]:
-        exits = read_index(directory)["exits"]
-        tensors = [read_tensors(directory, exits[exit_layer]) for exit_layer in ("2", "3")]
-        return [torch.cat([one[name].float().flatten() for name in sorted(one)]) for one in tensors]
-
-    model, first = make_tiny("llama"), tmp_path / "first"
-    trainer_of(copy.deepcopy(model), corpus, first, steps=40).run()
-    begun = load_balconies(first, model)
-    run = trainer_of(copy.deepcopy(model), corpus, tmp_path / "out", begun, steps=2, rate=10.0)
-    run.run()
-    average([run.work / END, first], tmp_path / "mean")
-    for start, kept, end, mean in zip(
-        *map(weights, (first, run.output, run.work / END, tmp_path / "mean")), strict=True
-    ):
-        assert torch.equal(start, kept) and not torch.equal(start, end)
-        assert torch.allclose(mean, (start + end) / 2, rtol=1e-2, atol=1e-4)
 
 
 def test_a_run_goes_on_after_the_rows_of_its_start_also_when_it_resumes(

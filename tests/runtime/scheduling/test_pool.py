@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import ContextLengthError
+from balcony_edge.errors import ContextLengthError, DeviceError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
@@ -299,3 +299,19 @@ def test_dead_rows_beyond_the_bound_are_not_paid_for(tiny_engine: Engine, monkey
     one, gap, other = (pool.take() for _ in range(3))
     assert one is not None and gap is not None and other is not None
     check_step(tiny_engine, pool, [PoolMove(one, 5, 3), PoolMove(other, 5, 4)])
+
+
+def test_a_place_without_memory_stays_free(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a place takes memory when it is first used; the sequence keeps its own, and the place waits for another."""
+    pool, alone = SequencePool.of(tiny_engine, 2), tiny_engine.new_sequence()
+    assert pool is not None
+    alone.append(list(range(10, 30)))
+
+    def full(member: int) -> None:
+        raise DeviceError(f"no memory for place {member}")
+
+    with monkeypatch.context() as patched, pytest.raises(DeviceError, match="no memory"):
+        patched.setattr(pool._pool, "state", full)
+        pool.look_again(alone, ())
+    assert pool.members == (None, None) and pool.room == 2 and not pool.holds(alone)
+    assert pool.look_again(alone, ()) == 0 and pool.holds(alone) and pool.room == 1

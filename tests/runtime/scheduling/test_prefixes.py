@@ -18,7 +18,7 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import BalconyError, BusyError, DeviceError, InputError
+from balcony_edge.errors import BalconyError, BusyError, InputError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling import scheduler
@@ -480,22 +480,6 @@ def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatc
         pool.look_again(waits, ())
     assert waits.tokens[0].tolist() == [*prompt, 7]
     assert_equal(waits.advance(5, ()), from_scratch(tiny_engine, 5, np.array([[*prompt, 7]]), 1))
-
-
-def test_a_place_without_memory_stays_free(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU a place takes memory when it is first used; the sequence keeps its own, and the place waits for another."""
-    pool, alone = SequencePool.of(tiny_engine, 2), tiny_engine.new_sequence()
-    assert pool is not None
-    alone.append(list(range(10, 30)))
-
-    def full(member: int) -> None:
-        raise DeviceError(f"no memory for place {member}")
-
-    with monkeypatch.context() as patched, pytest.raises(DeviceError, match="no memory"):
-        patched.setattr(pool._pool, "state", full)
-        pool.look_again(alone, ())
-    assert pool.members == (None, None) and pool.room == 2 and not pool.holds(alone)
-    assert pool.look_again(alone, ()) == 0 and pool.holds(alone) and pool.room == 1
 
 
 def test_rows_of_a_reply_that_runs_at_the_moment_are_found_before_the_prompt_runs(llm: LLM) -> None:
