@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import balcony_edge
+from balcony_edge.cli import app
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -100,6 +105,40 @@ def test_the_budget_timeline(tiny: Any, tmp_path: Path) -> None:
     # a sampled reply may end before the budget has changed twice
     assert 1 <= out.count("target ") <= 3 and "exits in order: " in out
     assert re.search(r"\d+ of \d+ tokens late", out)
+
+
+def test_the_unit_and_the_container_start_the_server_of_today() -> None:
+    """Neither systemd nor a builder of containers runs here: their commands parse, and their extras exist."""
+    verb: Any = getattr(get_command(app), "commands", {})["serve"]
+    unit, container = ((EXAMPLES / "deploy" / name).read_text() for name in ("balcony-edge.service", "Containerfile"))
+    (started,), (entry,) = (
+        re.findall(f"^{key}(.+)$", text, re.MULTILINE)
+        for key, text in (("ExecStart=", unit), ("ENTRYPOINT ", container))
+    )
+    for program, name, *arguments in (shlex.split(started), json.loads(entry)):
+        assert Path(program).name == "balcony-edge" and name == "serve"
+        verb.make_context("serve", arguments)
+    known = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for text in (unit, container):
+        (extras,) = re.findall(r"\[([a-z,]+)\]", text)
+        assert set(extras.split(",")) <= set(known)
+
+
+@pytest.mark.slow
+def test_litellms_router_loses_no_request_of_a_server_that_is_killed(tiny: Any) -> None:
+    if importlib.util.find_spec("litellm") is None:
+        pytest.skip("litellm is not installed: pip install --group dev")
+    asked = ("--requests", "60", "--clients", "12", "--server", Path(sys.executable).with_name("balcony-edge"))
+    done = subprocess.run(
+        command("deploy/litellm_failover.py", tiny.path, *asked),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["lost"] == 0 < found["cut"] and found["whole"] + found["cut"] == 60
 
 
 def test_every_example_is_tested() -> None:

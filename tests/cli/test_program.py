@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from balcony_edge.cli.device.serve import JsonLines
 from tests.support.command import invoke_here
 from tests.support.command import refused as refused_here
 
@@ -271,6 +273,21 @@ def test_a_key_that_no_client_can_send_opens_no_server(tiny: Any, key: str, monk
     refused_here("letters that clients encode differently", "serve", tiny.path, "--api-key", f"{key}schlüssel")
     monkeypatch.setenv("BALCONY_EDGE_API_KEY", key)
     refused_here("--api-key or BALCONY_EDGE_API_KEY: is empty", "serve", tiny.path)
+
+
+def test_every_line_of_the_servers_log_is_json() -> None:
+    def line(text: str, error: Exception | None = None) -> dict[str, Any]:
+        seen = None if error is None else (type(error), error, error.__traceback__)
+        log = logging.getLogger("balcony_runtime.serve.requests")
+        written = JsonLines().format(log.makeRecord(log.name, logging.INFO, "", 0, "%s", (text,), seen))
+        assert "\n" not in written
+        found: dict[str, Any] = json.loads(written)
+        return found
+
+    asked, failed = line('{"id": "cmpl-1", "status": 200}'), line("POST / failed", ValueError("two\nlines"))
+    assert (asked["id"], asked["status"], asked["level"]) == ("cmpl-1", 200, "info")
+    assert asked["time"].endswith("+00:00") and failed["message"] == "POST / failed"
+    assert "ValueError: two\nlines" in failed["traceback"]
 
 
 @pytest.mark.parametrize("option", ["--request-timeout", "--drain-timeout", "--prefix-mb"])

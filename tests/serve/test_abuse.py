@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import threading
 import time
@@ -104,6 +105,15 @@ def test_half_a_body_is_an_error(hasty: Server) -> None:
     with connect(hasty, HEAD + b"Content-Length: 1000\r\n\r\n{") as connection:
         connection.shutdown(socket.SHUT_WR)
         all_of(connection)
+
+
+def test_rubbish_after_an_answer_is_no_error_of_the_server(hasty: Server, caplog: pytest.LogCaptureFixture) -> None:
+    head = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect(hasty, head) as connection:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 405")
+        connection.sendall(b"zz\r\n")  # not the size of a chunk
+        all_of(connection)
+    assert not [line for line in caplog.records if line.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +23,7 @@ import pytest
 import balcony_edge
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.refusal import RefusedError
+from balcony_runtime.serve.http import server as server_module
 from balcony_runtime.serve.http.app import SMALL_BODY
 from balcony_runtime.serve.http.server import Server, Settings
 from balcony_runtime.serve.work import answers
@@ -286,6 +290,18 @@ def test_health_and_the_watchdog_see_a_decode_thread_that_hangs(serve: Callable[
     assert statuses == [200]
     until(lambda: is_free(server) and server.service.stuck_s == 0)
     assert httpx.get(server.url + "/health", timeout=60).status_code == 200
+
+
+def test_a_process_that_may_open_no_more_files_keeps_its_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message is lost, and not the task that sends them."""
+
+    def full(*_: Any) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setenv("NOTIFY_SOCKET", "@nobody")
+    sockets = SimpleNamespace(socket=full, AF_UNIX=socket.AF_UNIX, SOCK_DGRAM=socket.SOCK_DGRAM)
+    monkeypatch.setattr(server_module, "socket", sockets)
+    server_module._notify("WATCHDOG=1")
 
 
 @pytest.mark.parametrize("stream", [False, True])

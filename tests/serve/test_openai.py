@@ -246,6 +246,11 @@ def test_tokenize(http: httpx.Client, server: Server) -> None:
     assert http.post("/detokenize", json={"tokens": []}).json()["content"] == ""
     assert http.post("/detokenize", json={"tokens": [0]}).json()["content"] == "<end>"
     assert http.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
+    found = http.post("/tokenize", json={"content": "the ā", "with_pieces": True}).json()["tokens"]
+    assert [one["id"] for one in found] == server.service.llm.encode("the ā", chat=False)
+    pieces = [one["piece"] for one in found]
+    assert [type(piece) for piece in pieces[-2:]] == [list, list], "each has one byte of a character"
+    assert b"".join(bytes(one) if isinstance(one, list) else one.encode() for one in pieces).decode() == "the ā"
 
 
 @pytest.mark.parametrize(

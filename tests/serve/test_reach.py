@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -37,6 +39,18 @@ def shared(serve: Callable[..., Server]) -> Iterator[httpx.Client]:
     started = serve(name="tiny", api_key="secret", origins=(PAGE, "http://localhost:3000"))
     with httpx.Client(base_url=started.url, timeout=20) as client:
         yield client
+
+
+def test_props_have_what_was_measured_of_an_exit(serve: Callable[..., Server], tiny: Any, tmp_path: Path) -> None:
+    bundle = with_template(tiny.path, tmp_path, THINKS)
+    text: dict[str, Any] = {"documents": 1, "tokens": 9, "window": 4}
+    text |= {"perplexity": {"value": 9.5}, "kl": {"value": 0.25, "stderr": 0.5}, "agreement": {"value": 0.75}}
+    quality = {"reference": "full depth", "text": {"a.txt": text}}
+    manifest = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    manifest["exits"][0]["quality"] = quality
+    (bundle / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
+    first, *_, last = httpx.get(serve(path=bundle).url + "/props").json()["exits"]
+    assert (first["agreement"], first["quality"], last["quality"]) == (0.75, quality, None)
 
 
 def test_a_page_elsewhere_that_is_allowed(shared: httpx.Client) -> None:

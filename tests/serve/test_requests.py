@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
+from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.serve.http.server import Server
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -125,6 +127,8 @@ REFUSALS = [
     Case(TEXT, FOX | {"model": "tiny:strict"}, 422, "infeasible", "infeasible: tpot_ms = 1e-06"),
     Case(TEXT, FOX | {"model": "tiny:strict", "stream": True}, 422, "infeasible", "infeasible: tpot_ms = 1e-06"),
     Case("/tokenize", {}, 400, "invalid_value", "give a text as content"),
+    Case("/tokenize", {"messages": "hello"}, 400, "invalid_value", "messages = 'hello': must be a list of messages"),
+    Case("/tokenize", HELLO | {"add_generation_prompt": False}, 400, "invalid_value", "is not supported here"),
     Case("/tokenize", {"content": 1}, 400, "invalid_value", "content = 1: must be a text"),
     Case("/detokenize", {"tokens": [-1]}, 400, "invalid_value", "the vocabulary has 0 to 319"),
     Case("/detokenize", {"tokens": "a"}, 400, "invalid_value", "tokens = 'a': must be a list of token ids"),
@@ -201,6 +205,22 @@ def test_a_refusal_does_not_repeat_a_large_value(http: httpx.Client) -> None:
         assert refused.status_code == 400 and len(refused.text) < 500
 
 
+def test_logits_that_are_not_finite_are_no_mistake_of_the_client(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A router may try another server, and the log has the cause."""
+
+    def broken(sampler: Sampler, logits: FloatArray) -> IntArray:
+        raise not_finite()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "pick", broken)
+        found = http.post(CHAT, json=HELLO)
+    assert (found.status_code, found.json()["error"]["code"]) == (500, "device")
+    assert "a reply failed: the logits hold NaN or infinity" in caplog.text
+    assert http.post(CHAT, json=HELLO).status_code == 200
+
+
 def test_a_number_longer_than_python_reads(http: httpx.Client) -> None:
     assert http.get("/slots/" + "9" * 5000).status_code == 404
 
@@ -227,5 +247,8 @@ def test_rubbish_is_answered_and_the_server_goes_on(data: bytes, server: Server,
     with socket.create_connection((address.hostname or "", address.port or 0), 10) as connection:
         connection.settimeout(10)
         connection.sendall(data)
-        assert connection.recv(100).startswith(b"HTTP/1.1 4")
+        answer = connection.recv(2000)
+    assert answer.startswith(b"HTTP/1.1 4")
+    if answer.startswith(b"HTTP/1.1 400"):  # another version is a request, which h11 lets through
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
     assert http.get("/health").json() == {"status": "ok"}

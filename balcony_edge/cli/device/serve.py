@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads, finite
 from balcony_edge.errors import InputError
+
+#: Logger whose records are JSON already.
+_REQUESTS = "balcony_runtime.serve.requests"
+
+
+class JsonLines(logging.Formatter):
+    """Every record as one line of JSON with its time and level, so that a collector need not know two formats."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; a request's own fields, or the text of any other record."""
+        text = record.getMessage()
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+        }
+        own = record.name == _REQUESTS and record.exc_info is None
+        line |= json.loads(text) if own else {"logger": record.name, "message": text}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def serve(
@@ -87,7 +109,10 @@ def serve(
     from balcony_runtime.serve.http.server import Server, Settings
     from balcony_runtime.serve.work.service import Limits
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    if sys.stderr is None or not sys.stderr.isatty():  # a person reads the texts alone
+        handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are one for each request that is not HTTP
 
     def open_llm() -> balcony_edge.LLM:

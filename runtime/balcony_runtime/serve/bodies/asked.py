@@ -6,7 +6,7 @@ top_p, …) are not checked twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,8 +93,8 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
         RefusedError: the body cannot be used.
     """
     fields = Fields(body, CHAT if chat else COMPLETION)
-    _refuse_foreign(fields)
-    prompts = [_messages(fields.get("messages"))] if chat else _prompts(fields.get("prompt"))
+    refuse_unsupported(fields)
+    prompts = [messages_of(fields.get("messages"))] if chat else _prompts(fields.get("prompt"))
     n = fields.whole("n") or 1
     if len(prompts) * n > MOST_CHOICES:
         raise bad("n", n, f"{len(prompts)} prompts make {len(prompts) * n} replies; at most {MOST_CHOICES}: send less")
@@ -155,14 +155,24 @@ def _given(fields: Fields, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := fields.get(name)) is not None}
 
 
-def _refuse_foreign(fields: Fields) -> None:
-    for name, harmless in FOREIGN.items():
+def refuse_unsupported(fields: Fields, names: Iterable[str] = FOREIGN) -> None:
+    """Refuse fields of ``FOREIGN``, unless their values ask for nothing.
+
+    Raises:
+        RefusedError: one asks for something.
+    """
+    for name in names:
         value = fields.get(name)
-        if value is not None and value not in harmless:
+        if value is not None and value not in FOREIGN[name]:
             raise bad(name, value, "is not supported here; leave it out")
 
 
-def _messages(value: Any) -> list[Any]:
+def messages_of(value: Any) -> list[Any]:
+    """A conversation; :class:`.TextCodec` checks the contents.
+
+    Raises:
+        RefusedError: it is not a list of objects with a role.
+    """
     if not isinstance(value, list) or not value:
         raise bad("messages", value, "must be a list of messages, e.g. [{'role': 'user', 'content': 'Hello'}]")
     for message in value:

@@ -226,6 +226,7 @@ TOKENIZE: Table = {
     "messages": _MESSAGES,
     **{name: schema for name, schema in _TOOLS.items() if name != "parallel_tool_calls"},
     "parse_special": _COMMON["parse_special"],
+    "with_pieces": _truth("Whether tokens are objects with id and piece; false without it (llama.cpp)."),
 }
 DETOKENIZE: Table = {"tokens": {**_TOKENS, "description": "Token ids."}}
 SLOT: Table = {**_BUDGET, "filename": _text("Name of a file, for the actions save and restore.")}

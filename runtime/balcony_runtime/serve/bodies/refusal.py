@@ -18,6 +18,7 @@ from balcony_edge.errors import (
     MissingDependencyError,
     shown,
 )
+from balcony_runtime.backends.base import NotFiniteError
 
 #: Header that says why a request was turned away; the values are those of the metric ``balcony_rejections_total``.
 REASON = "x-balcony-reason"
@@ -91,6 +92,7 @@ _KINDS: tuple[tuple[type[BalconyError], int, str, str | None], ...] = (
     (InfeasibleError, 422, "infeasible", "budget"),
     (BudgetError, 400, "invalid_budget", "budget"),
     (ContextLengthError, 400, "context_length_exceeded", None),  # a chat's is messages, a completion's prompt
+    (NotFiniteError, 500, "device", None),  # before its base, InputError: the client did not choose the bundle
     (InputError, 400, "invalid_value", None),
     (MissingDependencyError, 501, "not_installed", None),
     (BalconyError, 500, "device", None),

@@ -1,7 +1,7 @@
 """The routes: paths of OpenAI, vLLM and llama.cpp's server.
 
-Owns the paths. Every error of a route or the guard is OpenAI's object. A browser's question before a request, and bytes that
-are not HTTP, get plain text.
+Owns the paths. Every error of a route or the guard is OpenAI's object. Only a browser's question before a request gets plain
+text.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError, ContextLengthError
-from balcony_runtime.serve.bodies.asked import Asked, read_asked, template_of
+from balcony_runtime.serve.bodies.asked import Asked, messages_of, read_asked, refuse_unsupported, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import REASON, RefusedError, bad, busy, refusal_of, too_long
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
@@ -35,6 +34,7 @@ from balcony_runtime.serve.work.energy import powers
 from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.serve.work.service import Service
 from balcony_runtime.serve.work.slots import ACTIONS
+from balcony_runtime.text import TextCodec
 from balcony_runtime.tokens import refuse_foreign
 
 #: Rules of the page: nothing from elsewhere, and no frame around it.
@@ -223,9 +223,11 @@ class _Routes:
     async def _tokenize(self, fields: Fields, size: int) -> Response:
         llm = self._service.llm
         messages, prompt, special = fields.get("messages"), fields.text("prompt"), fields.truth_or_none("parse_special")
+        with_pieces = fields.truth("with_pieces")
         if messages is not None:
+            refuse_unsupported(fields, ("add_generation_prompt", "continue_final_message"))
             shown = template_of(fields) | {key: tools for key in ("tools", "tool_choice") if (tools := fields.get(key))}
-            encode = partial(llm.encode, messages, control_tokens=special, **shown)
+            encode = partial(llm.encode, messages_of(messages), control_tokens=special, **shown)
             ids = await self._service.in_thread(encode, size)
         else:
             # vLLM has prompt and llama.cpp content; they differ in what they do without being asked.
@@ -237,7 +239,8 @@ class _Routes:
                 around = prompt is not None
             encode = partial(llm.encode, text, chat=False, control_tokens=special, add_special_tokens=around)
             ids = await self._service.in_thread(encode, size) if text else []
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.max_length})
+        tokens = ids if not with_pieces else await self._service.in_thread(partial(_pieces, llm.codec, ids), size)
+        return JSONResponse({"tokens": tokens, "count": len(ids), "max_model_len": llm.engine.max_length})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
@@ -255,7 +258,10 @@ class _Routes:
     async def props(self, request: Request) -> Response:
         """Bundle, device, exits, budgets and bounds."""
         service, llm = self._service, self._service.llm
-        costs, manifest = llm.costs, llm.engine.manifest
+        costs, manifest, backend = llm.costs, llm.engine.manifest, llm.engine.backend
+        measured = {
+            one.exit_layer: one.quality and one.quality.model_dump(exclude_defaults=True) for one in manifest.exits
+        }
         return JSONResponse(
             {
                 "model_alias": service.names.name,
@@ -268,7 +274,11 @@ class _Routes:
                     "fingerprint": manifest.fingerprint,
                 },
                 "device": {
-                    "cpu": cpu_name(),
+                    "board": service.machine.board,
+                    "cpu": service.machine.cpu,
+                    "gpus": [gpu.name for gpu in service.machine.gpus],
+                    "engine": backend.name,
+                    "threads": backend.threads,
                     "power_w": {rail: sample.value for rail, sample in powers(llm.readings()).items()},
                 },
                 "exits": [
@@ -276,6 +286,7 @@ class _Routes:
                         "exit": layer,
                         "ms": round(costs.steady_ms(layer, 0), 3),
                         "agreement": manifest.agreement[layer],
+                        "quality": measured[layer],
                     }
                     for layer in llm.exit_layers
                 ],
@@ -343,6 +354,16 @@ def _too_large(most: int) -> RefusedError:
     return RefusedError(
         413, f"the body has more than {most} bytes: send less, or raise --max-body-mb", "body_too_large"
     )
+
+
+def _pieces(codec: TextCodec, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """llama.cpp's objects of tokens: each with its text, or with its bytes if it is a part of a character."""
+    found = []
+    for token in ids:
+        text = codec.name(token)
+        raw = codec.raw(token) if "\ufffd" in text else None
+        found.append({"id": token, "piece": text if raw is None else list(raw)})
+    return found
 
 
 def _slot(job: Job) -> dict[str, Any]:

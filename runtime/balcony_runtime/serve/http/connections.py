@@ -1,17 +1,20 @@
 """Connections: how long one may be silent or unread, and how many there may be.
 
 Owns what uvicorn leaves without a bound: a connection that never sends a request or sends it slowly, bytes that no route
-reads, and answers that the client does not read. It knows no routes. Uvicorn itself bounds the size of the headers (64 kB) and
-the time between two requests (``KEEP_ALIVE_S``).
+reads, and answers that the client does not read. It also owns the answer to bytes that are not HTTP. It knows no routes.
+Uvicorn itself bounds the size of the headers (64 kB) and the time between two requests (``KEEP_ALIVE_S``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from balcony_runtime.serve.bodies.refusal import RefusedError
 
 #: Longest time between two requests on a connection. Proxies and clients keep idle connections for 15 to 60 s; who closes first
 #: loses no request. Idle connections are closed sooner where they are too many.
@@ -78,6 +81,24 @@ class Connection(H11Protocol):
         # Uvicorn stops reading when the next request begins before the answer, and would not notice that the client leaves.
         if self._busy and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= MOST_AHEAD:
             self.flow.resume_reading()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP, or headers of more than 64 kB, with the error object of every other answer."""
+        refusal = RefusedError(400, "the bytes are not HTTP/1.1, or have more than 64 kB of headers", "invalid_http")
+        body = json.dumps(refusal.body).encode()
+        own = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers = [(name.encode(), value.encode()) for name, value in (own | dict(refusal.headers)).items()]
+        answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        try:
+            parts = [self.conn.send(event) for event in (answer, h11.Data(data=body), h11.EndOfMessage())]
+        except h11.LocalProtocolError:  # the request has an answer already, or was a HEAD
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # what it would still send has no place any more
+            self.transport.abort()
+            return
+        # In one write: unread bytes make the kernel reset the connection, which would cut a second one.
+        self.transport.write(b"".join(part or b"" for part in parts))
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """Note the end of an answer. Uvicorn's keep-alive time runs from here to the next byte."""

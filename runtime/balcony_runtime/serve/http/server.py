@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -186,6 +187,10 @@ class Server:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        if self._settings.ssl_certfile is not None:
+            # Uvicorn has no option for it. Asyncio waits for a minute, and no other bound counts these connections.
+            listen = partial(self._loop.create_server, ssl_handshake_timeout=self._settings.limits.head_s)
+            vars(self._loop)["create_server"] = listen
         loading = asyncio.create_task(self._load())
         await self._uvicorn.serve(sockets=self._sockets)
         await loading
@@ -347,6 +352,7 @@ def _notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
+    # The socket as well: clients may hold all files for a while, and the watchdog's task must outlive that.
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
         to.setblocking(False)  # a reader that does not keep up must not hold the event loop
         to.sendto(state.encode(), address)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from balcony_edge.budget import Budget, load_budget
+from balcony_edge.device.machine import Machine, this_device
 from balcony_edge.errors import ContextLengthError
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
@@ -55,7 +56,7 @@ class Limits:
         body_bytes: largest body of a request.
         request_s: longest time of a request.
         saved_bytes: bytes of slots that were saved by name, from which on no more are saved.
-        head_s: longest time for sending the headers.
+        head_s: longest time for sending the headers, and for the TLS handshake before them.
         body_s: longest time for sending the body.
         unread_s: longest time for which a client may read next to nothing of an answer that fills its buffers.
         connections: most connections, those without a request included.
@@ -82,6 +83,7 @@ class _Parts(NamedTuple):
     worker: Worker
     metrics: Metrics
     slots: Slots
+    machine: Machine
 
 
 class Service:
@@ -119,6 +121,7 @@ class Service:
             llm.readings()  # starts the sensors
             manifest = llm.engine.manifest
             names = Names(self._name or manifest.model.name, llm.budget, manifest, self.folder)
+            machine = this_device()  # here, because a GPU's driver may take seconds to answer
         except BaseException:
             llm.close()
             raise
@@ -143,7 +146,7 @@ class Service:
             readings=llm.readings,
         )
         worker.start()
-        self._loaded = _Parts(llm, names, worker, metrics, Slots(llm, limits.saved_bytes))
+        self._loaded = _Parts(llm, names, worker, metrics, Slots(llm, limits.saved_bytes), machine)
 
     def close(self) -> None:
         """End all replies and free the engine."""
@@ -177,6 +180,11 @@ class Service:
     def names(self) -> Names:
         """Names and their budgets."""
         return self._parts.names
+
+    @property
+    def machine(self) -> Machine:
+        """The device that the bundle runs on."""
+        return self._parts.machine
 
     @property
     def metrics(self) -> Metrics:

@@ -26,6 +26,7 @@ from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
 from balcony_runtime.requests import Request
+from balcony_runtime.serve.bodies.refusal import refusal_of
 from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
 from balcony_runtime.together import Together
 
@@ -203,9 +204,11 @@ class Worker:
                 _log.error("the replies could not be ended", exc_info=failed)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """End a job with an error; a bug's traceback goes to the log."""
+        """End a job with an error; the log gets a bug's traceback, and the line of an engine that failed."""
         if not isinstance(error, BalconyError):
             _log.error("the decode thread failed", exc_info=error)
+        elif refusal_of(error).status >= 500:
+            _log.error("a reply failed: %s", error)
         self._found.append((job, error))
 
     def _forget(self, job: Job) -> None:
