@@ -79,7 +79,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._budget: Budget | None = None
-        self._from_start = True
+        self._from_start, self._senses = True, False
         self._gaps_ms: list[float] = []
         self._seen: list[_Seen] = []
 
@@ -96,9 +96,11 @@ class Watch:
             first: whether it is the first token of the reply.
         """
         if budget is not self._budget:
-            self._budget, self._from_start = budget, first
+            self._budget, self._from_start, self._senses = budget, first, budget.needs_sensors
             self._gaps_ms, self._seen = [], []
         self._gaps_ms.append(latency_ms)
+        if not readings and not self._senses:
+            return
         # The second token's reading is the first after the prompt: joules need it, however soon it comes.
         needed = len(self._gaps_ms) == 2 and budget.energy_j_per_token is not None
         if needed or not self._seen or now_s - self._seen[-1].now_s >= KEPT_S:

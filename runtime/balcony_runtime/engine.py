@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
+from typing import Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
@@ -142,7 +142,8 @@ def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable
     @functools.wraps(method)
     def call(self: TokenSequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         with self.lock:
-            self._engine.refuse_closed()
+            if self._engine._closed:  # without a call: each costs a microsecond between two passes
+                raise closed()
             try:
                 return method(self, *args, **kwargs)
             except KeyError:  # another thread closed the engine meanwhile, and its graphs are gone
@@ -344,7 +345,9 @@ class TokenSequence:
         """
         if not self.up_to_date(exit_layer):
             return self.advance(exit_layer, ids[:, None])[:, 0]
-        logits: FloatArray = self._fast_step(self.state.decode, exit_layer, ids)
+        index = self._indices[exit_layer]
+        logits = self.state.decode(index, ids, self.length)
+        self.record_step(index, ids)
         return logits
 
     @_exclusive
@@ -352,7 +355,9 @@ class TokenSequence:
         """:meth:`step` that returns only the most likely token of each member, (B,); a GPU then transfers no logits."""
         if not self.up_to_date(exit_layer):
             return likeliest(self.advance(exit_layer, ids[:, None])[:, 0])
-        best: IntArray = self._fast_step(self.state.decode_best, exit_layer, ids)
+        index = self._indices[exit_layer]
+        best = self.state.decode_best(index, ids, self.length)
+        self.record_step(index, ids)
         return best
 
     @property
@@ -366,13 +371,6 @@ class TokenSequence:
         if index is None or self.stage_cursor[index] < row or row >= self.max_length:
             return False
         return not self._cached[index] or self.balcony_cursor[index] == row
-
-    def _fast_step(self, decode: Callable[[int, IntArray, int], Any], exit_layer: int, ids: IntArray) -> Any:
-        """Fast path of a step at an exit that is up to date."""
-        index, row = self._indices[exit_layer], self.length
-        found = decode(index, ids, row)
-        self.record_step(index, ids)
-        return found
 
     def record_step(self, index: int, ids: IntArray | int) -> None:
         """Count a token of each member, whose row all graphs on the way to exit ``index`` have taken in."""

@@ -30,52 +30,53 @@ def told(
         asked: what was asked for.
         readings: gives the latest reading of every sensor.
     """
-    text, stop, marker = asked.text, asked.stop, None if asked.box is None else asked.box.marker_id
-    for count in range(1, asked.max_new_tokens + 1):
-        if asked.cancelled.is_set():
+    # A named tuple's field costs two cold cache lines at each token, so they are read once, or all together.
+    text, stop, watch, prompted, cancelled = asked.text, asked.stop, asked.watch, asked.prompted, asked.cancelled
+    most, ends, logprobs = asked.max_new_tokens, asked.ends, asked.logprobs
+    marker = None if asked.box is None else asked.box.marker_id
+    for count in range(1, most + 1):
+        if cancelled.is_set():
             return
         try:
             step = next(steps, None)
         except InfeasibleError:
-            asked.watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else ())
+            watch.saw(time.monotonic(), readings() if asked.limits.resolved.needs_sensors else ())
             raise
-        if step is None or asked.cancelled.is_set():  # also while it waited for its turn or its pace
+        if step is None or cancelled.is_set():  # also while it waited for its turn or its pace
             return
+        ids, logits, decision, target_ms, latency_ms, caught_up_rows, budget, read, read_s, forced = step
         if count == 1:
-            asked.prompted.cached = decoder.kept_rows
-        asked.prompted.told = count
-        asked.watch.token(step.budget, step.read_s, step.latency_ms, step.readings, first=count == 1)
-        token = step.ids.item()
-        finish: FinishReason | None = (
-            "stop" if token in asked.ends else "length" if count == asked.max_new_tokens else None
-        )
+            prompted.cached = decoder.kept_rows
+        prompted.told = count
+        watch.token(budget, read_s, latency_ms, read, first=count == 1)
+        token = ids.item()
+        finish: FinishReason | None = "stop" if token in ends else "length" if count == most else None
         piece = "" if finish == "stop" else text.push(token)
         piece, hit = stop.push(piece + (text.flush() if finish is not None else ""))
         if hit:
             finish = "stop"
         elif finish is not None or token == marker:  # no stop string goes over a marker
             piece += stop.flush()
-        if finish is not None and step.budget.needs_sensors:  # the step's readings are of the time before it
-            asked.watch.saw(time.monotonic(), readings())
+        if finish is not None and budget.needs_sensors:  # the step's readings are of the time before it
+            watch.saw(time.monotonic(), readings())
         log_p: float | None = None
         best: tuple[tuple[int, float], ...] = ()
-        if asked.logprobs is not None and step.logits is not None:
-            (log_p,), (best,) = log_probabilities(step.logits, step.ids, asked.logprobs)
-        decision = step.decision
+        if logprobs is not None and logits is not None:
+            (log_p,), (best,) = log_probabilities(logits, ids, logprobs)
         yield Token(
             token,
             piece,
             decision.exit_layer,
-            step.latency_ms,
-            decision.predicted_ms if step.target_ms is not None else None,
-            step.target_ms,
-            step.caught_up_rows,
+            latency_ms,
+            decision.predicted_ms if target_ms is not None else None,
+            target_ms,
+            caught_up_rows,
             decoder.pending_rows,
             decision,
             log_p,
             best,
             finish,
-            step.forced,
+            forced,
         )
         if finish is not None:
             return

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError, shown
@@ -44,6 +44,8 @@ _OPEN, _CLOSE, _ALIAS = "\ue0c0", "\ue0c1", "\ue0c2"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_ALIAS}]")
 #: Tokens before another one that decide how it is spelled.
 CONTEXT_TOKENS = 8
+#: Most texts of tokens that are kept, as many as rows of the token table. With cold caches the tokenizer takes 16 µs.
+RECENT_TEXTS = 1024
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
@@ -66,6 +68,9 @@ class TextCodec:
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
         self._names: dict[int, str] = {}
+        # Byte-level decoders join the bytes of tokens, so a token that begins with a character has one text everywhere. Others
+        # look at the tokens before it.
+        self._texts: dict[int, str] | None = {} if isinstance(self._tokenizer.decoder, ByteLevel) else None
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
         self._call_format: CallFormat | None = None
@@ -311,7 +316,7 @@ class TextCodec:
 
         ``literal``: whether without such tokens the first one keeps its space, which many tokenizers drop.
         """
-        return TextStream(self._tokenizer, before or (self._word() if literal else ()))
+        return TextStream(self._tokenizer, before or (self._word() if literal else ()), self._texts)
 
     def _word(self) -> list[int]:
         return list(self._tokenizer.encode("a", add_special_tokens=False).ids)
@@ -411,10 +416,11 @@ class TextStream:
     Args:
         tokenizer: the tokenizer.
         before: tokens that the first one follows. Many tokenizers drop the space in front of a text's first word.
+        texts: texts of recent tokens, if they depend on no other token; None if they do.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), texts: dict[int, str] | None = None) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
         self._stream = DecodeStream(skip_special_tokens=True)
         self._open: list[int] = []  # tokens since the last text
         self._before = ""  # what ``before`` ends with, if it may be half of a character
@@ -424,6 +430,9 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Text that this token completes; empty while a character is unfinished."""
+        texts = None if self._open or self._before else self._texts
+        if texts is not None and (text := texts.get(token)):
+            return text
         self._open.append(token)
         try:
             text = self._stream.step(self._tokenizer, token) or ""
@@ -436,6 +445,10 @@ class TextStream:
             self._stream = DecodeStream(skip_special_tokens=True)
             self._stream.step(self._tokenizer, token)
         if text:
+            if texts is not None:
+                if len(texts) >= RECENT_TEXTS:
+                    texts.clear()
+                texts[token] = text
             self._open = []
             text, self._before = text.removeprefix(self._before), ""
         return text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 #: (docs/LOG.md, "A run's options, made once").
 RUN_OPTIONS = ort.RunOptions()
 RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
+#: Side of a graph's recurrent states that its next pass reads.
+_side = attrgetter("side")
 
 
 class _Program(NamedTuple):
@@ -210,22 +213,23 @@ class OnnxRuntimeState:
         recurrent = self._recurrent[exit_index]
         for graph in recurrent:
             graph.begin(row)
-        key = (exit_index, *[graph.side for graph in recurrent])
+        key = (exit_index, *map(_side, recurrent))
         program = self._programs.get(key)
         if program is None or row >= program.good_for:
             program = self._programs[key] = self._program(exit_index, row)
+        _, runs, first, made, kept, logits = program  # at once: each by its name costs two cold cache lines
         if len(ids) == 1:
-            program.first[:] = self._backend.table.row(ids.item())
+            first[:] = self._backend.table.row(ids.item())
         else:
             self._row[0, :, 0] = self._backend.table[ids]
         self._stand_at(row, row + 1)
-        self.busy_ns += run_step(program.runs)
+        self.busy_ns += run_step(runs)
         for graph in recurrent:
             graph.end(row + 1)
         if row >= self._decoded.get(exit_index, 0):  # rows from before a rollback have their memory still
             self._decoded[exit_index] = row + 1
-        program.kept[row] = program.made
-        return program.logits
+        kept[row] = made
+        return logits
 
     def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
         """Run one row through all graphs on the way to an exit and return the likeliest next token."""
