@@ -64,6 +64,13 @@ class SimulatedStream:
     def done(self) -> bool:
         return self.refused_s is not None or len(self.exits) == self.arrival.new_tokens
 
+    @property
+    def missed_deadline(self) -> bool:
+        """Whether the tokens that its deadline is for came after it."""
+        budget = self.arrival.budget
+        took_ms = sum(self.gaps_ms[: budget.expected_tokens])
+        return budget.deadline_s is not None and took_ms > 1000 * budget.deadline_s
+
 
 def poisson(rate: float, seconds: float, classes: Sequence[Arrival], *, seed: int = 0, burst: int = 1) -> list[Arrival]:
     """Requests that arrive at random, ``burst`` at once, ``rate`` of them a second on average.
@@ -264,6 +271,7 @@ def _seen(plant: CompanyPlant, key: int, stream: SimulatedStream) -> StreamSeen:
 def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Sequence[float]) -> Mapping[str, float]:
     """Figures of a run: tokens, share of late tokens, mean depth and agreement, 95th percentile of the first token's time.
 
+    ``deadlines_missed`` is a share of the streams that have one, whose tokens are not among the late ones.
     ``switches`` is the number of changes of the exit in 100 tokens, ``longest_gap_ms`` that of streams that ask for nothing,
     which give way to all others.
     """
@@ -273,11 +281,13 @@ def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Seque
     firsts = sorted(stream.gaps_ms[0] for stream in streams if stream.gaps_ms)
     switches = sum(one != other for stream in streams for one, other in pairwise(stream.exits))
     lax = [stream for stream in streams if stream.arrival.budget == Budget()]
+    due = [stream for stream in streams if stream.arrival.budget.deadline_s is not None]
     return {
         "streams": len(streams),
         "refused": sum(stream.refused_s is not None for stream in streams),
         "tokens": len(exits),
         "late_share": sum(stream.late_tokens for stream in streams) / max(later, 1),
+        "deadlines_missed": sum(stream.missed_deadline for stream in due) / max(len(due), 1),
         "mean_depth": sum(exits) / max(len(exits), 1) / costs.exits[-1],
         "mean_agreement": sum(agreement[layer] for layer in exits) / max(len(exits), 1),
         "switches": 100 * switches / max(len(exits), 1),

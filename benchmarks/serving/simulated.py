@@ -176,6 +176,7 @@ def simulation(seeds: int) -> dict[str, Any]:
 
     for arrivals_a_second, burst in ((0.3, 1), (0.8, 1), (1.2, 1), (0.3, 3), (0.8, 3), (1.2, 3), (2.0, 8)):
         ratios, of_bound, late, ideal, switches, gaps = [], [], [], [], [], []
+        missed, ideally_missed = [], []
         for seed in range(seeds):
             arrivals = company.poisson(arrivals_a_second, 30.0, CLASSES, seed=seed, burst=burst)
             if not arrivals:
@@ -189,6 +190,8 @@ def simulation(seeds: int) -> dict[str, Any]:
             switches.append(found["switches"])
             gaps.append(found["longest_gap_ms"])
             ideal.append(best["late_share"])
+            missed.append(found["deadlines_missed"])
+            ideally_missed.append(best["deadlines_missed"])
         rows.append(
             {
                 "arrivals_a_second": arrivals_a_second,
@@ -197,6 +200,8 @@ def simulation(seeds: int) -> dict[str, Any]:
                 "depth_of_bound": round(mean(of_bound), 3),
                 "late": round(mean(late), 4),
                 "oracle_late": round(mean(ideal), 4),
+                "deadlines_missed": round(mean(missed), 4),
+                "oracle_deadlines_missed": round(mean(ideally_missed), 4),
                 "switches_per_100_tokens": round(mean(switches), 1),
                 "longest_gap_ms": round(max(gaps), 1),  # of streams without a target
             }

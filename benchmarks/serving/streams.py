@@ -4,13 +4,15 @@
                  with one stream; rounds interleaved. One stream through the scheduler is compared with its decoder by itself
     mixed        streams at four exits in one round, compared with what their prices predict (rows and bytes)
     exact        KL of logits in company to passes from scratch, compared with that of one-row steps by a stream alone
-    python       time of a round that is spent outside the engine, for 1, 4 and 8 streams
+    python       time outside the engine of a shared step by itself, and of a whole round (turns, decision, step, choice of the
+                 tokens, text) of streams with targets that one thread drives, for 1, 4 and 8 streams
     targets      four streams with different targets, one with a deadline, and prompts of 500 tokens that arrive meanwhile: late
                  tokens of each class, compared with threads that know nothing of one another (each has its own controller)
     soak         streams that come, go, fail and are cancelled: memory of the process, and members of the pool in use at the end
     simulation   random arrivals of classes of budgets on a simulated device: mean depth compared with an oracle that pays
-                 nothing for pending rows and knows the device, and with a bound for one that knows the future; late tokens; the
-                 time of a decision (:mod:`benchmarks.serving.simulated`)
+                 nothing for pending rows and knows the device, and with a bound for one that knows the future; late tokens and
+                 missed deadlines; changes of exits; longest gaps of streams without a target; the time of a decision
+                 (:mod:`benchmarks.serving.simulated`)
     mixes        10,000 random mixes of random budgets in simulation: exceptions, gaps that are no numbers, exits not allowed;
                  it takes about half an hour
 
@@ -207,9 +209,30 @@ def _kl(of: FloatArray, to: FloatArray) -> float:
 
 
 def python_share(llm: LLM) -> dict[str, Any]:
-    """Item ``python``: microseconds of a shared step outside the engine."""
-    full = llm.exit_layers[-1]
-    return {str(count): round(1000 * steps_ms(llm, (full,) * count)[1]) for count in (1, *COUNTS)}
+    """Item ``python``: microseconds of a shared step, and of a whole round, outside the engine."""
+    full, counts = llm.exit_layers[-1], (1, *COUNTS)
+    return {
+        "step": {str(count): round(1000 * steps_ms(llm, (full,) * count)[1]) for count in counts},
+        "round": {str(count): round(_round_us(llm, count)) for count in counts},
+    }
+
+
+def _round_us(llm: LLM, count: int, rounds: int = 24) -> float:
+    """Median time of a round outside the engine, from asking for tokens to having their text. No target takes depth."""
+    llm.costs  # noqa: B018 - measured before anybody waits
+    budget, outside = Budget(tpot_ms=1e4), []
+    with llm.together() as replies:
+        for ids in prompts(llm, count, 8):
+            replies.add(ids, budget=budget, max_new_tokens=rounds + 2 * count + 8, ignore_eos=True)
+        while any(not stream.reply.tokens for stream in replies.open):
+            replies.step()
+        assert llm.pool is not None, "this bundle's graphs share no passes"
+        members = [sequence for sequence in llm.pool.members if sequence is not None]
+        for _ in range(rounds):
+            begin_ns, busy_ns = time.perf_counter_ns(), _busy_ns(llm.pool, members)
+            replies.step()
+            outside.append(time.perf_counter_ns() - begin_ns - (_busy_ns(llm.pool, members) - busy_ns))
+    return median(outside[4:]) / 1000
 
 
 def targets(llm: LLM, tokens: int) -> dict[str, Any]:
@@ -356,8 +379,9 @@ def bars(found: dict[str, Any]) -> dict[str, Any]:
     if (measured := found.get("exact")) is not None:
         held["KL in company / alone"] = bar(round(measured["kl_in_company"] / max(measured["kl_alone"], 1e-9), 2), 2.0)
     if (measured := found.get("python")) is not None:
-        for count, microseconds in measured.items():
-            held[f"µs outside the engine, {count} streams"] = bar(microseconds, 150 + 40 * int(count))
+        for what, figures in measured.items():
+            for count, microseconds in figures.items():
+                held[f"µs of a {what} outside the engine, {count} streams"] = bar(microseconds, 150 + 40 * int(count))
     if (measured := found.get("targets")) is not None:
         held["late in company where it was promised, worst class"] = bar(
             max(one["late"] for one in measured["in_company"].values()), round(1 - PROBABILITY, 4)
@@ -370,6 +394,12 @@ def bars(found: dict[str, Any]) -> dict[str, Any]:
         held["simulated depth / oracle"] = bar(depth, 0.93, at_least=True)
         more = max(row["late"] - row["oracle_late"] for row in measured["rows"])
         held["simulated late share above the oracle's"] = bar(round(more, 4), 0.05)
+        more = max(row["deadlines_missed"] - row["oracle_deadlines_missed"] for row in measured["rows"])
+        held["simulated share of missed deadlines above the oracle's"] = bar(round(more, 4), 0.05)
+        most = max(row["switches_per_100_tokens"] for row in measured["rows"])
+        held["simulated changes of the exit in 100 tokens (oscillation)"] = bar(most, 2.0)
+        most = max(row["longest_gap_ms"] for row in measured["rows"])
+        held["simulated longest gap of streams without a target (starvation), ms"] = bar(most, 300.0)
         held["decision for 8 streams, µs"] = bar(measured["decision_us"].get(8, math.inf), 150)
     if (measured := found.get("mixes")) is not None:
         held["mixes with a stream that is wrong"] = bar(len(measured["wrong"]), 0)

@@ -7,11 +7,14 @@ stage is not read at all. A stream that shares no passes wins the time of its ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 from balcony_edge.control.company.prices import RoundPrices
+
+#: Exits, and members of a round → the members to take depth from (:func:`assign`).
+Steps = MutableMapping[tuple[tuple[int, ...], tuple[int, ...]], list[int] | None]
 
 
 def qualities(agreement: Mapping[int, float | None]) -> list[float]:
@@ -80,6 +83,7 @@ def assign(
     claims: Sequence[Claim],
     limit_ms: float,
     lax_rows: int,
+    known: Steps | None = None,
 ) -> tuple[list[int], float]:
     """Choose an exit for every stream.
 
@@ -89,11 +93,13 @@ def assign(
         claims: the streams.
         limit_ms: time for a round, at slowdown 1.
         lax_rows: number of streams that are not tight that a round must have room for; the deepest of them count.
+        known: steps of the search so far. The limit only says where it ends, so searches that differ in limit and deepest exits
+            share them.
 
     Returns:
         Exit index of every stream, and the price of the round. The price is above ``limit_ms`` if nothing fits.
     """
-    exits = [claim.highest for claim in claims]
+    exits, known = [claim.highest for claim in claims], {} if known is None else known
     while True:
         # The round to hold: all tight streams, and the deepest of the others.
         lax = sorted((i for i, claim in enumerate(claims) if not claim.tight), key=lambda i: -exits[i])
@@ -104,8 +110,10 @@ def assign(
             return nearest, _Round(prices, claims, nearest, members).price_ms
         found = _Round(prices, claims, exits, members)
         while found.price_ms > limit_ms:
-            givers = _cheapest(quality, claims, found)
-            if givers is None:
+            place = tuple(exits), tuple(members)
+            if place not in known:
+                known[place] = _cheapest(quality, claims, found)
+            if (givers := known[place]) is None:
                 return exits, found.price_ms
             found.lower(givers)
         deepest_lax = max((exits[i] for i in lax[lax_rows:]), default=-1)

@@ -39,16 +39,21 @@ class Composer:
     def __init__(self, prices: RoundPrices, quality: Sequence[float]) -> None:
         self._prices, self._costs, self._quality = prices, prices.costs, quality
         self._tokens: dict[tuple[int, int], tuple[float, int]] = {}  # stream and exit → its part of this round's price
+        self._calm_ms = CALM_MS  # longest time of this round's rows
 
-    def compose(self, ready: list[View], waiting: list[View], slowdown: Slowdown) -> tuple[Chosen, Chunk | None, float]:
+    def compose(
+        self, ready: list[View], waiting: list[View], slowdown: Slowdown, absent_ms: float = math.inf
+    ) -> tuple[Chosen, Chunk | None, float]:
         """Streams of the round with their exits, the rows next to it, and the price.
 
         Args:
             ready: streams that can step.
             waiting: streams that wait for their pace.
             slowdown: slowdown filter.
+            absent_ms: as in :class:`~balcony_edge.control.company.seen.RoundSeen`.
         """
         self._tokens.clear()
+        self._calm_ms = min(CALM_MS, absent_ms) / slowdown.factor
         prompts: list[View] = []
         steps: list[View] = []
         for view in ready:
@@ -81,7 +86,7 @@ class Composer:
                 chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
         # A target that was given up still says how long a gap may not be. A deadline that has passed does not.
         periods_ms = [view.period_ms or view.stream.budget.tpot_ms or math.inf for view, _ in chosen]
-        calm_ms = min([CALM_MS / slowdown.factor, *(GIVEN_UP * period_ms for period_ms in periods_ms)])
+        calm_ms = min([self._calm_ms, *(GIVEN_UP * period_ms for period_ms in periods_ms)])
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         others = [] if prompt is None else [view for view, _ in chosen] + [view for view in waiting if not view.first]

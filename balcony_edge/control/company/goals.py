@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from balcony_edge.control.company.assignment import Claim, assign
+from balcony_edge.control.company.assignment import Claim, Steps, assign
 from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import CompanyState
 from balcony_edge.control.company.view import View, scale_of, targets_of
@@ -78,20 +78,21 @@ class Goals:
         """Exits within the shortest target, the same with the hysteresis free, and whether they hold it."""
         claims, limit_ms, lax_rows = self._claims(views, met)
         views = [view._replace(met=met[view.stream.key]) for view in views]
-        if limit_ms == math.inf:
-            # Where every target was given up, the shallowest exits come closest to them.
-            exits = [view.lowest if view.period_ms < math.inf else view.highest for view in views]
-            return exits, exits, True
         luck = 1.0
         if slowdown.variance > KNOWN_VARIANCE:  # a target is out of reach only if no luck could meet it
             quantile = max(quantile_of(view.stream.budget.probability) for view in views)
             luck = math.exp(quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        if limit_ms == math.inf:
+            # Where every target was given up, the shallowest exits come closest to them.
+            exits = [view.lowest if view.period_ms < math.inf else self._soon_enough(view) for view in views]
+            return exits, exits, all(self._first_ms(view) <= view.bound_ms * luck for view in views if view.first)
         prompt = first_due([view for view in views if view.first])
         due = prompt is not None and prompt.bound_ms < math.inf
         tops = [0] if prompt is None else range(prompt.highest, prompt.lowest - 1, -1)
         # Time for prompts without ttft_ms and for those that will come is a wish: no target is given up for it.
         wish_ms = max(share, PROMPT_SHARE if prompt is not None and not due else 0.0) * limit_ms
         price_ms, spare_ms = math.inf, limit_ms
+        known: Steps = {}
         exits = [view.lowest for view in views]
         for top in tops:
             spare_ms = limit_ms - (self._reserve_ms(prompt, top, limit_ms) if prompt is not None and due else 0.0)
@@ -101,7 +102,8 @@ class Goals:
                 claim._replace(highest=min(claim.highest, top)) if view is prompt else claim
                 for view, claim in zip(views, claims, strict=True)
             ]
-            exits, price_ms = assign(self._prices, self._quality, capped, min(spare_ms, limit_ms - wish_ms), lax_rows)
+            within_ms = min(spare_ms, limit_ms - wish_ms)
+            exits, price_ms = assign(self._prices, self._quality, capped, within_ms, lax_rows, known)
             if price_ms <= spare_ms:
                 break
         fits = price_ms <= spare_ms * luck
@@ -111,7 +113,7 @@ class Goals:
             exits, price_ms = assign(self._prices, self._quality, lowest, spare_ms, lax_rows)
             fits = price_ms <= spare_ms * luck
         hysteresis = min((view.stream.budget.hysteresis for view in views), default=0.0)
-        free, _ = assign(self._prices, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows)
+        free, _ = assign(self._prices, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows, known)
         return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], fits
 
     def _claims(self, views: Sequence[View], met: Mapping[int, bool]) -> tuple[list[Claim], float, int]:
@@ -134,6 +136,21 @@ class Goals:
         """Price of a round of this stream alone, at its shallowest exit."""
         return self._prices.steady_ms([(view.lowest, view.stream)])
 
+    def _soon_enough(self, view: View) -> int:
+        """The deepest exit of a stream without a target for its gaps at which a first token is in time, or the shallowest."""
+        seen, prices = view.stream, self._prices
+        for index in range(view.highest, view.lowest, -1):
+            if not view.first:
+                return index
+            token = prices.token(index, seen.stage_rows, seen.balcony_rows, seen.context_length, seen.shares)
+            if prices.sum_ms([token]) <= view.room_ms:
+                return index
+        return view.lowest
+
+    def _first_ms(self, view: View) -> float:
+        """Price of a prompt's rows on the way to its shallowest exit."""
+        return self._prices.work_ms(view.stream.stage_rows, view.lowest, view.stream.context_length)
+
     def _may_jump(self, prompt: View, views: Sequence[View]) -> bool:
         """Whether a prompt can run at once and whole, because all others have tokens left that may be late."""
         seen = prompt.stream
@@ -145,8 +162,8 @@ class Goals:
     def _reserve_ms(self, prompt: View, index: int, limit_ms: float) -> float:
         """Time of a round that the rows of a prompt need at an exit."""
         rounds = max(prompt.room_ms // limit_ms, 1)
-        rows = math.ceil(prompt.stream.stage_rows[0] / rounds)
-        return self._prices.work_ms([rows] * (index + 1), index, prompt.stream.context_length)
+        rows = [math.ceil(due / rounds) for due in prompt.stream.stage_rows]  # stage 0 may be done, and others not
+        return self._prices.work_ms(rows, index, prompt.stream.context_length)
 
     def _given_up(
         self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown, share: float
@@ -169,9 +186,7 @@ class Goals:
 
     def _is_hopeless(self, view: View) -> bool:
         """Whether a target could not be held even alone, at the shallowest exit."""
-        seen = view.stream
-        first_ms = self._prices.work_ms(seen.stage_rows, view.lowest, seen.context_length) if view.first else 0.0
-        return self._alone_ms(view) > view.period_ms or first_ms > view.room_ms
+        return self._alone_ms(view) > view.period_ms or (view.first and self._first_ms(view) > view.room_ms)
 
     def refusal(self, views: Sequence[View], factor: float) -> str | None:
         """Why the last of some streams cannot join the others now; None if it can.
@@ -189,9 +204,9 @@ class Goals:
         if price_ms <= limit_ms:
             return None
         takes = f"a round of {len(held)} streams takes {price_ms * factor:.3g} ms at their shallowest exits"
-        if own.period_ms > limit_ms:
-            tightest = min(held, key=lambda view: view.period_ms).stream.budget
-            return f"{takes}, and another one asked for {targets_of(tightest)}: wait until it ends"
+        tightest = min((view for view in held if view is not own), key=lambda view: view.period_ms, default=own)
+        if tightest is not own and price_ms > tightest.period_ms:  # whatever its own target is
+            return f"{takes}, and another one asked for {targets_of(tightest.stream.budget)}: wait until it ends"
         budget, more = own.stream.budget, "more time"
         if budget.tpot_ms is not None and budget.deadline_s is None:
             more = f"tpot_ms = {math.ceil(budget.tpot_ms * price_ms / own.period_ms)} or more"

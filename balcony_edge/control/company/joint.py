@@ -69,6 +69,7 @@ class _Outcome(NamedTuple):
         deviation: deviation of the logarithm of a step's time.
         governor: state of the slow loop.
         ceilings: ceilings of all budgets, which hold for the device; None without any.
+        usual: reason of a token whose target is held at its goal.
     """
 
     price_ms: float
@@ -77,6 +78,7 @@ class _Outcome(NamedTuple):
     deviation: float
     governor: Governor
     ceilings: Budget | None
+    usual: tuple[object, ...]
 
 
 class _Why(NamedTuple):
@@ -118,12 +120,13 @@ class JointController:
         """
         state = _with_learned_alone(state, seen)
         slowdown = self._learn(state, seen.last)
-        senses = any(self._facts(stream.budget).senses for stream in seen.streams)
+        facts = [self._facts(stream.budget) for stream in seen.streams]
+        senses = any(one.senses for one in facts)
         ceilings = merged_ceilings([stream.budget for stream in seen.streams]) if senses else None
         governor = self._tick(state.governor, ceilings, slowdown, seen)
         share = _prompt_share(state, seen.now_s)
         ceiling = len(self._costs.exits) if ceilings is None else governor.ceiling
-        views = self._views(seen.streams, state, slowdown, seen.now_s, ceiling)
+        views = self._views(seen.streams, facts, state, slowdown, seen.now_s, ceiling)
         assigned_for, views = self._goals.assigned(state, views, slowdown, share)
         early_ms = self._early_ms(views, slowdown, seen.now_s)
         ready, waiting = views, []
@@ -132,13 +135,14 @@ class JointController:
             waiting = [view for view in views if view.stream.key in early_ms]
         idle_ms = 0.0 if ready else min(early_ms.values(), default=0.0)
         if ready:
-            chosen, chunk, price_ms = self._composer.compose(ready, waiting, slowdown)
+            chosen, chunk, price_ms = self._composer.compose(ready, waiting, slowdown, seen.absent_ms)
         else:  # everybody waits for a pace
             chosen, (chunk, price_ms) = [], self._composer.catch_up(views, idle_ms / slowdown.factor)
         deepest = max((index for _, index in chosen), default=0)
         offset = slowdown.offsets[WITH_CATCH_UP if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)
-        outcome = _Outcome(price_ms, predicted_ms, len(chosen), slowdown.deviation, governor, ceilings)
+        usual = (_Why(predicted_ms, len(chosen), None, None),)
+        outcome = _Outcome(price_ms, predicted_ms, len(chosen), slowdown.deviation, governor, ceilings, usual)
         found = Round(
             moves=tuple(Move(view.stream.key, self._decision(view, index, outcome)) for view, index in chosen),
             refused=tuple(
@@ -171,7 +175,9 @@ class JointController:
     def refusal(self, state: CompanyState, seen: RoundSeen, newcomer: StreamSeen) -> str | None:
         """Why another stream cannot join those of a round now, in one line; None if it can."""
         slowdown = self._learn(_with_learned_alone(state, seen), None)
-        views = self._views((*seen.streams, newcomer), state, slowdown, seen.now_s, len(self._costs.exits))
+        streams = (*seen.streams, newcomer)
+        facts = [self._facts(stream.budget) for stream in streams]
+        views = self._views(streams, facts, state, slowdown, seen.now_s, len(self._costs.exits))
         return self._goals.refusal(views, slowdown.factor)
 
     def _early_ms(self, views: Sequence[View], slowdown: Slowdown, now_s: float) -> dict[int, float]:
@@ -195,13 +201,18 @@ class JointController:
                 early_ms[view.stream.key] = left_ms
         return early_ms
 
+    @staticmethod
     def _views(
-        self, streams: Sequence[StreamSeen], state: CompanyState, slowdown: Slowdown, now_s: float, ceiling: int
+        streams: Sequence[StreamSeen],
+        facts: Sequence[_BudgetFacts],
+        state: CompanyState,
+        slowdown: Slowdown,
+        now_s: float,
+        ceiling: int,
     ) -> list[View]:
         views: list[View] = []
         scales: dict[float, float] = {}
-        for stream in streams:
-            budget, lowest, highest, _ = self._facts(stream.budget)
+        for stream, (budget, lowest, highest, _) in zip(streams, facts, strict=True):
             if (scale := scales.get(budget.probability)) is None:
                 scale = scales[budget.probability] = scale_of(slowdown, budget.probability)
             bounds = lowest, max(min(highest, ceiling), lowest)
@@ -220,10 +231,12 @@ class JointController:
         return known
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
-        price_ms, predicted_ms, streams, deviation, governor, ceilings = outcome
-        governed, budget = ceilings is not None, view.stream.budget
+        price_ms, predicted_ms, streams, deviation, governor, ceilings, usual = outcome
+        governed, budget, exits = ceilings is not None, view.stream.budget, self._costs.exits
         limit_ms = view.room_ms * math.exp(quantile_of(budget.probability) * deviation)
-        exits = self._costs.exits
+        probability = probability_of(limit_ms, price_ms, deviation)
+        if view.met and index >= view.goal and not governed:  # most tokens, with as few calls as possible
+            return Decision(exits[index], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, usual)
         fits = exits[view.goal] if index < view.goal else None
         words: tuple[object, ...] = (_Why(predicted_ms, streams, None if view.met else budget, fits),)
         other_rail = None if ceilings is None else left_out(budget, ceilings)
@@ -233,7 +246,7 @@ class JointController:
             exit_layer=exits[index],
             predicted_ms=predicted_ms,
             price_ms=price_ms,
-            probability=probability_of(limit_ms, price_ms, deviation),
+            probability=probability,
             infeasible=not view.met or (governed and bool(governor.out_of_reach(budget))),
             words=words,
             stops=governed and governor.critical(budget),

@@ -84,11 +84,15 @@ class RoundPrices:
     def token(
         self, index: int, stage_rows: Sequence[int], balcony_rows: Sequence[int], context: int, shares: bool = True
     ) -> tuple[float, int]:
-        """Own price and passes of a :class:`RoundEntry`. With more than one row due at a stage it has its own pass there."""
+        """Own price and passes of a :class:`RoundEntry`. With more than one row due at a stage it has its own pass there.
+
+        As in a step of one stream, pending rows cost ``switch_ms`` besides.
+        """
         if sum(stage_rows[: index + 1]) == index + 1 and balcony_rows[index] <= 1:
             return self.steady(index, context, shares)
         own_ms, passes = self.steady(index, context)
         costs = self.costs
+        own_ms += costs.switch_ms
         for stage in range(index + 1):
             if (due := stage_rows[stage]) != 1:
                 unit = costs.stages[stage]

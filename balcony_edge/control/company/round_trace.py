@@ -7,6 +7,7 @@ stream's budget is written when it is new, and readings when they changed. A tra
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -153,6 +154,8 @@ class RoundTraceWriter(LinesWriter):
         }
         if seen.learned is not None:
             document["learned"] = json.loads(_LEARNED.dump_json(seen.learned))
+        if seen.absent_ms < math.inf:
+            document["absent_ms"] = seen.absent_ms
         if seen.readings != self._readings:
             self._readings = seen.readings
             document["readings"] = [reading.to_dict() for reading in seen.readings]
@@ -198,8 +201,8 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
                 readings = tuple(Reading.from_dict(reading) for reading in line["readings"])
             streams = _streams(line["streams"], budgets, len(costs.exits))
             last = None if line["last"] is None else _MEASURED.validate_python(line["last"])
-            learned = _LEARNED.validate_python(line.get("learned"))
-            seen = RoundSeen(streams, last, float(line["now_s"]), float(line["busy_s"]), readings, learned)
+            learned, absent_ms = _LEARNED.validate_python(line.get("learned")), float(line.get("absent_ms", math.inf))
+            seen = RoundSeen(streams, last, float(line["now_s"]), float(line["busy_s"]), readings, learned, absent_ms)
             chunk = _CHUNK.validate_python(line["chunk"])
             outcome = {
                 "exits": {int(key): int(layer) for key, layer in line["exits"].items()},

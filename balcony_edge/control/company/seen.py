@@ -6,6 +6,7 @@ step: some streams get a token each, and their passes are shared where they can 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ class RoundSeen(NamedTuple):
         busy_s: time that all replies so far have spent on steps and pending rows.
         readings: latest reading of every sensor.
         learned: what streams have learned by themselves since the last round; None if all steps were rounds.
+        absent_ms: longest time for rows next to a round, for the sake of streams of the last round that do not ask yet.
     """
 
     streams: tuple[StreamSeen, ...]
@@ -69,6 +71,7 @@ class RoundSeen(NamedTuple):
     busy_s: float = 0.0
     readings: tuple[Reading, ...] = ()
     learned: LearnedAlone | None = None
+    absent_ms: float = math.inf
 
 
 class StreamState(NamedTuple):

@@ -137,6 +137,7 @@ class Decoder:
         self._latest = self._learned.state
         self._state = self._latest.for_next_reply()
         self._decision: Decision | None = None
+        self._followed: tuple[int, Slowdown, Governor] | None = None  # the last round, until a step is made alone
         self._seen: Observation | None = None
         self._read: Readings = (), 0.0
         #: Time of the request.
@@ -175,7 +176,7 @@ class Decoder:
         decision = self._decide(self._last)
         if decision.catch_up is not None:
             run_chunk(sequence, decision.catch_up)
-        attempted = self._attempt(ids, decision, begin_ns)
+        attempted = None if self._policy is None else self._attempt(self._policy, ids, decision, begin_ns)
         made = attempted or self._step(ids, decision.exit_layer)
         if not self._made:
             sequence.checkpoint()  # the end of the prompt, to which the next reply may go back
@@ -183,9 +184,9 @@ class Decoder:
         done_ns = time.perf_counter_ns()
         self._last, took_ms = None, (done_ns - begin_ns) / 1e6
         if self._made and attempted is None:
-            self._last = self._learn(
-                decision, took_ms, sequence.rows_run - rows_before > exits.index(made.exit_layer) + 1
-            )
+            if decision.price_ms or self._policy is not None:
+                caught_up = sequence.rows_run - rows_before > exits.index(made.exit_layer) + 1
+                self._last = self._learn(decision, took_ms, caught_up)
         elif made.price_ms:
             self._last = Measurement(made.exit_layer, made.price_ms, took_ms)
         learned.busy_ns += done_ns - begin_ns
@@ -211,28 +212,31 @@ class Decoder:
         """The steps of tokens that are due now, with so many new rows; ``since_ms`` is added to the time for their latency."""
         self._emitted_ns = time.perf_counter_ns()
         latency_ms = since_ms + self._emitted_ns / 1e6
+        ids_made, logits_made, exit_layer, words, drafted, _ = made
         given = decision
-        if made.words:  # of a policy
-            words = (made.words, *decision.words)
-            given = decision._replace(exit_layer=made.exit_layer, words=words, drafted=made.drafted)
+        if words:  # of a policy
+            given = decision._replace(exit_layer=exit_layer, words=(words, *decision.words), drafted=drafted)
         if self._environment.trace is not None:
             self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
-        steps, target_ms, caught_up = [], self._target_ms, self._caught_up(made.exit_layer, new_rows)
-        if made.drafted:  # the further rows are those of the drafts
+        steps, target_ms, caught_up = [], self._count(latency_ms), self._caught_up(exit_layer, new_rows)
+        if drafted:  # the further rows are those of the drafts
             caught_up = 0
-        self._count(latency_ms)
         readings, read_s = self._read
-        for place, ids in enumerate(made.ids):
-            logits = made.logits[place]
+        for place, ids in enumerate(ids_made):
+            logits = logits_made[place]
             steps.append(Step(ids, logits, given, target_ms, latency_ms, caught_up, self._budget, readings, read_s))
             latency_ms = 0.0  # the other tokens of a round came with the first
         self._made += len(steps)
         self.untold = steps + self._forced_steps(forced, steps[-1]) if forced else steps
         return self.untold
 
-    def _count(self, latency_ms: float) -> None:
-        target_ms = self._budget.tpot_ms if self._made else None
+    def _count(self, latency_ms: float) -> float | None:
+        """Count the token that is due if it is late, unless it is the first; returns its target."""
+        if not self._made:
+            return self._budget.ttft_ms
+        target_ms = self._budget.tpot_ms
         self._late += target_ms is not None and latency_ms > target_ms
+        return target_ms
 
     def _decide(self, last: Measurement | None) -> Decision:
         """Decide about the next token.
@@ -245,6 +249,8 @@ class Decoder:
         """
         budget, costs = self._environment.budget_and_costs()
         self._take_up(budget)
+        if self._followed is not None:
+            self._go_on_from(*self._followed)
         latest = self._learned.state
         if latest is not self._latest:  # the slow loop is the device's: others have gone on with it
             # Until its first token, so is what they have learned.
@@ -261,9 +267,10 @@ class Decoder:
             found = self._controller.decide(self._state, self._observe(budget, last))
         self._state, self._decision = found
         self._latest = self._learned.state = self._state
-        if (why := self._decision.refusal(budget)) is not None:
+        decision = self._decision
+        if (decision.infeasible or decision.stops) and (why := decision.refusal(budget)) is not None:
             raise InfeasibleError(why)
-        return self._decision
+        return decision
 
     def _take_up(self, budget: Budget) -> None:
         """Let the next token have this budget, and what follows from it."""
@@ -295,11 +302,6 @@ class Decoder:
         return 1 if self._made else 0
 
     @property
-    def _target_ms(self) -> float | None:
-        """The target of the next token."""
-        return self._budget.tpot_ms if self._made else self._budget.ttft_ms
-
-    @property
     def rows_due(self) -> int:
         """Number of rows that the last stage to its deepest exit must take in before the next token; no stage has more."""
         exits = self._sequence.exits
@@ -310,21 +312,25 @@ class Decoder:
         """The budget of the next token."""
         return self._environment.budget_and_costs()[0]
 
-    def seen(self, key: int, asked_s: float) -> StreamSeen:
+    @property
+    def senses(self) -> bool:
+        """Whether the budget that was last seen needs sensors."""
+        return self._senses
+
+    def seen(self, key: int, asked_s: float, shares: bool = True) -> StreamSeen:
         """What a joint decision must know of this stream.
 
         Args:
             key: number of the stream.
             asked_s: time at which its next token was asked for, on ``time.monotonic``.
+            shares: whether its rows share passes with those of others.
         """
         self._take_up(self.budget)
         sequence = self._sequence
         stage_rows, balcony_rows = sequence.rows_due(self._new_rows)
         context = sequence.length + self._new_rows - 1
-        started_s = self.started_s
-        return StreamSeen(
-            key, self._budget, context, stage_rows, balcony_rows, self._made, started_s, asked_s, late=self._late
-        )
+        made, started_s, late = self._made, self.started_s, self._late
+        return StreamSeen(key, self._budget, context, stage_rows, balcony_rows, made, started_s, asked_s, shares, late)
 
     @property
     def pending_rows(self) -> int:
@@ -341,19 +347,29 @@ class Decoder:
         """The token that the next step of the only member begins with."""
         return int(self._ids[0])
 
-    def take(self, logits: FloatArray, decision: Decision, latency_ms: float, read: Readings) -> list[Step]:
-        """Take the logits (1, V) of a round as the next token's, as if :meth:`step` had made them."""
+    def take(self, logits: FloatArray, decision: Decision, asked_s: float, read: Readings) -> None:
+        """Take the logits (1, V) of a round as the next token's, as if :meth:`step` had made them; :meth:`taken` tells it.
+
+        ``asked_s`` is the time at which the token was asked for, on ``time.monotonic``.
+        """
         if not self._made:
             self._sequence.checkpoint()
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
         caught_up = self._caught_up(decision.exit_layer, self._fresh_rows)
-        self._count(latency_ms)
-        step = Step(ids, kept, decision, self._target_ms, latency_ms, caught_up, self._budget, *read)
+        target_ms = self._budget.tpot_ms if self._made else self._budget.ttft_ms
+        latency_ms = 1000 * (time.monotonic() - asked_s)  # an interrupted round tells it with this one
+        step = Step(ids, kept, decision, target_ms, latency_ms, caught_up, self._budget, *read)
         forced = self._force(ids)
         self._last, self._emitted_ns = None, time.perf_counter_ns()
         self._made += 1
         self.untold = [step, *self._forced_steps(forced, step)]
+
+    def taken(self, latency_ms: float) -> list[Step]:
+        """The steps of :meth:`take`. All tokens of a round come when the last of them has been picked."""
+        first = self._made == len(self.untold)
+        self._late += not first and latency_ms > (self.untold[0].target_ms or math.inf)
+        self.untold[0] = self.untold[0]._replace(latency_ms=latency_ms)
         return self.untold
 
     def _force(self, ids: IntArray) -> list[int]:
@@ -378,21 +394,27 @@ class Decoder:
 
     def _forced_steps(self, forced: list[int], last: Step) -> list[Step]:
         """Steps of forced tokens, which came with another token."""
+        if not forced:
+            return []
         self._made += len(forced)
         ids = [np.array([token], np.int64) for token in forced]
-        decision = last.decision._replace(drafted=0)
+        decision, target_ms = last.decision._replace(drafted=0), self._budget.tpot_ms
         given = last._replace(
-            logits=None, decision=decision, target_ms=self._target_ms, latency_ms=0.0, caught_up_rows=0, forced=True
+            logits=None, decision=decision, target_ms=target_ms, latency_ms=0.0, caught_up_rows=0, forced=True
         )
         return [given._replace(ids=one) for one in ids]
 
     def follow(self, exit_layer: int, slowdown: Slowdown, governor: Governor) -> None:
         """Go on alone after a token in company: from its exit, and with what the rounds have learned about the device."""
+        self._followed, self._decision = (exit_layer, slowdown, governor), None
+
+    def _go_on_from(self, exit_layer: int, slowdown: Slowdown, governor: Governor) -> None:
+        """Take up what :meth:`follow` was told last; each round replaces all of what the one before has told."""
         learned = self._state.slowdown.moved(slowdown)._replace(surprise=0, drift=0.0)
         self._state = self._state._replace(
             exit_layer=exit_layer, tokens_since_switch=1, catching_up=False, slowdown=learned, governor=governor
         )
-        self._decision = None
+        self._followed = None
 
     def _policy_of(self, budget: Budget) -> Policy | None:
         if self._sequence.batch_size > 1:  # a policy makes tokens of one sequence, and knows steps of one row
@@ -401,13 +423,13 @@ class Decoder:
             return self._early_exits
         return self._learned.speculator if budget.speculates else None
 
-    def _attempt(self, ids: IntArray, decision: Decision, begin_ns: int) -> Made | None:
+    def _attempt(self, policy: Policy, ids: IntArray, decision: Decision, begin_ns: int) -> Made | None:
         """Let the policy make the tokens; None if a plain step is due.
 
         A policy applies only to full-depth steps without a pace or a deadline.
         """
         sequence, budget, costs = self._sequence, self._budget, self._costs
-        if self._policy is None or costs is None or not self._made:
+        if costs is None or not self._made:
             return None
         if decision.exit_layer != sequence.exits[-1] or decision.period_ms or budget.deadline_s is not None:
             return None
@@ -419,7 +441,7 @@ class Decoder:
         most = self._environment.max_new_tokens
         left = sequence.max_length if most is None else most - self._made
         turn = Turn(sequence, ids, self._sampler, budget, costs, most_ms, slowdown, begin_ns, left)
-        return self._policy.attempt(turn)
+        return policy.attempt(turn)
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:
         """Make one token of each member at an exit, after the prompt or the previous token (B,)."""

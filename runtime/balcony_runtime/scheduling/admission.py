@@ -1,4 +1,4 @@
-"""Admission: the memory that sequences may take.
+"""Admission: the memory that sequences may take, and how often those that wait are looked at.
 
 Whether there is time for one more stream, and who begins first, is decided in :mod:`balcony_edge.control.company`.
 """
@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from balcony_runtime.scheduling.stream import Stream
+
+#: Time after which those that wait are looked at again if nobody has come or gone.
+LOOK_S = 0.1
 
 
 def row_bytes(manifest: Manifest) -> int:
@@ -29,6 +36,22 @@ def row_bytes(manifest: Manifest) -> int:
     parts = [(part, layer) for layer in layers for part in model.memory(layer).parts if part in kept]
     boundaries = (1 + len(manifest.exits)) * model.hidden_size * floats
     return boundaries + sum(model.sizes(part, layer)[0] * kept[part] for part, layer in parts)
+
+
+class Looks:
+    """When those that wait are looked at: if somebody has come or gone, or after a while. A look is a joint decision each."""
+
+    def __init__(self) -> None:
+        self._waits: dict[int, bool] = {}  # stream → whether it waited at the last look
+        self._looked_s = 0.0
+
+    def due(self, streams: Iterable[Stream]) -> bool:
+        """Whether to look now."""
+        waits, now_s = {one.key: one.waits for one in streams}, time.monotonic()
+        if not any(waits.values()) or (waits == self._waits and now_s - self._looked_s < LOOK_S):
+            return False
+        self._waits, self._looked_s = waits, now_s
+        return True
 
 
 class Bounds(NamedTuple):

@@ -29,10 +29,10 @@ from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Learned, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling.admission import Bounds, row_bytes
+from balcony_runtime.scheduling.admission import Bounds, Looks, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
-from balcony_runtime.scheduling.stream import Stream, undone
+from balcony_runtime.scheduling.stream import Stream, absent_ms, undone
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Scheduler:
         self._leader: int | None = None  # the thread that leads a round
         self._running: Sequence[Stream] = ()
         self._company: frozenset[int] = frozenset()  # streams of the last round
+        self._looks = Looks()
         self._changes = 0  # how often a stream has begun, or a sequence has been given back
         self._lent: dict[TokenSequence, int] = {}  # sequences that are out → changes at the last look for rows, or -1
         self._controller: JointController | None = None
@@ -99,8 +100,7 @@ class Scheduler:
         self._trace: RoundTraceWriter | None = None
         self._recorded: RoundTraceWriter | None = None  # the trace from the next round on
         self._pool: SequencePool | None = None
-        self._pool_lock = threading.Lock()
-        self._pool_made = False
+        self._pool_lock, self._pool_made = threading.Lock(), False
 
     @property
     def pool(self) -> SequencePool | None:
@@ -175,9 +175,11 @@ class Scheduler:
     def _by_itself(self, stream: Stream) -> list[Step] | None:
         """Step a stream that goes on and is the only one, as a round would, but with fewer calls; None if a round is due."""
         with self._lock:
-            if self._leader or len(self._streams) > 1 or self._company or not stream.decoder.begun or stream.is_slow:
+            others = len(self._streams) > 1 or not self._company <= stream.alone
+            if self._leader or others or not stream.decoder.begun or stream.is_slow:
                 return None
-            self._leader, self._running = threading.get_ident(), (stream,)
+            self._leader, self._running, self._last = threading.get_ident(), (stream,), None
+            self._company = stream.alone  # who comes gathers with it
         try:
             return stream.decoder.step()
         finally:
@@ -262,7 +264,7 @@ class Scheduler:
         """Run one round for all streams that ask. Holds the lock at both ends, and not while the round runs."""
         begin_ns = time.perf_counter_ns()  # what a stream waits for the others is part of its gap
         self._gather()
-        while self._admit_next():
+        while self._looks.due(self._all) and self._admit_next():
             pass
         asking = [stream for stream in self._all if stream.asks and stream.admitted]
         if not asking:
@@ -271,8 +273,7 @@ class Scheduler:
             return
         admitted = [one for one in self._all if one.admitted]
         begins, others = [one for one in admitted if not one.decoder.begun], len(admitted) > 1
-        known = {one for one in self._all if one.asks}
-        self._running = asking
+        self._running, known = asking, {one for one in self._all if one.asks}
         self._turn.release()
         try:
             if begins:
@@ -343,7 +344,7 @@ class Scheduler:
         return self._joint().refusal(self._state, now, self._seen_of(stream))
 
     def _seen_of(self, stream: Stream) -> StreamSeen:
-        return stream.decoder.seen(stream.key, stream.asked_s)._replace(shares=self._will_share(stream))
+        return stream.decoder.seen(stream.key, stream.asked_s, self._will_share(stream))
 
     def _will_share(self, stream: Stream) -> bool:
         """Whether a stream shares passes, or will once its prompt begins to run, because there is a place for it."""
@@ -377,12 +378,12 @@ class Scheduler:
         if decoder.begun:
             waits = decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors
             return stream.is_slow or (others and waits)
-        if decoder.rows_due <= LONG_PROMPT or self._costs() is None:
+        if self._costs() is None:
             return False
-        return others or decoder.budget.ttft_ms is None
+        return others or (decoder.rows_due > LONG_PROMPT and decoder.budget.ttft_ms is None)
 
     def _step_alone(self, stream: Stream) -> None:
-        self._company, self._last = frozenset(), None
+        self._company, self._last = stream.alone, None
         with undone([stream]), stream.isolated():
             stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
 
@@ -391,12 +392,12 @@ class Scheduler:
             with undone(asking):
                 self._run(asking, begin_ns)
         except Exception as error:  # a shared pass failed
-            for stream in asking:
-                if stream.asks:
-                    stream.fail(error)
+            for stream in [one for one in asking if one.asks]:
+                stream.fail(error)
 
     def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
-        longest_s = longest_pause_s(*([one.decoder.budget for one in those] for those in (self._all, asking)))
+        both = ([one.decoder.budget for one in those] for those in (self._all, asking))
+        longest_s = longest_pause_s(*both) if self._wait_s else 0.0
         if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
             time.sleep(min(pause_s, NAP_S))
             return
@@ -428,23 +429,21 @@ class Scheduler:
             streams[found.chunk.key].work_off(found.chunk)
         moves = {move.key: move.decision for move in found.moves if move.key in streams and streams[move.key].asks}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
-        done_ns = time.perf_counter_ns()
-        self._learned.busy_ns += done_ns - work_ns
         unusual = any(not stream.decoder.begun for stream in logits) or prepared != (self._pool and self._pool.prepared)
-        self._last = None
+        self._company, self._state, self._last = frozenset(moves), state, None
+        slowdown = self._learned.state.slowdown.moved(state.slowdown)
+        self._learned.state = self._told = self._learned.state._replace(governor=state.governor, slowdown=slowdown)
+        for stream, row in logits.items():
+            with stream.isolated():
+                stream.decoder.take(row, moves[stream.key], stream.asked_s, (seen.readings, seen.now_s))
+                stream.decoder.follow(moves[stream.key].exit_layer, state.slowdown, state.governor)
+        done_ns, now_s = time.perf_counter_ns(), time.monotonic()  # everybody waits until all tokens are picked
+        self._learned.busy_ns += done_ns - work_ns
         if found.price_ms and not unusual and not found.refused:
             took_ms = (done_ns - begin_ns) / 1e6
             self._last = Measurement(self._engine.exit_layers[found.deepest], found.price_ms, took_ms)
-        self._company, self._state = frozenset(moves), state
-        slowdown = self._learned.state.slowdown.moved(state.slowdown)
-        self._learned.state = self._told = self._learned.state._replace(governor=state.governor, slowdown=slowdown)
-        now_s = time.monotonic()
-        for stream, row in logits.items():
-            decision, waited_ms = moves[stream.key], 1000 * (now_s - stream.asked_s)
-            with stream.isolated():
-                steps = stream.decoder.take(row, decision, waited_ms, (seen.readings, seen.now_s))
-                stream.decoder.follow(decision.exit_layer, state.slowdown, state.governor)
-                stream.answer(steps)
+        for stream in [one for one in logits if one.asks]:  # the others have failed
+            stream.answer(stream.decoder.taken(1000 * (now_s - stream.asked_s)))
         self._done_s, self._wait_s = now_s, found.wait_ms / 1000
 
     def _joint(self) -> JointController:
@@ -462,7 +461,7 @@ class Scheduler:
             with stream.isolated():
                 found.append(self._seen_of(stream))
                 streams[stream.key] = stream
-        senses = [one.key for one in found if one.budget.needs_sensors]
+        senses = [key for key, stream in streams.items() if stream.decoder.senses]
         now_s, busy_s = time.monotonic(), self._learned.busy_ns / 1e9
         try:
             readings = self._readings() if senses else ()
@@ -470,7 +469,8 @@ class Scheduler:
             for key in senses:
                 streams[key].fail(error)
             return self._seen([one for one in asking if one.asks])
-        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, self._learned_alone())
+        late_ms = absent_ms(one for one in self._all if one.key in self._company and not one.asks)
+        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, self._learned_alone(), late_ms)
 
     def _learned_alone(self) -> LearnedAlone | None:
         state = self._learned.state

@@ -6,9 +6,11 @@ Owns what passes between a stream's consumer and the thread that leads a round: 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from balcony_edge.budget import Budget
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.governor import LEAST_PACE_TPS
 from balcony_runtime.backends.base import NotFiniteError
@@ -55,13 +57,14 @@ class Stream:
         self, key: int, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event
     ) -> None:
         self.key, self.decoder, self.sequence, self.rows, self.cancelled = key, decoder, sequence, rows, cancelled
+        self.alone = frozenset((key,))  # the company of a stream that steps by itself
         self.asked_s = 0.0
-        self.asks = False
-        self.admitted = False
+        self.asks = self.admitted = False
         self.overtaken = 0
         self.on_admitted: Callable[[], None] | None = None
         self._found: list[Step] = []
         self._error: BaseException | None = None
+        self._judged: tuple[Budget | None, bool] = None, False  # the last budget, and whether it makes a reply slow
 
     def admit(self) -> None:
         """Let it take part in rounds."""
@@ -106,10 +109,11 @@ class Stream:
     @property
     def is_slow(self) -> bool:
         """Whether it waits in rounds even if it is alone, so that who comes meanwhile does not wait for its long gap."""
-        budget = self.decoder.budget
-        if budget.needs_sensors and (budget.min_pace_tps or LEAST_PACE_TPS) < LEAST_PACE_TPS:
-            return True
-        return budget.max_pace_tps is not None and budget.max_pace_tps < SLOW_TPS
+        if (budget := self.decoder.budget) is not self._judged[0]:  # asked before each token, and seldom another one
+            held_back = budget.needs_sensors and (budget.min_pace_tps or LEAST_PACE_TPS) < LEAST_PACE_TPS
+            paced = budget.max_pace_tps is not None and budget.max_pace_tps < SLOW_TPS
+            self._judged = budget, held_back or paced
+        return self._judged[1]
 
     def tell(self) -> None:
         """Answer with the tokens of a step that was interrupted after it had made them, if there are any."""
@@ -122,13 +126,26 @@ class Stream:
             run_chunk(self.sequence, chunk)
             self.sequence.state.wait()
 
-    @contextlib.contextmanager
-    def isolated(self) -> Iterator[None]:
-        """End this stream, and no other one, if what is done for it fails; its consumer gets the exception."""
-        try:
-            yield
-        except Exception as error:
+    def isolated(self) -> Stream:
+        """End this stream, and no other one, if what is done for it in this context fails; its consumer gets the exception.
+
+        The stream is the context itself, because a round enters two for each token.
+        """
+        return self
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Exception):
             self.fail(error)
+        return isinstance(error, Exception)
+
+
+def absent_ms(streams: Iterable[Stream]) -> float:
+    """Half the shortest ``tpot_ms`` of streams whose readers are at their tokens: their own steps take the other half."""
+    targets_ms = (one.decoder.budget.tpot_ms for one in streams)
+    return min((target_ms / 2 for target_ms in targets_ms if target_ms is not None), default=math.inf)
 
 
 @contextlib.contextmanager

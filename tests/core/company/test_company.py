@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,8 +34,9 @@ PRICES = RoundPrices(SMALL)
 def test_a_round_of_one_costs_what_a_step_costs() -> None:
     for index, exit_layer in enumerate(SMALL.exits):
         for stages, balconies in ((ONES, ONES), ((1, 4, 9), (3, 5, 1)), ((7, 7, 7), (7, 7, 1))):
-            price = PRICES.round_ms([RoundEntry(index, stages, balconies, 30)])
-            assert price == pytest.approx(SMALL.step_ms(exit_layer, stages, balconies, 30))
+            for costs in (SMALL, replace(SMALL, switch_ms=0.75)):
+                price = RoundPrices(costs).round_ms([RoundEntry(index, stages, balconies, 30)])
+                assert price == pytest.approx(costs.step_ms(exit_layer, stages, balconies, 30))
 
 
 def test_the_further_row_of_a_round_costs_a_further_row() -> None:
@@ -220,13 +222,16 @@ def test_admission_says_what_would_be_possible() -> None:
     controller = JointController(SMALL, QUALITY)
     three = RoundSeen(tuple(stream(key, Budget(tpot_ms=6.0)) for key in range(3)), now_s=10.0)
     assert controller.refusal(SETTLED, RoundSeen(three.streams[:2], now_s=10.0), three.streams[2]) is None
-    reason = controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=6.0)))
+    sevens = RoundSeen(tuple(stream(key, Budget(tpot_ms=7.0)) for key in range(3)), now_s=10.0)
+    reason = controller.refusal(SETTLED, sevens, stream(9, Budget(tpot_ms=6.0)))
     assert reason is not None
     assert "a round of 4 streams takes 6.12 ms at their shallowest exits" in reason and "tpot_ms = 7 or more" in reason
+    assert controller.refusal(SETTLED, sevens, stream(9, Budget(tpot_ms=7.0))) is None, "as it says"
     lax = "a round of 4 streams takes 6.12 ms at their shallowest exits, and another one asked for tpot_ms = 6: wait until"
-    assert lax in str(controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=1000.0))))
+    for tpot_ms in (5.5, 6.0, 7.0, 1000.0):
+        assert lax in str(controller.refusal(SETTLED, three, stream(9, Budget(tpot_ms=tpot_ms))))
     due = Budget(deadline_s=10.125, expected_tokens=29)  # 125 ms for 20 tokens
-    reason = controller.refusal(SETTLED, three, stream(9, due))
+    reason = controller.refusal(SETTLED, sevens, stream(9, due))
     assert reason is not None and reason.endswith("ms at their shallowest exits: wait, or ask for more time")
     dues = RoundSeen(tuple(stream(key, due) for key in range(3)), now_s=10.0)
     assert "another one asked for deadline_s = 10.1" in str(controller.refusal(SETTLED, dues, stream(9)))

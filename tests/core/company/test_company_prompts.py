@@ -51,6 +51,14 @@ def test_a_prompt_leaves_time_for_who_waits() -> None:
     assert not found.moves and found.chunk is not None and 13.5 <= found.price_ms <= 14.7
 
 
+def test_a_prompt_leaves_time_for_who_will_ask_in_a_moment() -> None:
+    """A reader is at its token: a portion of 49 rows of stage 0 takes 3 ms and 48 × 0.25."""
+    prompt = stream(1, Budget(), **PROMPT)
+    assert exits(decided([prompt])[1]) == {1: 8}, "whole, if nobody is there"
+    _, found = decided([prompt], absent_ms=15.0)
+    assert not found.moves and found.chunk == Chunk(1, 0, 49)
+
+
 def test_depth_makes_room_for_a_first_token_in_time() -> None:
     """500 rows within 600 ms: 3 rows a millisecond at most, which the tokens of the other stream leave at exit 4 only."""
     other = stream(0, Budget(tpot_ms=25.0))
@@ -59,6 +67,22 @@ def test_depth_makes_room_for_a_first_token_in_time() -> None:
     _, urgent = decided([other, stream(1, Budget(ttft_ms=600.0), started_s=10.0, **prompt)])
     assert relaxed.chunk is not None and urgent.chunk is not None
     assert urgent.chunk.rows > relaxed.chunk.rows and exits(urgent)[0] < exits(relaxed)[0]
+
+
+@pytest.mark.parametrize(("ttft_ms", "exit_layer"), [(100.0, 4), (150.0, 6), (1e4, 8)])
+def test_a_first_token_is_in_time_also_where_nobody_has_another_target(ttft_ms: float, exit_layer: int) -> None:
+    """By itself the prompt takes 79.6 ms at exit 4, 131 ms at exit 6 and 159 ms at exit 8."""
+    _, found = decided([stream(0), stream(1, Budget(ttft_ms=ttft_ms), started_s=10.0, **PROMPT)])
+    assert exits(found) == {0: 8, 1: exit_layer} and found.price_ms <= ttft_ms
+
+
+def test_a_first_token_that_is_out_of_reach_is_said_to_be() -> None:
+    """The rows take 53 ms at exit 4."""
+    late = stream(1, Budget(ttft_ms=40.0), started_s=10.0, **PROMPT)
+    state, found = decided([stream(0), late])
+    assert not state.streams[1].met and exits(found)[1] == 4
+    _, found = decided([stream(0), late._replace(budget=Budget(ttft_ms=40.0, on_infeasible="error"))])
+    assert [key for key, _ in found.refused] == [1] and "ttft_ms = 40" in found.refused[0][1]
 
 
 def test_a_deadline_that_has_passed_next_to_a_prompt_that_is_due() -> None:
@@ -70,6 +94,14 @@ def test_a_deadline_that_has_passed_next_to_a_prompt_that_is_due() -> None:
     state, found = decided([over, prompt])
     assert not state.streams[1].met and state.streams[2].met
     assert exits(found) or found.chunk is not None
+
+
+def test_depth_makes_room_for_the_rows_of_deeper_stages_as_well() -> None:
+    """Stage 0 has run: 42 rows in each of 12 rounds take 12 ms at stage 1 and 14 at stage 2, of 24.4 ms a round."""
+    rows = {"made_tokens": 0, "stage_rows": (1, 500, 500), "balcony_rows": (500, 500, 1), "context_length": 499}
+    prompt = stream(1, Budget(ttft_ms=310.0), started_s=10.0, **rows)
+    state, _ = decided([stream(0, Budget(tpot_ms=25.0)), prompt])
+    assert [(state.streams[key].goal, state.streams[key].met) for key in (0, 1)] == [(1, True)] * 2
 
 
 def test_patient_streams_step_aside_for_a_prompt_that_is_due() -> None:

@@ -133,3 +133,14 @@ def test_late_tokens_are_counted() -> None:
     (one,) = streams = simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)], quality=QUALITY)
     assert one.late_tokens == 39, "all but the first"
     assert summary(streams, DEMO, QUALITY)["late_share"] == 1.0
+
+
+def test_missed_deadlines_are_counted() -> None:
+    """Of the tokens that they are for: two come in 90 ms, and three in 110."""
+    plant = CompanyPlant(DEMO, Physics(), lambda _: 1.0)
+    budgets = [*(Budget(deadline_s=0.1, expected_tokens=count) for count in (2, 3)), Budget()]
+    streams = [plant.stream(Arrival(0.0, 4, 3, budget)) for budget in budgets]
+    for one in streams:
+        one.exits, one.gaps_ms = [30] * 3, [50.0, 40.0, 20.0]
+    assert [one.missed_deadline for one in streams] == [False, True, False]
+    assert summary(streams, DEMO, QUALITY)["deadlines_missed"] == 0.5

@@ -20,6 +20,7 @@ from balcony_edge.errors import BusyError, InputError
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
+from balcony_runtime.scheduling import admission
 from balcony_runtime.scheduling import scheduler as scheduler_module
 from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.text import TextCodec
@@ -48,8 +49,8 @@ def test_one_stream_more_than_there_is_time_for(llm: LLM, monkeypatch: pytest.Mo
         errors = [one for stream, one in first if stream is refused]
         assert [type(one) for one in errors] == [BusyError]
         assert (
-            "a round of 4 streams takes 6.12 ms at their shallowest exits: wait, or ask for tpot_ms = 9 or more"
-            in str(errors[0])
+            "a round of 4 streams takes 6.12 ms at their shallowest exits, and another one asked for tpot_ms = 8: "
+            "wait until it ends" in str(errors[0])
         )
         assert not waits.reply.tokens
         while replies.open:
@@ -197,6 +198,24 @@ def test_memory_is_bounded_on_an_engine_that_shares_no_passes(tiny: Any) -> None
             while replies.open:
                 replies.step()
             assert len(second.reply.tokens) == 29
+
+
+def test_who_waits_is_not_judged_in_every_round(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "LOOK_S", 600.0)
+    room_for(llm, 60)
+    scheduler, looks = llm._requests.scheduler, []  # type: Any, list[int]
+    refusal = scheduler._refusal
+    scheduler._refusal = lambda stream: (looks.append(stream.key), refusal(stream))[1]
+    with llm.together() as replies:
+        for key in (1, 2, 3):
+            replies.add([key], max_new_tokens=29, ignore_eos=True)
+        last = max(scheduler._streams)
+        for _ in range(10):
+            replies.step()
+        assert looks.count(last) == 1
+        while replies.open:
+            replies.step()
+        assert looks.count(last) == 2, "once more when the others have ended"
 
 
 def test_nobody_is_overtaken_without_end(llm: LLM) -> None:

@@ -14,12 +14,13 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime.decoding.loop import Decoder
 from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS, Probing
-from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import SequencePool
@@ -122,6 +123,19 @@ def test_a_long_prompt_with_a_target_makes_way_if_others_run(llm: LLM) -> None:
         while replies.open:
             replies.step()
     assert len(prompt.reply.tokens) == 2
+
+
+def test_a_newcomer_knows_of_a_reply_whose_reader_is_at_its_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if that reply has been alone so far, and if the prompt is short."""
+    llm.costs = PRICES
+    decide, seen = JointController.decide, []  # type: Any, list[float]
+    monkeypatch.setattr(JointController, "decide", lambda *of: (seen.append(of[2].absent_ms), decide(*of))[1])
+    with llm.stream([1, 2], budget=Budget(tpot_ms=30.0), **ENDLESS) as reading:
+        for _ in range(3):
+            next(reading)
+        assert not seen
+        llm.generate(list(range(1, 11)), max_new_tokens=1, ignore_eos=True)
+    assert seen[0] == 15.0
 
 
 def test_tokens_whose_wait_is_interrupted_are_told_later(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,3 +485,16 @@ def test_a_pause_ends_with_those_who_asked_for_it(llm: LLM) -> None:
         before = [len(one.reply.tokens) for one in two]
         replies.step()
         assert [len(one.reply.tokens) for one in two] != before
+
+
+def test_a_token_in_company_counts_the_time_in_which_all_tokens_are_picked(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pick = Sampler.pick
+    monkeypatch.setattr(Sampler, "pick", lambda sampler, logits: (time.sleep(0.02), pick(sampler, logits))[1])
+    with llm.together() as replies:
+        streams = [replies.add([key], max_new_tokens=4, ignore_eos=True) for key in (1, 2, 3)]
+        while replies.open:
+            replies.step()
+    # One token of each comes from a round of all three.
+    assert min(max(token.latency_ms for token in one.reply.tokens[1:]) for one in streams) >= 60
