@@ -1,14 +1,15 @@
 """Comparison of recipes for distillation on a small budget: same number of training tokens, same held-out rows.
 
-    python benchmarks/paper/recipes.py --data TEXT [--tokens 200000] [--only NAME ...] [--work DIR]
+    python benchmarks/paper/recipes.py --data TEXT [--tokens 200000 | --minutes M] [--only NAME ...] [--work DIR]
 
 The name of each trial says how it differs from the shipped recipe; ``paper`` is the paper's optimizer (AdamW at 5e-4, a
 cosine; section 4.1) on this budget. Rows, their order and the held-out rows are the same for all trials with the same
 data, and they share the frozen backbone's states. A trial that was run before with the same recipe, tokens and text is
-read from ``--work``.
+read from ``--work``. With ``--minutes`` trials are compared at equal time, compilation left out: each makes its own passes
+through the backbone, and its rate follows the time.
 
-The last line is JSON: ``tokens``, ``rows_held_out``, ``trials`` (name → ``kl`` and ``agreement`` per exit, ``kl_sum``,
-``seconds``), ``against_paper`` (1 - shipped ``kl_sum`` / the paper's) and ``winner``.
+The last line is JSON: ``tokens``, ``minutes``, ``rows_held_out``, ``trials`` (name → ``kl`` and ``agreement`` per exit,
+``kl_sum``, ``tokens``, ``seconds``), ``against_paper`` (1 - shipped ``kl_sum`` / the paper's) and ``winner``.
 """
 
 from __future__ import annotations
@@ -234,8 +235,8 @@ def sample_replies(model: Any, tokenizer: Any, data: Path, output: Path, tokens:
 class Bench:
     """The model, the texts and the held-out rows, shared by all trials."""
 
-    def __init__(self, data: Path, work: Path, tokens: int) -> None:
-        self.data, self.work, self.tokens = data, work, tokens
+    def __init__(self, data: Path, work: Path, tokens: int, minutes: float | None = None) -> None:
+        self.data, self.work, self.tokens, self.minutes = data, work, tokens, minutes
         self.tokenizer = load_tokenizer(demo_model_path())
         self.model = load_model(demo_model_path(), attn_implementation="sdpa")
         self.corpora: dict[tuple[str, int], Corpus] = {}
@@ -271,9 +272,11 @@ class Bench:
         given: dict[str, Any] = {"exits": EXITS, "seq_len": SEQ_LEN, **trial.config}
         tokens_a_step = given["seq_len"] * given.get("batch_rows", TrainConfig(exits=EXITS, steps=1).batch_rows)
         steps = max(1, self.tokens // tokens_a_step)
-        config = TrainConfig(
-            steps=steps, warmup_steps=steps // 10, evaluate_every=10**9, checkpoint_minutes=10**9, cache_gb=1.2, **given
-        )
+        if self.minutes is None:
+            given |= {"steps": steps, "warmup_steps": steps // 10, "cache_gb": 1.2}
+        else:
+            given |= {"minutes": self.minutes}
+        config = TrainConfig(evaluate_every=10**9, checkpoint_minutes=10**9, **given)
         corpus = self.corpus(trial.data, config.seq_len)
         # Each trainer converts its own copy of the model, whose rotary tables are made in float32 before that.
         return trial.trainer(copy.deepcopy(self.model), corpus, config, work / "balconies", work=work)
@@ -295,7 +298,10 @@ class Bench:
         for exit_layer, balcony in trainer.balconies.items():
             trainer.averages[exit_layer] = {key: value.clone() for key, value in balcony.state_dict().items()}
         trainer._begin()  # opens the cache of the backbone's states
-        started = time.monotonic()
+        started = trainer.begun_s = time.monotonic()
+        if self.minutes is not None:
+            trainer.train_step()  # compiles
+            started = trainer.begun_s = time.monotonic()
         while trainer.done < 1:
             trainer.train_step()
         seconds = time.monotonic() - started
@@ -308,6 +314,7 @@ class Bench:
             "kl": {str(e): round(best[e][0], 4) for e in EXITS},
             "agreement": {str(e): round(best[e][1], 4) for e in EXITS},
             "kl_sum": round(sum(kl for kl, _ in best.values()), 4),
+            "tokens": trainer.tokens,
             "seconds": round(seconds, 1),
         }
         with kept.open("a", encoding="utf-8") as file:
@@ -324,11 +331,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of text to distil on")
     parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--minutes", type=float, help="training time of each trial, instead of --tokens")
     parser.add_argument("--only", nargs="+", choices=list(TRIALS), default=list(TRIALS))
     parser.add_argument("--work", type=Path, default=Path(".cache/recipes"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.data, options.work, options.tokens)
+    bench = Bench(options.data, options.work, options.tokens, options.minutes)
     results: dict[str, dict[str, Any]] = {}
     for name in options.only:
         results[name] = result = bench.run(name)
@@ -343,7 +351,8 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "recipes",
-                "tokens": options.tokens,
+                "tokens": None if options.minutes else options.tokens,
+                "minutes": options.minutes,
                 "rows_held_out": HELD_OUT_ROWS,
                 "trials": results,
                 "against_paper": against,

@@ -6,7 +6,7 @@ The models have shapes and no weights (PyTorch's meta device); passes, products 
 ``torch.utils.flop_counter``, which counts causal attention as a full square. A step is the trainer's: one pass of the frozen
 backbone, forward and backward through each balcony, and the LM head for the full model (forward) and for each exit (forward and
 backward), on ``--vocabulary`` tokens or all. Time is FLOPs / (peak × utilization); the share of the peak that a GPU reaches is
-an assumption, and nothing of this has run on one.
+an assumption, and nothing of this has run on one. It cannot hold for steps of 1,024 tokens, whose launches take longer.
 
 The last line is JSON: ``peak_tflops``, ``utilization``, and for each setting ``gflop_per_token`` (by part), ``tokens``,
 ``gpu_hours`` and ``days`` on one and on eight GPUs.
@@ -66,6 +66,7 @@ class Setting:
 
 SETTINGS = {
     "SmolLM2-135M, our recipe": Setting(SMALL["SmolLM2-135M"], (14, 17, 20), 2, 512, 1e9, "muon", 8192),
+    "SmolLM2-135M, 64 sequences a step": Setting(SMALL["SmolLM2-135M"], (14, 17, 20), 64, 512, 1e9, "muon", 8192),
     "LLM-1B, the paper": Setting(SMALL["LLM-1B"], (4, 8, 12), 256, 2048, 15.7e9, "adamw", 0),
     "LLM-1B, 8,192 of the vocabulary": Setting(SMALL["LLM-1B"], (4, 8, 12), 256, 2048, 15.7e9, "adamw", 8192),
     "LLaMA3-8B, the paper": Setting(SHAPES["llama-3-8b"], (15, 18, 21), 256, 4096, 31.5e9, "adamw", 0),

@@ -55,6 +55,20 @@ def test_states_and_logits_are_those_of_transformers(architecture: str, make_tin
     assert hooks_of(exits) == before
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_the_arguments_of_a_layer_need_no_pass_through_the_layers(
+    architecture: str, make_tiny: Callable[..., Any]
+) -> None:
+    exits = ExitModel.open(make_tiny(architecture), (2,))
+    wanted, before = exits.run(TOKENS[:1], ()).layer_arguments, hooks_of(exits)
+    found = exits.layer_arguments(TOKENS.shape[1])
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    assert hooks_of(exits) == before and not any("forward" in vars(layer) for layer in exits.parts.layers)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "smollm3", "lfm2", *HYBRIDS])
 @torch.no_grad()
 def test_passes_with_caches_go_on_where_the_last_one_ended(architecture: str, make_tiny: Callable[..., Any]) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from balcony_export.data.corpus import Corpus
+    from balcony_export.data.packed import PackedText
     from balcony_export.model.balcony import BalconyKind
     from balcony_export.train.report import StepReport
     from balcony_export.train.trainer import Trainer
@@ -110,13 +111,13 @@ def train(
     from balcony_edge.cli.console import stderr
     from balcony_edge.device.machine import checked_threads, has_bfloat16
     from balcony_edge.errors import InputError
-    from balcony_export.data.corpus import build_corpus
+    from balcony_export.data.packed import PackedText
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.balcony_files import load_balconies
     from balcony_export.model.checkpoint import load_tokenizer, load_trainable
     from balcony_export.train.config import TrainConfig
     from balcony_export.train.parallel import Processes
-    from balcony_export.train.run_files import run_directory
+    from balcony_export.train.run_files import PACKED, run_directory
     from balcony_export.train.trainer import Start, Trainer
 
     if tokens is not None:
@@ -164,17 +165,15 @@ def train(
     )
     config.check()
     config.check_processes(Processes().count)
-    corpus = build_corpus(
-        data, load_tokenizer(model), seq_len=seq_len, seed=seed, held_out_rows=held_out_rows, mix=_shares(mix or [])
-    )
+    packing = {"seq_len": seq_len, "seed": seed, "held_out_rows": held_out_rows, "mix": _shares(mix or [])}
+    text = PackedText(run_directory(output, layers) / PACKED, data, load_tokenizer(model), **packing)
     begin = None
     if begun is not None and start is not None:
-        begin = Start(begun, _rows_seen(start, layers, corpus), start.resolve())
-    trainer = Trainer(loaded, corpus, config, output, start=begin, teacher=uncut, compiled=compiled)
+        begin = Start(begun, _rows_seen(start, layers, text.corpus), start.resolve())
+    trainer = Trainer(loaded, text.corpus, config, output, start=begin, teacher=uncut, compiled=compiled)
     if precision == "bf16" and trainer.device.type == "cpu" and not has_bfloat16():
         stderr.print("this CPU has no bfloat16 instructions: --precision fp32 trains about three times as fast")
-    if resume and trainer.resume():
-        stderr.print(f"continuing from step {trainer.step}")
+    _ready(trainer, text, resume)
     before = {} if trainer.step else {e: kl for e, (kl, _) in trainer.evaluate().items()}
     with _saved_at_interrupts(trainer):
         if not trainer.processes.writes:
@@ -231,6 +230,25 @@ def _rows_seen(start: Path, layers: tuple[int, ...], corpus: Corpus) -> int:
             markup=False,
         )
     return seen or 0
+
+
+def _ready(trainer: Trainer, text: PackedText, resume: bool) -> None:
+    """Keep the text for later pieces, take up the checkpoint if the user asks for it, and say if rows will come again."""
+    from balcony_edge.cli.console import stderr
+
+    if trainer.processes.writes:
+        text.keep()
+    if resume and trainer.resume():
+        stderr.print(f"continuing from step {trainer.step}")
+    rows, steps = len(trainer.corpus.train.tokens), trainer.config.steps
+    if steps is None or not trainer.processes.writes or (last := trainer.order.learned(steps)) <= rows:
+        return
+    seen = trainer.order.learned(trainer.step)
+    stderr.print(
+        f"the run takes {last - seen:,} rows, and {max(0, rows - seen):,} of {rows:,} are left: the others come again: "
+        "give more --data or fewer --tokens",
+        markup=False,
+    )
 
 
 def _shares(given: list[str]) -> dict[str, float]:

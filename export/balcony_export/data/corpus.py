@@ -133,9 +133,15 @@ def build_corpus(
     generator = np.random.default_rng(seed)
     train = pack([document.tokens for document in learned], seq_len, generator, begin)
     held_out = pack(kept, seq_len, generator, begin).take(held_out_rows)
+    sources = {name: facts for name, (facts, _) in read.items()}
+    return Corpus(train, held_out, sources, digest_of(train, held_out))
+
+
+def digest_of(train: Rows, held_out: Rows) -> str:
+    """SHA-256 of the tokens of all rows."""
     digest = hashlib.sha256(train.tokens.data)
     digest.update(held_out.tokens.data)
-    return Corpus(train, held_out, {name: facts for name, (facts, _) in read.items()}, digest.hexdigest())
+    return digest.hexdigest()
 
 
 class _KeyedDocument(NamedTuple):

@@ -24,6 +24,7 @@ def average(directories: Sequence[Path], output: Path) -> tuple[int, ...]:
     """Write the mean of the balconies of several directories; returns their exit layers.
 
     Its record of training is that of the last directory, without held-out figures and with the files that it is the mean of.
+    The rows that it has learned from are the most of any directory with the same corpus.
 
     Args:
         directories: Directories that `balcony-edge train` wrote, the last run last.
@@ -57,6 +58,9 @@ def average(directories: Sequence[Path], output: Path) -> tuple[int, ...]:
         record = dict(entry["training"] or {})
         for figure in ("held_out_kl", "held_out_agreement"):
             record.pop(figure, None)
+        if "rows" in record:  # a next run begins after the rows that any of them has learned from
+            known = [index["exits"][exit_]["training"] or {} for _, index in runs]
+            record["rows"] = max(one["rows"] for one in known if one.get("corpus") == record.get("corpus"))
         records[int(exit_)] = record | {"mean_of": [index["exits"][exit_]["sha256"] for _, index in runs]}
     with fresh_directory(output) as directory:
         write_balconies(directory, means, {key: last[key] for key in _ALIKE}, records)

@@ -20,9 +20,12 @@ from torch import nn
 
 from balcony_export.train.attention import can_compile
 
-#: Positions per chunk. Measured on 2 cores with 49,152 tokens of vocabulary: 150 µs a position at 64, 135 at 128, 130 at
-#: 256; 128 rows of float32 logits are 25 MB.
+#: Positions per chunk on a CPU. Measured on 2 cores with 49,152 tokens of vocabulary: 150 µs a position at 64, 135 at 128,
+#: 130 at 256; 128 rows of float32 logits are 25 MB.
 CHUNK = 128
+#: Logits per chunk on a GPU, 67 MB in float32. There a chunk of three exits costs about 20 launches of some 5 µs, whatever its
+#: size. 128 positions of 8,192 tokens are 8 GFLOP, for which an H100 needs 20 µs.
+_GPU_LOGITS = 1 << 24
 
 #: Target of the training: the full model's distribution (equation 2), the text itself, or both.
 LossKind = Literal["kl", "kl+ce", "ce"]
@@ -30,6 +33,20 @@ LossKind = Literal["kl", "kl+ce", "ce"]
 LOSS_WEIGHTS: dict[LossKind, tuple[float, float]] = {"kl": (1.0, 0.0), "kl+ce": (0.001, 1.0), "ce": (0.0, 1.0)}
 
 _Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def chunk_size(device: str, positions: int, tokens: int) -> int:
+    """Positions per chunk. On a GPU a power of two times ``CHUNK``, because the compiler runs again for every size.
+
+    Args:
+        device: Type of the device.
+        positions: Number of positions.
+        tokens: Number of tokens that are compared, S.
+    """
+    size = CHUNK
+    while device != "cpu" and 2 * size <= min(positions, _GPU_LOGITS // tokens):
+        size *= 2
+    return size
 
 
 class VocabularyPart(NamedTuple):
@@ -172,10 +189,11 @@ class HeadLoss:
         kls: list[list[torch.Tensor]] = [[] for _ in students]
         others: list[list[torch.Tensor]] = [[] for _ in students]
         total = full.shape[0]
-        for start in range(0, total, CHUNK):
-            count = min(CHUNK, total - start)
+        size = chunk_size(full.device.type, total, len(part.weight))
+        for start in range(0, total, size):
+            count = min(size, total - start)
             # the same shape for every chunk, or the compiler would run for every length of the last one
-            padding = (0, 0, 0, CHUNK - count if total > CHUNK else 0)
+            padding = (0, 0, 0, size - count if total > size else 0)
             targets = self.full.logits(nn.functional.pad(full[start : start + count], padding), part.full)
             for student, kl_parts, other_parts in zip(students, kls, others, strict=True):
                 logits = self.head.logits(nn.functional.pad(student[start : start + count], padding), part.weight)

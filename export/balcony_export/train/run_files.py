@@ -22,6 +22,8 @@ from balcony_export.model.balcony_files import write_file
 from balcony_export.train.report import StepReport
 
 CHECKPOINT = "checkpoint.safetensors"
+#: The text as rows of tokens, which a later piece of the run reads.
+PACKED = "corpus.safetensors"
 #: Directory with the balconies of a run's last step, which need not be the best.
 END = "end"
 

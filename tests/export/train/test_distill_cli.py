@@ -102,6 +102,14 @@ def test_an_interrupt_saves_the_step(
     assert trained(tiny_checkpoint, "2", text_file, tmp_path, "--steps", "40", "--resume")["steps"] == 40
 
 
+def test_rows_that_come_again_are_said(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    for rows, words in (("2", ""), ("300", "the run takes 300 rows, and")):
+        command = ["train", str(tiny_checkpoint), "--exits", "2", "--data", str(text_file), "-o", str(tmp_path / rows)]
+        ended = CliRunner().invoke(app, [*command, *RECIPE, "--steps", "1", "--batch-rows", rows, "--micro-rows", rows])
+        said = " ".join(ended.stderr.split())
+        assert ended.exit_code == 0 and words in said and ("come again" in said) == bool(words)
+
+
 def test_exits_are_added_one_at_a_time(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "balconies"
     trained(tiny_checkpoint, "2", text_file, out, "--steps", "3")

@@ -22,7 +22,7 @@ from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, rows_seen, save_balconies
 from balcony_export.train.attention import NAME, block_attention, use_block_attention
 from balcony_export.train.config import TrainConfig
-from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
+from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample, chunk_size
 from balcony_export.train.parallel import Processes
 from balcony_export.train.report import TrainingCost, pretraining_tokens
 from balcony_export.train.schedule import OptimizerKind, Schedule, make_optimizers, set_rate
@@ -64,6 +64,21 @@ def test_loss_and_gradient_are_those_of_the_definition(softcap: float | None, co
     )
     assert same.tolist() == (logits(full).argmax(-1) == logits(student).argmax(-1)).tolist()
     assert int(itself.sum()) == count
+
+
+def test_chunks_are_as_long_as_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [
+        chunk_size("cuda", *one)
+        for one in ((32_000, 8192), (1_022, 8192), (90, 8192), (12_264, 49_152), (12_264, 1 << 17))
+    ]
+    assert sizes == [2048, 512, CHUNK, 256, CHUNK] and chunk_size("cpu", 32_000, 8192) == CHUNK
+    generator = torch.Generator().manual_seed(5)
+    head = HeadLoss(Head(torch.randn(50, 16, generator=generator)), dtype=torch.float32, compiled=False)
+    full, student = torch.randn(2, 2 * CHUNK + 40, 16, generator=generator)
+    wanted = head.kl(full, [student])[0]
+    monkeypatch.setattr("balcony_export.train.loss.chunk_size", lambda *_: 2 * CHUNK)
+    for ours, theirs in zip(head.kl(full, [student])[0], wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_part_of_the_vocabulary_holds_the_text_the_likeliest_and_others_that_represent_the_rest() -> None:
@@ -454,3 +469,5 @@ def test_the_cost_of_a_run_is_counted_from_its_shapes() -> None:
     assert found["balconies"] == pytest.approx(3 * 3 * (products + attention) / 1e9)
     assert found["heads"] == pytest.approx((1 + 2 * 3) * 2 * width * 8192 / 1e9)
     assert 0.1 < found["optimizer"] < 0.2
+    larger = gflop_per_token(SETTINGS["SmolLM2-135M, 64 sequences a step"])
+    assert larger["optimizer"] == pytest.approx(found["optimizer"] / 32) and larger["heads"] == found["heads"]

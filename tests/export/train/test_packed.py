@@ -1,0 +1,51 @@
+"""A packed text on disk: it is the text that packing makes, and only that of the same files, tokenizer and settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from balcony_edge.errors import InputError
+from balcony_export.data import packed as packed_module
+from balcony_export.data.corpus import build_corpus
+from balcony_export.data.packed import PackedText
+
+
+def test_a_packed_text_is_read_again_unless_something_changed(
+    text_file: Path, make_tokenizer: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, copied, packs = tmp_path / "run" / "corpus.safetensors", tmp_path / "text.jsonl", 0
+    copied.write_bytes(text_file.read_bytes())
+
+    def counted(*given: Any, **settings: Any) -> Any:
+        nonlocal packs
+        packs += 1
+        return build_corpus(*given, **settings)
+
+    def packed(*, keep: bool = True, **settings: Any) -> Any:
+        given: dict[str, Any] = {"seq_len": 24, "seed": 0, "held_out_rows": 4, "mix": {}}
+        text = PackedText(path, [copied], make_tokenizer(), **given | settings)
+        if keep:
+            text.keep()
+        return text.corpus
+
+    monkeypatch.setattr(packed_module, "build_corpus", counted)
+    first, again = packed(mix={"text.jsonl": 0.5}), packed(mix={"text.jsonl": 0.5})
+    assert packs == 1 and (again.digest, again.sources) == (first.digest, first.sources)
+    for name in ("train", "held_out"):
+        for part in ("tokens", "lengths"):
+            ours, theirs = (getattr(getattr(corpus, name), part) for corpus in (again, first))
+            assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+    assert packed().digest != first.digest and packs == 2  # another share
+    path.write_bytes(path.read_bytes()[:-8])
+    assert packed(keep=False).digest == packed().digest and packs == 4  # damaged
+    copied.write_text(copied.read_text() + json.dumps({"text": "the quick brown fox"}) + "\n")
+    packed()
+    copied.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        packed()
