@@ -12,7 +12,7 @@ probability. An exit *fits* when its next step, pending rows included, costs no 
     stay   while the present exit fits
     down   at once: the deepest shallower exit that fits
     else   the shallowest allowed exit (``best_effort``: the one whose gap comes closest, backlog included);
-           ``infeasible`` if no allowed exit's steady price is within its room either
+           ``infeasible`` if no luck brings the steady price of an allowed exit within its room
 
 An exit that would hold the target without its backlog gets chunks of catch-up next to the steps at a shallower exit
 (:mod:`.catching_up`). The step that enters this exit may be late if the asked probability has left a late token over
@@ -73,8 +73,6 @@ from balcony_edge.device.costs import CostModel
 SWITCH_NOISE = 4.0
 #: Largest cost of a step if no gap is asked for, in full steps of the deepest allowed exit. More rows go in chunks.
 SPIKE = 2.0
-#: Variance of the slowdown above which it counts as unknown. A target is then infeasible only if no luck could meet it.
-KNOWN_VARIANCE = 0.05**2
 #: Deviation of the slowdown from which the whole hysteresis is kept free, and the smallest share of it that is kept.
 #: A settled filter is at 0.012 (noise of 2 %). With a target of 1.10 times the full depth's own time, the full depth would
 #: otherwise never leave 5 % free (docs/LOG.md, "The way back in int4").
@@ -337,13 +335,13 @@ class Controller:
         )
 
     def _within_reach(self, scene: _Scene, outlook: Outlook) -> bool:
-        """Whether some exit would hold the targets without its backlog: with luck while the slowdown is unknown.
+        """Whether some exit would hold the targets without its backlog, with luck: with no more noise than any device has.
 
-        A deadline is out of reach only if the mean time is: chance may still help the tokens to come.
+        The estimate of the noise begins at 10 %, and every pause leaves doubt about the slowdown: neither may end a reply
+        whose tokens are all in time. A deadline is out of reach only if the mean time is: chance may still help the tokens to
+        come.
         """
-        slowdown, luck = scene.slowdown, 1.0
-        if slowdown.variance > KNOWN_VARIANCE:
-            luck = math.exp(scene.plan.quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        luck = math.exp(scene.plan.quantile * max(scene.slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         if scene.seen.deadline_runs:  # neither bad luck nor a load that has not begun nor a pace makes it infeasible
             outlook = self._outlook(scene, luck)
         return any(outlook.holds(index, luck) for index in range(scene.plan.lowest, outlook.highest + 1))
@@ -421,7 +419,9 @@ class Controller:
             if seen.deadline_runs:  # a deadline is more important than a pace
                 slow_ms = min(slow_ms, (1 - PACE_MARGIN) * 1000 * max(seen.left_s, 0.0) / seen.remaining)
             period_ms = max(period_ms, slow_ms)
-        return period_ms, max(share * period_ms - predicted_ms, 0.0)
+        # Rows in a wait take joules. The slow loop has allowed a depth for those of the step and of an idle wait.
+        idle_ms = 0.0 if budget.energy_j_per_token is not None else max(share * period_ms - predicted_ms, 0.0)
+        return period_ms, idle_ms
 
     def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, tuple[object, ...]]:
         """Return the filter after the last step, and a remark for the reason if its measurement cannot be used."""

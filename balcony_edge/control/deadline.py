@@ -34,12 +34,16 @@ def deadline_rooms(
         lowest: index of the shallowest exit that the budget allows.
         quantile: deviations above the mean that hold the asked probability.
         luck: None to keep time for chance, for a load that has not begun, and for the prompt also for the waits of
-            ``max_pace_tps``; later ones are cut when the time runs out. A number to keep nothing: it is the factor by which the
-            caller takes rooms for larger than they are, and these have no margin that it could give back.
+            ``max_pace_tps``; later ones are cut when the time runs out. A number to keep nothing, and to take the better of the
+            two slowdowns: the factor by which the caller takes rooms for larger than they are, since these have no margin that
+            it could give back.
     """
     budget, left_ms, remaining = seen.budget, 1000 * seen.left_s, seen.remaining
     kept = luck is None
     mean = max(slowdown.ratio_mean, slowdown.factor, 1e-6)
+    if not kept:
+        # A step that hung stays in the mean of 60 steps for long, and a burst that makes the last steps slow may end.
+        mean = max(min(slowdown.ratio_mean, slowdown.factor), 1e-6)
     spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + UNSEEN_LOAD * remaining
     margin_ms = quantile * spread * steady_ms[lowest] if kept else 0.0
     dwell = min(budget.dwell_tokens, remaining)

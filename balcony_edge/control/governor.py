@@ -35,8 +35,9 @@ TICK_S, CEILING_DWELL_S = 0.1, 1.0
 PAUSE_S = 2.0
 #: Pace below which a stream looks hung to its reader; used if the budget names no pace.
 LEAST_PACE_TPS = 1.0
-#: Smallest busy share: a hundredth, so that a pace always follows from it.
-LEAST_SHARE = 0.01
+#: Smallest busy share: a hundredth, or less where steps are so fast that a hundredth is more than the slowest pace. It is
+#: above 0, so that a pace always follows from it.
+LEAST_SHARE, NEARLY_NOTHING = 0.01, 1e-9
 #: Share of a latency target that is left free for jitter under pacing.
 PACE_MARGIN = 0.05
 #: Share by which a pace ends before a target of the same gap: sleeps last a little longer than asked for. It is below the error
@@ -178,14 +179,14 @@ def govern(before: Governor, demand: Demand) -> Governor:
         "gpu_utilization": gpu_share,
         "temperature_c": heat_share,
         # At the floor the pace falls to the smallest one allowed.
-        "battery_floor_percent": LEAST_SHARE if charge_left is not None and charge_left <= 0 else None,
+        "battery_floor_percent": 0.0 if charge_left is not None and charge_left <= 0 else None,
     }
     shares = {key: share for key, share in found.items() if share is not None}
     room = min(shares.values(), default=math.inf)  # above 1: part of what the ceilings allow is free
     share = min(1.0, room)
     # The share rises by at most a tenth per tick, so that a reading that is too low does not allow a burst. It falls by
     # at most half, so that no gap looks like a hung stream.
-    share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), LEAST_SHARE)
+    share = max(share if rested else min(max(share, before.share / 2), before.share + 0.1), _least_share(demand))
     caps = _depth(demand, before, charge_left, share)
     limiting = [key for key, value in shares.items() if value <= share + 0.02 and share < 1]
     after = before._replace(
@@ -199,6 +200,11 @@ def govern(before: Governor, demand: Demand) -> Governor:
     )
     warms = heat_share is not None and heat_share > integral  # below its set point, so it can be held
     return _settle(after, demand, room, limiting, caps, {"temperature_c"} if warms else set())
+
+
+def _least_share(demand: Demand) -> float:
+    """Smallest busy share: at the shallowest exit it is no more than the slowest pace."""
+    return max(min(LEAST_SHARE, slowest_tps(demand.budget) * demand.step_s[demand.lowest]), NEARLY_NOTHING)
 
 
 def _rested(governor: Governor) -> Governor:
@@ -245,7 +251,7 @@ def _settle(
         governor = governor._replace(ceiling=wanted, changed_s=changed_s)
     floor_tps = least_pace_tps(budget, demand.pace_tps)
     short = share < 1 and (not budget.pacing or share < floor_tps * step_s[demand.lowest])
-    short = short or (room <= 0 and share <= LEAST_SHARE)
+    short = short or (room < floor_tps * step_s[demand.lowest] and share <= LEAST_SHARE)
     late = share < 1 and share < demand.pace_tps * step_s[demand.lowest]
     out = [key for key in limiting if key not in within] if short else []
     out = out or (["latency"] if late else [])
@@ -257,7 +263,7 @@ def _settle(
     same = all(before.get(key) == asked.get(key) for key in out)
     short_s = min(governor.short_s if same else math.inf, now_s) if out else math.inf
     settled = now_s - short_s >= max(SETTLING_S, budget.power_window_s)
-    infeasible = (*(out if settled else ()), *at_once)
+    infeasible = tuple(dict.fromkeys((*(out if settled else ()), *at_once)))
     return governor._replace(
         short_s=short_s,
         binding=tuple(dict.fromkeys([*limiting, *caps])),
@@ -288,9 +294,10 @@ def _power(before: Governor, demand: Demand) -> tuple[Governor, float | None]:
     if math.isfinite(average_before_w) and math.isfinite(before.ticked_s):
         kept = math.exp(-max(now_s - before.ticked_s, 0.0) / budget.power_window_s)
         average_w = kept * average_before_w + (1 - kept) * drawn_w
-    # If the window's average is too high or too low, the next window makes up for it.
+    # If the window's average is too high, the next window makes up for it. It does not make up for one that is too low:
+    # after a pause, windows of a whole reply would then be above the ceiling.
     aim_w = budget.power_w * 0.99
-    aim_w += min(max(0.5 * (aim_w - average_w), -0.1 * aim_w), 0.1 * aim_w)
+    aim_w += min(max(0.5 * (aim_w - average_w), -0.1 * aim_w), 0.0)
     return after._replace(average_w=average_w), load.share_within(aim_w)
 
 
@@ -342,7 +349,10 @@ def _on_a_ramp(demand: Demand, room: float | None) -> int | None:
     """Deepest index for the free part of a ramp (``room``, 0 to 1); None if all depth is allowed."""
     if room is None or room >= 1:
         return None
-    return demand.lowest - 1 if room <= 0 else demand.lowest + int(room * (demand.highest - demand.lowest + 1))
+    if room <= 0:
+        return demand.lowest - 1
+    deepest = demand.lowest + int(room * (demand.highest - demand.lowest + 1))
+    return None if deepest >= demand.highest else deepest
 
 
 def _charge_left(demand: Demand) -> float | None:
@@ -367,7 +377,8 @@ def _affordable(demand: Demand, before: Governor, share: float) -> int | None:
     """Deepest index whose tokens take no more energy than allowed; None if all are allowed or power is not measured.
 
     Between two tokens the device idles for as long as a pace asks for, the one that follows from the busy share included. A
-    deeper exit than before must leave a part of the energy free.
+    deeper exit than before must leave a part of the energy free. The index is below ``lowest`` only if that is certain,
+    because at first the power is a guess.
     """
     budget, most_j, power = demand.budget, demand.budget.energy_j_per_token, before.power
     if most_j is None or power is None or watts(demand.readings, budget.power_rail, demand.now_s) is None:
@@ -379,6 +390,7 @@ def _affordable(demand: Demand, before: Governor, share: float) -> int | None:
         # The shallowest exit is taken in any case, so it needs nothing free.
         deeper = index > max(before.ceiling, demand.lowest)
         within_j = most_j * (1 - budget.hysteresis) if deeper else most_j
-        if power.at(demand.step_s[index] / gap_s) * gap_s <= within_j:
+        busy = demand.step_s[index] / gap_s
+        if power.at(busy) * gap_s <= within_j:
             return None if index == demand.highest else index
-    return demand.lowest - 1
+    return demand.lowest - (power.least_at(busy) * gap_s > most_j)

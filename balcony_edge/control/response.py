@@ -202,6 +202,12 @@ class Load(NamedTuple):
         fit = self.fits[self.best]
         return self.scale * (fit.base + fit.gain * share)
 
+    def least_at(self, share: float) -> float:
+        """Value of the quantity at a busy share, less a deviation of the estimate."""
+        fit = self.fits[self.best]
+        variance = fit.base_variance + 2 * share * fit.covariance + share * share * fit.gain_variance
+        return self.at(share) - self.scale * math.sqrt(max(variance, 0.0))
+
     def _remembering(self, now_s: float, busy_s: float) -> Load:
         past = self.past
         if past and now_s - past[-1][0] < PAST_STEP_S and len(past) > 1:

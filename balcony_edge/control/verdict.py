@@ -181,7 +181,7 @@ class Watch:
         # a floor is for a battery that drains
         charges = [seen.battery.charge for seen in self._seen if seen.battery is not None and not seen.battery.charging]
         least = min((charge for charge in charges if charge is not None), default=None)
-        return None if least is None else 100 * least
+        return None if least is None else round(100 * least, 9)  # 100 x 0.29 is below 29
 
     def _most_w(self, window_s: float) -> float | None:
         """Highest mean power over a window; the mean of the whole reply if that is shorter."""

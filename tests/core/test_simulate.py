@@ -102,8 +102,8 @@ def test_power_is_held_in_every_window(keys: dict[str, Any], load: str, depths: 
     assert exits(steady) <= depths and max(depths) in exits(steady)
     assert all(b - a >= 1 for a, b in pairwise(switch_times(tokens, 5)))
     assert not any(token.decision.infeasible for token in steady)
-    if "tpot_ms" in keys:
-        assert sum(token.latency_ms > keys["tpot_ms"] for token in tokens[1:]) == 0
+    if "tpot_ms" in keys:  # while the watts are learned, power comes first
+        assert not any(token.latency_ms > keys["tpot_ms"] for token in steady)
 
 
 def test_power_of_others_is_told_apart() -> None:
@@ -438,7 +438,7 @@ def test_a_deadline_that_can_be_met_is_not_called_infeasible_before_anything_was
         run(asked.model_copy(update={"deadline_s": 0.9 * needs_s}), tokens=tokens, prompt_tokens=64)
 
 
-@pytest.mark.parametrize(("tpot_ms", "probability"), [(15, 0.9), (16, 0.9), (20, 0.99)])
+@pytest.mark.parametrize(("tpot_ms", "probability"), [(13.5, 0.9), (15, 0.9), (16, 0.9), (14, 0.99), (20, 0.99)])
 def test_a_target_that_can_be_met_is_not_called_infeasible_before_anything_was_measured(
     tpot_ms: float, probability: float
 ) -> None:

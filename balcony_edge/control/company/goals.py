@@ -13,7 +13,7 @@ from balcony_edge.control.company.assignment import Claim, Steps, assign
 from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import CompanyState
 from balcony_edge.control.company.view import View, scale_of, targets_of
-from balcony_edge.control.controller import KNOWN_VARIANCE, quantile_of
+from balcony_edge.control.controller import quantile_of
 from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
 
 #: Rounds after which the assignment is made again, because contexts have grown.
@@ -30,6 +30,8 @@ LEAST_MS = 1e-3
 STALL_MS = 250.0
 #: Share of a round that a prompt without ``ttft_ms`` gets.
 PROMPT_SHARE = 0.3
+#: Variance of the slowdown above which it counts as unknown: a target is then out of reach only if no luck could meet it.
+KNOWN_VARIANCE = 0.05**2
 
 
 class Goals:
@@ -79,7 +81,7 @@ class Goals:
         claims, limit_ms, lax_rows = self._claims(views, met)
         views = [view._replace(met=met[view.stream.key]) for view in views]
         luck = 1.0
-        if slowdown.variance > KNOWN_VARIANCE:  # a target is out of reach only if no luck could meet it
+        if slowdown.variance > KNOWN_VARIANCE:
             quantile = max(quantile_of(view.stream.budget.probability) for view in views)
             luck = math.exp(quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         if limit_ms == math.inf:

@@ -148,15 +148,14 @@ def test_only_who_names_a_ceiling_hears_that_nothing_measures_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("most_j", "slower", "exit_layer", "out"),
-    [(0.2, 1, 8, False), (0.2, 2, 6, False), (0.09, 1, 6, False), (0.06, 1, 4, False), (0.01, 1, 4, True)],
+    ("most_j", "slower", "exit_layer"), [(0.2, 1, 8), (0.2, 2, 6), (0.09, 1, 6), (0.06, 1, 4), (0.01, 1, 4)]
 )
-def test_joules_take_depth_from_a_company(most_j: float, slower: float, exit_layer: int, out: bool) -> None:
-    """Rounds of two take 10.75, 7.625 and 5.375 ms, at 10 W."""
+def test_joules_take_depth_from_a_company(most_j: float, slower: float, exit_layer: int) -> None:
+    """Rounds of two take 10.75, 7.625 and 5.375 ms, at 10 W. One reading proves nothing to be out of reach."""
     power = (Reading("board", "board", 10.0, watts=10.0),)
     slow = SETTLED._replace(slowdown=SETTLED.slowdown._replace(mean=math.log(slower)))
     state, found = decided([stream(0, Budget(energy_j_per_token=most_j)), stream(1)], slow, readings=power)
-    assert set(exits(found).values()) == {exit_layer} and bool(state.governor.infeasible) == out
+    assert set(exits(found).values()) == {exit_layer} and not state.governor.infeasible
 
 
 def test_joules_take_depth_between_the_shallowest_and_the_deepest_exit_of_all() -> None:

@@ -219,6 +219,21 @@ def test_a_deadline_reckons_with_the_worse_of_now_and_the_mean(mean: float, rati
     assert Controller(SMALL).decide(state, seen)[1].exit_layer == exit_layer
 
 
+def test_one_step_that_hung_makes_no_deadline_infeasible() -> None:
+    """A step of 5 s instead of 10 ms makes the mean ratio of 60 steps 8.8; 100 tokens of 5 ms have a second left."""
+    slowdown = Slowdown(variance=0.0, noise_variance=0.02**2, ratio_variance=0.0)
+    budget = Budget(deadline_s=6, expected_tokens=101, on_infeasible="error")
+    seen = Observation(budget, 0, STEADY, STEADY, Measurement(8, 10.0, 5000.0), made_tokens=1, now_s=5.0)
+    after, decision = Controller(SMALL).decide(settled(8)._replace(slowdown=slowdown), seen)
+    assert after.slowdown.ratio_mean == pytest.approx(1 + 499 / 64) and after.slowdown.factor == 1.0
+    assert decision.exit_layer == 4 and decision.refusal(budget) is None
+    burst = seen._replace(last=None)  # the last steps took three times as long, and 60 of them one and a half times
+    state = settled(8)._replace(slowdown=slowdown._replace(mean=math.log(3), ratio_mean=1.5))
+    assert Controller(SMALL).decide(state, burst)[1].refusal(budget) is None
+    late = burst._replace(now_s=5.6)
+    assert "101 tokens take 6.1 s" in (Controller(SMALL).decide(settled(8), late)[1].refusal(budget) or "")
+
+
 def test_a_ceiling_that_gave_depth_back_is_believed_after_a_second() -> None:
     reading = (Reading("x", "board", 10.0, watts=1.0),)
     for since_s, exit_layer in ((0.5, 4), (CEILING_DWELL_S, 8)):
@@ -232,6 +247,27 @@ def test_infeasible_is_said_and_takes_the_shallowest_allowed() -> None:
     assert (decision.exit_layer, decision.infeasible) == (4, True)
     assert decision.reason == "infeasible: tpot_ms = 3: a step takes 5.0 ms at the shallowest exit"
     assert decide(settled(8), Budget(tpot_ms=3, min_exit=6, on_infeasible="error")).exit_layer == 6
+
+
+@pytest.mark.parametrize(("tpot_ms", "infeasible"), [(5.5, False), (4.9, True)])
+def test_noise_that_is_not_known_yet_makes_no_target_infeasible(tpot_ms: float, infeasible: bool) -> None:
+    """The estimate begins at 10 %, a margin of 14 %; the shallowest exit takes 5 ms, which is a tenth less than asked for."""
+    state = settled(4)._replace(slowdown=Slowdown(variance=1e-4, noise_variance=0.1**2))
+    decision = decide(state, Budget(tpot_ms=tpot_ms))
+    assert (decision.exit_layer, decision.infeasible) == (4, infeasible)
+    if not infeasible:
+        assert decision.reason == "no exit fits yet: predicted 5.0 ms (p=0.83)"
+
+
+@pytest.mark.parametrize("made_tokens", [0, 1])
+def test_a_target_that_was_held_is_in_reach_after_a_pause(made_tokens: int) -> None:
+    """A pause leaves a deviation of 0.05, a margin of 7 %; the shallowest exit takes 5 ms, 4 % less than asked for."""
+    budget, sure = Budget(tpot_ms=5.2, on_infeasible="error"), Slowdown(variance=1e-4, noise_variance=0.02**2)
+    state = settled(4)._replace(slowdown=sure)
+    assert decide(state, budget).reason == "deepest exit within 5.2 ms (p=0.96)"
+    seen = Observation(budget, 0, STEADY, STEADY, None, made_tokens=made_tokens)
+    decision = Controller(SMALL).decide(state.for_next_reply(), seen)[1]
+    assert decision.refusal(budget) is None
 
 
 @pytest.mark.parametrize(

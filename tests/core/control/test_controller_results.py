@@ -181,6 +181,13 @@ def test_a_busy_share_leaves_the_pace_that_a_deadline_needs(
     assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
 
 
+@pytest.mark.parametrize(("keys", "idle_ms"), [({}, 40.0), ({"energy_j_per_token": 9.0}, 0.0)])
+def test_waits_are_for_pending_rows_unless_each_token_has_its_joules(keys: dict[str, Any], idle_ms: float) -> None:
+    seen = Observation(Budget(max_pace_tps=20, **keys), 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, WATT)
+    decision = Controller(SMALL).decide(sure(8), seen)[1]
+    assert (decision.period_ms, decision.idle_ms) == (50.0, pytest.approx(idle_ms))
+
+
 @pytest.mark.parametrize(("priority", "period_ms"), [("latency", 47.5), ("limits", 100.0)])
 def test_a_busy_share_leaves_the_pace_of_a_gap_if_latency_comes_first(
     priority: Literal["latency", "limits"], period_ms: float

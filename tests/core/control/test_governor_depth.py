@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.governor import CEILING_DWELL_S, LEAST_SHARE, SETTLING_S, Demand, Governor, govern
+from balcony_edge.control.governor import CEILING_DWELL_S, LEAST_SHARE, SETTLING_S, Demand, Governor, govern, paced_ms
 from balcony_edge.control.response import GAUGES, Fit, Load
 from balcony_edge.device.readings import Reading
 
@@ -33,6 +33,14 @@ def test_charge_above_the_floor_is_a_ramp_of_depth(charge: float, ceiling: int, 
     battery = Reading("b", "battery", 10.0, charge=charge, charging=False)
     after = tick(Budget(battery_floor_percent=20), battery)
     assert (after.ceiling, after.infeasible) == (ceiling, infeasible)
+
+
+@pytest.mark.parametrize(("charge", "binding"), [(0.29, ()), (0.26, ("battery_floor_percent",))])
+def test_a_ramp_that_leaves_all_depth_limits_nothing(charge: float, binding: tuple[str, ...]) -> None:
+    battery = Reading("b", "battery", 10.0, charge=charge, charging=False)
+    assert tick(Budget(battery_floor_percent=20), battery).binding == binding
+    only = Demand(Budget(battery_floor_percent=20), 10.0, 10.0, (battery,), STEPS_S, 2, 2, 0.0)
+    assert govern(Governor(), only).binding == (), "there is no depth to take"
 
 
 def test_a_battery_that_charges_takes_no_depth() -> None:
@@ -75,6 +83,21 @@ def test_the_deepest_exit_whose_tokens_are_affordable(
     board = Reading("w", "board", 10.0, watts=8.0)
     after = tick(budget, board, before=Governor(power=sure, rail=budget.power_rail))
     assert (after.ceiling, after.infeasible) == (ceiling, infeasible)
+
+
+def test_watts_that_are_not_known_yet_make_no_energy_infeasible() -> None:
+    """The first guess is the ceiling, 15 W, which is 0.18 J at the shallowest exit. It takes 8 W, which is 0.096 J."""
+    budget, state = Budget(power_w=15, energy_j_per_token=0.12), Governor()
+
+    def seen(now_s: float, watts: float) -> Demand:
+        board = (Reading("w", "board", now_s, watts=watts),)
+        return Demand(budget, now_s, now_s, board, STEPS_S, LOWEST, HIGHEST, 0.0)
+
+    for tenth in range(40):
+        state = govern(state, seen(10 + tenth / 10, 2.0 if not tenth else 8.0 + 0.01 * (tenth % 2)))
+        assert state.infeasible == ()
+    budget = Budget(power_w=15, energy_j_per_token=0.05)
+    assert govern(state, seen(14.0, 8.0)).infeasible == ("energy_j_per_token",)
 
 
 def test_energy_takes_no_depth_where_nothing_measures_power() -> None:
@@ -143,6 +166,37 @@ def test_a_ceiling_is_infeasible_only_after_it_was_out_of_reach_for_a_while(
     found = tick(Budget(temperature_c=60), heat(90.0), before=before)
     assert (found.share, found.ceiling, found.infeasible) == (LEAST_SHARE, 0, infeasible)
     assert tick(Budget(temperature_c=60), heat(20.0), before=before).short_s == pytest.approx(float("inf"))
+
+
+def test_a_key_at_its_end_is_named_once() -> None:
+    """A battery at its floor takes all depth at once, and after a while the slowest pace shows that it is out of reach."""
+    battery = Reading("b", "battery", 10.0, charge=0.2, charging=False)
+    before = Governor(ticked_s=9.9, share=LEAST_SHARE, short_s=0.0, asked=(("battery_floor_percent", 20.0),))
+    assert tick(Budget(battery_floor_percent=20), battery, before=before).infeasible == ("battery_floor_percent",)
+
+
+@pytest.mark.parametrize(
+    ("keys", "gap_ms"), [({}, 1000.0), ({"min_pace_tps": 0.2}, 5000.0), ({"min_pace_tps": 8}, 125.0)]
+)
+def test_the_slowest_pace_is_reached_by_fast_steps_too(keys: dict[str, float], gap_ms: float) -> None:
+    """A hundredth of the time is five tokens of 2 ms a second."""
+    budget, state = Budget(battery_floor_percent=20, **keys), Governor()
+    battery = Reading("b", "battery", 10.0, charge=0.2, charging=False)
+    for _ in range(12):  # half at each tick
+        state = govern(state, Demand(budget, 10.0, 10.0, (battery,), (0.002, 0.004), 0, 1, 0.0))
+    assert paced_ms(budget, state.share, 2.0, 0.0) == pytest.approx(gap_ms)
+
+
+@pytest.mark.parametrize(("base", "share", "infeasible"), [(0.5826, 0.006, ()), (0.5846, 0.002, ("cpu_utilization",))])
+def test_what_the_slowest_pace_holds_is_held_and_nothing_else(
+    base: float, share: float, infeasible: tuple[str, ...]
+) -> None:
+    """Others leave 0.585 - base of the CPUs; a token of 2 ms a second needs 0.002 of the time, and 0.4 of them in it."""
+    known = Load(1.0, fits=(Fit(base, 0.4, 1e-9, 0.0, 1e-9),) * len(GAUGES))
+    before = Governor(ticked_s=9.9, share=0.002, cpu=known, short_s=0.0, asked=(("cpu_utilization", 0.6),))
+    seen = Reading("c", "cpu", 10.0, utilization=base)
+    after = govern(before, Demand(Budget(cpu_utilization=0.6), 10.0, 1.0, (seen,), (0.002, 0.004), 0, 1, 0.0))
+    assert (after.share, after.infeasible) == (pytest.approx(share), infeasible)
 
 
 def test_a_pace_that_the_share_cannot_give_makes_latency_infeasible() -> None:

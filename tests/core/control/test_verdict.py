@@ -166,6 +166,17 @@ def test_a_charge_is_held_down_to_its_floor(percent: int, held: bool) -> None:
     assert verdict.margin == pytest.approx((percent - 20) / 20)
 
 
+@pytest.mark.parametrize("percent", [7, 28, 29, 57, 58])
+def test_a_charge_at_its_floor_is_held_whatever_its_digits(percent: int) -> None:
+    """Drivers tell whole percents, so a charge is at its floor for minutes. 29 % is 0.29, and 100 x 0.29 is below 29."""
+
+    def battery(now_s: float) -> tuple[Reading, ...]:
+        return (Reading("b", "battery", now_s, charge=percent / 100),)
+
+    (verdict,) = judged(Budget(battery_floor_percent=percent), [100.0, 200.0], battery).values()
+    assert (verdict.reached, verdict.held, verdict.margin) == (percent, True, 0.0)
+
+
 def test_a_battery_that_charges_has_no_floor() -> None:
     """The controller holds nothing then."""
 
