@@ -32,7 +32,7 @@ from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.on_demand import SensorsOnDemand
-from balcony_runtime.reply import Reply, TokenStream
+from balcony_runtime.reply import Reply, Settings, TokenStream
 from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests, Surroundings
 from balcony_runtime.scheduling.admission import Bounds
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
@@ -41,6 +41,7 @@ from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import Message, TextCodec
 from balcony_runtime.together import Together
+from balcony_runtime.tokens import checked
 
 if TYPE_CHECKING:
     from balcony_edge.control.company.round_trace import RoundTraceWriter
@@ -83,17 +84,13 @@ class LLM(Closing):
             prefix_mb, prefix_directory: what is kept of replies that have ended, as for :func:`balcony_edge.load`.
         """
         self.engine, self.codec = engine, codec
-        self._costs, self._costs_lock, self._sensors = costs, threading.Lock(), SensorsOnDemand(readings)
+        self._settings = settings = Settings((Budget(), Budget()), costs)
+        self._costs_lock, self._sensors = threading.Lock(), SensorsOnDemand(readings)
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
-        around = Surroundings(
-            budgets=lambda: self._budgets,
-            check=self.resolved,
-            costs=lambda: self._costs,
-            readings=self.readings,
-        )
+        around = Surroundings(settings, check=self.resolved, readings=self.readings)
         quality, bounds = qualities(self._agreement), Bounds.of(self._kv_bytes, prefix_mb, prefix_directory)
-        scheduler = Scheduler(engine, self._learned, around.costs, around.readings, quality, bounds)
+        scheduler = Scheduler(engine, self._learned, lambda: settings.costs, around.readings, quality, bounds)
         self._requests = Requests(engine, codec, scheduler, self._learned, around)
         try:
             self.budget = budget
@@ -138,15 +135,15 @@ class LLM(Closing):
     @property
     def budget(self) -> Budget:
         """Limits of replies; set it to a budget, the path of a budget file, or None for full depth."""
-        return self._budgets[0]
+        return self._settings.budgets[0]
 
     @budget.setter
     def budget(self, value: Budget | str | os.PathLike[str] | None) -> None:
         budget = parse_budget(value)
-        self._budgets = budget, self.resolved(budget)  # one assignment: other threads see both or neither
+        self._settings.budgets = budget, self.resolved(budget)  # one assignment: other threads see both or neither
 
     def _kv_bytes(self) -> float | None:
-        bound_mb = self._budgets[0].kv_memory_mb
+        bound_mb = self.budget.kv_memory_mb
         return None if bound_mb is None else 1e6 * bound_mb
 
     def resolved(self, budget: Budget | None = None) -> Budget:
@@ -157,7 +154,7 @@ class LLM(Closing):
             InfeasibleError: no sensor measures a ceiling, and the budget asks for an error in that case.
         """
         if budget is None:
-            return self._budgets[1]
+            return self._settings.budgets[1]
         resolved = budget.for_bundle(self._agreement, calibrated=self.engine.manifest.confidence is not None)
         if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
@@ -179,13 +176,14 @@ class LLM(Closing):
         Raises:
             InputError: the prices are for other exits.
         """
-        if self._costs is None:
+        settings = self._settings
+        if settings.costs is None:
             with self._costs_lock:  # two measurements at once would disturb each other
-                if self._costs is None:
-                    self._costs = costs = measure_prices(self.engine)
+                if settings.costs is None:
+                    settings.costs = costs = measure_prices(self.engine)
                     steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
                     _log.info("measured what a token costs: %s", steady)
-        return self._costs
+        return settings.costs
 
     @costs.setter
     def costs(self, value: CostModel) -> None:
@@ -194,7 +192,8 @@ class LLM(Closing):
                 f"costs: are for exits {', '.join(map(str, value.exits))}, but this bundle has "
                 f"{', '.join(map(str, self.exit_layers))}: give prices of the same exits"
             )
-        self._costs = value
+        with self._costs_lock:  # a measurement in another thread would replace them at its end
+            self._settings.costs = value
 
     @property
     def quality(self) -> dict[int, Telemetry]:
@@ -231,8 +230,12 @@ class LLM(Closing):
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without control tokens."""
-        return self.codec.decode(tokens)
+        """Text of tokens, without control tokens.
+
+        Raises:
+            InputError: they are not token ids of this bundle.
+        """
+        return self.codec.decode(checked(tokens, 1, self.engine.manifest.model.vocab_size)[0].tolist())
 
     def compile_grammar(
         self,
@@ -368,7 +371,7 @@ class LLM(Closing):
             return False
         if sampling is not None and sampling.temperature > 0 and sampling.seed is not None:
             return False  # a batch draws from one generator, and a seed is each reply's own
-        return self._budgets[0].kv_memory_mb is None and self._places < len(requests)
+        return self.budget.kv_memory_mb is None and self._places < len(requests)
 
     @property
     def _places(self) -> int:
@@ -381,9 +384,7 @@ class LLM(Closing):
         sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.max_new_tokens)
         rows = np.array(batch, np.int64)
         sampler = self._requests.sampler(sampling, rows)
-        environment = Environment(
-            lambda: (first.limits.resolved, self._costs), self.readings, learned=self._learned, keep_logits=False
-        )
+        environment = Environment(first.limits.now, self.readings, learned=self._learned, keep_logits=False)
         decoder = Decoder(sequence, rows, sampler, environment)
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
@@ -419,7 +420,8 @@ class LLM(Closing):
         """Compute a prompt at all exits and save its rows, for prompts that begin alike; returns their number.
 
         Args:
-            prompt: text, chat messages (e.g. a system message alone), or token ids.
+            prompt: text, chat messages, or token ids. Of the system's messages alone, the beginning that they give to every
+                conversation is saved.
             path: file to write; a file of that name is replaced as a whole.
             chat, control_tokens: as for :meth:`stream`.
             int8: whether to store keys and values in 8 bits.
@@ -428,7 +430,9 @@ class LLM(Closing):
             InputError: the prompt cannot be used, or the file cannot be written.
             ContextLengthError: the prompt does not fit the context.
         """
-        request = self._requests.of(prompt, max_new_tokens=1, chat=chat, control_tokens=control_tokens)
+        begin = self._requests.beginning(prompt, control_tokens)
+        control_tokens = control_tokens if begin is prompt else None
+        request = self._requests.of(begin, max_new_tokens=1, chat=chat, control_tokens=control_tokens)
         with self._requests.sequence(request.ids, request.rows) as sequence:
             sequence.keep_common(request.ids)
             sequence.append(request.ids[sequence.length :])

@@ -17,6 +17,7 @@ from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.closing import Closing
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.verdict import Verdict
+from balcony_edge.device.costs import CostModel
 from balcony_runtime.structure.calls import CallReader, ToolCall, read
 
 if TYPE_CHECKING:
@@ -134,34 +135,52 @@ class Reply:
         return sum(token.late for token in self.tokens[1:])
 
 
+@dataclass(slots=True)
+class Settings:
+    """What all replies of an LLM follow at the moment.
+
+    Attributes:
+        budgets: budget of replies that have none of their own, as it was set and as it is for this bundle.
+        costs: prices; None while no budget needs them.
+    """
+
+    budgets: tuple[Budget, Budget]
+    costs: CostModel | None = None
+
+
 class ReplyLimits:
     """The budget of one reply: its own, or the one that the LLM has at the moment.
 
     Args:
-        default: gives the LLM's budget, as it was set and as it is for this bundle.
+        settings: budget and prices of the LLM.
         resolve: checks a budget and gives it as it is for this bundle.
         own: budget of this reply; None for the LLM's.
     """
 
     def __init__(
         self,
-        default: Callable[[], tuple[Budget, Budget]],
+        settings: Settings,
         resolve: Callable[[Budget], Budget],
         own: Budget | str | os.PathLike[str] | None = None,
     ) -> None:
-        self._default, self._resolve = default, resolve
+        self._settings, self._resolve = settings, resolve
         self._own: tuple[Budget, Budget] | None = None
         self.replace(own)
 
     @property
     def budget(self) -> Budget:
         """The budget as it was set."""
-        return (self._own or self._default())[0]
+        return (self._own or self._settings.budgets)[0]
 
     @property
     def resolved(self) -> Budget:
         """The budget as it is for this bundle."""
-        return (self._own or self._default())[1]
+        return (self._own or self._settings.budgets)[1]
+
+    def now(self) -> tuple[Budget, CostModel | None]:
+        """Budget of the next token as it is for this bundle, and prices: one call, because it comes between two passes."""
+        settings = self._settings
+        return (self._own or settings.budgets)[1], settings.costs
 
     def replace(self, value: Budget | str | os.PathLike[str] | None) -> None:
         """Set another one; errors as for :attr:`LLM.budget`."""

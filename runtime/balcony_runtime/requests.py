@@ -19,14 +19,13 @@ import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.verdict import Watch
-from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, ContextLengthError, InputError
 from balcony_runtime.backends.base import IntArray, NotFiniteError
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.reply import Prompted, ReplyLimits, Token
+from balcony_runtime.reply import Prompted, ReplyLimits, Settings, Token
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.scheduling.stream import Cancellation
 from balcony_runtime.structure.asked import Structure, structure_of
@@ -35,12 +34,14 @@ from balcony_runtime.structure.grammar import Grammars, Guide
 from balcony_runtime.structure.tools import Toolbox, toolbox
 from balcony_runtime.telling import told
 from balcony_runtime.text import Message, StopStrings, TextCodec, TextStream
-from balcony_runtime.tokens import refuse_foreign, whole
+from balcony_runtime.tokens import common_length, refuse_foreign, whole
 
 if TYPE_CHECKING:
     from balcony_edge.control.trace import TraceWriter
 
 Prompt = str | Sequence[Message] | Sequence[int]
+#: Roles of messages that come before a conversation.
+_SYSTEM = ("system", "developer")
 
 
 class ReplyOptions(TypedDict, total=False):
@@ -117,15 +118,13 @@ class Surroundings(NamedTuple):
     """What all replies share.
 
     Attributes:
-        budgets: gives the budget of replies that have none of their own, as it was set and as it is for this bundle.
+        settings: budget and prices.
         check: checks a budget and gives it as it is for this bundle.
-        costs: gives the prices, or None while no budget needs them.
         readings: gives the latest reading of every sensor.
     """
 
-    budgets: Callable[[], tuple[Budget, Budget]]
+    settings: Settings
     check: Callable[[Budget], Budget]
-    costs: Callable[[], CostModel | None]
     readings: Callable[[], tuple[Reading, ...]]
 
 
@@ -147,6 +146,7 @@ class Requests:
         self._around, model = surroundings, engine.manifest.model
         self._grammars = Grammars(codec.to_json, model.vocab_size, model.eos_token_ids)
         self._continuing: weakref.WeakSet[TokenSequence] = weakref.WeakSet()  # callers' sequences in use by a reply
+        self._lock = threading.Lock()  # held to look whether a sequence is one of them, and to add it
 
     def of(
         self,
@@ -177,7 +177,7 @@ class Requests:
         ids = self._prompt_ids(prompt, chat, control_tokens, shown, documents, chat_template_kwargs)
         most = self._new_tokens(len(ids), max_new_tokens, sequence)
         if logprobs is not None:
-            whole("logprobs", logprobs, 0)
+            logprobs = whole("logprobs", logprobs, 0)  # as Python's integer: NumPy's small ones overflow in sums
         if trace is not None:
             self._around.readings()  # start the sensors now, not during the first step
         self._engine.refuse_closed()
@@ -190,7 +190,7 @@ class Requests:
             logprobs=logprobs,
             ends=frozenset() if ignore_eos else frozenset(model.eos_token_ids),
             trace=trace,
-            limits=ReplyLimits(around.budgets, around.check, budget),
+            limits=ReplyLimits(around.settings, around.check, budget),
             cancelled=Cancellation(self.scheduler.wake),
             watch=Watch(),
             prompted=Prompted(len(ids)),
@@ -273,7 +273,7 @@ class Requests:
         sequence.keep_common(request.ids[:-1])  # the last token is always run
         prompt, around = np.array([request.ids[sequence.length :]], np.int64), self._around
         environment = Environment(
-            lambda: (request.limits.resolved, around.costs()),
+            request.limits.now,
             around.readings,
             request.cancelled.wait,
             request.trace,
@@ -312,9 +312,10 @@ class Requests:
         """Have a sequence of the caller's for one reply at a time; after NaN it begins anew, as its next reply would fail."""
         if not self._engine.made(sequence):
             raise InputError("sequence: is one of another bundle or engine: make it with llm.engine.new_sequence()")
-        if sequence in self._continuing:
-            raise InputError("sequence: another reply still uses it: close that stream, or read it to its end")
-        self._continuing.add(sequence)
+        with self._lock:
+            if sequence in self._continuing:
+                raise InputError("sequence: another reply still uses it: close that stream, or read it to its end")
+            self._continuing.add(sequence)
         try:
             with _emptied_after_nan(sequence):
                 yield
@@ -361,6 +362,20 @@ class Requests:
             template_kwargs=template_kwargs,
         )
 
+    def beginning(self, prompt: Prompt, control_tokens: bool | None) -> Prompt:
+        """What conversations with the system's messages have in common, as tokens; any other prompt as it is.
+
+        Templates refuse these messages alone (Qwen 3.5, whose system would become a user), or write them into the turn of the
+        user who follows (Mistral).
+        """
+        messages = [one for one in prompt if isinstance(one, Mapping)] if isinstance(prompt, list | tuple) else []
+        if not messages or len(messages) < len(prompt) or any(one.get("role") not in _SYSTEM for one in messages):
+            return prompt
+        users = ({"role": "user", "content": text} for text in "ab")
+        one, other = (np.array(self._codec.encode([*messages, user], control_tokens=control_tokens)) for user in users)
+        begin: list[int] = one[: common_length(one, other)].tolist()
+        return begin
+
     def _continues(self, prompt: Prompt, chat: bool | None) -> bool:
         """Whether the reply's text goes on with the prompt's; that of a conversation is a text of its own."""
         if chat or isinstance(prompt[0], Mapping):
@@ -370,7 +385,8 @@ class Requests:
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None) -> int:
         context = self._engine.max_length if sequence is None else sequence.max_length
         if max_new_tokens is not None:
-            whole("max_new_tokens", max_new_tokens, 1, cure="give the largest number of tokens to make, e.g. 256")
+            cure = "give the largest number of tokens to make, e.g. 256"
+            max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, cure=cure)
         if prompt_tokens >= context:
             whose, cure = "bundle", "export with a larger --context-length"
             if context < self._engine.max_length:

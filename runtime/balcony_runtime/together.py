@@ -162,14 +162,21 @@ class Together(Closing):
 @contextmanager
 def _joined(requests: Requests, request: Request, asked_s: float) -> Iterator[tuple[Decoder, Stream]]:
     """A reply in the company; one generator, which unwinds in order also where a ``Together`` is dropped without close()."""
-    with requests.sequence(request.ids, request.rows) as sequence:
+    scheduler = requests.scheduler
+    with ExitStack() as held:  # of callbacks alone: the collector would end another generator by itself, out of order
+        sequence = scheduler.new_sequence(request.ids, request.rows)
+        held.callback(scheduler.free, sequence)
         decoder = requests.decoder(request, sequence, asked_s)
-        stream = requests.scheduler.join(decoder, sequence, request.rows, request.cancelled)
+        stream = scheduler.join(decoder, sequence, request.rows, request.cancelled)
+        held.callback(request.forget_untold, sequence)
+        waits = True
         try:
             yield decoder, stream
+        except GeneratorExit:
+            waits = False  # it was dropped: the collector's thread may hold what another thread's round needs
+            raise
         finally:
-            if requests.scheduler.leave(stream):
-                request.forget_untold(sequence)
+            scheduler.leave(stream, held, waits=waits)
 
 
 def _taken(steps: deque[Step | Exception]) -> Iterator[Step]:

@@ -67,10 +67,13 @@ def whole(name: str, value: int, least: int | None = None, *, cure: str = "give 
     Raises:
         InputError: the value is not an integer, or is less than ``least``.
     """
+    refused = InputError(f"{name} = {value!r}: must be a whole number: give an integer")
+    if isinstance(value, bool):  # False is not None: ``logprobs=False`` would ask for log-probabilities
+        raise refused
     try:
         number = operator.index(value)
     except TypeError:
-        raise InputError(f"{name} = {value!r}: must be a whole number: give an integer") from None
+        raise refused from None
     if least is not None and number < least:
         raise InputError(f"{name} = {number}: must be at least {least}: {cure}")
     return number

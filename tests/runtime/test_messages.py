@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from balcony_edge.errors import InputError
 from balcony_runtime.structure.marks import ThoughtReader, overlap
+from balcony_runtime.structure.tools import tools_of
 from tests.support.properties import examples
 from tests.support.templates import write_template
 
@@ -133,3 +134,22 @@ def test_where_a_thought_ends(inside: bool, text: str, thought: str, answer: str
 
 def test_overlap() -> None:
     assert [overlap(text, "</a>") for text in ("", "x", "x<", "x</", "x</a", "x</a>", "</")] == [0, 0, 1, 2, 3, 0, 2]
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """An object in an object in an object."""
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"properties": {"a": found}}
+    return found
+
+
+def test_what_is_nested_too_deeply_is_named(bundle_copy: Path) -> None:
+    """Python stops at a thousand calls; the parser of JSON takes about as many levels, so clients can send that."""
+    codec = write_template(bundle_copy, SHOWN + "{{ mood }}{% if tools %}<tool_call>{% endif %}")
+    deep = {"function": {"name": "f", "arguments": nested(300)}}
+    for options, calls in (({"template_kwargs": {"mood": nested(300)}}, {}), ({}, {"tool_calls": [deep]})):
+        with pytest.raises(InputError, match="the prompt is nested too deeply"):
+            codec.encode([*said("u"), {"role": "assistant", "content": "a", **calls}], **options)
+    with pytest.raises(InputError, match="tools: parameters of f: are nested too deeply"):
+        tools_of([{"type": "function", "function": {"name": "f", "parameters": nested(400)}}])

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from balcony_runtime.reply import Reply
 from balcony_runtime.sessions import file
 from tests.support.properties import CHANCE, examples
 from tests.support.schedules import assert_equal, from_scratch
+from tests.support.templates import write_template
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,20 @@ def test_eight_bits_are_smaller_and_close(tiny_engine: Engine, saved: tuple[Path
     file.load(small, tiny_engine, back)
     want = from_scratch(tiny_engine, 5, sequence.tokens, 1)
     assert 0 < np.abs(back.advance(5, []) - want).max() < 0.02 * np.abs(want).max()
+
+
+def test_bfloat16_is_stored_in_eight_bits_as_well() -> None:
+    """NumPy has no such type: its bits are unsigned integers, and were stored as they are."""
+    bits = file._typed(np.random.default_rng(2).normal(size=(1, 2, 5, 16)).astype(np.float32), np.dtype(np.uint16))
+    bits[0, 0, 0] = 0
+    written = dict(file._Tensors({"stage_0.past_key_0": bits}, int8=True))
+    assert [one.dtype for one in written.values()] == [np.int8, np.uint16]
+    stored: Any = SimpleNamespace(tensors=written, array=written.__getitem__)
+    back = file._Parts(stored)["stage_0.past_key_0"]
+    step = file._floats(written["stage_0.past_key_0.scale"])
+    assert back.dtype == np.uint16 and (back[0, 0, 0] == 0).all()
+    # half a step, and a quarter where the product is rounded to bfloat16 again
+    assert (np.abs(file._floats(back) - file._floats(bits)) <= 0.75 * step).all()
 
 
 def test_other_bundles_and_shorter_contexts_are_refused(
@@ -307,3 +323,27 @@ def test_an_empty_conversation_can_be_saved(llm: LLM, tmp_path: Path) -> None:
     llm.chat(system="be brief").save(tmp_path / "empty.session")
     again = Chat.load(llm, tmp_path / "empty.session")
     assert again.messages == [{"role": "system", "content": "be brief"}] and again.sequence.length == 0
+
+
+_NO_USER = (
+    "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('no user') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        _NO_USER + "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>",
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ messages[0].content if messages[0].role == 'system' }}\n\n"
+        "{{ m.content }}]{% endif %}{% endfor %}<assistant>",
+    ],
+    ids=["Qwen 3.5", "Mistral"],
+)
+def test_a_saved_system_message_begins_conversations(bundle_copy: Path, tmp_path: Path, template: str) -> None:
+    """Also where the template refuses it without a user, or writes it into the user's turn."""
+    system = {"role": "system", "content": "the quick brown fox jumps over the lazy dog " * 6}
+    with balcony_edge.load(bundle_copy) as llm:
+        llm.codec = llm._requests._codec = write_template(bundle_copy, template)
+        rows = llm.save_prefix([system], tmp_path / "system.session")
+        reply = llm.generate([system, {"role": "user", "content": "why"}], max_new_tokens=1)
+    assert reply.cached_tokens == rows > 40

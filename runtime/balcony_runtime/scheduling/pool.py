@@ -261,6 +261,11 @@ class SequencePool:
             InputError: the file cannot be read, is damaged, is of another bundle, or is larger than what may be kept.
             BusyError: all members are in use.
         """
+        # Neither rows that are there already nor a file that cannot be used take an ended sequence's place.
+        if self.room:
+            session = file.look(path, self._engine)
+            if self._is_kept(session):
+                return len(file.look(path, self._engine, whole=True).tokens[0])
         with self._locked():
             sequence = self._empty()
         if sequence is None:
@@ -277,6 +282,18 @@ class SequencePool:
                 f"{path}: {rows} tokens are not kept: prefix_mb = {most_mb:g} must have room for {least} or more"
             )
         return rows
+
+    def _is_kept(self, session: file.Session) -> bool:
+        """Whether an ended sequence has the tokens and all rows of a file; it is then the one that was used last."""
+        wanted = (*session.notes.stage_rows, *session.notes.balcony_rows)
+        with self._locked():
+            for one in self._ended:
+                pairs = zip((*one.stage_cursor, *one.balcony_cursor), wanted, strict=True)
+                if np.array_equal(one.tokens, session.tokens) and all(rows >= least for rows, least in pairs):
+                    self._ended.remove(one)
+                    self._ended.append(one)
+                    return True
+        return False
 
     def _empty(self, but: TokenSequence | None = None) -> TokenSequence | None:
         """An empty sequence in a free member, or in that of an ended sequence other than ``but``; None if there is neither."""

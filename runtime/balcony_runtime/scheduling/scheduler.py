@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -246,14 +247,15 @@ class Scheduler:
         with self._turn:
             self._turn.notify_all()
 
-    def leave(self, stream: Stream) -> bool:
-        """Remove a stream; waits for another thread's round with it. False if this thread's has it: the collector ended it."""
+    def leave(self, stream: Stream, held: ExitStack | None = None, *, waits: bool = True) -> None:
+        """Remove a stream; waits for another thread's round with it. A round that still has it closes ``held`` at its end."""
         with self._turn:
             stream.asks = False
             try:
-                while stream in self._running and self._leader != threading.get_ident():
+                while waits and stream in self._running and self._leader != threading.get_ident():
                     self._turn.wait(NAP_S)
-                return stream not in self._running
+                if held is not None and stream in self._running:
+                    stream.left = held.pop_all()
             finally:
                 self._streams.pop(stream.key, None)
                 if not self._streams:
@@ -278,8 +280,7 @@ class Scheduler:
         try:
             if begins:
                 self._look_again(begins)
-                # Copies, and places made ready, are no part of the round's measurement.
-                begin_ns = time.perf_counter_ns()
+                begin_ns = time.perf_counter_ns()  # copies, and places made ready, are no part of the measurement
             for stream in asking:
                 stream.tell()
             if not (asking := [one for one in asking if one.asks]):
@@ -290,7 +291,9 @@ class Scheduler:
                 self._round(asking, begin_ns)
         finally:
             self._turn.acquire()
-            self._running = ()
+            ran, self._running = self._running, ()
+            for left in [one.left for one in ran if one.left is not None]:
+                left.close()
             self._changes += any(one.decoder.begun for one in begins)
             idle_s, self._idle_s = self._idle_s, 0.0
             if idle_s and all(one in known for one in self._all if one.asks):
@@ -378,9 +381,8 @@ class Scheduler:
         if decoder.begun:
             waits = decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors
             return stream.is_slow or (others and waits)
-        if self._costs() is None:
-            return False
-        return others or (decoder.rows_due > LONG_PROMPT and decoder.budget.ttft_ms is None)
+        long = others or (decoder.rows_due > LONG_PROMPT and decoder.budget.ttft_ms is None)
+        return long and self._costs() is not None
 
     def _step_alone(self, stream: Stream) -> None:
         self._company, self._last = stream.alone, None
@@ -447,8 +449,7 @@ class Scheduler:
         self._done_s, self._wait_s = now_s, found.wait_ms / 1000
 
     def _joint(self) -> JointController:
-        costs = self._costs()
-        if costs is not self._priced or self._controller is None:
+        if (costs := self._costs()) is not self._priced or self._controller is None:
             self._priced = costs
             self._controller = JointController(costs or unmeasured(self._engine.exit_layers), self._quality)
             self._state, self._last = CompanyState(self._learned.state.slowdown, self._learned.state.governor), None
@@ -490,8 +491,7 @@ class Scheduler:
                 continue
             with stream.isolated():
                 if stream.decoder.begun:
-                    ids = np.array([stream.decoder.last_token])
-                    logits[stream] = sequence.step(decision.exit_layer, ids).copy()
+                    logits[stream] = sequence.step(decision.exit_layer, np.array([stream.decoder.last_token])).copy()
                 else:
                     logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]
         if together and self._pool is not None:

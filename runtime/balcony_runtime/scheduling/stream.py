@@ -49,6 +49,7 @@ class Stream:
         asked_s: time of its last question.
         asks: whether it waits for its next token.
         admitted: whether it takes part in rounds.
+        left: what the round that it left in the middle closes at its end.
         overtaken: number of later requests that began while it waited.
         on_admitted: called when it is admitted, while the scheduler is locked.
     """
@@ -60,6 +61,7 @@ class Stream:
         self.alone = frozenset((key,))  # the company of a stream that steps by itself
         self.asked_s = 0.0
         self.asks = self.admitted = False
+        self.left: contextlib.ExitStack | None = None
         self.overtaken = 0
         self.on_admitted: Callable[[], None] | None = None
         self._found: list[Step] = []

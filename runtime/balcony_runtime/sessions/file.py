@@ -130,14 +130,14 @@ def save(
     return size
 
 
-def look(path: Path, engine: Engine) -> Session:
-    """Read the notes and the tokens of a file, and check these.
+def look(path: Path, engine: Engine, *, whole: bool = False) -> Session:
+    """Read the notes and the tokens of a file, and check these; ``whole``: and all that it has.
 
     Raises:
         InputError: the file cannot be read, is damaged, or is of another bundle.
     """
     with _Reader(path, engine) as reader:
-        reader.check(["tokens"])
+        reader.check(list(reader.tensors) if whole else ["tokens"])
         return Session(reader.notes, reader.tokens)
 
 
@@ -175,15 +175,16 @@ class _Tensors:
                 self.shapes[name] = kind, array.shape
 
     def _shrinks(self, name: str, array: Array) -> bool:
-        return self._int8 and (".past_key" in name or ".past_value" in name) and array.dtype.kind == "f"
+        return self._int8 and (".past_key" in name or ".past_value" in name) and array.dtype.kind in "fu"
 
     def __iter__(self) -> Iterator[tuple[str, Array]]:
         for name, array in self._arrays.items():
             if not self._shrinks(name, array):
                 yield name, np.ascontiguousarray(array)
                 continue
-            scale = (np.abs(array).max(-1, keepdims=True) / 127).astype(array.dtype)
-            steps = np.rint(array.astype(np.float32) / np.where(scale == 0, 1, scale))
+            values = _floats(array)
+            scale = _typed(np.abs(values).max(-1, keepdims=True) / 127, array.dtype)
+            steps = np.rint(values / np.where(scale == 0, 1, _floats(scale)))
             yield name, np.clip(steps, -127, 127).astype(np.int8)
             yield name + _SCALE, scale
 
@@ -201,7 +202,7 @@ class _Parts(Mapping[str, Array]):
         scale = self._reader.array(name + _SCALE)
         if scale.shape != (*array.shape[:-1], 1):
             raise self._reader.damaged(f"{name}{_SCALE} has the shape {scale.shape}")
-        return array * scale
+        return _typed(array * _floats(scale), scale.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reader.tensors)
@@ -332,6 +333,21 @@ class _Reader(Closing):
         """Unmap the file, once no view of it is left."""
         with contextlib.suppress(BufferError):  # a view in a traceback: the file is unmapped when that goes
             self._map.close()
+
+
+def _floats(array: Array) -> Array:
+    """Values in float32; unsigned integers are bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def _typed(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Values of float32 in the type of an array, rounded to the nearest."""
+    if dtype != np.uint16:
+        return values.astype(dtype, copy=False)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def _header(notes: Notes, tensors: _Tensors) -> bytes:

@@ -81,10 +81,16 @@ def schema_text(schema: Any) -> str:
     """A JSON schema as one line of JSON.
 
     Raises:
-        InputError: it is not a schema, or is nested too deeply.
+        InputError: it is not a schema, or is nested too deeply; or a class has none.
     """
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):  # a class of pydantic
-        schema = schema.model_json_schema()
+        try:
+            schema = schema.model_json_schema()
+        except Exception as error:  # a field that JSON does not have, a name that is not defined
+            why = str(error).partition("\n")[0]
+            raise InputError(
+                f"json_schema: {schema.__name__} has no JSON schema ({why}): change its fields, or give the schema as a dict"
+            ) from error
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)

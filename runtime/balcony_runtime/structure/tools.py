@@ -68,7 +68,10 @@ def _tool(given: Any) -> Tool:
     # A small model would go on to invent arguments, which the schema allows unless it says otherwise.
     closed = {} if _OPEN & schema.keys() else _CLOSED
     schema = {**schema, "type": "object", **closed}
-    return Tool(name, schema_text(_with_form(schema) if function.get("strict") is True else lenient(schema)))
+    try:
+        return Tool(name, schema_text(_with_form(schema) if function.get("strict") is True else lenient(schema)))
+    except RecursionError:
+        raise InputError(f"tools: parameters of {name}: are nested too deeply: give fewer levels") from None
 
 
 #: Keywords by which properties may follow that ``properties`` does not list.

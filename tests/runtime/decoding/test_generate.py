@@ -396,6 +396,9 @@ def test_least_agreement_needs_an_evaluated_bundle(llm: LLM) -> None:
         (lambda llm: llm.generate(None), InputError, "prompt of type NoneType"),
         (lambda llm: llm.generate(5), InputError, "prompt of type int"),
         (lambda llm: llm.encode(None), InputError, "prompt of type NoneType"),
+        (lambda llm: llm.decode([5, -1]), InputError, "token -1: the vocabulary has 0 to 319"),
+        (lambda llm: llm.decode([2**40]), InputError, "token 1099511627776: the vocabulary has 0 to 319"),
+        (lambda llm: llm.decode([1.5]), InputError, "tokens of type float64: must be integers"),
         (lambda llm: llm.generate_batch("ab", max_new_tokens=2), InputError, "prompts: one text: give a list"),
         (lambda llm: llm.stream("hi", sampling={"top_k": 1}), InputError, "sampling = .*: must be SamplingParams"),
         (
@@ -465,3 +468,14 @@ def test_a_closed_bundle_is_one_line(tiny: Any) -> None:
     ):
         with pytest.raises(InputError, match="this bundle was closed: load it again"):
             call()
+
+
+def test_counts_may_be_integers_of_numpys_and_no_truth_values(llm: LLM) -> None:
+    """Small ones overflow: 127 + 1 is -128 in eight bits, and the reply had no tokens."""
+    reply = llm.generate([1, 2, 3], max_new_tokens=np.int8(127), ignore_eos=True)
+    assert len(reply.tokens) == 127 and reply.finish_reason == "length"
+    (token,) = llm.generate([1, 2, 3], max_new_tokens=1, logprobs=np.uint8(2), ignore_eos=True).tokens
+    assert len(token.top_logprobs) == 2
+    for options in ({"logprobs": False}, {"max_new_tokens": True}):
+        with pytest.raises(InputError, match="must be a whole number"):
+            llm.stream([1, 2, 3], **options)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from balcony_edge.budget import Budget
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.decoding.prices import REPEATS, measure_prices
+from balcony_runtime.llm import LLM
+from tests.support.replies import PRICES
 
 #: Times of the calls of a pass: the first packs weights, and another program runs during the last. The median of the rest is 1.
 FACTORS = (100.0, 0.5, 1.0, 9.0)
@@ -61,3 +67,17 @@ def test_prices_of_a_steady_device(max_length: int, context: int) -> None:
     for units, row_ms, place_ms in ((costs.stages, 0.25, 0.001), (costs.balconies, 0.125, 0.002)):
         assert [unit.marginal_row_ms for unit in units] == pytest.approx([row_ms] * 2)
         assert [unit.context_ms_per_1k for unit in units] == pytest.approx([place_ms * share] * 2)
+
+
+def test_prices_that_are_given_during_a_measurement_stay(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = threading.Thread(target=lambda: setattr(llm, "costs", PRICES))
+
+    def measured(_: Any) -> Any:
+        setting.start()
+        time.sleep(0.2)
+        return dataclasses.replace(PRICES, overhead_ms=9.0)
+
+    monkeypatch.setattr("balcony_runtime.llm.measure_prices", measured)
+    llm.budget = Budget(tpot_ms=1000.0)
+    setting.join(20)
+    assert llm.costs is PRICES

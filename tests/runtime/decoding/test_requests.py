@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.text import TextCodec
+from tests.support.replies import all_at_once
 
 
 def test_a_batch_of_any_lengths_and_a_budget_for_each(llm: LLM) -> None:
@@ -86,3 +89,24 @@ def test_options_that_a_prompt_cannot_use_are_refused(llm: LLM) -> None:
         pytest.raises(InputError, match="sequence, trace: not for replies that run together"),
     ):
         replies.add([1], sequence=llm.engine.new_sequence(), trace=None)
+
+
+def test_two_threads_do_not_get_one_sequence(llm: LLM) -> None:
+    class Slow(weakref.WeakSet[Any]):
+        def __contains__(self, item: object) -> bool:
+            found = super().__contains__(item)
+            time.sleep(0.1)  # the other thread looks as well
+            return found
+
+    llm._requests._continuing, sequence = Slow(), llm.engine.new_sequence()
+    streams = [llm.stream([1, 2, 3], sequence=sequence, max_new_tokens=9, ignore_eos=True) for _ in range(2)]
+
+    def begins(stream: Any) -> bool:
+        try:
+            return next(stream).id >= 0
+        except InputError as error:
+            return "another reply still uses it" not in str(error)
+
+    assert sorted(all_at_once(*(lambda one=one: begins(one) for one in streams))) == [False, True]
+    for stream in streams:
+        stream.close()

@@ -42,6 +42,13 @@ def test_top_k_then_top_p_on_what_is_left() -> None:
     assert kept(LOGITS, top_k=2, top_p=0.6).keys() == {1}
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint64, np.int8])
+def test_top_k_may_be_an_integer_of_numpys(kind: Any) -> None:
+    """Those without a sign have no negative."""
+    logits = np.random.default_rng(3).normal(size=1000).astype(np.float32)
+    assert kept(logits, top_k=kind(40)) == kept(logits, top_k=40)
+
+
 @pytest.mark.parametrize("spread", [0.3, 2.5, 9.0], ids=["flat", "usual", "peaked"])
 @pytest.mark.parametrize(
     "options",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import ContextLengthError, DeviceError
+from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
@@ -315,3 +316,28 @@ def test_a_place_without_memory_stays_free(tiny_engine: Engine, monkeypatch: pyt
         pool.look_again(alone, ())
     assert pool.members == (None, None) and pool.room == 2 and not pool.holds(alone)
     assert pool.look_again(alone, ()) == 0 and pool.holds(alone) and pool.room == 1
+
+
+def test_a_file_whose_rows_are_there_takes_no_further_place(tiny_engine: Engine, tmp_path: Path) -> None:
+    """Nor does one that cannot be used. Otherwise both push out what is kept of others, and to erase a reply leaves a copy."""
+    pool, path = SequencePool.of(tiny_engine, 3), tmp_path / "saved.session"
+    assert pool is not None
+    saved, *others = (list(range(begin, begin + 50)) for begin in (10, 100, 200))
+    for tokens in (*others, saved):
+        sequence = pool.take(tokens)
+        assert sequence is not None
+        sequence.advance(5, tokens)
+        pool.give_back(sequence)
+    assert pool.save([*saved, 1], path)[0] == 50
+    for _ in range(3):
+        assert pool.load(path) == 50
+        with pytest.raises(InputError, match="cannot be read"):
+            pool.load(tmp_path / "none")
+    assert pool.forget([*saved, 1]) == 50 and pool.forget([*saved, 1]) == 0
+    assert [pool.load(path), pool.load(path)] == [50, 50] and None not in pool.members
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        pool.load(path)
+    assert [pool.forget([*tokens, 1]) for tokens in (*others, saved)] == [50, 50, 50]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema_rs
+import pydantic
 import pytest
 
+from balcony_edge.errors import InputError
 from balcony_runtime.structure.asked import Structure, structure_of
 from balcony_runtime.structure.grammar import Grammars
 from tests.runtime.structure.test_structure import END, guide_of
@@ -79,3 +82,18 @@ def test_what_is_kept_is_bounded_in_length(grammars: Grammars, monkeypatch: Any)
     grammars.guide(asked[3])
     assert list(grammars._kept) == [asked[3]]
     assert grammars.guide(asked[4]).allowed() is not None and not grammars._kept  # it alone is too long to keep
+
+
+class Calls(pydantic.BaseModel):
+    back: Callable[[int], int]
+
+
+class Later(pydantic.BaseModel):
+    name: Unknown  # noqa: F821 - it is not defined
+
+
+@pytest.mark.parametrize("model", [Calls, Later])
+def test_a_class_without_a_schema_is_named(model: type[pydantic.BaseModel]) -> None:
+    with pytest.raises(InputError, match=f"json_schema: {model.__name__} has no JSON schema") as caught:
+        structure_of(json_schema=model)
+    assert "\n" not in str(caught.value)
