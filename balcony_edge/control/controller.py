@@ -81,6 +81,8 @@ UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
 
 #: Tokens since the last switch if there was none; more than any dwell in use.
 NEVER = 10**9
+#: State of catching up that no token in time changes: all credit, and neither a sprint nor a wait for one.
+_RECOVERED = Recovery()
 
 
 class ControllerState(NamedTuple):
@@ -191,8 +193,8 @@ class Controller:
     ) -> tuple[ControllerState, Decision] | None:
         """Return what :meth:`decide` would return if there is nothing to weigh, or None if there is.
 
-        There is nothing to weigh in two cases: the budget has no target, or ``tpot_ms`` is its only target and the deepest
-        allowed exit produced the previous token and still fits. The caller must check that this exit has no backlog.
+        There is nothing to weigh in two cases: the budget has no target, or ``tpot_ms`` is its only target, the exit of the
+        previous token still fits, and no deeper one may be entered. The caller must check that this exit has no backlog.
         """
         plan = self._plan(budget)
         if plan.fixed is None:
@@ -212,33 +214,38 @@ class Controller:
         self, plan: _Plan, state: ControllerState, context_length: int, last: Measurement | None
     ) -> tuple[ControllerState, Decision] | None:
         """The second case of :meth:`shortcut`."""
-        chosen, exits = plan.highest, self._costs.exits
-        if not plan.gap_only or state.exit_layer != exits[chosen]:
+        # All fields at once, and records without keywords: with cold caches each name costs a microsecond (docs/LOG.md).
+        budget, lowest, highest, quantile, tpot_ms, log_tpot, _, gap_only, why, _ = plan
+        exit_layer, tokens, _, last_tpot_ms, _, governor, switched_s, recovery = state
+        if exit_layer is None or not gap_only:
+            return None
+        chosen = self._index.get(exit_layer)
+        if chosen is None or not lowest <= chosen <= highest or (chosen < highest and recovery.goal is not None):
             return None
         slowdown, words = self._learn(state, last)
-        price_ms = self._prices.steady_ms(context_length)[chosen]
-        log_slowdown = slowdown.mean + slowdown.offsets[chosen]
-        deviation = slowdown.deviation
-        if price_ms > math.exp(plan.log_tpot - log_slowdown - plan.quantile * deviation):
+        mean, variance, _, noise_variance, offsets, *_ = slowdown
+        prices_ms, deviation = self._prices.steady_ms(context_length), math.sqrt(variance + noise_variance)
+        price_ms, log_room = prices_ms[chosen], log_tpot - mean - quantile * deviation
+        if price_ms > math.exp(log_room - offsets[chosen]):
             return None
-        predicted_ms = price_ms * math.exp(log_slowdown)
-        recovery = state.recovery.counted(last, state.tpot_ms, plan.budget.probability, state.tokens_at_exit)
-        after = ControllerState(
-            exit_layer=exits[chosen],
-            tokens_since_switch=state.tokens_since_switch + 1,
-            catching_up=False,
-            tpot_ms=plan.tpot_ms,
-            slowdown=slowdown,
-            governor=state.governor,
-            switched_s=state.switched_s,
-            recovery=recovery.towards(None),
-        )
-        return after, Decision(
-            exit_layer=exits[chosen],
-            predicted_ms=predicted_ms,
-            price_ms=price_ms,
-            probability=probability_of(plan.tpot_ms, predicted_ms, deviation),
-            words=plan.stayed + words,
+        if chosen < highest:  # no deeper exit may be entered: there is neither a way up nor anything to catch up for
+            free, beyond = free_share(budget, variance), None
+            for index in range(chosen + 1, highest + 1):
+                room_ms = math.exp(log_room - offsets[index])
+                if prices_ms[index] <= room_ms * free:
+                    return None
+                if prices_ms[index] <= room_ms:
+                    beyond = self._costs.exits[index]
+            if beyond is not None:
+                why = (Stayed(budget, beyond),)
+        predicted_ms = price_ms * math.exp(mean + offsets[chosen])
+        if recovery != _RECOVERED or (last is not None and last.measured_ms > last_tpot_ms):
+            held = state.tokens_at_exit if chosen == highest else 0
+            recovery = recovery.counted(last, last_tpot_ms, budget.probability, held).towards(None)
+        probability = probability_of(tpot_ms, predicted_ms, deviation)
+        return (
+            ControllerState(exit_layer, tokens + 1, False, tpot_ms, slowdown, governor, switched_s, recovery),
+            Decision(exit_layer, predicted_ms, price_ms, probability, False, None, 0.0, 0.0, why + words),
         )
 
     def _plan(self, budget: Budget) -> _Plan:
@@ -351,7 +358,7 @@ class Controller:
         plan, state, seen, slowdown, now_ms, steady_ms, highest = scene
         deviation = slowdown.deviation
         budget, first = plan.budget, seen.made_tokens == 0
-        free = 1 - budget.hysteresis * min(max(math.sqrt(slowdown.variance) / UNSURE, LEAST_HYSTERESIS), 1.0)
+        free = free_share(budget, slowdown.variance)
         may_rise = state.tokens_since_switch >= budget.dwell_tokens
         if plan.governed and budget.tpot_ms is None:  # depth that the slow loop allows must not change twice a second
             may_rise = may_rise and seen.now_s - state.switched_s >= CEILING_DWELL_S
@@ -425,16 +432,19 @@ class Controller:
 
     def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, tuple[object, ...]]:
         """Return the filter after the last step, and a remark for the reason if its measurement cannot be used."""
-        slowdown = state.slowdown
-        if len(slowdown.offsets) != len(self._costs.exits) + 1:
-            slowdown = slowdown.for_exits(len(self._costs.exits))
+        _, tokens, caught_up, _, slowdown, *_ = state
+        if len(slowdown.offsets) != len(self._index) + 1:
+            slowdown = slowdown.for_exits(len(self._index))
         if last is None:
             return slowdown, ()
-        index = self._index.get(last.exit_layer)
-        if index is None or (log_ratio := last.log_ratio) is None:
-            return slowdown, (f"measurement of {last.measured_ms:g} ms at exit {last.exit_layer} ignored",)
-        noise_scale = SWITCH_NOISE if state.tokens_since_switch == 1 else 1.0
-        return slowdown.update(WITH_CATCH_UP if state.catching_up else index, log_ratio, noise_scale), ()
+        exit_layer, predicted_ms, measured_ms = last
+        index = self._index.get(exit_layer)
+        if index is None or not (0 < measured_ms < math.inf and 0 < predicted_ms < math.inf):
+            return slowdown, (f"measurement of {measured_ms:g} ms at exit {exit_layer} ignored",)
+        log_ratio = math.log(measured_ms) - math.log(predicted_ms)
+        return slowdown.update(
+            WITH_CATCH_UP if caught_up else index, log_ratio, SWITCH_NOISE if tokens == 1 else 1.0
+        ), ()
 
 
 @lru_cache(maxsize=64)
@@ -450,6 +460,11 @@ def probability_of(limit_ms: float, price_ms: float, deviation: float) -> float:
     if limit_ms <= 0:
         return 0.0
     return 0.5 * math.erfc((math.log(price_ms) - math.log(limit_ms)) / deviation / math.sqrt(2))
+
+
+def free_share(budget: Budget, variance: float) -> float:
+    """Share of its room that an exit may take to be entered; ``variance`` is that of the slowdown."""
+    return 1 - budget.hysteresis * min(max(math.sqrt(variance) / UNSURE, LEAST_HYSTERESIS), 1.0)
 
 
 def _otherwise(seen: Observation) -> Literal["shallowest", "closest", "deepest"]:

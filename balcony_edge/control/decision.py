@@ -188,12 +188,17 @@ class Outlook(NamedTuple):
 
 
 class Stayed(NamedTuple):
-    """Reason of a token at the deepest allowed exit, which still fits."""
+    """Reason of a token at the exit of the one before, which still fits.
+
+    ``beyond``: deepest of the deeper exits that would hold the target as well, but leave too little free to be entered.
+    """
 
     budget: Budget
+    beyond: int | None = None
 
     def text(self, decision: Decision) -> str:
-        return f"deepest exit {_within(self.budget, 1, decision)} (p={decision.probability:.2f})"
+        within = f"{_within(self.budget, 1, decision)} (p={decision.probability:.2f})"
+        return f"deepest exit {within}" if self.beyond is None else f"{within}; {self.beyond} leaves too little free"
 
 
 class Because(NamedTuple):

@@ -118,25 +118,45 @@ class Slowdown(NamedTuple):
             log_ratio: log(measured / predicted).
             noise_scale: factor by which the sample is noisier than usual.
         """
-        log_ratio = min(max(log_ratio, -LOG_SLOWDOWN_LIMIT), LOG_SLOWDOWN_LIMIT)
-        ratio_mean, ratio_variance = self._ratio(math.exp(log_ratio))
-        innovation = log_ratio - self.mean - self.offsets[index]
-        prior, offset_variance = self.variance + self.process_variance, self.offset_variances[index]
-        noise = self.noise_variance * noise_scale
+        # All fields at once and no further call: a pass leaves the caches cold, where each costs a microsecond (docs/LOG.md).
+        (
+            mean,
+            variance,
+            process_variance,
+            noise_variance,
+            offsets,
+            offset_variances,
+            surprise,
+            drift,
+            age,
+            ratio_mean,
+            ratio_variance,
+            noise_rate,
+        ) = self
+        if not -LOG_SLOWDOWN_LIMIT <= log_ratio <= LOG_SLOWDOWN_LIMIT:
+            log_ratio = math.copysign(LOG_SLOWDOWN_LIMIT, log_ratio)
+        # Mean and variance of the plain ratio, exponentially weighted (West 1979).
+        surplus = math.exp(log_ratio) - ratio_mean
+        step = RATIO_RATE * surplus
+        ratio_mean += step
+        ratio_variance = (1 - RATIO_RATE) * (ratio_variance + step * surplus)
+        innovation = log_ratio - mean - offsets[index]
+        prior, offset_variance = variance + process_variance, offset_variances[index]
+        noise = noise_variance * noise_scale
         expected = prior + offset_variance + noise
         limit = SURPRISE**2 * expected
         side = 0 if innovation * innovation <= limit else 1 if innovation > 0 else -1
-        if side and side != self.surprise:  # an outlier, unless the next sample confirms it
+        if side and side != surprise:  # an outlier, unless the next sample confirms it
             sample = (limit - prior - offset_variance) / noise_scale
             return self._replace(
                 variance=prior,
-                noise_variance=self.noise_variance + NOISE_RATE * (sample - self.noise_variance),
+                noise_variance=noise_variance + NOISE_RATE * (sample - noise_variance),
                 surprise=side,
                 ratio_mean=ratio_mean,
                 ratio_variance=ratio_variance,
             )
         # The innovation is bounded here, so that a single sample that is not an outlier cannot exceed the limit alone.
-        drift = DRIFT_DECAY * self.drift + innovation / math.sqrt(expected)
+        drift = DRIFT_DECAY * drift + innovation / math.sqrt(expected)
         changed = bool(side) or abs(drift) > DRIFT_LIMIT
         if changed:  # earlier knowledge does not count any more
             prior = max(prior, innovation * innovation)
@@ -146,45 +166,39 @@ class Slowdown(NamedTuple):
         residual = (1 - gain - offset_gain) * innovation
         # With K the sum of the gains, E[residual²] = (1 - K) noise. Adding K noise makes it unbiased and not negative.
         sample = (residual * residual + (gain + offset_gain) * noise) / noise_scale
-        noise_variance = self.noise_variance + self.noise_rate * (sample - self.noise_variance)
-        process_variance = PROCESS_VARIANCE
+        noise_variance += noise_rate * (sample - noise_variance)
+        adapted = PROCESS_VARIANCE
         if not changed:
-            adapted = ADAPTATION * self.process_variance + (1 - ADAPTATION) * correction * correction
-            process_variance = max(PROCESS_VARIANCE, adapted)
-        offsets, offset_variances = self._offsets_after(index % len(self.offsets), offset_gain, innovation)
+            adapted = ADAPTATION * process_variance + (1 - ADAPTATION) * correction * correction
+        errors, doubts, age = list(offsets), list(offset_variances), (age + 1) % DECAY_TOKENS
+        errors[index] += offset_gain * innovation
+        doubts[index] *= 1 - offset_gain
+        if not age:
+            _decay(errors, doubts, index % len(errors))
+        noise_rate /= 1 + noise_rate
         return Slowdown(
-            mean=self.mean + correction,
-            variance=(1 - gain) * prior,
-            process_variance=process_variance,
-            noise_variance=max(noise_variance, NOISE_FLOOR),
-            offsets=offsets,
-            offset_variances=offset_variances,
-            surprise=side,
-            drift=0.0 if changed else drift,
-            age=(self.age + 1) % DECAY_TOKENS,
-            ratio_mean=ratio_mean,
-            ratio_variance=ratio_variance,
-            noise_rate=max(self.noise_rate / (1 + self.noise_rate), NOISE_RATE),
+            mean + correction,
+            (1 - gain) * prior,
+            adapted if adapted > PROCESS_VARIANCE else PROCESS_VARIANCE,
+            noise_variance if noise_variance > NOISE_FLOOR else NOISE_FLOOR,
+            tuple(errors),
+            tuple(doubts),
+            side,
+            0.0 if changed else drift,
+            age,
+            ratio_mean,
+            ratio_variance,
+            noise_rate if noise_rate > NOISE_RATE else NOISE_RATE,
         )
 
-    def _ratio(self, ratio: float) -> tuple[float, float]:
-        """Mean and variance of the plain ratio after one more sample, exponentially weighted (West 1979)."""
-        surplus = ratio - self.ratio_mean
-        step = RATIO_RATE * surplus
-        return self.ratio_mean + step, (1 - RATIO_RATE) * (self.ratio_variance + step * surplus)
 
-    def _offsets_after(self, index: int, gain: float, innovation: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Offsets and variances after a step that used one of them; the others decay every ``DECAY_TOKENS``."""
-        offsets, variances = list(self.offsets), list(self.offset_variances)
-        if self.age + 1 == DECAY_TOKENS:
-            kept = 1 - OFFSET_DECAY
-            for other, at_rest in enumerate(_resting_variances(len(offsets))):
-                if other != index:
-                    offsets[other] *= kept
-                    variances[other] = at_rest + (variances[other] - at_rest) * kept
-        offsets[index] += gain * innovation
-        variances[index] *= 1 - gain
-        return tuple(offsets), tuple(variances)
+def _decay(offsets: list[float], variances: list[float], used: int) -> None:
+    """Let all offsets but that of the last step forget a part, as they do every ``DECAY_TOKENS``."""
+    kept = 1 - OFFSET_DECAY
+    for other, at_rest in enumerate(_resting_variances(len(offsets))):
+        if other != used:
+            offsets[other] *= kept
+            variances[other] = at_rest + (variances[other] - at_rest) * kept
 
 
 def _resting_variances(count: int) -> tuple[float, ...]:

@@ -71,7 +71,7 @@ class Policy(NamedTuple):
 
 def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
     llm.costs = policy.costs
-    llm._budgets = policy.budget, policy.budget
+    llm._settings.budgets = policy.budget, policy.budget
     llm._learned.speculator = policy.speculator  # of its own: forced rounds teach false prices
     llm._learned.confident = Confident(llm.exit_layers, policy.thresholds)
     replies, drafted, made, kept, early = [], 0, 0, 0, 0

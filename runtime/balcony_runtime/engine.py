@@ -329,7 +329,6 @@ class TokenSequence:
         self._tokens.T[:, self.length : total] = tokens
         self.length = total
 
-    @_exclusive
     def step(self, exit_layer: int, ids: IntArray) -> FloatArray:
         """The decode step: :meth:`advance` by one token of each member, without checks and without a copy.
 
@@ -343,12 +342,19 @@ class TokenSequence:
         Raises:
             ContextLengthError: the sequence is full.
         """
-        if not self.up_to_date(exit_layer):
-            return self.advance(exit_layer, ids[:, None])[:, 0]
-        index = self._indices[exit_layer]
-        logits = self.state.decode(index, ids, self.length)
-        self.record_step(index, ids)
-        return logits
+        with self.lock:  # as _exclusive does it, without its call
+            if self._engine._closed:
+                raise closed()
+            if not self.up_to_date(exit_layer):
+                return self.advance(exit_layer, ids[:, None])[:, 0]
+            index = self._indices[exit_layer]
+            try:
+                logits = self.state.decode(index, ids, self.length)
+            except KeyError:
+                self._engine.refuse_closed()
+                raise
+            self.record_step(index, ids)
+            return logits
 
     @_exclusive
     def step_best(self, exit_layer: int, ids: IntArray) -> IntArray:

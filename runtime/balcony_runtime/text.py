@@ -162,9 +162,12 @@ class TextCodec:
         messages = [_message(message) for message in prompt]
         if not self._knows_developer:  # OpenAI's newer name of the system: many templates drop what they do not know
             messages = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
-        if control_tokens:
-            return _some(self._ids(self._tokenizer, self._render(messages, variables)))
-        return _some(self._encode_literally(messages, variables))
+        try:
+            if control_tokens:
+                return _some(self._ids(self._tokenizer, self._render(messages, variables)))
+            return _some(self._encode_literally(messages, variables))
+        except RecursionError:
+            raise InputError("the prompt is nested too deeply: give messages and variables of fewer levels") from None
 
     def _variables(
         self,
@@ -470,21 +473,22 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         listed = isinstance(stops, Iterable) and not isinstance(stops, str)
-        self._stops = tuple(stops) if listed else ()
-        if not listed or any(not isinstance(stop, str) or not stop for stop in self._stops):
+        #: The strings.
+        self.strings = tuple(stops) if listed else ()
+        if not listed or any(not isinstance(stop, str) or not stop for stop in self.strings):
             raise InputError(f"stop = {stops!r}: must be a list of non-empty strings: give e.g. ['\\n']")
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """``(text that is safe to show, whether a stop string was met)``; text after a stop string is dropped."""
-        if not self._stops:
+        if not self.strings:
             return text, False
         self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [place for stop in self.strings if (place := self._held.find(stop)) >= 0]
         if found:
             shown, self._held = self._held[: min(found)], ""
             return shown, True
-        keep = max(overlap(self._held, stop) for stop in self._stops)
+        keep = max(overlap(self._held, stop) for stop in self.strings)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False

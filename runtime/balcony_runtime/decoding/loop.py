@@ -137,6 +137,7 @@ class Decoder:
         self._latest = self._learned.state
         self._state = self._latest.for_next_reply()
         self._decision: Decision | None = None
+        self._settled: tuple[ControllerState, Decision] | None = None  # a decision that stands until something changes
         self._followed: tuple[int, Slowdown, Governor] | None = None  # the last round, until a step is made alone
         self._seen: Observation | None = None
         self._read: Readings = (), 0.0
@@ -169,30 +170,35 @@ class Decoder:
 
         ``waited_ms`` is the time since the token was asked for.
         """
-        sequence, exits, learned, ids = self._sequence, self._sequence.exits, self._learned, self._ids
         if self.untold:
             return self.untold
-        begin_ns, rows_before, new_rows = time.perf_counter_ns(), sequence.rows_run, self._fresh_rows
+        sequence, learned, ids = self._sequence, self._learned, self._ids
+        begin_ns, rows_before, first = time.perf_counter_ns(), sequence.rows_run, not self._made
+        new_rows = self._fresh_rows if first else 1
         decision = self._decide(self._last)
-        if decision.catch_up is not None:
-            run_chunk(sequence, decision.catch_up)
-        attempted = None if self._policy is None else self._attempt(self._policy, ids, decision, begin_ns)
-        made = attempted or self._step(ids, decision.exit_layer)
-        if not self._made:
+        exit_layer, _, price_ms, _, _, catch_up, period_ms, *_ = decision
+        if catch_up is not None:
+            run_chunk(sequence, catch_up)
+        policy = self._policy
+        attempted = None if policy is None else self._attempt(policy, ids, decision, begin_ns)
+        made = attempted or self._step(ids, exit_layer)
+        if first:
             sequence.checkpoint()  # the end of the prompt, to which the next reply may go back
-        forced = self._force(made.ids[-1])
+        self._ids = made.ids[-1]
+        forced = self._force(self._ids) if self._sampler.guided else []
         done_ns = time.perf_counter_ns()
         self._last, took_ms = None, (done_ns - begin_ns) / 1e6
-        if self._made and attempted is None:
-            if decision.price_ms or self._policy is not None:
-                caught_up = sequence.rows_run - rows_before > exits.index(made.exit_layer) + 1
-                self._last = self._learn(decision, took_ms, caught_up)
+        if not first and attempted is None:  # the time of a prompt says nothing about the slowdown of the next step
+            if policy is not None:
+                self._teach(policy, decision, took_ms, sequence.rows_run - rows_before)
+            if price_ms:
+                self._last = Measurement(exit_layer, price_ms, took_ms)
         elif made.price_ms:
             self._last = Measurement(made.exit_layer, made.price_ms, took_ms)
         learned.busy_ns += done_ns - begin_ns
         try:  # wait after the step, so that a slow step shortens the wait
-            if decision.period_ms:
-                learned.busy_ns += self._wait(decision, self._emitted_ns + int(decision.period_ms * 1e6))
+            if period_ms:
+                learned.busy_ns += self._wait(decision, self._emitted_ns + int(period_ms * 1e6))
         finally:  # the token is made: an interrupt ends its wait only
             steps = self._told(made, decision, forced, new_rows, waited_ms - begin_ns / 1e6)
         return steps
@@ -218,25 +224,19 @@ class Decoder:
             given = decision._replace(exit_layer=exit_layer, words=(words, *decision.words), drafted=drafted)
         if self._environment.trace is not None:
             self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
-        steps, target_ms, caught_up = [], self._count(latency_ms), self._caught_up(exit_layer, new_rows)
+        steps, caught_up, budget = [], self._caught_up(exit_layer, new_rows), self._budget
+        target_ms = budget.tpot_ms if self._made else budget.ttft_ms
+        if self._made:
+            self._late += target_ms is not None and latency_ms > target_ms
         if drafted:  # the further rows are those of the drafts
             caught_up = 0
         readings, read_s = self._read
-        for place, ids in enumerate(ids_made):
-            logits = logits_made[place]
-            steps.append(Step(ids, logits, given, target_ms, latency_ms, caught_up, self._budget, readings, read_s))
+        for ids, logits in zip(ids_made, logits_made, strict=True):
+            steps.append(Step(ids, logits, given, target_ms, latency_ms, caught_up, budget, readings, read_s))
             latency_ms = 0.0  # the other tokens of a round came with the first
         self._made += len(steps)
         self.untold = steps + self._forced_steps(forced, steps[-1]) if forced else steps
         return self.untold
-
-    def _count(self, latency_ms: float) -> float | None:
-        """Count the token that is due if it is late, unless it is the first; returns its target."""
-        if not self._made:
-            return self._budget.ttft_ms
-        target_ms = self._budget.tpot_ms
-        self._late += target_ms is not None and latency_ms > target_ms
-        return target_ms
 
     def _decide(self, last: Measurement | None) -> Decision:
         """Decide about the next token.
@@ -247,11 +247,12 @@ class Decoder:
         Raises:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
         """
-        budget, costs = self._environment.budget_and_costs()
+        (budget, costs), latest, settled = self._environment.budget_and_costs(), self._learned.state, self._settled
+        if settled is not None and latest is settled[0] and budget is self._budget and costs is self._costs:
+            return settled[1]
         self._take_up(budget)
         if self._followed is not None:
             self._go_on_from(*self._followed)
-        latest = self._learned.state
         if latest is not self._latest:  # the slow loop is the device's: others have gone on with it
             # Until its first token, so is what they have learned.
             self._state = self._state._replace(governor=latest.governor) if self._made else latest.for_next_reply()
@@ -263,11 +264,11 @@ class Decoder:
         found = None
         if decision is not None and self._environment.trace is None and sequence.up_to_date(decision.exit_layer):
             found = self._controller.shortcut(budget, self._state, sequence.length, last)
+            self._settled = found if found is not None and found[0] is self._state else None
         if found is None:
             found = self._controller.decide(self._state, self._observe(budget, last))
-        self._state, self._decision = found
-        self._latest = self._learned.state = self._state
-        decision = self._decision
+        self._state, decision = found
+        self._decision, self._latest, self._learned.state = decision, self._state, self._state
         if (decision.infeasible or decision.stops) and (why := decision.refusal(budget)) is not None:
             raise InfeasibleError(why)
         return decision
@@ -335,7 +336,7 @@ class Decoder:
     @property
     def pending_rows(self) -> int:
         """Pending rows of the sequence."""
-        return self._sequence.pending_rows
+        return self._sequence.length - self._sequence.stage_cursor[-1]
 
     @property
     def begun(self) -> bool:
@@ -360,7 +361,8 @@ class Decoder:
         target_ms = self._budget.tpot_ms if self._made else self._budget.ttft_ms
         latency_ms = 1000 * (time.monotonic() - asked_s)  # an interrupted round tells it with this one
         step = Step(ids, kept, decision, target_ms, latency_ms, caught_up, self._budget, *read)
-        forced = self._force(ids)
+        self._ids = ids
+        forced = self._force(ids) if self._sampler.guided else []
         self._last, self._emitted_ns = None, time.perf_counter_ns()
         self._made += 1
         self.untold = [step, *self._forced_steps(forced, step)]
@@ -373,14 +375,11 @@ class Decoder:
         return self.untold
 
     def _force(self, ids: IntArray) -> list[int]:
-        """Take over the last token and those that the reply's structure leaves no choice about; return the latter.
+        """Take over the tokens that the reply's structure leaves no choice about after the last one, and return them.
 
         All of them except the last become pending rows at once, which run when logits are next asked for. Log-probabilities
         need the model's opinion of each token, and a pace needs them one by one: they are then made like all others.
         """
-        self._ids = ids
-        if not self._sampler.guided:
-            return []
         budget, sequence = self._budget, self._sequence
         if sequence.batch_size > 1 or self._environment.keep_logits or budget.max_pace_tps is not None:
             self._sampler.prepare()
@@ -454,17 +453,12 @@ class Decoder:
             logits = sequence.step(exit_layer, ids)
         return Made([sampler.pick(logits)], [logits], exit_layer)
 
-    def _learn(self, decision: Decision, measured_ms: float, caught_up: bool) -> Measurement | None:
-        """Learn from a plain step, and return its measurement for the controller.
-
-        Prefill is not measured, because its time says nothing about the slowdown of the next step. A policy compares its rounds
-        with steps of one row, so it does not learn from one that worked off pending rows.
-        """
-        costs = self._costs
-        if not caught_up and self._policy is not None and costs is not None and decision.exit_layer == costs.exits[-1]:
-            expected_ms = decision.price_ms or costs.steady_ms(decision.exit_layer, self._sequence.length - 1)
-            self._policy.learn_plain(expected_ms, measured_ms)
-        return Measurement(decision.exit_layer, decision.price_ms, measured_ms) if decision.price_ms else None
+    def _teach(self, policy: Policy, decision: Decision, measured_ms: float, rows_run: int) -> None:
+        """Teach a policy a plain full-depth step; it knows steps of one row, so not one that ran pending rows."""
+        exits, costs, exit_layer = self._sequence.exits, self._costs, decision.exit_layer
+        if costs is not None and exit_layer == exits[-1] and rows_run <= len(exits):
+            price_ms = decision.price_ms or costs.steady_ms(exit_layer, self._sequence.length - 1)
+            policy.learn_plain(price_ms, measured_ms)
 
     def _wait(self, decision: Decision, until_ns: int) -> int:
         """Wait until a token is due and work off backlog meanwhile; returns the nanoseconds spent on backlog."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 #: (docs/LOG.md, "A run's options, made once").
 RUN_OPTIONS = ort.RunOptions()
 RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
+#: Tokens whose rows are unpacked at once, so that what lies in between stays in the second-level cache.
+EMBEDDED = 128
 #: Side of a graph's recurrent states that its next pass reads.
 _side = attrgetter("side")
 
@@ -80,6 +82,7 @@ class _Graph:
     ) -> None:
         self.name, self.spec, self.cache, self.states = name, spec, cache, states
         self.inputs, self.outputs = inputs, outputs
+        self.norms = any(tensor.name == "normed" for tensor in spec.outputs)  # the last stage of the lowered set
         self.side = 0
         self.one_row: dict[int, Any] = {}
         self.many_rows: dict[int, Any] = {}
@@ -237,7 +240,9 @@ class OnnxRuntimeState:
 
     def embed(self, tokens: IntArray, start: int) -> None:
         """Write token embeddings to boundary 0."""
-        self._rows[0, :, start : start + tokens.shape[1]] = self._backend.table[tokens]  # (B, n, D)
+        for first in range(0, tokens.shape[1], EMBEDDED):
+            part = tokens[:, first : first + EMBEDDED]
+            self._rows[0, :, start + first : start + first + part.shape[1]] = self._backend.table[part]  # (B, n, D)
 
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
@@ -254,7 +259,7 @@ class OnnxRuntimeState:
         rows = np.ascontiguousarray(self._rows[stage, :, start:stop])
         there = self._rows[stage + 1, :, start:stop]
         out = there if self._batch == 1 else np.empty_like(rows)  # rows of several members are not contiguous
-        outputs = {f"hidden_{self._layers[stage + 1]}": out, "normed": np.empty_like(rows)}
+        outputs = {f"hidden_{self._layers[stage + 1]}": out} | ({"normed": np.empty_like(rows)} if graph.norms else {})
         self._run_rows(graph, {f"hidden_{self._layers[stage]}": rows}, outputs)
         if out is not there:
             there[:] = out
