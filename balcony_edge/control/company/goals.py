@@ -30,7 +30,7 @@ LEAST_MS = 1e-3
 STALL_MS = 250.0
 #: Share of a round that a prompt without ``ttft_ms`` gets.
 PROMPT_SHARE = 0.3
-#: Variance of the slowdown above which it counts as unknown: a target is then out of reach only if no luck could meet it.
+#: Variance of the slowdown above which it counts as unknown: a gap is then out of reach only if no luck could meet it.
 KNOWN_VARIANCE = 0.05**2
 
 
@@ -80,14 +80,14 @@ class Goals:
         """Exits within the shortest target, the same with the hysteresis free, and whether they hold it."""
         claims, limit_ms, lax_rows = self._claims(views, met)
         views = [view._replace(met=met[view.stream.key]) for view in views]
-        luck = 1.0
-        if slowdown.variance > KNOWN_VARIANCE:
-            quantile = max(quantile_of(view.stream.budget.probability) for view in views)
-            luck = math.exp(quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        quantile = max((quantile_of(view.stream.budget.probability) for view in views), default=0.0)
+        luck = math.exp(quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
         if limit_ms == math.inf:
             # Where every target was given up, the shallowest exits come closest to them.
             exits = [view.lowest if view.period_ms < math.inf else self._soon_enough(view) for view in views]
             return exits, exits, all(self._first_ms(view) <= view.bound_ms * luck for view in views if view.first)
+        if slowdown.variance <= KNOWN_VARIANCE:
+            luck = 1.0
         prompt = first_due([view for view in views if view.first])
         due = prompt is not None and prompt.bound_ms < math.inf
         tops = [0] if prompt is None else range(prompt.highest, prompt.lowest - 1, -1)

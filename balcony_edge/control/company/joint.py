@@ -136,8 +136,10 @@ class JointController:
         idle_ms = 0.0 if ready else min(early_ms.values(), default=0.0)
         if ready:
             chosen, chunk, price_ms = self._composer.compose(ready, waiting, slowdown, seen.absent_ms)
-        else:  # everybody waits for a pace
+        elif ceilings is None or ceilings.energy_j_per_token is None:  # everybody waits for a pace
             chosen, (chunk, price_ms) = [], self._composer.catch_up(views, idle_ms / slowdown.factor)
+        else:  # rows in a wait take joules: the slow loop has allowed a depth for idle waits
+            chosen, chunk, price_ms = [], None, 0.0
         deepest = max((index for _, index in chosen), default=0)
         offset = slowdown.offsets[WITH_CATCH_UP if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)

@@ -277,6 +277,7 @@ class Decoder:
         """Let the next token have this budget, and what follows from it."""
         if budget is not self._budget:
             self._budget, self._policy, self._senses = budget, self._policy_of(budget), budget.needs_sensors
+            self._settled = None  # a joint decision may see the budget before the next step does
 
     def _observe(self, budget: Budget, last: Measurement | None) -> Observation:
         environment, sequence, now_s = self._environment, self._sequence, time.monotonic()

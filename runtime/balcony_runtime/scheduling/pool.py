@@ -263,9 +263,9 @@ class SequencePool:
         """
         # Neither rows that are there already nor a file that cannot be used take an ended sequence's place.
         if self.room:
-            session = file.look(path, self._engine)
+            session = file.look(path, self._engine, whole=True)
             if self._is_kept(session):
-                return len(file.look(path, self._engine, whole=True).tokens[0])
+                return len(session.tokens[0])
         with self._locked():
             sequence = self._empty()
         if sequence is None:

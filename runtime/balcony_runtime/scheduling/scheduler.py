@@ -87,7 +87,7 @@ class Scheduler:
         self._keys = itertools.count()
         self._leader: int | None = None  # the thread that leads a round
         self._running: Sequence[Stream] = ()
-        self._company: frozenset[int] = frozenset()  # streams of the last round
+        self._company: frozenset[int] = frozenset()  # streams of the last round that brought tokens
         self._looks = Looks()
         self._changes = 0  # how often a stream has begun, or a sequence has been given back
         self._lent: dict[TokenSequence, int] = {}  # sequences that are out → changes at the last look for rows, or -1
@@ -432,7 +432,7 @@ class Scheduler:
         moves = {move.key: move.decision for move in found.moves if move.key in streams and streams[move.key].asks}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
         unusual = any(not stream.decoder.begun for stream in logits) or prepared != (self._pool and self._pool.prepared)
-        self._company, self._state, self._last = frozenset(moves), state, None
+        self._company, self._state, self._last = frozenset(moves) or self._company, state, None
         slowdown = self._learned.state.slowdown.moved(state.slowdown)
         self._learned.state = self._told = self._learned.state._replace(governor=state.governor, slowdown=slowdown)
         for stream, row in logits.items():

@@ -123,6 +123,8 @@ def test_who_waits_for_a_pace_works_off_pending_rows() -> None:
     assert found.chunk.stage == 1 and found.chunk.rows == 29, "the newest row runs with the token"
     _, found = decided([stream(0, Budget(max_pace_tps=5.0))], known)
     assert found.chunk is None and found.wait_ms > 0
+    _, found = decided([behind._replace(budget=Budget(max_pace_tps=5.0, energy_j_per_token=9.0))], known)
+    assert not found.moves and found.chunk is None and found.wait_ms > 0, "each token has its joules"
 
 
 def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:

@@ -157,6 +157,30 @@ def test_the_short_way_says_what_weighing_says() -> None:
     assert stayed > 50
 
 
+@pytest.mark.parametrize(
+    ("exit_layer", "tpot_ms", "why"),
+    [
+        (14, 13.0, "deepest exit within 13 ms"),
+        (14, 14.5, "17 leaves too little free"),
+        (17, 15.0, "deepest exit within 15 ms"),
+        (20, 17.0, "deepest exit within 17 ms"),
+        (20, 22.0, "30 leaves too little free"),
+    ],
+)
+def test_the_short_way_at_a_shallower_exit_says_what_weighing_says(exit_layer: int, tpot_ms: float, why: str) -> None:
+    """Steps take 12.2, 14.0, 15.8 and 21.3 ms. The filter keeps 2.5 % of a target free, and the hysteresis 2 %."""
+    sure, at = Slowdown(variance=1e-8, noise_variance=0.02**2), DEMO.exits.index(exit_layer)
+    state = ControllerState(exit_layer, 100, catching_up=False, tpot_ms=tpot_ms, slowdown=sure)
+    pending = [1] * (at + 1) + [40] * (3 - at)
+    seen = Observation(Budget(tpot_ms=tpot_ms), 64, pending, (*pending[:3], 1), made_tokens=3)
+    short = Controller(DEMO).shortcut(seen.budget, state, seen.context_length, None)
+    after, decision = _Weighing(DEMO).decide(state, seen)
+    assert short is not None and short[0] == after and why in decision.reason
+    exact = ("exit_layer", "infeasible", "catch_up", "period_ms", "idle_ms", "reason")
+    assert [getattr(short[1], name) for name in exact] == [getattr(decision, name) for name in exact]
+    assert short[1][1:4] == pytest.approx(decision[1:4])
+
+
 def a_whole_budget(rng: random.Random) -> Budget:
     """Any keys that do not contradict one another."""
     options: dict[str, Any] = {

@@ -93,6 +93,16 @@ def test_budget_changes_take_effect_at_the_next_token(llm: LLM) -> None:
     assert exits == [5] * 4 + [2] * 4 + [3] * 4
 
 
+def test_a_budget_that_a_joint_decision_saw_first_takes_effect(llm: LLM) -> None:
+    """A newcomer is judged next to the replies in progress. If it must wait, they go on alone."""
+    with llm.stream([1, 2, 3, 4], max_new_tokens=9, ignore_eos=True) as stream:
+        assert [next(stream).exit_layer for _ in range(3)] == [5] * 3
+        llm.budget = Budget(exit_layer=2)
+        (one,) = llm._requests.scheduler._streams.values()
+        one.decoder.seen(one.key, 0.0)
+        assert next(stream).exit_layer == 2
+
+
 def test_switching_up_runs_the_pending_rows_and_says_so(llm: LLM) -> None:
     llm.budget = Budget(exit_layer=2)
     tokens = []

@@ -340,4 +340,11 @@ def test_a_file_whose_rows_are_there_takes_no_further_place(tiny_engine: Engine,
     path.write_bytes(content)
     with pytest.raises(InputError, match="is damaged"):
         pool.load(path)
-    assert [pool.forget([*tokens, 1]) for tokens in (*others, saved)] == [50, 50, 50]
+    assert pool.forget([*saved, 1]) == 50
+    more, sequence = list(range(250, 300)), pool.take()
+    assert sequence is not None
+    sequence.advance(5, more)
+    pool.give_back(sequence)
+    with pytest.raises(InputError, match="is damaged"):  # its rows are in no place, and all places are taken
+        pool.load(path)
+    assert [pool.forget([*tokens, 1]) for tokens in (*others, more)] == [50, 50, 50]
