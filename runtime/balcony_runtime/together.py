@@ -7,6 +7,7 @@ Owns the replies that are open and who asks for another token. The rounds are th
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -95,7 +96,7 @@ class Together(Closing):
             stream.on_admitted = on_admitted
             tokens = TokenStream(self._requests.told(request, _taken(steps), decoder), request)
             self._open[tokens] = _Open(tokens, stream, steps, held.pop_all())
-        self._scheduler.ask(stream, asked_s)
+        self._scheduler.ask([stream], asked_s)
         return tokens
 
     def empty(self, rows: int) -> AbstractContextManager[TokenSequence]:
@@ -112,7 +113,7 @@ class Together(Closing):
         if stream in self._paused:
             self._paused.discard(stream)
             if (one := self._open.get(stream)) is not None and not one.waits:
-                self._scheduler.ask(one.stream)
+                self._scheduler.ask([one.stream], time.monotonic())
 
     def step(self) -> list[tuple[TokenStream, Token | Exception]]:
         """Wait for the next tokens, for one round at most; a reply that ends, is cancelled or fails is closed.
@@ -122,11 +123,16 @@ class Together(Closing):
             Empty if no reply asks, if those that do were cancelled, or if the round brought no token: it may run a part of a
             long prompt, or all may wait for replies that are paused.
         """
-        for tokens in [tokens for tokens in self._open if tokens.request.cancelled.is_set()]:
-            self._end(tokens)
-        asking = {one.stream: one for one in self._open.values() if one.tokens not in self._paused or one.waits}
+        asking: dict[Stream, _Open] = {}
+        for tokens, one in tuple(self._open.items()):
+            if tokens.request.cancelled.is_set():
+                self._end(tokens)
+            elif tokens not in self._paused or one.waits:
+                asking[one.stream] = one
         found: list[tuple[TokenStream, Token | Exception]] = []
-        for stream in self._scheduler.wait(list(asking)) if asking else ():
+        answered, again = self._scheduler.wait(list(asking)) if asking else [], list[Stream]()
+        told_s = time.monotonic()  # to tell the tokens is a part of the next gap
+        for stream in answered:
             tokens, _, steps, _ = asking[stream]
             try:
                 try:
@@ -143,7 +149,9 @@ class Together(Closing):
                 found.append((tokens, error))
                 self._end(tokens)
             if tokens in self._open and tokens not in self._paused:
-                self._scheduler.ask(stream)
+                again.append(stream)
+        # After an interrupt the next call asks: wait() returns those that do not ask at once.
+        self._scheduler.ask(again, told_s)
         return found
 
     def _end(self, tokens: TokenStream) -> None:

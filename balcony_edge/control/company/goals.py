@@ -49,12 +49,10 @@ class Goals:
         self, state: CompanyState, views: list[View], slowdown: Slowdown, share: float
     ) -> tuple[tuple[object, ...], list[View]]:
         """Give every stream its goal; a new assignment only if something has changed."""
-        drift = round(math.log(scale_of(slowdown, 0.9)) / DRIFT)
         who = tuple([(view.stream.key, id(view.stream.budget), view.first, view.highest) for view in views])
-        due = state.round // REASSIGN
-        before = state.assigned_for
-        if before[:1] == (who,) and before[2:] == (due,) and abs(before[1] - drift) <= 1:  # type: ignore[operator]
-            return before, views
+        assigned_for = self.made_for(state, who, slowdown)
+        if assigned_for is state.assigned_for:
+            return assigned_for, views
         met = dict.fromkeys((view.stream.key for view in views), True)
         exits, free, fits = self._goals(views, met, slowdown, share)
         while not fits and any(met.values()):
@@ -63,7 +61,20 @@ class Goals:
             view._replace(goal=self._goal(view, now, up, state), met=met[view.stream.key])
             for view, now, up in zip(views, exits, free, strict=True)
         ]
-        return (who, drift, due), found
+        return assigned_for, found
+
+    @staticmethod
+    def made_for(state: CompanyState, who: tuple[object, ...], slowdown: Slowdown) -> tuple[object, ...]:
+        """What an assignment would be made for now; the same object as in the state as long as the present one stands.
+
+        ``who`` are the streams: key and identity of the budget, whether the prompt is to be run, index of the deepest exit.
+        """
+        drift = round(math.log(scale_of(slowdown, 0.9)) / DRIFT)
+        due = state.round // REASSIGN
+        before = state.assigned_for
+        if before[:1] == (who,) and before[2:] == (due,) and abs(before[1] - drift) <= 1:  # type: ignore[operator]
+            return before
+        return who, drift, due
 
     def _goal(self, view: View, now: int, up: int, state: CompanyState) -> int:
         """The goal after an assignment to exit ``now``, and to ``up`` with the hysteresis free."""

@@ -17,7 +17,7 @@ import numpy as np
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.manifest import ConfidenceSpec
 from balcony_edge.control.catching_up import IDLE_ROWS
-from balcony_edge.control.company.seen import Chunk, StreamSeen
+from balcony_edge.control.company.seen import Chunk, CompanyState, StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState, quantile_of
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
 from balcony_edge.control.governor import Governor
@@ -82,6 +82,12 @@ class Learned:
         self.speculator = Speculator(exits, agreement)
         self.confident = Confident(exits, confidence)
 
+    def follow(self, slowdown: Slowdown, governor: Governor) -> ControllerState:
+        """Take over what a round has learned, and return the state with it."""
+        state = self.state
+        self.state = ControllerState(*state[:4], state.slowdown.moved(slowdown), governor, *state[6:])
+        return self.state
+
 
 class Environment(NamedTuple):
     """What a decoder needs around it: budget, prices, sensors, trace and learned values.
@@ -131,7 +137,8 @@ class Decoder:
         self._budget = Budget()
         self._costs: CostModel | None = None
         self._policy: Policy | None = None
-        self._senses = False
+        #: Whether the budget that was last seen needs sensors.
+        self.senses = False
         self._unmeasured = unmeasured(sequence.exits)
         self._controller = Controller(self._unmeasured)
         self._latest = self._learned.state
@@ -143,6 +150,8 @@ class Decoder:
         self._read: Readings = (), 0.0
         #: Time of the request.
         self.started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
+        #: Whether the first token has been made.
+        self.begun = False
         self._made = self._late = 0
         self._rows_run = sequence.rows_run  # at the last token
         #: Tokens that were made, and that nobody has taken yet: an interrupt may come in between, or while a token waits for
@@ -234,7 +243,7 @@ class Decoder:
         for ids, logits in zip(ids_made, logits_made, strict=True):
             steps.append(Step(ids, logits, given, target_ms, latency_ms, caught_up, budget, readings, read_s))
             latency_ms = 0.0  # the other tokens of a round came with the first
-        self._made += len(steps)
+        self._made, self.begun = self._made + len(steps), True
         self.untold = steps + self._forced_steps(forced, steps[-1]) if forced else steps
         return self.untold
 
@@ -276,12 +285,12 @@ class Decoder:
     def _take_up(self, budget: Budget) -> None:
         """Let the next token have this budget, and what follows from it."""
         if budget is not self._budget:
-            self._budget, self._policy, self._senses = budget, self._policy_of(budget), budget.needs_sensors
+            self._budget, self._policy, self.senses = budget, self._policy_of(budget), budget.needs_sensors
             self._settled = None  # a joint decision may see the budget before the next step does
 
     def _observe(self, budget: Budget, last: Measurement | None) -> Observation:
         environment, sequence, now_s = self._environment, self._sequence, time.monotonic()
-        self._read = environment.readings() if self._senses or environment.trace is not None else (), now_s
+        self._read = environment.readings() if self.senses or environment.trace is not None else (), now_s
         rows = self._new_rows
         stage_rows, balcony_rows = sequence.rows_due(rows)
         self._seen = Observation(
@@ -314,11 +323,6 @@ class Decoder:
         """The budget of the next token."""
         return self._environment.budget_and_costs()[0]
 
-    @property
-    def senses(self) -> bool:
-        """Whether the budget that was last seen needs sensors."""
-        return self._senses
-
     def seen(self, key: int, asked_s: float, shares: bool = True) -> StreamSeen:
         """What a joint decision must know of this stream.
 
@@ -327,12 +331,13 @@ class Decoder:
             asked_s: time at which its next token was asked for, on ``time.monotonic``.
             shares: whether its rows share passes with those of others.
         """
-        self._take_up(self.budget)
-        sequence = self._sequence
-        stage_rows, balcony_rows = sequence.rows_due(self._new_rows)
-        context = sequence.length + self._new_rows - 1
-        made, started_s, late = self._made, self.started_s, self._late
-        return StreamSeen(key, self._budget, context, stage_rows, balcony_rows, made, started_s, asked_s, shares, late)
+        if (budget := self._environment.budget_and_costs()[0]) is not self._budget:
+            self._take_up(budget)
+        sequence, made = self._sequence, self._made
+        new = 1 if made else 0
+        stage_rows, balcony_rows = sequence.rows_due(new)
+        context, started_s, late = sequence.length + new - 1, self.started_s, self._late
+        return StreamSeen(key, budget, context, stage_rows, balcony_rows, made, started_s, asked_s, shares, late)
 
     @property
     def pending_rows(self) -> int:
@@ -340,19 +345,17 @@ class Decoder:
         return self._sequence.length - self._sequence.stage_cursor[-1]
 
     @property
-    def begun(self) -> bool:
-        """Whether the first token has been made."""
-        return self._made > 0
-
-    @property
     def last_token(self) -> int:
         """The token that the next step of the only member begins with."""
         return int(self._ids[0])
 
-    def take(self, logits: FloatArray, decision: Decision, asked_s: float, read: Readings) -> None:
+    def take(
+        self, logits: FloatArray, decision: Decision, asked_s: float, read: Readings, company: CompanyState
+    ) -> None:
         """Take the logits (1, V) of a round as the next token's, as if :meth:`step` had made them; :meth:`taken` tells it.
 
-        ``asked_s`` is the time at which the token was asked for, on ``time.monotonic``.
+        ``asked_s`` is when the token was asked for, on ``time.monotonic``. After it the reply may go on alone: from
+        its exit, and with what the rounds have learned about the device (``company``).
         """
         if not self._made:
             self._sequence.checkpoint()
@@ -365,14 +368,15 @@ class Decoder:
         self._ids = ids
         forced = self._force(ids) if self._sampler.guided else []
         self._last, self._emitted_ns = None, time.perf_counter_ns()
-        self._made += 1
-        self.untold = [step, *self._forced_steps(forced, step)]
+        self._made, self.begun = self._made + 1, True
+        self.untold = [step, *self._forced_steps(forced, step)] if forced else [step]
+        self._followed, self._decision = (decision.exit_layer, company.slowdown, company.governor), None
 
     def taken(self, latency_ms: float) -> list[Step]:
         """The steps of :meth:`take`. All tokens of a round come when the last of them has been picked."""
-        first = self._made == len(self.untold)
-        self._late += not first and latency_ms > (self.untold[0].target_ms or math.inf)
-        self.untold[0] = self.untold[0]._replace(latency_ms=latency_ms)
+        first, step = self._made == len(self.untold), self.untold[0]
+        self._late += not first and latency_ms > (step.target_ms or math.inf)
+        self.untold[0] = step._replace(latency_ms=latency_ms)
         return self.untold
 
     def _force(self, ids: IntArray) -> list[int]:
@@ -404,12 +408,8 @@ class Decoder:
         )
         return [given._replace(ids=one) for one in ids]
 
-    def follow(self, exit_layer: int, slowdown: Slowdown, governor: Governor) -> None:
-        """Go on alone after a token in company: from its exit, and with what the rounds have learned about the device."""
-        self._followed, self._decision = (exit_layer, slowdown, governor), None
-
     def _go_on_from(self, exit_layer: int, slowdown: Slowdown, governor: Governor) -> None:
-        """Take up what :meth:`follow` was told last; each round replaces all of what the one before has told."""
+        """Take up what :meth:`take` was told last; each round replaces all of what the one before has told."""
         learned = self._state.slowdown.moved(slowdown)._replace(surprise=0, drift=0.0)
         self._state = self._state._replace(
             exit_layer=exit_layer, tokens_since_switch=1, catching_up=False, slowdown=learned, governor=governor

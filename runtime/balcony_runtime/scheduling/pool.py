@@ -432,20 +432,32 @@ class SequencePool:
             ContextLengthError: a sequence is full; nothing is appended to any.
         """
         self._engine.refuse_closed()
-        # A pass may write to members that lie between others, so nobody takes or frees one meanwhile.
-        with self._locked(), ExitStack() as held:
-            ordered = sorted(moves, key=lambda move: self._places[move.sequence])
-            for move in ordered:  # the same order in every thread
-                held.enter_context(move.sequence.lock)
-                if move.sequence.length >= move.sequence.max_length:
-                    raise move.sequence.too_long_error()
-            try:
-                logits = self._shared.run([self._places[move.sequence] for move in ordered], ordered)
-            except KeyError:
-                self._engine.refuse_closed()  # another thread has closed it meanwhile
-                raise
-        rows = {move.sequence: logits[place : place + 1] for place, move in enumerate(ordered)}
-        return [rows[move.sequence] for move in moves]
+        held: list[TokenSequence] = []
+        try:
+            # A pass may write to members that lie between others, so nobody takes or frees one meanwhile.
+            with self._lock:
+                members = [self._places[move.sequence] for move in moves]
+                order = sorted(range(len(members)), key=members.__getitem__)
+                in_order = list(map(moves.__getitem__, order))
+                try:  # a stack of contexts makes four calls for each lock, between two passes that leave the caches cold
+                    for sequence, _, _ in in_order:  # the same order in every thread
+                        sequence.lock.acquire()
+                        held.append(sequence)
+                        if sequence.length >= sequence.max_length:
+                            raise sequence.too_long_error()
+                    logits = self._shared.run(sorted(members), in_order)
+                except KeyError:
+                    self._engine.refuse_closed()  # another thread has closed it meanwhile
+                    raise
+                finally:
+                    for sequence in held:
+                        sequence.lock.release()
+        finally:
+            self._settle()
+        found = [logits] * len(order)
+        for place, index in enumerate(order):
+            found[index] = logits[place : place + 1]
+        return found
 
 
 def _rows(sequence: TokenSequence, wanted: IntArray) -> int:

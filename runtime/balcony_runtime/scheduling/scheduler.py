@@ -33,7 +33,7 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.admission import Bounds, Looks, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
-from balcony_runtime.scheduling.stream import Stream, absent_ms, undone
+from balcony_runtime.scheduling.stream import Stream, Undoable, absent_ms
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
 if TYPE_CHECKING:
@@ -161,9 +161,8 @@ class Scheduler:
         stream = self.join(decoder, sequence, rows, cancelled)
         try:
             while True:
-                found = self._by_itself(stream)
-                if found is None:
-                    self.ask(stream, None if decoder.begun else decoder.started_s)
+                if (found := self._by_itself(stream)) is None:
+                    self.ask([stream], time.monotonic() if decoder.begun else decoder.started_s)
                     while stream.asks:
                         self.wait([stream])
                     if not (found := stream.steps()):
@@ -173,19 +172,21 @@ class Scheduler:
         finally:
             self.leave(stream)
 
-    def _by_itself(self, stream: Stream) -> list[Step] | None:
+    def _by_itself(self, stream: Stream, asked: bool = False) -> list[Step] | None:
         """Step a stream that goes on and is the only one, as a round would, but with fewer calls; None if a round is due."""
         with self._lock:
             others = len(self._streams) > 1 or not self._company <= stream.alone
-            if self._leader or others or not stream.decoder.begun or stream.is_slow:
+            if self._leader or others or stream.asks != asked or not stream.decoder.begun or stream.is_slow:
                 return None
             self._leader, self._running, self._last = threading.get_ident(), (stream,), None
             self._company = stream.alone  # who comes gathers with it
         try:
-            return stream.decoder.step()
+            return stream.decoder.step(1000 * (time.monotonic() - stream.asked_s) if asked else 0.0)
         finally:
             with self._lock:
                 self._leader, self._running = None, ()
+                if stream.left is not None:
+                    stream.left.close()
                 if len(self._streams) > 1:  # others have come meanwhile
                     self._turn.notify_all()
 
@@ -211,10 +212,11 @@ class Scheduler:
             self._streams[stream.key] = stream
             return stream
 
-    def ask(self, stream: Stream, asked_s: float | None = None) -> None:
-        """Ask for the next token of a stream, since some time; :meth:`wait` brings it."""
-        with self._turn:
-            stream.asked_s, stream.asks = time.monotonic() if asked_s is None else asked_s, True
+    def ask(self, streams: Sequence[Stream], asked_s: float) -> None:
+        """Ask for the next token of each of some streams, since some time; :meth:`wait` brings it."""
+        with self._lock:  # which is the condition's own, without its calls
+            for stream in streams:
+                stream.asked_s, stream.asks = asked_s, True
             self._turn.notify_all()
 
     def wait(self, streams: Sequence[Stream]) -> list[Stream]:
@@ -223,7 +225,13 @@ class Scheduler:
         Leads the round if no other thread does. A round brings no answer if it runs a part of a prompt only, or if all who ask
         wait for streams that do not ask. The caller can then serve the readers of those, and call again.
         """
-        with self._turn:
+        if len(streams) == len(self._streams) == 1:  # as a rule it goes on by itself
+            with Undoable(streams):
+                if (steps := self._by_itself(streams[0], asked=True)) is not None:
+                    streams[0].answer(steps)
+            if not streams[0].asks:
+                return list(streams)
+        with self._lock:  # which is the condition's own, without its calls
             while not (answered := self._answered(streams)) and self._leader:
                 self._turn.wait()
             if not answered:
@@ -265,30 +273,34 @@ class Scheduler:
     def _lead(self) -> None:
         """Run one round for all streams that ask. Holds the lock at both ends, and not while the round runs."""
         begin_ns = time.perf_counter_ns()  # what a stream waits for the others is part of its gap
-        self._gather()
-        while self._looks.due(self._all) and self._admit_next():
-            pass
-        asking = [stream for stream in self._all if stream.asks and stream.admitted]
-        if not asking:
-            if any(stream.asks for stream in self._all):
-                self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
-            return
-        admitted = [one for one in self._all if one.admitted]
-        begins, others = [one for one in admitted if not one.decoder.begun], len(admitted) > 1
-        self._running, known = asking, {one for one in self._all if one.asks}
+        known: Sequence[Stream] = self._all
+        asking, begins, others = known, list[Stream](), len(known) > 1
+        if not all(one.asks and one.admitted and one.decoder.begun for one in known):  # as a rule they all go on
+            self._gather()
+            while self._looks.due(self._all) and self._admit_next():
+                pass
+            known = [one for one in self._all if one.asks]
+            if not (asking := [one for one in known if one.admitted]):
+                if known:
+                    self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
+                return
+            admitted = [one for one in self._all if one.admitted]
+            begins, others = [one for one in admitted if not one.decoder.begun], len(admitted) > 1
+        self._running = asking
         self._turn.release()
         try:
             if begins:
                 self._look_again(begins)
                 begin_ns = time.perf_counter_ns()  # copies, and places made ready, are no part of the measurement
-            for stream in asking:
+            for stream in [one for one in asking if one.decoder.untold]:
                 stream.tell()
             if not (asking := [one for one in asking if one.asks]):
                 return
-            if len(asking) == 1 and not self._makes_way(asking[0], others):
-                self._step_alone(asking[0])
-            else:
-                self._round(asking, begin_ns)
+            with Undoable(asking):  # what fails in a shared pass ends all of them
+                if len(asking) > 1 or self._makes_way(asking[0], others):
+                    self._round(asking, begin_ns)
+                else:
+                    self._step_alone(asking[0])
         finally:
             self._turn.acquire()
             ran, self._running = self._running, ()
@@ -351,8 +363,8 @@ class Scheduler:
 
     def _will_share(self, stream: Stream) -> bool:
         """Whether a stream shares passes, or will once its prompt begins to run, because there is a place for it."""
-        if self._pool is None or self._shares(stream) or not self._may_move(stream):
-            return self._shares(stream)
+        if (shares := self._shares(stream)) or self._pool is None or not self._may_move(stream):
+            return shares
         others = (one for one in self._all if one is not stream)
         promised = sum(one.admitted and self._may_move(one) and not self._shares(one) for one in others)
         return self._pool.room > promised
@@ -366,11 +378,7 @@ class Scheduler:
 
     def _gather(self) -> None:
         """Wait a moment for the streams of the last round, so that they stay together."""
-        until_s = time.monotonic() + GATHER_S
-        while any(one.key in self._company and not one.asks for one in self._all):
-            left_s = until_s - time.monotonic()
-            if left_s <= 0 or not self._turn.wait(left_s):
-                return
+        self._turn.wait_for(lambda: all(one.asks for one in self._all if one.key in self._company), GATHER_S)
 
     def _makes_way(self, stream: Stream, others: bool) -> bool:
         """Whether the only stream that asks takes a round, so that one that asks meanwhile need not wait for all of its step.
@@ -386,18 +394,9 @@ class Scheduler:
 
     def _step_alone(self, stream: Stream) -> None:
         self._company, self._last = stream.alone, None
-        with undone([stream]), stream.isolated():
-            stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
+        stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
 
     def _round(self, asking: Sequence[Stream], begin_ns: int) -> None:
-        try:
-            with undone(asking):
-                self._run(asking, begin_ns)
-        except Exception as error:  # a shared pass failed
-            for stream in [one for one in asking if one.asks]:
-                stream.fail(error)
-
-    def _run(self, asking: Sequence[Stream], begin_ns: int) -> None:
         both = ([one.decoder.budget for one in those] for those in (self._all, asking))
         longest_s = longest_pause_s(*both) if self._wait_s else 0.0
         if (pause_s := self._done_s + min(self._wait_s, longest_s) - time.monotonic()) > 0:
@@ -411,8 +410,7 @@ class Scheduler:
         streams, seen = self._seen(asking)
         if not streams:
             return
-        ended = [key for key in self._state.streams if key not in self._streams]
-        before = self._state.without(ended)
+        before = self._state.without(ended := [key for key in self._state.streams if key not in self._streams])
         state, found = controller.decide(before, seen)
         if found.wait_ms and not (found.moves or found.refused or found.chunk):
             self._idle_s = found.wait_ms / 1000  # nobody is due, and nothing has changed
@@ -433,12 +431,10 @@ class Scheduler:
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
         unusual = any(not stream.decoder.begun for stream in logits) or prepared != (self._pool and self._pool.prepared)
         self._company, self._state, self._last = frozenset(moves) or self._company, state, None
-        slowdown = self._learned.state.slowdown.moved(state.slowdown)
-        self._learned.state = self._told = self._learned.state._replace(governor=state.governor, slowdown=slowdown)
+        self._told = self._learned.follow(state.slowdown, state.governor)
         for stream, row in logits.items():
             with stream.isolated():
-                stream.decoder.take(row, moves[stream.key], stream.asked_s, (seen.readings, seen.now_s))
-                stream.decoder.follow(moves[stream.key].exit_layer, state.slowdown, state.governor)
+                stream.decoder.take(row, moves[stream.key], stream.asked_s, (seen.readings, seen.now_s), state)
         done_ns, now_s = time.perf_counter_ns(), time.monotonic()  # everybody waits until all tokens are picked
         self._learned.busy_ns += done_ns - work_ns
         if found.price_ms and not unusual and not found.refused:
@@ -459,9 +455,11 @@ class Scheduler:
         """What the controller must know; a stream that cannot go on fails alone."""
         streams, found = {}, []
         for stream in asking:
-            with stream.isolated():
+            try:  # the calls of a context cost more than the rest
                 found.append(self._seen_of(stream))
                 streams[stream.key] = stream
+            except Exception as error:
+                stream.fail(error)
         senses = [key for key, stream in streams.items() if stream.decoder.senses]
         now_s, busy_s = time.monotonic(), self._learned.busy_ns / 1e9
         try:
@@ -479,8 +477,7 @@ class Scheduler:
 
     def _step(self, moves: Mapping[Stream, Decision]) -> dict[Stream, FloatArray]:
         """Run the round's tokens: those of the pool together, prompts and others one by one. Gives logits (1, V)."""
-        together: list[Stream] = []
-        logits = {}
+        together, logits = list[Stream](), {}
         for stream, decision in moves.items():
             sequence = stream.sequence
             if stream.decoder.begun and self._shares(stream):

@@ -65,20 +65,23 @@ class SharedStep:
 
     def run(self, members: list[int], moves: Sequence[PoolMove]) -> FloatArray:
         """The step of members in ascending order, with the move of each; gives logits (n, V)."""
-        exits = tuple([self._indices[move.exit_layer] for move in moves])
-        tokens, rows = [move.token for move in moves], [move.sequence.length for move in moves]
-        adjacent = members[-1] - members[0] < len(members) and neighbours(exits)
-        if adjacent and all(move.sequence.up_to_date(move.exit_layer) for move in moves):
+        indices, tokens, rows, ready = [], [], [], members[-1] - members[0] < len(members)
+        for sequence, exit_layer, token in moves:
+            indices.append(self._indices[exit_layer])
+            tokens.append(token)
+            rows.append(sequence.length)
+            ready = ready and sequence.up_to_date(exit_layer)
+        if ready and neighbours(exits := tuple(indices)):
             logits = self._pool.decode(members[0], exits, tokens, rows)
-            for move, exit_index in zip(moves, exits, strict=True):
-                move.sequence.record_step(exit_index, move.token)
+            for place, (sequence, _, token) in enumerate(moves):
+                sequence.record_step(exits[place], token)
             return logits
         longest = max(sequence.length for sequence in self._members if sequence is not None) + 1
         places = np.array(members)
         self._pool.begin(places, np.array(tokens), np.array(rows), min(longest, self._engine.max_length))
         for move in moves:
             move.sequence.record_tokens(move.token)
-        self._run(dict(zip(members, exits, strict=True)))
+        self._run(dict(zip(members, indices, strict=True)))
         return self._pool.logits(places)
 
     def _run(self, at: Mapping[int, int]) -> None:

@@ -6,11 +6,13 @@ import math
 from random import Random
 from typing import Any
 
+import pytest
 from hypothesis import given
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.seen import CompanyState, RoundSeen, StreamSeen
+from balcony_edge.control.decision import Measurement
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError
@@ -86,3 +88,31 @@ def test_every_company_gets_a_round(chance: Random) -> None:
         if not streams:
             return
         now_s += chance.choice((0.0, 0.001, 0.05, 3.0))
+
+
+def test_rounds_in_which_nothing_changes_are_decided_as_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short way gives the same state and the same round, to the digit, wherever it is taken."""
+    chance, taken, rows = Random(0), 0, (1,) * len(EXITS)
+    for _ in range(40):
+        budgets = [
+            Budget(tpot_ms=chance.choice((12.0, 60.0, 1e4)), probability=chance.choice((0.5, 0.95))) if chance.random() < 0.8
+            else Budget()
+            for _ in range(chance.randint(1, 5))
+        ]  # fmt: skip
+        controller, state, last, now_s = JointController(DEMO, QUALITY), CompanyState(), None, 10.0
+        for made in range(1, 40):
+            asked_s = [now_s - chance.uniform(0.0, 0.02) for _ in budgets]
+            streams = [
+                StreamSeen(key, budget, 50 + made, rows, rows, made, 0.0, asked_s[key], chance.random() < 0.9)
+                for key, budget in enumerate(budgets)
+            ]
+            seen = RoundSeen(tuple(streams), last, now_s)
+            short = controller._unchanged(state, seen, controller._learn(state, last))
+            with monkeypatch.context() as patch:
+                patch.setattr(controller, "_unchanged", lambda *_: None)
+                state, found = controller.decide(state, seen)
+            assert short is None or repr(short) == repr((state, found))
+            taken += short is not None
+            last = Measurement(EXITS[found.deepest], found.price_ms, found.price_ms * chance.uniform(0.8, 1.3))
+            now_s += 0.01
+    assert 100 < taken < 1500

@@ -33,17 +33,17 @@ class _Program(NamedTuple):
     Attributes:
         runs: calls to make, graph by graph.
         entries: destination of each member's token row, (D,).
-        made: rows of each member at all boundaries on its way, (boundaries, D).
-        stored: where these rows are kept, (boundaries, S, D).
-        states: states of the members.
+        start, last: where the members stand, (n,).
+        ways: of each member its rows at all boundaries on its way, (boundaries, D), where they are kept, (S, boundaries, D),
+            and its state.
         logits: logits of the step, (n, V).
     """
 
     runs: list[Callable[[], object]]
     entries: list[npt.NDArray[Any]]
-    made: list[npt.NDArray[Any]]
-    stored: list[npt.NDArray[Any]]
-    states: list[OnnxRuntimeState]
+    start: IntArray
+    last: npt.NDArray[np.int32]
+    ways: list[tuple[npt.NDArray[Any], npt.NDArray[Any], OnnxRuntimeState]]
     logits: FloatArray
 
 
@@ -90,18 +90,18 @@ class OnnxRuntimePool:
 
     def decode(self, first: int, exits: tuple[int, ...], tokens: Sequence[int], rows: Sequence[int]) -> FloatArray:
         """Run one new row of each of neighbouring members through all graphs on its way; see :class:`.base.Pool`."""
-        program = self._program(first, exits)
-        for entry, token in zip(program.entries, tokens, strict=True):
-            entry[:] = self._backend.table.row(token)
-        members = slice(first, first + len(exits))
-        self._start[members] = self._last[members] = rows
+        # All fields at once, indices instead of zip() with a keyword, and rows by their row: the caches are cold here.
+        runs, entries, start, last, ways, logits = self._program(first, exits)
+        for place, token in enumerate(tokens):
+            entries[place][:] = self._backend.table.row(token)
+        start[:] = last[:] = rows
         self._total[()] = max(rows) + 1
-        self.busy_ns += run_step(program.runs)
-        for stored, made, row in zip(program.stored, program.made, rows, strict=True):
-            stored[:, row] = made
-        for state, exit_index, row in zip(program.states, exits, rows, strict=True):
-            state.reached(exit_index, row + 1)
-        return program.logits
+        self.busy_ns += run_step(runs)
+        for place, (made, kept, state) in enumerate(ways):
+            row = rows[place]
+            kept[row] = made
+            state.reached(exits[place], row + 1)
+        return logits
 
     def begin(self, members: IntArray, tokens: IntArray, rows: IntArray, total: int) -> None:
         """Write one token of each member to boundary 0; see :class:`.base.Pool`."""
@@ -167,15 +167,13 @@ class OnnxRuntimePool:
         here = slice(first, members.stop)
         logits = self._logits[: len(exits)]
         runs.append(self._bind("lm_head", here, {"hidden": self._memory.hidden[here]}, {"logits": logits}))
-        row, rows, ways = self._memory.row, self._memory.rows, [slice(0, exit_index + 2) for exit_index in exits]
-        return _Program(
-            runs,
-            entries=[row[0, member, 0] for member in members],
-            made=[row[way, member, 0] for member, way in zip(members, ways, strict=True)],
-            stored=[rows[way, member] for member, way in zip(members, ways, strict=True)],
-            states=[self.state(member) for member in members],
-            logits=logits[:, 0],
-        )
+        row, rows = self._memory.row, self._memory.rows
+        ways = []
+        for member, exit_index in zip(members, exits, strict=True):
+            way = slice(0, exit_index + 2)
+            ways.append((row[way, member, 0], rows[way, member].transpose(1, 0, 2), self.state(member)))
+        entries = [row[0, member, 0] for member in members]
+        return _Program(runs, entries, self._start[here], self._last[here], ways, logits[:, 0])
 
     def _bind_stage(self, stage: int, first: int, count: int) -> Callable[[], object]:
         members, row, layers = slice(first, first + count), self._memory.row, self._layers
