@@ -173,22 +173,27 @@ class Scheduler:
             self.leave(stream)
 
     def _by_itself(self, stream: Stream, asked: bool = False) -> list[Step] | None:
-        """Step a stream that goes on and is the only one, as a round would, but with fewer calls; None if a round is due."""
-        with self._lock:
-            others = len(self._streams) > 1 or not self._company <= stream.alone
-            if self._leader or others or stream.asks != asked or not stream.decoder.begun or stream.is_slow:
-                return None
-            self._leader, self._running, self._last = threading.get_ident(), (stream,), None
-            self._company = stream.alone  # who comes gathers with it
+        """Step the only stream, which goes on, with fewer calls than a round; None if one is due, or if it is answered."""
         try:
-            return stream.decoder.step(1000 * (time.monotonic() - stream.asked_s) if asked else 0.0)
-        finally:
             with self._lock:
-                self._leader, self._running = None, ()
-                if stream.left is not None:
-                    stream.left.close()
-                if len(self._streams) > 1:  # others have come meanwhile
-                    self._turn.notify_all()
+                others = len(self._streams) > 1 or not self._company <= stream.alone
+                if self._leader or others or stream.asks != asked or not stream.decoder.begun or stream.is_slow:
+                    return None
+                self._leader, self._running, self._last = threading.get_ident(), (stream,), None
+                self._company = stream.alone  # who comes gathers with it
+            if not asked:
+                return stream.decoder.step()
+            with Undoable((stream,)):  # while nobody else can lead a round that finds it asking
+                stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
+            return None
+        finally:
+            if self._leader == threading.get_ident():  # an interrupt may come as soon as it is set
+                with self._lock:
+                    self._leader, self._running = None, ()
+                    if len(self._streams) > 1 or stream.left is not None:  # others have come meanwhile
+                        self._turn.notify_all()
+                    if stream.left is not None:
+                        stream.left.close()
 
     def join(self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event) -> Stream:
         """Add a stream. It waits until there is memory for its rows, and the shallowest exits would hold everybody's targets.
@@ -225,12 +230,8 @@ class Scheduler:
         Leads the round if no other thread does. A round brings no answer if it runs a part of a prompt only, or if all who ask
         wait for streams that do not ask. The caller can then serve the readers of those, and call again.
         """
-        if len(streams) == len(self._streams) == 1:  # as a rule it goes on by itself
-            with Undoable(streams):
-                if (steps := self._by_itself(streams[0], asked=True)) is not None:
-                    streams[0].answer(steps)
-            if not streams[0].asks:
-                return list(streams)
+        if len(streams) == len(self._streams) == 1:
+            self._by_itself(streams[0], asked=True)  # as a rule it goes on by itself
         with self._lock:  # which is the condition's own, without its calls
             while not (answered := self._answered(streams)) and self._leader:
                 self._turn.wait()

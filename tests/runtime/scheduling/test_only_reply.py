@@ -1,0 +1,79 @@
+"""The only reply of a Together: its short way leaves nothing behind that another thread's round could meet."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from balcony_runtime.engine import TokenSequence
+from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling.stream import Stream
+from tests.support.replies import ids
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
+
+
+def test_it_is_answered_while_nobody_else_can_lead(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round of another thread would find it asking, and step it or tell its token at the same time."""
+    scheduler, answer, leads = llm._requests.scheduler, Stream.answer, list[bool]()
+
+    def seen(self: Stream, steps: Any) -> None:
+        leads.append(self in scheduler._running and scheduler._leader is not None)
+        answer(self, steps)
+
+    with llm.together() as replies:
+        replies.add([1, 2, 3], **OPTIONS)
+        for _ in range(2):
+            replies.step()
+        monkeypatch.setattr(Stream, "answer", seen)
+        for _ in range(3):
+            replies.step()
+    assert leads == [True] * 3
+
+
+def test_an_interrupt_takes_its_row_back_while_nobody_else_can_lead(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, step, rollback, leads = llm._requests.scheduler, TokenSequence.step, TokenSequence.rollback, list[bool]()
+
+    def interrupted(self: TokenSequence, exit_layer: int, tokens: Any) -> Any:
+        step(self, exit_layer, tokens)
+        raise KeyboardInterrupt
+
+    def seen(self: TokenSequence, rows: int) -> None:
+        leads.append(scheduler._leader is not None)
+        rollback(self, rows)
+
+    with llm.together() as replies:
+        replies.add([1, 2, 3], **OPTIONS)
+        for _ in range(3):
+            replies.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenSequence, "step", interrupted)
+            patch.setattr(TokenSequence, "rollback", seen)
+            with pytest.raises(KeyboardInterrupt):
+                replies.step()
+    assert leads == [True]
+
+
+def test_an_interrupt_as_it_takes_the_lead_gives_it_back(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody would wait for it for ever."""
+    want, reads = ids(llm.generate([1, 2, 3], **OPTIONS)), itertools.count()
+
+    def alone(self: Stream) -> frozenset[int]:
+        if next(reads) == 1:
+            raise KeyboardInterrupt
+        return frozenset((self.key,))
+
+    with llm.together() as replies:
+        stream = replies.add([1, 2, 3], **OPTIONS)
+        for _ in range(3):
+            replies.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(Stream, "alone", property(alone), raising=False)
+            with pytest.raises(KeyboardInterrupt):
+                replies.step()
+        assert llm._requests.scheduler._leader is None and not llm._requests.scheduler._running
+        while replies.open:
+            replies.step()
+    assert ids(stream.reply) == want
