@@ -214,7 +214,8 @@ class Controller:
         self, plan: _Plan, state: ControllerState, context_length: int, last: Measurement | None
     ) -> tuple[ControllerState, Decision] | None:
         """The second case of :meth:`shortcut`."""
-        # All fields at once, and records without keywords: with cold caches each name costs a microsecond (docs/LOG.md).
+        # All fields at once, and records without keywords: with cold caches each name costs a microsecond (docs/LOG.md,
+        # "Python's share of a step, once more").
         budget, lowest, highest, quantile, tpot_ms, log_tpot, _, gap_only, why, _ = plan
         exit_layer, tokens, _, last_tpot_ms, _, governor, switched_s, recovery = state
         if exit_layer is None or not gap_only:

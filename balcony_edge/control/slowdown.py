@@ -118,7 +118,8 @@ class Slowdown(NamedTuple):
             log_ratio: log(measured / predicted).
             noise_scale: factor by which the sample is noisier than usual.
         """
-        # All fields at once and no further call: a pass leaves the caches cold, where each costs a microsecond (docs/LOG.md).
+        # All fields at once and no further call: a pass leaves the caches cold, where each costs a microsecond (docs/LOG.md,
+        # "Python's share of a step, once more").
         (
             mean,
             variance,

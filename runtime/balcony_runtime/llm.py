@@ -32,7 +32,7 @@ from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.on_demand import SensorsOnDemand
-from balcony_runtime.reply import Reply, Settings, TokenStream
+from balcony_runtime.reply import CommonSettings, Reply, TokenStream
 from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests, Surroundings
 from balcony_runtime.scheduling.admission import Bounds
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
@@ -84,7 +84,7 @@ class LLM(Closing):
             prefix_mb, prefix_directory: what is kept of replies that have ended, as for :func:`balcony_edge.load`.
         """
         self.engine, self.codec = engine, codec
-        self._settings = settings = Settings((Budget(), Budget()), costs)
+        self._settings = settings = CommonSettings((Budget(), Budget()), costs)
         self._costs_lock, self._sensors = threading.Lock(), SensorsOnDemand(readings)
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)

@@ -136,7 +136,7 @@ class Reply:
 
 
 @dataclass(slots=True)
-class Settings:
+class CommonSettings:
     """What all replies of an LLM follow at the moment.
 
     Attributes:
@@ -159,7 +159,7 @@ class ReplyLimits:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: CommonSettings,
         resolve: Callable[[Budget], Budget],
         own: Budget | str | os.PathLike[str] | None = None,
     ) -> None:

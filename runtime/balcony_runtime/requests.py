@@ -25,7 +25,7 @@ from balcony_runtime.backends.base import IntArray, NotFiniteError
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.reply import Prompted, ReplyLimits, Settings, Token
+from balcony_runtime.reply import CommonSettings, Prompted, ReplyLimits, Token
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.scheduling.stream import Cancellation
 from balcony_runtime.structure.asked import Structure, structure_of
@@ -123,7 +123,7 @@ class Surroundings(NamedTuple):
         readings: gives the latest reading of every sensor.
     """
 
-    settings: Settings
+    settings: CommonSettings
     check: Callable[[Budget], Budget]
     readings: Callable[[], tuple[Reading, ...]]
 

@@ -192,7 +192,8 @@ class JointController:
         There is nothing to weigh if the assignment stands, every stream steps at its goal again, without pending rows and no
         other target than ``tpot_ms``, and the round is in time for all of them.
         """
-        # All fields at once, no views and few calls: with cold caches each name costs a microsecond (docs/LOG.md).
+        # All fields at once, no views and few calls: with cold caches each name costs a microsecond (docs/LOG.md, "Python's
+        # share of a step, once more").
         mean, deviation, prices, exits = slowdown.mean, slowdown.deviation, self._prices, self._costs.exits
         streams, who, found, now_s = dict(state.streams), [], [], seen.now_s
         price_ms, passes, deepest, limit_ms = 0.0, 0, 0, math.inf
