@@ -33,8 +33,6 @@ from balcony_edge.bundle.manifest import (
 from balcony_edge.errors import BundleError
 from balcony_edge.files import locked, write_atomically
 
-#: Bytes that are hashed at once. After each piece a thread waits for Python's lock, for 5 ms while another one runs Python.
-HASHED_BYTES = 1 << 23
 #: Directory of the engine sets inside a bundle.
 ENGINES = "tensorrt"
 
@@ -56,11 +54,8 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file as hexadecimal digits."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(piece):
-            digest.update(piece[:size])
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Bundle:

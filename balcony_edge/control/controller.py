@@ -64,7 +64,7 @@ from balcony_edge.control.governor import (
     needed_tps,
     paced_ms,
 )
-from balcony_edge.control.slowdown import NOISE_FLOOR, WITH_CATCH_UP, Slowdown
+from balcony_edge.control.slowdown import WITH_CATCH_UP, Slowdown
 from balcony_edge.control.step_prices import StepPrices
 from balcony_edge.device.costs import CostModel
 
@@ -349,7 +349,7 @@ class Controller:
         whose tokens are all in time. A deadline is out of reach only if the mean time is: chance may still help the tokens to
         come.
         """
-        luck = math.exp(scene.plan.quantile * max(scene.slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        luck = scene.slowdown.luck(scene.plan.quantile)
         if scene.seen.deadline_runs:  # neither bad luck nor a load that has not begun nor a pace makes it infeasible
             outlook = self._outlook(scene, luck)
         return any(outlook.holds(index, luck) for index in range(scene.plan.lowest, outlook.highest + 1))

@@ -96,6 +96,10 @@ class Slowdown(NamedTuple):
         """Deviation of the logarithm of the next measurement."""
         return math.sqrt(self.variance + self.noise_variance)
 
+    def luck(self, quantile: float) -> float:
+        """Factor by which a margin of so many deviations is wider than the noise that every device has needs."""
+        return math.exp(quantile * max(self.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+
     def rested(self) -> Slowdown:
         """Return the filter after a pause, in which the load may have changed."""
         return self._replace(variance=max(self.variance, PAUSE_VARIANCE), surprise=0, drift=0.0)

@@ -142,8 +142,7 @@ def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable
     @functools.wraps(method)
     def call(self: TokenSequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         with self.lock:
-            if self._engine._closed:  # without a call: each costs a microsecond between two passes
-                raise closed()
+            self._engine.refuse_closed()
             try:
                 return method(self, *args, **kwargs)
             except KeyError:  # another thread closed the engine meanwhile, and its graphs are gone
@@ -329,6 +328,7 @@ class TokenSequence:
         self._tokens.T[:, self.length : total] = tokens
         self.length = total
 
+    @_exclusive
     def step(self, exit_layer: int, ids: IntArray) -> FloatArray:
         """The decode step: :meth:`advance` by one token of each member, without checks and without a copy.
 
@@ -342,19 +342,12 @@ class TokenSequence:
         Raises:
             ContextLengthError: the sequence is full.
         """
-        with self.lock:  # as _exclusive does it, without its call
-            if self._engine._closed:
-                raise closed()
-            if not self.up_to_date(exit_layer):
-                return self.advance(exit_layer, ids[:, None])[:, 0]
-            index = self._indices[exit_layer]
-            try:
-                logits = self.state.decode(index, ids, self.length)
-            except KeyError:
-                self._engine.refuse_closed()
-                raise
-            self.record_step(index, ids)
-            return logits
+        if not self.up_to_date(exit_layer):
+            return self.advance(exit_layer, ids[:, None])[:, 0]
+        index = self._indices[exit_layer]
+        logits = self.state.decode(index, ids, self.length)
+        self.record_step(index, ids)
+        return logits
 
     @_exclusive
     def step_best(self, exit_layer: int, ids: IntArray) -> IntArray:

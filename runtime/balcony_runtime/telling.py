@@ -31,8 +31,7 @@ def told(
         readings: gives the latest reading of every sensor.
     """
     # A named tuple's field costs two cold cache lines at each token, so they are read once, or all together.
-    text, watch, prompted, cancelled = asked.text, asked.watch, asked.prompted, asked.cancelled
-    stop = asked.stop if asked.stop.strings else None
+    text, stop, watch, prompted, cancelled = asked.text, asked.stop, asked.watch, asked.prompted, asked.cancelled
     most, ends, logprobs = asked.max_new_tokens, asked.ends, asked.logprobs
     marker = None if asked.box is None else asked.box.marker_id
     for count in range(1, most + 1):
@@ -53,14 +52,11 @@ def told(
         token = ids.item()
         finish: FinishReason | None = "stop" if token in ends else "length" if count == most else None
         piece = "" if finish == "stop" else text.push(token)
-        if finish is not None:
-            piece += text.flush()
-        if stop is not None:
-            piece, hit = stop.push(piece)
-            if hit:
-                finish = "stop"
-            elif finish is not None or token == marker:  # no stop string goes over a marker
-                piece += stop.flush()
+        piece, hit = stop.push(piece + (text.flush() if finish is not None else ""))
+        if hit:
+            finish = "stop"
+        elif finish is not None or token == marker:  # no stop string goes over a marker
+            piece += stop.flush()
         if finish is not None and budget.needs_sensors:  # the step's readings are of the time before it
             watch.saw(time.monotonic(), readings())
         log_p: float | None = None

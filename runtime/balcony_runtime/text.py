@@ -473,22 +473,21 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         listed = isinstance(stops, Iterable) and not isinstance(stops, str)
-        #: The strings.
-        self.strings = tuple(stops) if listed else ()
-        if not listed or any(not isinstance(stop, str) or not stop for stop in self.strings):
+        self._stops = tuple(stops) if listed else ()
+        if not listed or any(not isinstance(stop, str) or not stop for stop in self._stops):
             raise InputError(f"stop = {stops!r}: must be a list of non-empty strings: give e.g. ['\\n']")
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """``(text that is safe to show, whether a stop string was met)``; text after a stop string is dropped."""
-        if not self.strings:
+        if not self._stops:
             return text, False
         self._held += text
-        found = [place for stop in self.strings if (place := self._held.find(stop)) >= 0]
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             shown, self._held = self._held[: min(found)], ""
             return shown, True
-        keep = max(overlap(self._held, stop) for stop in self.strings)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False

@@ -14,7 +14,7 @@ from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import CompanyState
 from balcony_edge.control.company.view import View, scale_of, targets_of
 from balcony_edge.control.controller import quantile_of
-from balcony_edge.control.slowdown import NOISE_FLOOR, Slowdown
+from balcony_edge.control.slowdown import Slowdown
 
 #: Rounds after which the assignment is made again, because contexts have grown.
 REASSIGN = 32
@@ -91,8 +91,7 @@ class Goals:
         """Exits within the shortest target, the same with the hysteresis free, and whether they hold it."""
         claims, limit_ms, lax_rows = self._claims(views, met)
         views = [view._replace(met=met[view.stream.key]) for view in views]
-        quantile = max((quantile_of(view.stream.budget.probability) for view in views), default=0.0)
-        luck = math.exp(quantile * max(slowdown.deviation - math.sqrt(NOISE_FLOOR), 0.0))
+        luck = slowdown.luck(max((quantile_of(view.stream.budget.probability) for view in views), default=0.0))
         if limit_ms == math.inf:
             # Where every target was given up, the shallowest exits come closest to them.
             exits = [view.lowest if view.period_ms < math.inf else self._soon_enough(view) for view in views]

@@ -84,8 +84,7 @@ class Learned:
 
     def follow(self, slowdown: Slowdown, governor: Governor) -> ControllerState:
         """Take over what a round has learned, and return the state with it."""
-        state = self.state
-        self.state = ControllerState(*state[:4], state.slowdown.moved(slowdown), governor, *state[6:])
+        self.state = self.state._replace(governor=governor, slowdown=self.state.slowdown.moved(slowdown))
         return self.state
 
 
@@ -150,8 +149,6 @@ class Decoder:
         self._read: Readings = (), 0.0
         #: Time of the request.
         self.started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
-        #: Whether the first token has been made.
-        self.begun = False
         self._made = self._late = 0
         self._rows_run = sequence.rows_run  # at the last token
         #: Tokens that were made, and that nobody has taken yet: an interrupt may come in between, or while a token waits for
@@ -183,7 +180,7 @@ class Decoder:
             return self.untold
         sequence, learned, ids = self._sequence, self._learned, self._ids
         begin_ns, rows_before, first = time.perf_counter_ns(), sequence.rows_run, not self._made
-        new_rows = self._fresh_rows if first else 1
+        new_rows = self._fresh_rows
         decision = self._decide(self._last)
         exit_layer, _, price_ms, _, _, catch_up, period_ms, *_ = decision
         if catch_up is not None:
@@ -234,16 +231,15 @@ class Decoder:
         if self._environment.trace is not None:
             self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
         steps, caught_up, budget = [], self._caught_up(exit_layer, new_rows), self._budget
-        target_ms = budget.tpot_ms if self._made else budget.ttft_ms
-        if self._made:
-            self._late += target_ms is not None and latency_ms > target_ms
+        target_ms = self._target_ms
+        self._late += bool(self._made) and latency_ms > (target_ms or math.inf)
         if drafted:  # the further rows are those of the drafts
             caught_up = 0
         readings, read_s = self._read
         for ids, logits in zip(ids_made, logits_made, strict=True):
             steps.append(Step(ids, logits, given, target_ms, latency_ms, caught_up, budget, readings, read_s))
             latency_ms = 0.0  # the other tokens of a round came with the first
-        self._made, self.begun = self._made + len(steps), True
+        self._made += len(steps)
         self.untold = steps + self._forced_steps(forced, steps[-1]) if forced else steps
         return self.untold
 
@@ -313,6 +309,11 @@ class Decoder:
         return 1 if self._made else 0
 
     @property
+    def _target_ms(self) -> float | None:
+        """The target of the next token."""
+        return self._budget.tpot_ms if self._made else self._budget.ttft_ms
+
+    @property
     def rows_due(self) -> int:
         """Number of rows that the last stage to its deepest exit must take in before the next token; no stage has more."""
         exits = self._sequence.exits
@@ -331,18 +332,21 @@ class Decoder:
             asked_s: time at which its next token was asked for, on ``time.monotonic``.
             shares: whether its rows share passes with those of others.
         """
-        if (budget := self._environment.budget_and_costs()[0]) is not self._budget:
-            self._take_up(budget)
-        sequence, made = self._sequence, self._made
-        new = 1 if made else 0
+        self._take_up(budget := self.budget)
+        sequence, new = self._sequence, self._new_rows
         stage_rows, balcony_rows = sequence.rows_due(new)
-        context, started_s, late = sequence.length + new - 1, self.started_s, self._late
+        context, made, started_s, late = sequence.length + new - 1, self._made, self.started_s, self._late
         return StreamSeen(key, budget, context, stage_rows, balcony_rows, made, started_s, asked_s, shares, late)
 
     @property
     def pending_rows(self) -> int:
         """Pending rows of the sequence."""
-        return self._sequence.length - self._sequence.stage_cursor[-1]
+        return self._sequence.pending_rows
+
+    @property
+    def begun(self) -> bool:
+        """Whether the first token has been made."""
+        return self._made > 0
 
     @property
     def last_token(self) -> int:
@@ -362,13 +366,13 @@ class Decoder:
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
         caught_up = self._caught_up(decision.exit_layer, self._fresh_rows)
-        target_ms = self._budget.tpot_ms if self._made else self._budget.ttft_ms
+        target_ms = self._target_ms
         latency_ms = 1000 * (time.monotonic() - asked_s)  # an interrupted round tells it with this one
         step = Step(ids, kept, decision, target_ms, latency_ms, caught_up, self._budget, *read)
         self._ids = ids
         forced = self._force(ids) if self._sampler.guided else []
         self._last, self._emitted_ns = None, time.perf_counter_ns()
-        self._made, self.begun = self._made + 1, True
+        self._made += 1
         self.untold = [step, *self._forced_steps(forced, step)] if forced else [step]
         self._followed, self._decision = (decision.exit_layer, company.slowdown, company.governor), None
 

@@ -26,8 +26,6 @@ from balcony_runtime.backends.base import FloatArray, IntArray, likeliest, not_f
 LARGEST = 1e6
 #: Temperatures below this one leave only the likeliest token as well, and float32 cannot divide by all of them.
 LEAST_TEMPERATURE = 1e-30
-#: Bound of the relative error of NumPy's float32 sums (pairwise: some 30 roundings for any vocabulary, 2e-6).
-SUM_ERROR = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,12 +373,8 @@ def candidates(
         ids = np.argpartition(logits, -top_k)[-top_k:]
         logits, in_place = logits[ids], True
     weights = np.subtract(logits, best, out=logits if in_place else None)
-    temperature = np.float32(max(params.temperature, LEAST_TEMPERATURE))
-    if temperature < 1e-3:
-        with np.errstate(over="ignore"):  # with a temperature close to 0 only the likeliest token is left
-            weights /= temperature
-    else:  # the context takes as long as the division
-        weights /= temperature
+    with np.errstate(over="ignore"):  # with a temperature close to 0 only the likeliest token is left
+        weights /= np.float32(max(params.temperature, LEAST_TEMPERATURE))
     np.exp(weights, out=weights)
     if params.top_p < 1:
         nucleus, weights = _nucleus(weights, params.top_p)
@@ -393,28 +387,18 @@ def candidates(
 
 def _nucleus(weights: FloatArray, share: float) -> tuple[IntArray, FloatArray]:
     """The largest weights, as few as reach a share of the sum together, after their places. The largest of all is 1."""
-    wanted = share * float(weights.sum())
+    wanted = share * weights.sum(dtype=np.float64)
     places = np.flatnonzero(weights >= 2**-12)  # usually enough, and to sort the whole vocabulary takes 1 ms
     likely = weights[places]
-    ranked, reached = _ranked(likely)
-    last, other = reached.searchsorted((wanted * (1 - SUM_ERROR), wanted * (1 + SUM_ERROR))).tolist()
-    if last != other or last == len(reached):  # the last bits of the sum decide, or more tokens are needed
-        wanted = share * weights.sum(dtype=np.float64)
-        if likely.sum(dtype=np.float64) < wanted:
-            places = np.arange(len(weights))
-            likely = weights
-            ranked, reached = _ranked(likely)
-        last = min(int(reached.searchsorted(wanted)), len(ranked) - 1)
-    # The token that crosses the share is kept.
+    if likely.sum(dtype=np.float64) < wanted:
+        places = np.arange(len(weights))
+        likely = weights
+    ranked = np.sort(likely)[::-1]
+    reached = ranked.cumsum(dtype=np.float64)
+    last = min(int(reached.searchsorted(wanted)), len(ranked) - 1)  # the one that crosses the share is kept
     above, equal = np.flatnonzero(likely > ranked[last]), np.flatnonzero(likely == ranked[last])
     chosen = np.concatenate([above, equal[: last + 1 - len(above)]])
     return places[chosen], likely[chosen]
-
-
-def _ranked(weights: FloatArray) -> tuple[FloatArray, npt.NDArray[np.float64]]:
-    """Weights in descending order, and what they reach together one after another."""
-    ranked = np.sort(weights)[::-1]
-    return ranked, ranked.cumsum(dtype=np.float64)
 
 
 def _dense(ids: IntArray, probabilities: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
