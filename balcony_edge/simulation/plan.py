@@ -150,14 +150,15 @@ class _Planner:
         self.profile, self.budget, self.rail = profile, budget, profile.rail_of(budget)
         self.agreement = {**least_agreement(profile.costs.exits, quality), profile.costs.exits[-1]: 1.0}
         self.prompt_tokens, self.tokens = prompt_tokens, tokens
-        steps = next((r.median for r in profile.residuals if r.part == "decode steps"), 0.0)
-        self.price_error = steps / 0.674  # a median error is 0.674 standard deviations
+        # a median error is 0.674 standard deviations
+        self.price_errors = {residual.part: residual.median / 0.674 for residual in profile.residuals}
 
     def _deviation(self, target: str) -> float:
         """Relative standard deviation of the time that a target is about; noise averages out, except within bursts."""
         tokens = self.tokens if target == "deadline_s" else 1
         noise = self.profile.spread * math.sqrt(min(BURST_TOKENS / tokens, 1.0))
-        return max(math.hypot(noise, self.price_error), 1e-6)
+        price_error = self.price_errors.get("prefill steps" if target == "ttft_ms" else "decode steps", 0.0)
+        return max(math.hypot(noise, price_error), 1e-6)
 
     def exit_plan(self, exit_layer: int, allowed: bool) -> ExitPlan:
         profile, costs, rail = self.profile, self.profile.costs, self.rail

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from balcony_edge.cli import app
+from balcony_edge.cli.budgets.compare import differences
 from balcony_edge.cli.budgets.simulate import load
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
@@ -183,6 +184,14 @@ def test_simulate_with_arrivals_tells_what_each_class_got(tmp_path: Path) -> Non
     assert replayed == {"rounds": found["rounds"], "streams": found["streams"], "differences": []}
 
 
+def test_simulate_with_arrivals_explains_waits(tmp_path: Path) -> None:
+    (tmp_path / "reading.toml").write_text("max_pace_tps = 6\n")
+    common = ["--arrivals", "rate=2", "--seconds", "3", "-n", "5", "--explain", "--json"]
+    found = json.loads(invoke("simulate", "--profile", "p.json", "--budget", "reading.toml", *common))
+    reasons = {row["reason"] for row in found["intervals"] if not row["exits"]}
+    assert "waits for a pace" in reasons and "rows only" not in reasons
+
+
 def test_simulate_refuses(tmp_path: Path) -> None:
     budget = tmp_path / "b.toml"
     budget.write_text("")
@@ -320,6 +329,21 @@ def test_simulate_with_arrivals_holds_the_rail_of_any_class(tmp_path: Path, orde
     common = ["--arrivals", "rate=2", "--seconds", "10", "-n", "60", "--explain", "--json"]
     found = invoke("simulate", "--profile", "two.json", *budgets, *common)
     assert "limited by power_w" in found and "no reading for power_w" not in found
+
+
+def test_plan_keeps_the_evaluation_of_the_profile(tiny: Any, tmp_path: Path) -> None:
+    """That of a bundle counts if the profile has none; this bundle was not evaluated."""
+    figures = [{"exit_layer": layer, "metric": "agreement", "on": "a", "value": 0.7} for layer in (2, 3)]
+    save(profile(quality=figures), "evaluated.json")
+    (tmp_path / "b.toml").write_text("min_agreement = 0.6\n")
+    common = ["plan", "--profile", "evaluated.json", "--budget", "b.toml", "--json"]
+    assert invoke(*common, "--bundle", tiny.path) == invoke(*common)
+
+
+def test_compare_names_the_graphs_that_differ() -> None:
+    sets = ("engine set 1", "engine set 2")
+    one, two = (profile(engine={"name": "TensorRT 10", "graphs": name, "version": "", "threads": 1}) for name in sets)
+    assert differences(one, two) == ["graphs: engine set 1 first, engine set 2 second"]
 
 
 def test_a_plan_with_waits_for_watts_promises_no_gap_and_no_joules(tmp_path: Path) -> None:

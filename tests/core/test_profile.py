@@ -223,6 +223,15 @@ def test_plan_says_which_exits_meet_a_target_and_how_surely() -> None:
     assert plan.agreement == 0.5 and plan.joules_per_token is None
 
 
+def test_the_odds_of_a_first_token_have_the_error_of_its_price() -> None:
+    errors = {"decode steps": 0.0, "prefill steps": 0.2}
+    residuals = tuple(Residual(part=part, points=2, median=error, p95=error) for part, error in errors.items())
+    plan = make_plan(make_profile(residuals=residuals), Budget(ttft_ms=60.0), prompt_tokens=64)
+    (check,) = plan.exits[0].checks
+    distance = math.log(60 / COSTS.prefill_ms(4, 64)) / math.hypot(0.05, 0.2 / 0.674)
+    assert check.probability == pytest.approx(NormalDist().cdf(distance), rel=1e-9)
+
+
 def test_plan_names_the_nearest_target_that_can_be_held() -> None:
     profile = make_profile()
     plan = make_plan(profile, Budget(tpot_ms=5.0, probability=0.9), prompt_tokens=64)

@@ -127,6 +127,15 @@ def test_a_stage_costs_what_it_adds_to_a_step() -> None:
     assert costs.stages[0].pass_ms(8, 100) - costs.stages[0].pass_ms(1, 100) == pytest.approx(7.0)
 
 
+def test_a_price_includes_the_decision() -> None:
+    """A step at a fixed exit takes 14 ms, 0.1 of them in Python, which takes 0.4 ms under a target."""
+    passes = {Key("catch_up", 4, rows=rows, context=end - 1): [[9.0 + rows]] for rows in (1, 2, 8) for end in (16, 300)}
+    ends = {Key("norm", 4, context=15): [[0.5]], Key("lm_head", 4, context=15): [[2.0]]}
+    steps = {Key("decode", 4): [[14.0]], Key("python", 4): [[0.1]], Key("controller", 4): [[0.4]]}
+    costs, _ = fit_costs({**passes, **ends, **steps}, (4,))
+    assert costs.overhead_ms == 0.4 and costs.steady_ms(4, 0) == pytest.approx(14.3)
+
+
 def test_percentiles_and_intervals() -> None:
     assert chance_ms([[10.0], [12.0]]) == pytest.approx(12.71 * 2**0.5 / 2**0.5)
     # With nine rounds, the second and the eighth value bound the median, independent of the outlier.
@@ -237,6 +246,9 @@ def test_ctrl_c_keeps_what_is_measured(llm: LLM) -> None:
             measure_profile(llm, sensors, grid, stop_in("round 0"))
         with pytest.raises(KeyboardInterrupt):  # passes of one row are measured by then, but not everything
             measure_profile(llm, sensors, grid, stop_in("round 1"))
+    with Sensors([Counter()], rate_hz=10) as sensors:  # one that reports throttling
+        notes = measure_profile(llm, sensors, grid, stop_in("round 2")).conditions.notes
+        assert any(note.startswith("clocks were held down") for note in notes)
 
 
 class NoPower:

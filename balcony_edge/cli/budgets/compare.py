@@ -72,9 +72,12 @@ def differences(one: DeviceProfile, two: DeviceProfile) -> list[str]:
         found.append(
             f"bundles: {one.bundle.model} ({one.bundle.precision}), {two.bundle.model} ({two.bundle.precision})"
         )
-    if one.engine != two.engine:
-        engines = [f"{e.name} {e.version}, {e.threads} threads" for e in (one.engine, two.engine)]
+    engines = [f"{e.name} {e.version}, {e.threads} threads" for e in (one.engine, two.engine)]
+    if engines[0] != engines[1]:
         found.append(f"engines: {engines[0]} first, {engines[1]} second")
+    graphs = one.engine.graphs, two.engine.graphs
+    if graphs[0] != graphs[1] and None not in graphs:
+        found.append(f"graphs: {graphs[0]} first, {graphs[1]} second")
     return found
 
 

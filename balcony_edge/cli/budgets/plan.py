@@ -51,7 +51,7 @@ def plan(
         manifest = Bundle.open(bundle, verify_hashes=False).manifest
         if manifest.fingerprint != measured.bundle.fingerprint:
             stderr.print(f"{bundle} is not the bundle of the device profile", style="yellow", markup=False)
-        quality = quality_figures(manifest)
+        quality = measured.quality or quality_figures(manifest)
     with named_refusal(budget):
         found = make_plan(measured, asked, prompt_tokens=prompt_tokens, quality=quality)
     if as_json:

@@ -6,7 +6,8 @@ a user's program calls it. Single passes are measured on the sequence's state in
 graph finds the CPU's caches as the earlier graphs leave them: measured alone, a small balcony would stay in the cache.
 
 A pass always ends at the last row of a sequence of that length. Bindings grow with a sequence and never shrink, so each length
-has a sequence of its own. All rows are filled first, because untouched memory reads as one cached page of zeros.
+has a sequence of its own. All rows are filled first, because untouched memory reads as one cached page of zeros. On an
+accelerator every sequence has the length of the engines' caches, so only one is kept: a dozen may not fit its memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 
 from balcony_edge.budget import Budget
 from balcony_edge.device.profile import Kind
+from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.decoding.prices import stand_at
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
@@ -169,9 +171,13 @@ class Bench:
         return gaps[WARM_TOKENS:], python[WARM_TOKENS:]
 
     def state_bytes(self) -> tuple[int, int]:
-        """``(tokens, bytes)`` of the longest sequence; the bytes are those of caches and row buffers."""
+        """``(tokens, bytes)`` of the longest sequence; the bytes are those of caches and row buffers.
+
+        An accelerator allocates them for as many tokens as its engines take, however long the sequence is.
+        """
         sequence = max(self._filled.values(), key=lambda s: s.length)
-        return sequence.length, sequence.state.memory_bytes
+        whole = isinstance(self.llm.engine.backend, DeviceBackend)
+        return self.llm.engine.backend.max_length if whole else sequence.length, sequence.state.memory_bytes
 
     def _prefill(self, exit_layer: int, length: int) -> Blocks:
         self.llm.budget = Budget(exit_layer=exit_layer)
@@ -225,6 +231,8 @@ class Bench:
         """A sequence of ``length`` rows, all of which every stage and balcony has taken in."""
         key = (use, length)
         if key not in self._filled:
+            if isinstance(self.llm.engine.backend, DeviceBackend):
+                self._filled.clear()
             sequence = self.llm.engine.new_sequence(max_length=min(length + room, self.llm.engine.max_length))
             if length:
                 sequence.advance(self.exits[-1], self._tokens(length))

@@ -55,6 +55,9 @@ def quality_figures(manifest: Manifest) -> tuple[QualityFigure, ...]:
 def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None) -> tuple[CostModel, list[Residual]]:
     """Prices of every graph, from the medians of its passes and anchored in decoding, and their errors on the passes.
 
+    Decoding and switches are measured at fixed exits, without a decision, and fitted with that share of Python. A price then
+    has the share that a decision takes.
+
     ``share`` is the share of the experts that one row uses, in a mixture of experts.
     """
     typical = {key: median([sample for block in found for sample in block]) for key, found in blocks.items()}
@@ -78,16 +81,18 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None
     full = exits[-1]
     stages = tuple(unit("catch_up", layer, f"stage {index}") for index, layer in enumerate(exits))
     balconies = tuple(unit("balcony", layer, f"balcony {layer}") for layer in exits[:-1])
-    overhead = [ms for key, ms in typical.items() if key.kind == "controller"]
+    overhead = {key: ms for key, ms in typical.items() if key.kind == "controller"}
+    fixed = [typical[same] for key in overhead if (same := replace(key, kind="python")) in typical]
     costs = CostModel(
         exits=exits,
         stages=stages,
         balconies=(*balconies, unit("norm", full, "norm")),
         head=unit("lm_head", full, "LM head"),
-        overhead_ms=median(overhead) if overhead else 0.0,
+        overhead_ms=median(fixed) if fixed else 0.0,
     )
     anchored = _anchored(costs, typical)
-    return replace(anchored, switch_ms=_switch_ms(anchored, typical)), residuals
+    decided_ms = median(overhead.values()) if overhead else anchored.overhead_ms
+    return replace(anchored, switch_ms=_switch_ms(anchored, typical), overhead_ms=decided_ms), residuals
 
 
 def _switch_ms(costs: CostModel, typical: Mapping[Key, float]) -> float:

@@ -76,14 +76,16 @@ def measure_profile(
     try:
         burst = _burst(bench, watch) if sustain_s else []
         rounds = _rounds(bench.cells(), grid, blocks, watch, progress)
-        measured_once = next(rounds)
-        complete = next(rounds)
+        try:
+            measured_once = next(rounds)
+            complete = next(rounds)
+        finally:  # also of rounds that are interrupted; a sustained run may heat the device
+            if watch.throttled:
+                notes.append("clocks were held down, by heat or a limit of power: cool the device, and measure again")
         if not complete:
             notes.append(f"stopped after {grid.seconds:g} s: some intervals are wider than {TIGHT:.0%}")
         progress("power", 0.95)
         rails = measured_rails(sensors)  # now: a counter that stands still shows it at its second reading only
-        if watch.throttled:
-            notes.append("clocks were held down, by heat or a limit of power: cool the device, and measure again")
         if rails:
             power, lost = _power(bench, Meter(sensors, rails), rails, grid.power_s)
             notes += [f"power of the {rail} rail was lost while it was measured" for rail in lost]
