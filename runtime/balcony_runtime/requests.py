@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 import weakref
@@ -31,6 +32,7 @@ from balcony_runtime.scheduling.stream import Cancellation
 from balcony_runtime.structure.asked import Structure, structure_of
 from balcony_runtime.structure.formats import CallFormat
 from balcony_runtime.structure.grammar import Grammars, Guide
+from balcony_runtime.structure.marks import THOUGHT
 from balcony_runtime.structure.tools import Toolbox, toolbox
 from balcony_runtime.telling import told
 from balcony_runtime.text import Message, StopStrings, TextCodec, TextStream
@@ -208,7 +210,12 @@ class Requests:
         Raises:
             InputError: they cannot be used.
         """
-        return toolbox(tools, choice, parallel, self._written)
+        box = toolbox(tools, choice, parallel, self._written)
+        if box is None:
+            return None
+        names = (*re.findall("<[^<>]+>", box.form.marker + box.form.tail), *THOUGHT)
+        tags = {name: self._codec.control_token(name, shown=True) for name in names}
+        return box._replace(tags={name: token for name, token in tags.items() if token is not None})
 
     def _written(self) -> tuple[CallFormat, int | None]:
         """How the model writes calls, and the token of the marker."""

@@ -107,10 +107,10 @@ class TextCodec:
             return None
         return ThoughtReader(self.decode(prompt[-CONTEXT_TOKENS:], control_tokens=True).rstrip().endswith(THOUGHT[0]))
 
-    def control_token(self, text: str) -> int | None:
-        """The control token of this name, or None."""
+    def control_token(self, text: str, *, shown: bool = False) -> int | None:
+        """The control token of this name, or None; with ``shown`` also an added token of this name that texts show."""
         found = self._tokenizer.get_added_tokens_decoder().items()
-        return next((id_ for id_, token in found if token.special and token.content == text), None)
+        return next((id_ for id_, token in found if (token.special or shown) and token.content == text), None)
 
     def encode(
         self,

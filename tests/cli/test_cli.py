@@ -352,6 +352,8 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     assert all(0 <= held["disagreement"] <= held["exit_share"] <= 1 for held in checked["exits"].values())
     done = invoke_here("calibrate", bundle, "--check", other)
     assert done.returncode == 0 and "thresholds from text.jsonl" in " ".join(done.stdout.split()), done
+    done = invoke_here("calibrate", bundle, "--check", other, "--document-tokens", "999")
+    assert done.returncode == 0, "pieces are at most as long as the bundle's context"
     refused("give exactly one: --text to calibrate", "calibrate", bundle)
     done = invoke_here("run", bundle, "the fox", "-n", "9", "--policy", "confident", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["quality"].keys() == {"2", "3"}, done

@@ -99,7 +99,7 @@ class Grammars:
             return self._guide(self._kept[asked], asked)
 
     def _guide(self, matcher: LLMatcher, asked: Structure) -> Guide:
-        return Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends)
+        return Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends, self.tokenizer.vocab_size)
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
@@ -114,10 +114,12 @@ class Grammars:
             raise InputError(
                 "this bundle has no end-of-sequence token, with which a structured reply ends: export a model with one"
             )
+        text, ends = self._text(), list(self._ends)
         try:
-            made: LLTokenizer = llguidance.LLTokenizer(
-                self._text(), n_vocab=self._vocab_size, eos_token=list(self._ends)
-            )
+            try:
+                made: LLTokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=ends)
+            except ValueError:  # Gemma 3 1B has fewer logits than tokens: the last one is for images
+                made = llguidance.LLTokenizer(text, eos_token=ends)
         except Exception as error:  # the library raises plain ValueErrors and RuntimeErrors
             raise InputError(
                 f"this bundle's tokenizer does not work with llguidance ({_line(str(error))}): leave the structure out"
@@ -160,11 +162,12 @@ class Guide:
         kind: name of the parameter that asked for the structure, for messages.
         vocab_size: number of logits, V.
         ends: tokens that end a reply.
+        tokens: number of tokens that the matcher knows, which may be more than V.
     """
 
-    def __init__(self, matcher: LLMatcher, kind: str, vocab_size: int, ends: Sequence[int]) -> None:
+    def __init__(self, matcher: LLMatcher, kind: str, vocab_size: int, ends: Sequence[int], tokens: int) -> None:
         self._matcher, self._kind, self._vocab_size, self._ends = matcher, kind, vocab_size, tuple(ends)
-        self._bits = np.zeros((vocab_size + 31) // 32, np.int32)
+        self._tokens, self._bits = tokens, np.zeros((tokens + 31) // 32, np.int32)
         self._address = self._bits.ctypes.data
         self._filled = False  # whether the bits are those of the next token
         self._fill_s = SLOW_S  # of the last mask; the first one is computed while the prompt runs
@@ -222,7 +225,9 @@ class Guide:
         """
         if self._ended or most < 1:
             return []
-        if self._fill_s < SLOW_S:  # asking for forced tokens drops the parser's cached masks: look at the mask first
+        # Asking for forced tokens drops the parser's cached masks: look at the mask first. Of a model with several ends it has
+        # all of them where nothing else may follow.
+        if self._fill_s < SLOW_S and not self._matcher.is_stopped():
             self._ready()
             words = np.flatnonzero(self._bits)
             if len(words) != 1 or (self._bits.item(words[0]) & 0xFFFFFFFF).bit_count() != 1:
@@ -241,7 +246,7 @@ class Guide:
     def fork(self) -> Guide:
         """A copy that goes on by itself."""
         self._settle()
-        other = Guide(self._matcher.deep_copy(), self._kind, self._vocab_size, self._ends)
+        other = Guide(self._matcher.deep_copy(), self._kind, self._vocab_size, self._ends, self._tokens)
         other._fill_s, other._ended = self._fill_s, self._ended
         return other
 

@@ -90,6 +90,7 @@ class Toolbox(NamedTuple):
         marker_id: token of the format's marker, if that is a control token.
         key: seven letters and digits that begin the ids of its calls.
         document: whether a reply without calls has a structure of its own; calls are then at its very beginning.
+        tags: marks of calls and thoughts that the tokenizer knows, such as Qwen's ``<tool_call>``, and their tokens.
     """
 
     tools: tuple[Tool, ...]
@@ -99,6 +100,7 @@ class Toolbox(NamedTuple):
     marker_id: int | None
     key: str
     document: bool = False
+    tags: Mapping[str, int] = {}
 
     def structure(self, content: Structure | None) -> Structure:
         """The structure of the reply: calls, or a content instead unless a call is a must.
@@ -109,19 +111,23 @@ class Toolbox(NamedTuple):
         Raises:
             InputError: the content cannot be told from a call, or all is too large.
         """
-        form = self.form
-        marker = _quoted(form.marker) if self.marker_id is None else f"<[{self.marker_id}]>"
-        again = f"{_quoted(form.between)} {marker if form.each else ''} call"
+        form, text = self.form, self._text
+        marker = text(form.marker) if self.marker_id is None else f"<[{self.marker_id}]>"
+        again = f"{text(form.between)} {marker if form.each else ''} call"
         rules = {
-            "calls": f"{_quoted(form.first)} call {f'({again})*' if self.several else ''} {_quoted(form.last)}",
+            "calls": f"{text(form.first)} call {f'({again})*' if self.several else ''} {text(form.last)}",
             "call": " | ".join(f"call_{number}" for number in range(len(self.tools))),
         }
         for number, tool in enumerate(self.tools):
-            rules[f"call_{number}"] = (
-                f"{_quoted(form.head + tool.name + form.middle)} args_{number} {_quoted(form.tail)}"
-            )
+            rules[f"call_{number}"] = f"{text(form.head + tool.name + form.middle)} args_{number} {text(form.tail)}"
             rules[f"args_{number}"] = f"%json {tool.schema}"
         return checked(Structure("tools", _lark(self._entry(marker, content) | rules)))
+
+    def _text(self, text: str) -> str:
+        """A fixed text in the grammar: to llguidance tags that are tokens are control tokens, which no text matches."""
+        names = [name for name in self.tags if name in text]
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        return " ".join(f"<[{self.tags[part]}]>" if part in self.tags else _quoted(part) for part in parts if part)
 
     def _entry(self, marker: str, content: Structure | None) -> dict[str, str]:
         """Rules from the start to the first call."""
@@ -141,6 +147,9 @@ class Toolbox(NamedTuple):
             return {"start": f"{marker} calls | content", "content": text}
         if self.marker_id is not None:
             return {"start": f"TEXT ({marker} calls)?", "TEXT": _ANY_TEXT}
+        if self.form.marker in self.tags:  # the other tags may come in the text
+            others = "".join(f" | <[{id_}]>" for name, id_ in self.tags.items() if name != self.form.marker)
+            return {"start": f"(TEXT{others})* ({marker} calls)?", "TEXT": r"/(.|\n)+/"}
         if marker:  # the shortest text that ends in the marker, after which calls must come
             return {"start": "entry calls | TEXT", "entry[lazy]": f"TEXT {marker}", "TEXT": _ANY_TEXT}
         return {"start": "calls | TEXT", "TEXT": r"/([^{](.|\n)*)?/"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jsonschema_rs
+import numpy as np
 import pydantic
 import pytest
 
@@ -39,6 +40,31 @@ def test_after_the_end_everything_goes(grammars: Grammars) -> None:
     for token in (grammars.tokenizer.tokenize_str("a")[0], END, 7, 8):
         guide.accept(token)
     assert guide.allowed() is None and guide.permits(9) and guide.forced(5) == [] and guide.fork().allowed() is None
+
+
+def test_the_end_is_forced_where_a_model_has_several(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Llama 3, Qwen and Gemma 3 do: the mask after the last token then has all of them."""
+    monkeypatch.setattr("balcony_runtime.structure.grammar.SLOW_S", 60.0)  # every mask is a fast one
+    text = (tiny.path / "tokenizer.json").read_text(encoding="utf-8")
+    grammars = Grammars(lambda: text, 320, (END, 9))
+    guide = guide_of(grammars, json_schema={"type": "array", "items": {"const": 1}, "maxItems": 1})
+    for token in (grammars.tokenizer.tokenize_str(letter)[0] for letter in "[]"):
+        assert guide.allowed() is not None and guide.permits(token)
+        guide.accept(token)
+    assert guide.forced(5) == [END]
+
+
+def test_a_tokenizer_may_have_more_tokens_than_there_are_logits(tiny: Any) -> None:
+    """As that of Gemma 3 1B, whose last token is for images."""
+    text = (tiny.path / "tokenizer.json").read_text(encoding="utf-8")
+    grammars = Grammars(lambda: text, 280, (END,))
+    assert grammars.tokenizer.vocab_size > 288  # the mask is a word longer than the logits need
+    letters = [grammars.tokenizer.tokenize_str(letter)[0] for letter in "ab"]
+    guide = guide_of(grammars, regex="[ab]")
+    for one in (guide, guide.fork()):
+        allowed = one.allowed()
+        assert allowed is not None and len(allowed) == 280 and np.flatnonzero(allowed).tolist() == letters
+        assert one.permits(letters[0]) and not one.permits(END)
 
 
 @pytest.mark.parametrize(
