@@ -165,14 +165,18 @@ def _dropped(manifest: Manifest, report: Report) -> Iterator[str]:
     """Texts whose results leave the manifest, because they were compared with another model."""
     from rich.markup import escape
 
-    recorded = next((exit_.quality for exit_ in manifest.exits if exit_.quality is not None), None)
     measured = next(iter(report.qualities.values()))
-    if recorded is not None and measured.text and recorded.reference != measured.reference:
-        for name in recorded.text:
-            yield (
-                f"{escape(name)}: results that were compared with {escape(recorded.reference)} are dropped, because these are "
-                f"compared with {escape(measured.reference)}: give --model to compare with the same"
-            )
+    if not measured.text:
+        return
+    # a run with --exits leaves exits with other texts and another reference than the rest
+    kept = [
+        (name, one.reference) for exit_ in manifest.exits if (one := exit_.quality) is not None for name in one.text
+    ]
+    for name, reference in dict.fromkeys(pair for pair in kept if pair[1] != measured.reference):
+        yield (
+            f"{escape(name)}: results that were compared with {escape(reference)} are dropped, because these are "
+            f"compared with {escape(measured.reference)}: give --model to compare with the same"
+        )
 
 
 def _by_name(files: list[Path]) -> dict[str, Path]:

@@ -83,7 +83,8 @@ def _read(path: Path, key: str) -> Corpus | None:
         corpus = Corpus(train, held_out, facts["sources"], facts["digest"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
-    return corpus if digest_of(train, held_out) == corpus.digest else None
+    intact = digest_of(train, held_out) == corpus.digest and _lengths(corpus) == facts.get("lengths")
+    return corpus if intact else None
 
 
 def _write(path: Path, key: str, corpus: Corpus) -> None:
@@ -92,5 +93,10 @@ def _write(path: Path, key: str, corpus: Corpus) -> None:
         for name, rows in (("train", corpus.train), ("held_out", corpus.held_out))
         for part in ("tokens", "lengths")
     }
-    facts = {"key": key, "sources": corpus.sources, "digest": corpus.digest}
+    facts = {"key": key, "sources": corpus.sources, "digest": corpus.digest, "lengths": _lengths(corpus)}
     write_atomically(path, save(arrays, {"facts": json.dumps(facts)}), TrainingError, "free space")
+
+
+def _lengths(corpus: Corpus) -> str:
+    """SHA-256 of the rows' lengths, which the digest of a corpus does not cover."""
+    return hashlib.sha256(corpus.train.lengths.tobytes() + corpus.held_out.lengths.tobytes()).hexdigest()

@@ -128,7 +128,7 @@ def markdown(report: Report) -> str:
         parts.append(f"**{table.title}**\n\n" + "\n".join(lines))
     notes = [
         "# params: parameters that a token reads, without token table and LM head. ±: standard error (text: over "
-        "documents, or windows of a single one; tasks: over examples; drop and retention: over pairs)."
+        "documents, or windows if few documents hold nearly all tokens; tasks: over examples; drop and retention: over pairs)."
     ]
     if any(exit_.quality.summary for exit_ in report.exits):
         paper = ", ".join(f"{kept} % at {share}×" for share, kept in PAPER_LLM_1B.items())

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness at all exits, with standard errors.
 
-Owns the offline tasks (offline_tasks/*.yaml, in the harness's own format with two more keys) and the statistics over tasks.
+Owns the offline tasks (offline_tasks/*.yaml, in the harness's own format with three more keys) and the statistics over tasks.
 All exits answer the same examples, so the loss of an exit is estimated from pairs, which is much more precise than the
 difference of two means.
 
@@ -8,6 +8,7 @@ difference of two means.
                  nothing is fetched
     shots        file, count, text (a template), by (a field that must be equal): context before each example, as {{shots}},
                  made of the first rows other than the example itself
+    answers      the values that the field "answer" may have; with "choices" there is one choice for each
 """
 
 from __future__ import annotations
@@ -187,12 +188,13 @@ def _spec(task: str, data: Path | None, cache: Path) -> str | dict[str, Any]:
         "data_files": {split: str(file) for split, file in files.items()},
         "cache_dir": str(cache),
     }
+    answers = tuple(config.pop("answers", ()))
     if config["dataset_path"] == "json":
         wanted = _fields(*(config.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target")))
         for file in files.values():
-            _records(file, wanted - {"shots"})
+            _records(file, wanted - {"shots"}, answers)
     if (shots := config.pop("shots", None)) is not None:
-        config["process_docs"] = _with_shots(_data_file(data, shots["file"]), shots)
+        config["process_docs"] = _with_shots(_data_file(data, shots["file"]), shots, answers)
     return config
 
 
@@ -205,11 +207,13 @@ def _fields(*templates: Any) -> set[str]:
     return found
 
 
-def _records(path: Path, fields: set[str]) -> list[dict[str, Any]]:
+def _records(path: Path, fields: set[str], answers: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The records of a JSON Lines file.
 
+    The harness looks at a wrong answer only after all examples have run, which may take hours.
+
     Raises:
-        InputError: The file cannot be used, or a line lacks a field.
+        InputError: The file cannot be used, a line lacks a field, or its choices or its answer are of another form.
     """
     form = f"JSON Lines with {', '.join(sorted(fields))}"
     records = []
@@ -218,10 +222,17 @@ def _records(path: Path, fields: set[str]) -> list[dict[str, Any]]:
             absent = sorted(fields - record.keys() if isinstance(record, dict) else fields)
             raise InputError(f"{where}: has no {absent[0]}: give {form}")
         gold, choices = record.get("gold"), record.get("choices")
+        listed = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+        if "choices" in fields and not (listed and len(choices) == (len(answers) or len(choices))):
+            count = f"{len(answers)} texts" if answers else "texts"
+            raise InputError(f"{where}: choices = {shown(choices)}: must be a list of {count}: give them in this form")
         if "gold" in fields and isinstance(choices, list) and not (type(gold) is int and 0 <= gold < len(choices)):
             raise InputError(
                 f"{where}: gold = {shown(gold)}: must be the index of a choice: give 0 to {len(choices) - 1}"
             )
+        answer = record.get("answer")
+        if answers and answer not in answers:
+            raise InputError(f"{where}: answer = {shown(answer)}: must be a text: give one of {', '.join(answers)}")
         records.append(record)
     return records
 
@@ -233,10 +244,10 @@ def _data_file(data: Path, name: str) -> Path:
     return path.resolve()
 
 
-def _with_shots(path: Path, shots: Mapping[str, Any]) -> Callable[[Any], Any]:
+def _with_shots(path: Path, shots: Mapping[str, Any], answers: Sequence[str]) -> Callable[[Any], Any]:
     """A function that puts the field ``shots`` into each example of a data set."""
     by, count, template = shots.get("by"), int(shots["count"]), str(shots["text"])
-    rows = _records(path, _fields(template) | ({by} if by else set()))
+    rows = _records(path, _fields(template) | ({by} if by else set()), answers)
     pools: dict[Any, list[tuple[dict[str, Any], str]]] = {}
     for row in rows:
         pool = pools.setdefault(row[by] if by else None, [])
@@ -293,10 +304,27 @@ def _load(manager: Any, specs: Mapping[str, str | dict[str, Any]]) -> Loaded:
                 f"--tasks: the examples of '{name}' cannot be loaded ({line}): make the data set available, or give "
                 f"--data for one of {', '.join(offline_tasks())}"
             ) from error
+        _check_loaded(name, found["tasks"], harness["tasks"])
         leaves[name] = tuple(found["tasks"])
         for key, members in harness.items():
             members.update(found.get(key, {}))
     return Loaded(harness, leaves)
+
+
+def _check_loaded(name: str, tasks: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
+    """Refuse what would fail only after all examples have run, which would cost the results of all other tasks as well."""
+    for leaf, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise InputError(f"--tasks: '{leaf}' runs code that the model writes, which eval does not do: leave it out")
+        if getattr(task, "MULTIMODAL", False):
+            raise InputError(f"--tasks: '{leaf}' has images or sound, and exits take text only: leave it out")
+        if leaf in earlier:  # results are kept by this name, and the two may differ in prompts, shots and examples
+            raise InputError(
+                f"--tasks: '{leaf}' belongs to '{name}' and to an earlier name: evaluate the two in runs of their own"
+            )
+    metrics = [set(task.aggregation()) for task in tasks.values()]
+    if len(metrics) > 1 and not set.intersection(*metrics):
+        raise InputError(_nothing_shared(name))
 
 
 def _run(tasks: Mapping[str, Sequence[str]], results: Any) -> TaskRun:
@@ -311,12 +339,16 @@ def _run(tasks: Mapping[str, Sequence[str]], results: Any) -> TaskRun:
         metrics = {name: Estimate(value=value) for name, value in whole.items()}
         metrics |= {name: _estimate(name, column) for name, column in columns.items()}
         if not metrics:
-            raise InputError(f"--tasks: '{task}' has no score per example that all its parts share: name its parts")
+            raise InputError(_nothing_shared(task))
         metric = _primary(task, list(columns) or list(metrics))
         if metric in columns:
             scores[task] = columns[metric]
         qualities[task] = TaskQuality(metric=metric, examples=len(rows), metrics=metrics)
     return TaskRun(qualities, scores)
+
+
+def _nothing_shared(task: str) -> str:
+    return f"--tasks: '{task}' has no score per example that all its parts share: name its parts"
 
 
 def _aggregated(row: Mapping[str, Any]) -> dict[str, float]:

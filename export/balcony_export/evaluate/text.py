@@ -3,7 +3,7 @@
 Owns how documents become windows, and the statistics. Every token except a document's first is predicted exactly once, from at
 least one token before it: windows overlap by one token, whose second copy is context only. Means are over tokens. Standard
 errors are those of a ratio of sums over clusters, because the tokens of one document are correlated: a cluster is a document,
-or a window if there is only one document. Tasks are :mod:`.tasks`.
+or a window if few documents hold nearly all tokens (``LEAST_CLUSTERS``). Tasks are :mod:`.tasks`.
 """
 
 from __future__ import annotations

@@ -311,6 +311,7 @@ def test_report_and_manifest(bundle_copy: Path, data: Path) -> None:
     assert found[0].header[:6] == ("exit", "depth", "# params", "ARC-E", "LAMBADA-Op", "avg (drop)")
     assert [row[0] for row in found[0].rows] == ["5", "3", "2"]
     assert "| 5 | 1.00× | 0.1M |" in markdown(report) and "LLM-1B" in markdown(report)
+    assert "windows if few documents hold nearly all tokens" in markdown(report)
     document = as_document(report)
     assert [exit_["depth_factor"] for exit_ in document["exits"]] == [0.6, 0.8, 1.0]
     json.dumps(document, allow_nan=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip ins
 from balcony_edge.bundle.bundle import read_manifest
 from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TaskSummary, TextQuality
 from balcony_edge.bundle.quality import record_quality
+from balcony_edge.cli.workstation.eval import _dropped
 from balcony_edge.errors import BundleError, InputError
-from balcony_export.evaluate.report import ExitReport, _task_row
-from balcony_export.evaluate.tasks import TaskRun, _run, _spec
+from balcony_export.evaluate.report import ExitReport, Report, _task_row
+from balcony_export.evaluate.tasks import TaskRun, _load, _run, _spec
 from balcony_export.evaluate.text import ratio_of_sums
 
 ONE = Estimate(value=1.0)
@@ -106,6 +108,39 @@ def test_accuracies_and_perplexities_are_scored_by_example() -> None:
     assert run.qualities["f"].metrics["f1"].value == 50.0 and run.summary(run) is None
 
 
+def test_a_group_without_a_shared_metric_is_refused_before_it_runs() -> None:
+    """GLUE's parts have Matthews' correlation or accuracy; found at the end, it would cost the results of other tasks."""
+
+    def parts(**metrics: tuple[str, ...]) -> Any:
+        tasks = {name: SimpleNamespace(aggregation=lambda own=own: dict.fromkeys(own)) for name, own in metrics.items()}
+        return SimpleNamespace(load=lambda _: {"tasks": tasks})
+
+    assert _load(parts(mrpc=("acc", "f1"), sst2=("acc",)), {"some": "some"}).leaves == {"some": ("mrpc", "sst2")}
+    with pytest.raises(InputError, match="'glue' has no score per example that all its parts share: name its parts"):
+        _load(parts(cola=("mcc",), sst2=("acc",)), {"glue": "glue"})
+
+
+def test_a_task_of_two_names_is_refused() -> None:
+    """A tag's own `arc_easy` has other prompts and examples than that of ``--data``; one would be taken for both."""
+
+    def load(specs: list[str]) -> dict[str, Any]:
+        (names,) = specs
+        return {"tasks": {name: SimpleNamespace(aggregation=lambda: {"acc": None}) for name in names.split("+")}}
+
+    manager = SimpleNamespace(load=load)
+    apart = {"arc_easy": "arc_easy", "others": "boolq+piqa"}
+    assert _load(manager, apart).leaves == {"arc_easy": ("arc_easy",), "others": ("boolq", "piqa")}
+    with pytest.raises(InputError, match="'arc_easy' belongs to 'ai2_arc' and to an earlier name"):
+        _load(manager, {"arc_easy": "arc_easy", "ai2_arc": "arc_challenge+arc_easy"})
+
+
+@pytest.mark.parametrize(("mark", "words"), [("UNSAFE_CODE", "runs code"), ("MULTIMODAL", "has images or sound")])
+def test_tasks_that_the_harness_itself_refuses_are_refused_in_one_line(mark: str, words: str) -> None:
+    task = SimpleNamespace(aggregation=lambda: {"acc": None}, **{mark: True})
+    with pytest.raises(InputError, match=f"--tasks: 'part' {words}"):
+        _load(SimpleNamespace(load=lambda _: {"tasks": {"part": task}}), {"group": "group"})
+
+
 # ---- the manifest
 
 
@@ -166,6 +201,24 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
     assert two is not None and two.summary == again.summary
 
 
+def test_every_text_that_is_dropped_is_named(bundle_copy: Path) -> None:
+    """Also one that only some exits have, after a run with --exits and another model."""
+
+    def text(name: str, reference: str) -> Quality:
+        found = TextQuality(documents=1, tokens=9, window=8, perplexity=ONE, kl=ONE, agreement=ONE)
+        return Quality(reference=reference, text={name: found})
+
+    own = read_manifest(bundle_copy).fingerprint
+    record_quality(bundle_copy, dict.fromkeys((2, 3, 5), text("a", "own depth")), own)
+    before = record_quality(bundle_copy, dict.fromkeys((3, 5), text("b", "a model")), own)
+    now = text("c", "own depth")
+    report = Report("m", now.reference, tuple(ExitReport(layer, 1.0, 10, now) for layer in (2, 3, 5)))
+    (line,) = _dropped(before, report)
+    assert line.startswith("b: results that were compared with a model are dropped")
+    after = record_quality(bundle_copy, report.qualities, own)
+    assert [set(exit_.quality.text) for exit_ in after.exits if exit_.quality is not None] == [{"c"}] * 3
+
+
 # ---- data files
 
 
@@ -201,8 +254,28 @@ def test_exits_keep_only_what_can_stand_beside_each_other(bundle_copy: Path) -> 
         (
             "mmlu",
             "mmlu/dev_5shot.jsonl",
-            b'{"subject": "law", "question": "q", "choices": "abcd", "answer": "A"}\n' * 4,
+            b'{"subject": "law", "question": "q", "choices": ["a", "b", "c", "d"], "answer": "A"}\n' * 4,
             r"has 4 rows of law, but 5 are shown",
+        ),
+        *(
+            (
+                "mmlu",
+                f"mmlu/{name}.jsonl",
+                b'{"subject": "law", "question": "q", "choices": ' + choices + b', "answer": ' + answer + b"}\n",
+                words,
+            )
+            for name in ("test_dev50", "dev_5shot")
+            for choices, answer, words in (
+                (b'["a", "b", "c", "d"]', b"0", r":1: answer = 0: must be a text: give one of A, B, C, D"),
+                (b'["a", "b", "c"]', b'"A"', r":1: choices = .*: must be a list of 4 texts"),
+                (b'"abcd"', b'"A"', r":1: choices = 'abcd': must be a list of 4 texts"),
+            )
+        ),
+        (
+            "winogrande",
+            "winogrande/xl_validation.jsonl",
+            b'{"sentence": "a _ b", "option1": "x", "option2": "y", "answer": ""}\n',
+            r":1: answer = '': must be a text: give one of 1, 2",
         ),
     ],
 )

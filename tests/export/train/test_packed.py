@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from balcony_edge.errors import InputError
 from balcony_export.data import packed as packed_module
@@ -49,3 +51,27 @@ def test_a_packed_text_is_read_again_unless_something_changed(
     copied.unlink()
     with pytest.raises(InputError, match="cannot be read"):
         packed()
+
+
+@pytest.mark.parametrize("part", ["train.tokens", "train.lengths", "held_out.lengths"])
+def test_a_packed_text_with_one_wrong_number_is_packed_again(
+    part: str, text_file: Path, make_tokenizer: Callable[[], Any], tmp_path: Path
+) -> None:
+    path, names = (
+        tmp_path / "corpus.safetensors",
+        [f"{a}.{b}" for a in ("train", "held_out") for b in ("tokens", "lengths")],
+    )
+
+    def packed() -> PackedText:
+        return PackedText(path, [text_file], make_tokenizer(), seq_len=24, held_out_rows=4)
+
+    whole = packed()
+    whole.keep()
+    with safe_open(path, "np") as file:
+        arrays, facts = {name: file.get_tensor(name).copy() for name in names}, file.metadata()
+    arrays[part].flat[0] += 1
+    path.write_bytes(save(arrays, facts))
+    found = packed().corpus
+    for rows in ("train", "held_out"):
+        for kind in ("tokens", "lengths"):
+            assert np.array_equal(*(getattr(getattr(one, rows), kind) for one in (found, whole.corpus)))
