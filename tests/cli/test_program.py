@@ -217,6 +217,26 @@ def test_architectures_without_support_are_named(make_tokenizer: Any, tmp_path: 
         )
 
 
+def test_a_model_of_text_and_images_is_named(make_tokenizer: Any, tmp_path: Path) -> None:
+    """Gemma 3 from 4B on loads whole, and the number of its layers is in a configuration inside the other."""
+    text = {
+        "hidden_size": 32, "vocab_size": 320, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    source = tmp_path / "gemma3"
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(source)
+    make_tokenizer().save_pretrained(source)
+    for verb, exits in (("export", "--exits"), ("extract", "--exit")):
+        refused_here(
+            "model type 'gemma3': this architecture is not covered", verb, source, exits, "2", "-o", tmp_path / "x"
+        )
+
+
 @pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "no_proxy": "*"}

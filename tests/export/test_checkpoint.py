@@ -95,6 +95,11 @@ def _unknown_type(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
 
 
+def _wrong_type(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
+
+
 def _quantized_before(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
@@ -117,6 +122,7 @@ def _missing_shard(model: Path) -> None:
         (_break_config, r"config\.json: cannot be read as JSON"),
         (_nameless_config, r"config\.json: has no model_type"),
         (_unknown_type, "cannot be loaded .*no_such_model"),
+        (_wrong_type, "cannot be loaded .*hidden_size"),
         (
             _quantized_before,
             r"its weights are already quantized \(gptq\): give the checkpoint that they were made from",
@@ -157,11 +163,39 @@ def test_hub_that_cannot_be_reached_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["runs/step--100", "runs/step-", "runs/model.git"])
+def test_a_path_that_no_hub_could_have_is_one_line(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^{name}: is not a path, and the hub did not answer with a model"):
+        load_model(name)
+
+
 def test_missing_tokenizer_is_named(model_copy: Path) -> None:
     for file in model_copy.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer: tokenizer\.json or tokenizer\.model"):
         load_tokenizer(model_copy)
+
+
+def test_a_mistral_whose_file_splits_text_wrongly_is_mended(model_copy: Path) -> None:
+    """transformers leaves such a file as it is and only warns, which a user of the command line does not see."""
+    config = json.loads((model_copy / "config.json").read_text())
+    other = {"model_type": "mistral", "transformers_version": "4.45.0"}
+    (model_copy / "config.json").write_text(json.dumps(config | other))
+    document = json.loads((model_copy / "tokenizer.json").read_text())
+    vocabulary = document["model"]["vocab"]  # transformers looks at vocabularies of more than 100,000 only
+    vocabulary.update({f"<more {number}>": 1000 + number for number in range(100_000)})
+    split = {"type": "Split", "pattern": {"Regex": r"\p{L}+"}, "behavior": "Isolated", "invert": False}
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, document["pre_tokenizer"]]}
+    (model_copy / "tokenizer.json").write_text(json.dumps(document))
+    found = load_tokenizer(model_copy).backend_tokenizer.pre_tokenizer
+    assert [text for text, _ in found.pre_tokenize_str("eBay")] == ["e", "Bay"]
+
+
+def test_a_damaged_tokenizer_is_named(model_copy: Path) -> None:
+    (model_copy / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "newer"}}')
+    with pytest.raises(CheckpointError, match=r"cannot be loaded .*: give a Hugging Face directory") as caught:
+        load_tokenizer(model_copy)
+    assert "\n" not in str(caught.value)
 
 
 def test_demo_model_names_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +267,21 @@ def test_a_gguf_file_of_falcon_mamba_is_refused(normed: bool, tmp_path: Path) ->
     writer.close()
     with pytest.raises(CheckpointError, match="Falcon-Mamba") if normed else contextlib.nullcontext():
         checkpoint._check_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "apart"), [("smollm", True), ("refact", True), ("minerva-7b", True), ("qwen2", False)]
+)
+def test_gguf_files_that_take_digits_apart_are_known_by_their_rule(name: str, apart: bool, tmp_path: Path) -> None:
+    """llama.cpp has one rule for these names, and transformers knows none of them."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_pre(name)
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert checkpoint._splits_digits(tmp_path / "m.gguf") is apart
 
 
 def test_a_quantized_model_on_the_hub_is_refused_and_a_missing_package_is_one_line(

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_edge.files import locked, require_writable, write_atomically, write_together
+from balcony_export.model.architecture import cast_weights
 from balcony_export.model.balcony import KINDS, Balcony, BalconyKind, init_balconies
 
 FORMAT_VERSION = 2
@@ -236,7 +237,7 @@ def load_balconies(
         _check_shapes(path / there[exit_layer]["file"], tensors, balcony)
         check_finite(path, exit_layer, tensors)
         balcony.load_state_dict(tensors)
-        balcony.to(device=device, dtype=dtype)
+        cast_weights(balcony.to(device), dtype)  # Falcon-H1's multipliers are buffers and stay float32
     return balconies
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -42,12 +43,14 @@ _ALLOWED = "a Hugging Face directory (config.json and safetensors), a .gguf file
 #: Errors of transformers, safetensors and gguf for files that are damaged or of another kind, or need a further package.
 _READ_ERRORS = (
     *(OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, ImportError),
-    *(SafetensorError, struct.error),
+    *(SafetensorError, struct.error, StrictDataclassError),
 )
 #: GGUF architecture and number of layers of Gemma 2 27B and Gemma 3 27B, whose ``query_pre_attn_scalar`` is not 256.
 _OTHER_SCALES = (("gemma2", 46), ("gemma3", 62))
 #: GGUF architectures whose classes have no biases as transformers configures them.
 _WITHOUT_BIASES = ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3")
+#: Names that llama.cpp gives to one way of splitting text: each digit by itself, then GPT-2's rule (``llama-vocab.cpp``).
+_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _GGUF_BIAS = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.bias$")
 
 
@@ -68,7 +71,7 @@ def load_model(
             with a soft cap is always eager: the choice of some versions leaves the cap out.
 
     Raises:
-        CheckpointError: ``source`` cannot be loaded.
+        CheckpointError: ``source`` cannot be loaded, or export could not represent it.
     """
     where, options = _locate(source)
     with _explained(source):
@@ -99,6 +102,7 @@ def load_model(
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     model.eval()
     assert isinstance(model, PreTrainedModel)
+    parts_of(model)  # before a caller counts the layers: models of text and images (Gemma 3) have no such number
     _restore_multipliers(model)
     return model
 
@@ -119,7 +123,6 @@ def load_trainable(source: str | Path, seq_len: int) -> PreTrainedModel:
         InputError: Rows of ``seq_len`` tokens are longer than its context.
     """
     model = load_model(source, attn_implementation=None)
-    parts_of(model)
     longest = longest_context(model.config)
     if seq_len > longest:
         raise InputError(f"--seq-len {seq_len}: this model's context holds {longest} tokens: give no more")
@@ -140,9 +143,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         )
     with _explained(source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        if getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
+            # transformers has only warned that this file splits text in another way than Mistral's own tokenizer
+            fixed: dict[str, Any] = {**options, "fix_mistral_regex": True}
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **fixed)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if options and _is_smollm(Path(where) / options["gguf_file"]):
-        # The conversion keeps only the byte level, but SmolLM splits digits first (llama.cpp's ids are the reference).
+    if options and _splits_digits(Path(where) / options["gguf_file"]):
+        # The conversion keeps only the byte level, but these split digits first (llama.cpp's ids are the reference).
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     return tokenizer
@@ -222,11 +229,11 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
 
 def _ask_hub(name: str) -> None:
     """Refuse a model that is neither cached nor on the hub. Asks once; transformers would ask six times in 23 seconds."""
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
         model_info(name, timeout=10)
-    except Exception as error:  # the hub's own errors, and those of the HTTP library below it
+    except Exception as error:  # the hub's own errors, also for a name that it never takes, and the HTTP library's
         detail = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{name}: is not a path, and the hub did not answer with a model: give {_ALLOWED} that can be reached ({detail})"
@@ -348,12 +355,12 @@ def _has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in names)
 
 
-def _is_smollm(path: Path) -> bool:
-    """Whether the GGUF's metadata names SmolLM's way of splitting text."""
+def _splits_digits(path: Path) -> bool:
+    """Whether the GGUF's metadata names a way of splitting text that takes digits apart (SmolLM, Granite Code)."""
     from gguf import GGUFReader  # noqa: PLC0415  # see _check_gguf
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return field is not None and str(field.contents()) == "smollm"
+    return field is not None and str(field.contents()) in _DIGITS_APART
 
 
 @contextlib.contextmanager
@@ -367,7 +374,9 @@ def _explained(source: str | Path) -> Iterator[None]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own bar cannot be switched off
             yield
-    except _READ_ERRORS as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, _READ_ERRORS):  # tokenizers raises a plain Exception
+            raise
         detail = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{source}: cannot be loaded ({detail}): give {_ALLOWED}") from error
     finally:

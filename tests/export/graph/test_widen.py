@@ -14,7 +14,9 @@ from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import CheckpointError
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph import widen
-from balcony_export.model.architecture import parts_of
+from balcony_export.model.architecture import cast_weights, parts_of
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import parse_precision
@@ -99,3 +101,14 @@ def test_multipliers_of_a_half_precision_checkpoint_are_not_rounded(make_tiny: A
     assert kept.in_proj.weight.dtype == torch.bfloat16
     assert kept.mup_vector.dtype == torch.float32 and torch.equal(kept.mup_vector, whole.mup_vector)
     assert set(kept.mup_vector.flatten().tolist()) == {float(np.float32(value)) for value in multipliers}
+
+
+def test_multipliers_of_balconies_that_are_loaded_in_half_precision_are_not_rounded(
+    make_tiny: Any, tmp_path: Path
+) -> None:
+    model = make_tiny("falcon-h1", ssm_multipliers=[0.35355, 0.25, 0.1767, 0.5, 0.3333])
+    save_balconies(tmp_path, init_balconies(model, (2,)), fingerprint(model))
+    cast_weights(model, torch.bfloat16)
+    loaded = load_balconies(tmp_path, model)[2].layer.mamba
+    assert loaded.in_proj.weight.dtype == torch.bfloat16 and loaded.mup_vector.dtype == torch.float32
+    assert torch.equal(loaded.mup_vector, parts_of(model).layers[-1].mamba.mup_vector)
