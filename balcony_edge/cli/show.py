@@ -138,6 +138,7 @@ def show_engines(name: str, engines: EngineSet) -> None:
 
 
 def _capabilities(engines: EngineSet) -> str:
-    if engines.compute_capabilities:
-        return f"compute capability {', '.join(engines.compute_capabilities)}"
-    return "every supported GPU" if engines.target == "rtx" else "the GPU of the machine that built it"
+    from balcony_runtime.backends.accelerator.tensorrt_builder import gpus_of
+
+    gpus = gpus_of(engines)
+    return f"compute capability {', '.join(gpus)}" if gpus else "the GPU of the machine that built it"

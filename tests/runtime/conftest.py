@@ -1,10 +1,10 @@
-"""Bundles with engine sets, for the backends of accelerators, and bundles of other precisions than float32."""
+"""Bundles with engine sets and a stand-in for CUDA, for the backends of accelerators; bundles of other precisions."""
 
 from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.quantize.blocks import parse_precision
 from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.structure.grammar import Grammars
+from tests.runtime.backends.cuda_stand_in import runtime as cuda_runtime
 from tests.support.engine_sets import write_graphs
 
 #: Rows of tokens to calibrate on: GPTQ, and the scales of an int8 cache.
@@ -37,6 +38,19 @@ def with_engine_sets(
         return path
 
     return lambda architecture: Bundle.open(made(architecture))
+
+
+@pytest.fixture
+def engine_sets(with_engine_sets: Callable[[str], Bundle], tmp_path: Path) -> Bundle:
+    """The tiny Llama with both engine sets, as a copy."""
+    return Bundle.open(Path(shutil.copytree(with_engine_sets("llama").path, tmp_path / "bundle")))
+
+
+@pytest.fixture
+def gpu() -> Iterator[cuda_runtime.Runtime]:
+    """A stand-in for CUDA, with one GPU."""
+    with cuda_runtime.installed() as runtime:
+        yield runtime
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def build(
     rounded_as: Annotated[
         Path | None, typer.Option(help="int4: use the integers of this int4 bundle, for example from GPTQ.")
     ] = None,
-    sm: Annotated[str, typer.Option(help="rtx: compute capabilities, such as 86,89,120 (default: all).")] = "",
+    sm: Annotated[str, typer.Option(help="rtx: compute capabilities, such as 86,89,120 (default: 86 and newer).")] = "",
     whole: Annotated[
         bool, typer.Option("--whole", help="Also build one engine of the whole backbone with all exits as outputs.")
     ] = False,

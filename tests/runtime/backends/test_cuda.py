@@ -18,15 +18,9 @@ from balcony_edge.errors import DeviceError
 from balcony_runtime.backends.accelerator import cuda
 from balcony_runtime.backends.accelerator.cuda import CudaDevice, check, pci_bus_id
 from balcony_runtime.backends.accelerator.device import Device, HostDevice, Launch, Region
-from tests.runtime.backends.cuda_stand_in.runtime import FUNCTIONS, Runtime, installed
+from tests.runtime.backends.cuda_stand_in.runtime import FUNCTIONS, Runtime
 
 ERRORS = real.cudaError_t
-
-
-@pytest.fixture
-def gpu() -> Iterator[Runtime]:
-    with installed() as runtime:
-        yield runtime
 
 
 @pytest.fixture
@@ -88,6 +82,15 @@ def test_memory_keeps_the_order_of_the_calls(gpu: Runtime, device: CudaDevice) -
         device.free(held)
     device.synchronize()
     assert gpu.held_bytes == 0
+
+
+def test_runs_farther_apart_than_the_largest_pitch_are_copied_one_by_one(gpu: Runtime, device: CudaDevice) -> None:
+    """131,072 rows of 8,192 values in float16 are 2 GiB, one byte more than the largest pitch."""
+    source, target = device.allocate((4,), "float32"), device.allocate((4,), "float32")
+    device.upload(source, np.arange(4.0))
+    device.copy(target.pointer, 1 << 31, source.pointer, 16, 16, 1)
+    assert device.download(target).tolist() == [0, 1, 2, 3]
+    assert gpu.misuse() == []
 
 
 @pytest.mark.parametrize("pools", [1, 0])

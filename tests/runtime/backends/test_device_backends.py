@@ -1,4 +1,4 @@
-"""Engine sets on a GPU, over stand-ins for CUDA, TensorRT and ONNX Runtime's CUDA provider: captures, contexts, errors."""
+"""Engine sets on a GPU, over stand-ins for CUDA and TensorRT: captures, contexts, errors."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ import gc
 import inspect
 import logging
 import re
-import shutil
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as real
-from onnx import TensorProto, helper
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, DeviceError, InputError
-from balcony_runtime.backends.accelerator import onnxruntime as onnxruntime_device
 from balcony_runtime.backends.accelerator import tensorrt
-from balcony_runtime.backends.accelerator.device import HostDevice, Region
-from balcony_runtime.backends.accelerator.onnxruntime import OnnxRuntimeExecutor
+from balcony_runtime.backends.accelerator.device import Region
 from balcony_runtime.backends.accelerator.tensorrt_builder import Builder, make_log
+from balcony_runtime.backends.accelerator.workspace import Workspace
 from balcony_runtime.engine import Engine
-from tests.runtime.backends.cuda_stand_in import onnxruntime as cuda_provider
+from balcony_runtime.profiler.cells import Bench
+from balcony_runtime.profiler.grid import Grid
 from tests.runtime.backends.cuda_stand_in import runtime as cuda_runtime
 from tests.runtime.backends.cuda_stand_in import tensorrt as stand_in
 from tests.support.engine_sets import build_engines
@@ -36,18 +33,6 @@ from tests.support.engine_sets import build_engines
 EXITS = (2, 3, 5)
 SETS = {"rtx": "rtx-fp32", "tensorrt": "tensorrt-fp32-plain"}
 ERRORS = real.cudaError_t
-
-
-@pytest.fixture
-def gpu() -> Iterator[cuda_runtime.Runtime]:
-    with cuda_runtime.installed() as runtime:
-        yield runtime
-
-
-@pytest.fixture
-def bundle(with_engine_sets: Callable[[str], Bundle], tmp_path: Path) -> Bundle:
-    """The tiny Llama with both engine sets, as a copy."""
-    return Bundle.open(Path(shutil.copytree(with_engine_sets("llama").path, tmp_path / "bundle")))
 
 
 @contextlib.contextmanager
@@ -71,8 +56,10 @@ def written(engine: Engine, count: int = 9) -> list[int]:
     return made
 
 
-def test_a_step_is_one_launch_and_nothing_is_captured_in_a_reply(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
-    with opened(gpu, bundle) as (engine, _):
+def test_a_step_is_one_launch_and_nothing_is_captured_in_a_reply(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle
+) -> None:
+    with opened(gpu, engine_sets) as (engine, _):
         sequence = engine.new_sequence(max_length=64)
         graphs = 1 + 3 + 3 + 1  # token table, stages, exits, head
         assert gpu.count("cudaStreamBeginCapture") == gpu.count("cudaStreamEndCapture") == graphs
@@ -91,9 +78,9 @@ def test_a_step_is_one_launch_and_nothing_is_captured_in_a_reply(gpu: cuda_runti
 
 
 def test_replies_that_end_together_leave_their_captures_to_the_next_ones(
-    gpu: cuda_runtime.Runtime, bundle: Bundle
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle
 ) -> None:
-    with opened(gpu, bundle) as (engine, _):
+    with opened(gpu, engine_sets) as (engine, _):
         for _ in range(3):
             sequences = [engine.new_sequence(max_length=64) for _ in range(3)]
             for sequence in sequences:
@@ -105,11 +92,33 @@ def test_replies_that_end_together_leave_their_captures_to_the_next_ones(
         assert captured == 3 * (1 + 3 + 3 + 1) and len(engine.backend.returned) == 3
 
 
+def test_a_profiler_holds_the_memory_of_one_sequence(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    """Each has the length of the engines' caches, and those of a whole grid are a dozen."""
+    with opened(gpu, engine_sets) as (engine, _):
+        llm: Any = SimpleNamespace(engine=engine, exit_layers=engine.exit_layers)
+        bench = Bench(llm, Grid.make(engine.max_length, quick=True))
+        for use, length in (("pass", 16), ("pass", 40), ("decode", 8), ("switch", 30), ("pass", 16)):
+            assert bench._sequence(use, length, room=4).length == length
+        assert sum(isinstance(memory, Workspace) for memory in engine.backend.memories) == 1
+
+
+def test_a_profile_divides_the_memory_by_the_tokens_that_it_is_for(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle
+) -> None:
+    with opened(gpu, engine_sets) as (engine, _):
+        llm: Any = SimpleNamespace(engine=engine, exit_layers=engine.exit_layers)
+        bench = Bench(llm, Grid.make(engine.max_length, quick=True))
+        sequence = bench._sequence("pass", 40, room=0)
+        assert bench.state_bytes() == (256, sequence.state.memory_bytes)
+
+
 @pytest.mark.parametrize("target", ["rtx", "tensorrt"])
-def test_rows_that_engines_do_not_take_where_they_lie(gpu: cuda_runtime.Runtime, bundle: Bundle, target: str) -> None:
+def test_rows_that_engines_do_not_take_where_they_lie(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, target: str
+) -> None:
     """TensorRT takes addresses that 256 divides, and a row has 128 bytes here, as one of 64 values in half precision."""
     tokens = np.random.default_rng(3).integers(0, 320, 24)
-    with opened(gpu, bundle, target) as (engine, trt), Engine.of(bundle) as reference:
+    with opened(gpu, engine_sets, target) as (engine, trt), Engine.of(engine_sets) as reference:
         with engine.backend.alone():
             ids = engine.backend.allocate((1, 3), "int64").part(1, (1, 1))
             assert not trt.contexts[0].set_tensor_address("ids", ids.pointer)
@@ -121,21 +130,21 @@ def test_rows_that_engines_do_not_take_where_they_lie(gpu: cuda_runtime.Runtime,
             assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
-def test_sides_that_take_turns_have_two_captures_each(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
-    with opened(gpu, bundle, "tensorrt") as (engine, _):
+def test_sides_that_take_turns_have_two_captures_each(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    with opened(gpu, engine_sets, "tensorrt") as (engine, _):
         captures = 1 + 2 * 3 + 2 * 2 + 1 + 1  # the last exit is a norm, without a cache
         engine.new_sequence(max_length=64)
         assert gpu.count("cudaStreamBeginCapture") == captures
         found = written(engine)
         assert gpu.count("cudaStreamBeginCapture") == captures and gpu.count("cudaGraphLaunch") > 9
-    with Engine.of(bundle) as reference:
+    with Engine.of(engine_sets) as reference:
         assert found == written(reference)
 
 
 def test_contexts_are_made_at_the_start_and_captured_ones_are_used_once(
-    gpu: cuda_runtime.Runtime, bundle: Bundle
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle
 ) -> None:
-    with opened(gpu, bundle) as (engine, trt):
+    with opened(gpu, engine_sets) as (engine, trt):
         shared = len(trt.contexts)
         profiles = [e.num_optimization_profiles for e in engine.backend.executor._engines.values()]
         assert shared == sum(profiles)
@@ -151,16 +160,16 @@ def test_contexts_are_made_at_the_start_and_captured_ones_are_used_once(
 
 
 def test_engines_that_cannot_be_captured_run_without_graphs(
-    gpu: cuda_runtime.Runtime, bundle: Bundle, caplog: pytest.LogCaptureFixture
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with opened(gpu, bundle, capturable=False) as (engine, _):
+    with opened(gpu, engine_sets, capturable=False) as (engine, _):
         kept, found = engine.new_sequence(), written(engine)
         assert caplog.text.count("lm_head: its engine cannot be captured, which is slower: build it with") == 1
         assert kept.length == 0
         assert gpu.count("cudaStreamBeginCapture") == gpu.count("cudaGraphLaunch") == 0
     caplog.clear()
     # The enterprise TensorRT cannot be asked: the capture fails, and the error says why.
-    with opened(gpu, bundle, "tensorrt", capturable=False) as (engine, _):
+    with opened(gpu, engine_sets, "tensorrt", capturable=False) as (engine, _):
         kept = engine.new_sequence()
         assert written(engine) == found
         assert (
@@ -170,17 +179,17 @@ def test_engines_that_cannot_be_captured_run_without_graphs(
         assert kept.length == 0
     with (
         stand_in.installed(gpu, "rtx"),
-        tensorrt.open_backend(Bundle.open(bundle.path), SETS["rtx"], capture=False) as bare,
+        tensorrt.open_backend(Bundle.open(engine_sets.path), SETS["rtx"], capture=False) as bare,
     ):
         assert written(Engine(bare)) == found
-    with Engine.of(bundle) as reference:
+    with Engine.of(engine_sets) as reference:
         assert written(reference) == found
 
 
-def test_kernels_are_kept_for_the_next_start(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
-    with opened(gpu, bundle) as (engine, _):
+def test_kernels_are_kept_for_the_next_start(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    with opened(gpu, engine_sets) as (engine, _):
         written(engine)
-    built = Bundle.open(bundle.path)
+    built = Bundle.open(engine_sets.path)
     (kept,) = built.engine_directory(SETS["rtx"]).glob("kernels-89.cache")
     with stand_in.installed(gpu, "rtx") as trt, Engine.of(built, device="tensorrt", engines=SETS["rtx"]):
         caches = {id(context.config.cache) for context in trt.contexts if context.config}
@@ -190,10 +199,10 @@ def test_kernels_are_kept_for_the_next_start(gpu: cuda_runtime.Runtime, bundle: 
 
 
 def test_files_and_contexts_that_fail_are_one_line_and_free_everything(
-    gpu: cuda_runtime.Runtime, bundle: Bundle
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle
 ) -> None:
     with stand_in.installed(gpu, "rtx") as trt:
-        built = stand_in.with_engines(bundle, SETS["rtx"])
+        built = stand_in.with_engines(engine_sets, SETS["rtx"])
         trt.room = 5
         with pytest.raises(DeviceError, match=r"TensorRT made no context for it \(out of memory\): ask for a shorter"):
             tensorrt.open_backend(built, SETS["rtx"])
@@ -210,8 +219,22 @@ def test_files_and_contexts_that_fail_are_one_line_and_free_everything(
     assert gpu.left() == ""
 
 
-def test_what_an_engine_refuses_is_one_line(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
-    with opened(gpu, bundle) as (engine, trt):
+def test_engines_too_large_for_the_gpu_are_not_to_be_built_again(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(loader: Any, data: bytes) -> None:
+        loader._log.log(tensorrt_rtx.ILogger.ERROR, "Error Code 1: Cuda Runtime (out of memory)")
+
+    monkeypatch.setattr(stand_in._Loader, "deserialize_cuda_engine", full)
+    with stand_in.installed(gpu, "rtx"):
+        built = stand_in.with_engines(engine_sets, SETS["rtx"])
+        with pytest.raises(DeviceError, match=r"embed.engine: .*\(out of memory\)\): free memory"):
+            tensorrt.open_backend(built, SETS["rtx"])
+    assert gpu.left() == ""
+
+
+def test_what_an_engine_refuses_is_one_line(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    with opened(gpu, engine_sets) as (engine, trt):
         executor: Any = engine.backend.executor
         backend: Any = engine.backend
         with backend.alone():
@@ -234,8 +257,8 @@ def test_what_an_engine_refuses_is_one_line(gpu: cuda_runtime.Runtime, bundle: B
         assert trt.contexts
 
 
-def test_no_memory_frees_that_of_collected_sequences_first(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
-    with opened(gpu, bundle) as (engine, _):
+def test_no_memory_frees_that_of_collected_sequences_first(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    with opened(gpu, engine_sets) as (engine, _):
         before = gpu.held_bytes
         kept, gone = engine.new_sequence(), engine.new_sequence()
         size = (gpu.held_bytes - before) // 2
@@ -256,8 +279,8 @@ def test_no_memory_frees_that_of_collected_sequences_first(gpu: cuda_runtime.Run
         kept.advance(5, [1, 2, 3])
 
 
-def test_nan_of_one_sequence_does_not_reach_the_next(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
-    with opened(gpu, bundle) as (engine, _):
+def test_nan_of_one_sequence_does_not_reach_the_next(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    with opened(gpu, engine_sets) as (engine, _):
         clean = written(engine)
         gc.collect()
         sequence = engine.new_sequence(max_length=64)
@@ -272,8 +295,8 @@ def test_nan_of_one_sequence_does_not_reach_the_next(gpu: cuda_runtime.Runtime, 
         assert written(engine) == clean
 
 
-def test_a_lost_gpu_is_one_line_and_closing_works(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
-    with opened(gpu, bundle) as (engine, _):
+def test_a_lost_gpu_is_one_line_and_closing_works(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    with opened(gpu, engine_sets) as (engine, _):
         sequence = engine.new_sequence(max_length=64)
         sequence.advance(5, [1, 2, 3])
         backend: Any = engine.backend
@@ -288,11 +311,11 @@ def test_a_lost_gpu_is_one_line_and_closing_works(gpu: cuda_runtime.Runtime, bun
     gpu._c.standInReset()  # the process would end here
 
 
-def test_any_call_of_cuda_may_fail_in_a_reply(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+def test_any_call_of_cuda_may_fail_in_a_reply(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
     """Errors in the middle of a reply are one line, and closing leaves nothing behind."""
     for name in ("cudaMallocAsync", "cudaMemcpyAsync", "cudaMemcpy2DAsync", "cudaGraphLaunch", "cudaStreamSynchronize"):
         for after in (0, 3):
-            with opened(gpu, bundle) as (engine, _):
+            with opened(gpu, engine_sets) as (engine, _):
                 sequence = engine.new_sequence(max_length=64)
                 gpu.fail(name, ERRORS.cudaErrorUnknown, after=after)
                 with pytest.raises(DeviceError, match="unknown error"):
@@ -303,9 +326,11 @@ def test_any_call_of_cuda_may_fail_in_a_reply(gpu: cuda_runtime.Runtime, bundle:
             assert (gpu.left(), gpu.misuse()) == ("", []), name
 
 
-def test_sequences_of_several_threads_on_a_gpu_that_is_not_theirs(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+def test_sequences_of_several_threads_on_a_gpu_that_is_not_theirs(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle
+) -> None:
     gpu.set(devices=2)
-    with opened(gpu, bundle) as (engine, _):
+    with opened(gpu, engine_sets) as (engine, _):
         expected, found = written(engine), []
 
         def in_a_thread() -> None:
@@ -320,43 +345,9 @@ def test_sequences_of_several_threads_on_a_gpu_that_is_not_theirs(gpu: cuda_runt
         assert found == [expected] * 3
 
 
-def test_onnxruntime_runs_in_our_stream(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
-    with cuda_provider.installed(gpu):
-        with Engine.of(bundle, device="cuda", engines=SETS["rtx"]) as engine:
-            found = written(engine)
-            assert gpu.count("cudaStreamBeginCapture") == 0  # a session allocates memory while it runs
-            gpu.fail("standInLaunch", ERRORS.cudaErrorUnknown)
-            with pytest.raises(DeviceError, match=r"embed: ONNX Runtime failed while running it \(CUDA failure 999\)"):
-                engine.new_sequence().advance(2, [1])
-        broken = bundle.engine_directory(SETS["rtx"]) / "norm.onnx"
-        broken.write_bytes(b"x" * broken.stat().st_size)
-        with pytest.raises(BundleError, match=r"norm.onnx"):
-            onnxruntime_device.open_backend(bundle, SETS["rtx"], "cuda", verify_hashes=False)
-    with Engine.of(bundle) as reference:
-        assert found == written(reference)
-
-
-def test_bfloat16_binds_through_onnxruntime(tmp_path: Path) -> None:
-    """NumPy has no bfloat16, and IO binding needs a type."""
-    half, single = TensorProto.BFLOAT16, TensorProto.FLOAT
-    graph = helper.make_graph(
-        [helper.make_node("Cast", ["x"], ["wide"], to=single), helper.make_node("Cast", ["wide"], ["y"], to=half)],
-        "casts",
-        [helper.make_tensor_value_info("x", half, [2])],
-        [helper.make_tensor_value_info("y", half, [2]), helper.make_tensor_value_info("wide", single, [2])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
-    executor, device = OnnxRuntimeExecutor(tmp_path, {"g": "g.onnx"}, "cpu", {}), HostDevice()
-    x, y = device.allocate((2,), "bfloat16"), device.allocate((2,), "bfloat16")
-    wide = device.allocate((2,), "float32")
-    device.upload(x, np.array([0x3FC0, 0xC000], np.uint16))
-    executor.prepare("g", {"x": x, "y": y, "wide": wide}).run()
-    assert device.download(wide).tolist() == [1.5, -2.0] and device.download(y).tolist() == [0x3FC0, 0xC000]
-
-
 @pytest.mark.parametrize("target", ["rtx", "tensorrt"])
-def test_the_stand_in_sees_what_tensorrt_forbids(gpu: cuda_runtime.Runtime, bundle: Bundle, target: str) -> None:
-    with opened(gpu, bundle, target) as (engine, _):
+def test_the_stand_in_sees_what_tensorrt_forbids(gpu: cuda_runtime.Runtime, engine_sets: Bundle, target: str) -> None:
+    with opened(gpu, engine_sets, target) as (engine, _):
         backend: Any = engine.backend
         executor = backend.executor
         with backend.alone():
@@ -400,10 +391,16 @@ def test_the_stand_in_has_tensorrts_names(name: str) -> None:
     assert hasattr(tensorrt_rtx.IExecutionContext, "is_stream_capturable")
 
 
-def test_engines_ask_us_for_their_memory(bundle: Bundle) -> None:
+def test_products_in_float32_do_not_round_to_tf32(engine_sets: Bundle) -> None:
+    """TensorRT rounds the inputs of such products to 10 bits by default, and `fp32` is for checking."""
+    config = Builder("rtx")._config(engine_sets.manifest.engines[SETS["rtx"]].graphs["lm_head"], lambda done: None)
+    assert not config.get_flag(tensorrt_rtx.BuilderFlag.TF32)
+
+
+def test_engines_ask_us_for_their_memory(engine_sets: Bundle) -> None:
     """TensorRT-RTX asks for this flag where a CUDA graph captures an engine."""
     builder = Builder("rtx")
-    config = builder._config(bundle.manifest.engines[SETS["rtx"]].graphs["lm_head"], lambda done: None)
+    config = builder._config(engine_sets.manifest.engines[SETS["rtx"]].graphs["lm_head"], lambda done: None)
     assert config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
@@ -411,11 +408,11 @@ def test_engines_ask_us_for_their_memory(bundle: Bundle) -> None:
     real.cudaGetDeviceCount()[0] != ERRORS.cudaErrorInsufficientDriver,
     reason="a driver is installed: it would be asked",
 )
-def test_the_real_tensorrt_goes_as_far_as_its_own_driver(gpu: cuda_runtime.Runtime, bundle: Bundle) -> None:
+def test_the_real_tensorrt_goes_as_far_as_its_own_driver(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
     """A real engine and the real library over the stand-in for CUDA: it refuses when it asks for the real driver."""
     name = SETS["rtx"]
-    build_engines(bundle, name, Builder("rtx", compute_capabilities=["89"]), ["lm_head"], lambda *_: None)
-    built = Bundle.open(bundle.path)
+    build_engines(engine_sets, name, Builder("rtx", compute_capabilities=["89"]), ["lm_head"], lambda *_: None)
+    built = Bundle.open(engine_sets.path)
     assert built.manifest.engines[name].compute_capabilities == ("89",)
     with pytest.raises(
         BundleError, match=r"lm_head.engine: TensorRT cannot load it .*driver.*: build it again here"

@@ -30,6 +30,8 @@ except ImportError as missing:
 
 #: Number of the GPU among those that CUDA shows this process.
 DEVICE = 0
+#: Most bytes from one run of a copy to the next: `cudaDevAttrMaxPitch` of every card so far.
+MAX_PITCH = 2**31 - 1
 #: Errors after which every call of the process fails: NVIDIA's documentation asks to end the process and start it again.
 _LOST = (
     "cudaErrorIllegalAddress",
@@ -218,7 +220,14 @@ class CudaDevice:
 
     def copy(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        check(cudart.cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, self.stream))
+        if max(target_pitch, source_pitch) <= MAX_PITCH:
+            check(
+                cudart.cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, self.stream)
+            )
+            return
+        for run in range(height):  # boundaries of 131,072 rows of 8,192 values in float16 lie 2 GiB apart
+            ends = target + run * target_pitch, source + run * source_pitch
+            check(cudart.cudaMemcpyAsync(*ends, width, kind, self.stream))
 
     def clear(self, region: Region) -> None:
         check(cudart.cudaMemsetAsync(region.pointer, 0, max(region.nbytes, 1), self.stream))

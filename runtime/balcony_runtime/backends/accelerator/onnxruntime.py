@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import DeviceError
+from balcony_edge.errors import BundleError, DeviceError
 from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.backends.accelerator.device import Device, HostDevice, Launch, Region, array_dtype
 from balcony_runtime.backends.graph_files.check import check_graph
@@ -58,7 +58,14 @@ class OnnxRuntimeExecutor:
         entries = {"session.disable_quant_qdq": "1"} if provider == "cpu" else None
         self._sessions = {}
         for graph, file in files.items():
-            session = open_session(directory / file, threads=threads, providers=providers, entries=entries)
+            try:
+                session = open_session(directory / file, threads=threads, providers=providers, entries=entries)
+            except BundleError as error:  # whose cause is ONNX Runtime's error
+                if provider == "cpu" or "alloc" not in str(error.__cause__).lower():
+                    raise
+                raise DeviceError(
+                    f"{graph}: the GPU has too little memory for it: free memory of the GPU, or run with --device cpu"
+                ) from error
             if session.get_providers()[0] != name:
                 # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
                 raise DeviceError(
@@ -117,12 +124,14 @@ def open_backend(
         from balcony_runtime.backends.accelerator.cuda import CudaDevice  # noqa: PLC0415 - an extra
 
         device = cuda = CudaDevice(capture=False)
-        options = {"device_id": "0", "user_compute_stream": str(cuda.stream)}
+        # TF32 is on by default: products in float32 would round their inputs to 10 bits, as float16 does.
+        options = {"device_id": "0", "user_compute_stream": str(cuda.stream), "use_tf32": "0"}
     files = {name: spec.file for name, spec in chosen.graphs.items() if name != "backbone"}
     try:
         for file in files.values():
             check_graph(directory / file, chosen.files)
-        executor = OnnxRuntimeExecutor(directory, files, provider, options, threads)
+        with device.current():  # a session of the provider chooses its GPU for the thread
+            executor = OnnxRuntimeExecutor(directory, files, provider, options, threads)
     except BaseException:
         device.close()
         raise

@@ -22,7 +22,14 @@ from balcony_edge.files import write_atomically
 from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.backends.accelerator.cuda import CudaDevice
 from balcony_runtime.backends.accelerator.device import Launch, Region
-from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, PASSES, import_tensorrt, make_log, one_line
+from balcony_runtime.backends.accelerator.tensorrt_builder import (
+    MODULES,
+    PASSES,
+    gpus_of,
+    import_tensorrt,
+    make_log,
+    one_line,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +56,11 @@ class TensorRTExecutor:
                 continue
             self._log.forget()
             engine = self._runtime.deserialize_cuda_engine((directory / spec.file).read_bytes())
+            if engine is None and "outofmemory" in self._log.last_error.lower().replace(" ", ""):
+                raise DeviceError(
+                    f"{directory / spec.file}: the GPU has too little memory for it ({self._why()}): free memory of the GPU, "
+                    "or build with a smaller --precision, such as int4"
+                )
             if engine is None:
                 raise BundleError(
                     f"{directory / spec.file}: TensorRT cannot load it on this GPU, compute capability {device.capability} "
@@ -204,9 +216,9 @@ def _refuse_misfits(directory: Path, engines: EngineSet, here: str, capability: 
         raise BundleError(f"{directory}: has graphs but no engines: build them with `balcony-edge build`")
     if engines.builder != here:
         raise BundleError(f"{directory}: built by {engines.builder}, but this machine has {here}: build again with it")
-    if engines.compute_capabilities and capability not in engines.compute_capabilities:
+    if (gpus := gpus_of(engines)) and capability not in gpus:
         raise BundleError(
-            f"{directory}: built for compute capability {', '.join(engines.compute_capabilities)}, but this GPU has "
+            f"{directory}: built for compute capability {', '.join(gpus)}, but this GPU has "
             f"{capability}: build with --sm {capability}, or with --target tensorrt on this machine"
         )
 

@@ -23,6 +23,9 @@ from balcony_edge.files import write_atomically
 
 Target = Literal["rtx", "tensorrt"]
 MODULES: dict[Target, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+#: GPUs that run engines of TensorRT-RTX 1.7 for which none were named; those of fp8 need the second or later. 75 (Turing) and
+#: 80 must be named (NVIDIA, "CPU-Only AOT and TensorRT-RTX Engines").
+RTX_GPUS = ("86", "89", "120", "121")
 #: Divides the rows of caches: a mask has one column for each row, and kernels for attention read it in such steps (those of
 #: ONNX Runtime for CUDA fail at addresses that are not aligned).
 MASK_STEP = 8
@@ -64,6 +67,13 @@ def import_tensorrt(target: Target) -> Any:
         raise MissingDependencyError(f"{name} is not installed: {cure}") from error
 
 
+def gpus_of(engines: EngineSet) -> tuple[str, ...]:
+    """Compute capabilities that a set's engines run on; empty: that of the machine that built them."""
+    if engines.compute_capabilities or engines.target != "rtx":
+        return engines.compute_capabilities
+    return RTX_GPUS[1:] if engines.precision == "fp8" else RTX_GPUS
+
+
 class Builder:
     """One TensorRT builder, which builds one engine after another."""
 
@@ -81,7 +91,7 @@ class Builder:
             target: the TensorRT to use.
             batch_size: most members of a pass.
             compute_capabilities: GPUs to build for, such as ``89``; only ``rtx`` builds for GPUs of other machines. By default
-                ``rtx`` builds for all that it knows, ``tensorrt`` for the GPU of this machine.
+                ``rtx`` builds for :data:`RTX_GPUS`, ``tensorrt`` for the GPU of this machine.
             timing_cache: file in which ``tensorrt`` keeps kernel timings.
 
         Raises:
@@ -212,6 +222,8 @@ class Builder:
         if hasattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
             # TensorRT-RTX: otherwise an engine may allocate memory while it runs, and then no CUDA graph can capture it.
             config.set_flag(self._trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        # On by default: products in float32 would round their inputs to 10 bits, as float16 does.
+        config.clear_flag(self._trt.BuilderFlag.TF32)
         config.progress_monitor = _make_monitor(self._trt, progress)
         if self._timing_cache is not None and self._target == "tensorrt":
             held = self._timing_cache.read_bytes() if self._timing_cache.is_file() else b""

@@ -16,6 +16,7 @@ enum { MAJOR = 75, MINOR = 76, POOLS = 115 }; /* of cudaDeviceAttr */
 enum { RELAXED = 2 };                         /* of cudaStreamCaptureMode */
 #define GUARD 256 /* also the alignment of all memory, as of cudaMalloc */
 #define QUARANTINE 256 /* freed blocks that are kept */
+#define MAX_PITCH 0x7fffffff /* cudaDevAttrMaxPitch */
 
 typedef int (*Kernel)(void *user);
 typedef enum { POOLED, PLAIN, PINNED } Kind;

@@ -181,6 +181,7 @@ static int copy(void *to, size_t to_pitch, const void *from, size_t from_pitch, 
 int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, int kind,
                       void *stream) {
     ENTER;
+    if (to_pitch > MAX_PITCH || from_pitch > MAX_PITCH) LEAVE(misused(INVALID_PITCH, "a pitch above the largest"));
     LEAVE(copy(to, to_pitch, from, from_pitch, width, height, kind, stream));
 }
 

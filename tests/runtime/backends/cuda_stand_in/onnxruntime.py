@@ -18,6 +18,7 @@ class _Session:
 
     def __init__(self, cuda: Runtime, session: Any, options: dict[str, str]) -> None:
         self._cuda, self._session, self._stream = cuda, session, int(options["user_compute_stream"])
+        cuda.cudaSetDevice(int(options["device_id"]))  # as the provider does, for the calling thread
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)

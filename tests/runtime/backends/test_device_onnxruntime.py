@@ -1,0 +1,96 @@
+"""Graphs of an engine set by ONNX Runtime's CUDA provider, over stand-ins for it and for CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import BundleError, DeviceError
+from balcony_runtime.backends.accelerator import onnxruntime as onnxruntime_device
+from balcony_runtime.backends.accelerator.device import HostDevice
+from balcony_runtime.backends.accelerator.onnxruntime import OnnxRuntimeExecutor
+from balcony_runtime.engine import Engine
+from tests.runtime.backends.cuda_stand_in import onnxruntime as cuda_provider
+from tests.runtime.backends.cuda_stand_in import runtime as cuda_runtime
+from tests.runtime.backends.test_device_backends import ERRORS, SETS, written
+
+
+def test_onnxruntime_runs_in_our_stream(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    with cuda_provider.installed(gpu):
+        with Engine.of(engine_sets, device="cuda", engines=SETS["rtx"]) as engine:
+            found = written(engine)
+            assert gpu.count("cudaStreamBeginCapture") == 0  # a session allocates memory while it runs
+            gpu.fail("standInLaunch", ERRORS.cudaErrorUnknown)
+            with pytest.raises(DeviceError, match=r"embed: ONNX Runtime failed while running it \(CUDA failure 999\)"):
+                engine.new_sequence().advance(2, [1])
+        broken = engine_sets.engine_directory(SETS["rtx"]) / "norm.onnx"
+        broken.write_bytes(b"x" * broken.stat().st_size)
+        with pytest.raises(BundleError, match=r"norm.onnx"):
+            onnxruntime_device.open_backend(engine_sets, SETS["rtx"], "cuda", verify_hashes=False)
+    with Engine.of(engine_sets) as reference:
+        assert found == written(reference)
+
+
+def test_onnxruntime_leaves_the_thread_on_the_applications_gpu(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    gpu.set(devices=2)
+    gpu.cudaSetDevice(1)
+    with cuda_provider.installed(gpu), Engine.of(engine_sets, device="cuda", engines=SETS["rtx"]) as engine:
+        assert gpu.cudaGetDevice()[1] == 1
+        written(engine)
+    assert gpu.cudaGetDevice()[1] == 1
+
+
+def test_bfloat16_binds_through_onnxruntime(tmp_path: Path) -> None:
+    """NumPy has no bfloat16, and IO binding needs a type."""
+    half, single = TensorProto.BFLOAT16, TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["x"], ["wide"], to=single), helper.make_node("Cast", ["wide"], ["y"], to=half)],
+        "casts",
+        [helper.make_tensor_value_info("x", half, [2])],
+        [helper.make_tensor_value_info("y", half, [2]), helper.make_tensor_value_info("wide", single, [2])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
+    executor, device = OnnxRuntimeExecutor(tmp_path, {"g": "g.onnx"}, "cpu", {}), HostDevice()
+    x, y = device.allocate((2,), "bfloat16"), device.allocate((2,), "bfloat16")
+    wide = device.allocate((2,), "float32")
+    device.upload(x, np.array([0x3FC0, 0xC000], np.uint16))
+    executor.prepare("g", {"x": x, "y": y, "wide": wide}).run()
+    assert device.download(wide).tolist() == [1.5, -2.0] and device.download(y).tolist() == [0x3FC0, 0xC000]
+
+
+def test_a_gpu_without_room_for_the_graphs_is_not_a_damaged_bundle(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` runs on the CPU after a DeviceError only."""
+
+    def full(path: Path, **_: Any) -> None:
+        cause = "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 56623104"
+        raise BundleError(f"{path}: ONNX Runtime cannot load it: export it again") from RuntimeError(cause)
+
+    with cuda_provider.installed(gpu), monkeypatch.context() as patch:
+        patch.setattr(onnxruntime_device, "open_session", full)
+        with pytest.raises(DeviceError, match="embed: the GPU has too little memory for it"):
+            onnxruntime_device.open_backend(engine_sets, SETS["rtx"], "cuda")
+
+
+def test_products_in_float32_do_not_round_to_tf32(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider rounds the inputs of such products to 10 bits by default, and `fp32` is for checking."""
+    given: list[dict[str, str]] = []
+    with cuda_provider.installed(gpu), monkeypatch.context() as patch:
+        opened = onnxruntime_device.open_session
+
+        def watched(path: Path, **options: Any) -> Any:
+            given.append(options["providers"][0][1])
+            return opened(path, **options)
+
+        patch.setattr(onnxruntime_device, "open_session", watched)
+        Engine.of(engine_sets, device="cuda", engines=SETS["rtx"]).close()
+    assert {options.get("use_tf32") for options in given} == {"0"}
