@@ -73,15 +73,23 @@ class Engine(Closing):
         return cls.of(Bundle.open(path, verify_hashes=verify_hashes), verify_hashes=verify_hashes, **options)
 
     @classmethod
-    def of(cls, bundle: Bundle, *, verify_hashes: bool = True, **options: Unpack[EngineOptions]) -> Engine:
+    def of(
+        cls,
+        bundle: Bundle,
+        *,
+        verify_hashes: bool = True,
+        threads: int | None = None,
+        packed: str | os.PathLike[str] | None = None,
+        device: DeviceName = "auto",
+        engines: str | None = None,
+    ) -> Engine:
         """The same for a bundle that is already open; ``verify_hashes`` then concerns engine sets and packed weights."""
-        packed = options.get("packed")
         return cls(
             open_backend(
                 bundle,
-                options.get("device", "auto"),
-                options.get("engines"),
-                threads=options.get("threads"),
+                device,
+                engines,
+                threads=threads,
                 packed=None if packed is None else Path(packed),
                 verify_hashes=verify_hashes,
             )

@@ -449,8 +449,8 @@ def test_threads_that_cannot_work_are_refused(tiny: Any, threads: Any) -> None:
 
 def test_more_threads_than_cpus_are_warned_of(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     cpus = available_cpus()
-    with Engine.open(tiny.path, threads=cpus) as engine:
-        assert engine.backend.threads == cpus and caplog.text == ""
+    with Engine.open(tiny.path, threads=cpus):
+        assert caplog.text == ""
     with Engine.open(tiny.path, threads=cpus + 1):
         assert f"threads = {cpus + 1}, but this process may use {cpus} CPUs: fewer threads are faster" in caplog.text
 

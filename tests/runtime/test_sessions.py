@@ -307,16 +307,26 @@ def test_names_that_the_system_refuses_are_named(llm: LLM, tmp_path: Path, name:
         Chat.load(llm, tmp_path / name)
 
 
-@pytest.mark.parametrize("value", [object(), "\udcff"], ids=["object", "surrogate"])
-def test_messages_that_are_no_json_are_named(llm: LLM, tmp_path: Path, value: object) -> None:
+@pytest.mark.parametrize(
+    "extra", [{"meta": object()}, {"meta": "\udcff"}, {5: "x"}], ids=["object", "surrogate", "key"]
+)
+def test_messages_that_are_no_json_are_named(llm: LLM, tmp_path: Path, extra: dict[Any, Any]) -> None:
     talk = llm.chat()
-    for _ in talk.send({"role": "user", "content": "hi", "meta": value}, max_new_tokens=2):
+    for _ in talk.send({"role": "user", "content": "hi", **extra}, max_new_tokens=2):
         pass
     with pytest.raises(
         InputError, match=r"the messages cannot be saved as JSON .*: leave out what is not text or numbers"
     ):
         talk.save(tmp_path / "talk.session")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prefix_that_is_too_short_to_be_kept_is_named(llm: LLM, tmp_path: Path) -> None:
+    """It takes no place from rows that are kept."""
+    path = tmp_path / "short.session"
+    assert llm.save_prefix(list(range(10, 30)), path) == 20
+    with pytest.raises(InputError, match=r"short.session: 20 rows are too few to be kept: save a prefix of 32 tokens"):
+        llm.load_prefix(path)
 
 
 def test_an_empty_conversation_can_be_saved(llm: LLM, tmp_path: Path) -> None:

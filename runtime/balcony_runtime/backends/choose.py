@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -23,8 +23,6 @@ from balcony_runtime.backends.webgpu import provider
 DeviceName = Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"]
 
 _log = logging.getLogger(__name__)
-#: Compute capabilities that TensorRT-RTX 1.7 builds for by default.
-RTX_GPUS = ("75", "80", "86", "89", "120", "121")
 #: Tokens whose median time decides between GPU and CPU, after one that packs weights or compiles shaders.
 TOKENS = 5
 
@@ -87,9 +85,13 @@ def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
 
 def _runs_here(engines: EngineSet, capability: str) -> bool:
     """Whether a set's engines run on a GPU with the TensorRT that is installed."""
-    from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, import_tensorrt  # noqa: PLC0415 - likewise
+    from balcony_runtime.backends.accelerator.tensorrt_builder import (  # noqa: PLC0415 - likewise
+        MODULES,
+        gpus_of,
+        import_tensorrt,
+    )
 
-    known = engines.compute_capabilities or (RTX_GPUS if engines.target == "rtx" else (capability,))
+    known = gpus_of(engines) or (capability,)
     if not engines.engines or capability not in known:
         return False
     try:
@@ -122,9 +124,11 @@ def open_backend(
     Raises:
         BundleError: the bundle has no such set, or the set does not fit.
         InputError: packed weights are given for a device other than the CPU.
-        DeviceError: the device is missing.
+        DeviceError: there is no such device, or it is missing.
         MissingDependencyError: the engine is not installed.
     """
+    if device not in (names := get_args(DeviceName)):
+        raise DeviceError(f"device = {device!r}: must be one of {', '.join(names)}: give one of those")
     named = device != "auto" or engines is not None
     if device == "auto" and packed is not None:
         device = "cpu"

@@ -258,12 +258,17 @@ class SequencePool:
         """Read a session file as a sequence that has ended; returns the number of its rows.
 
         Raises:
-            InputError: the file cannot be read, is damaged, is of another bundle, or is larger than what may be kept.
+            InputError: the file cannot be read, is damaged, is of another bundle, or is shorter or larger than what
+                may be kept.
             BusyError: all members are in use.
         """
         # Neither rows that are there already nor a file that cannot be used take an ended sequence's place.
         if self.room:
             session = file.look(path, self._engine, whole=True)
+            if (rows := session.notes.stage_rows[0]) < LEAST_SHARED:
+                raise InputError(
+                    f"{path}: {rows} rows are too few to be kept: save a prefix of {LEAST_SHARED} tokens or more"
+                )
             if self._is_kept(session):
                 return len(session.tokens[0])
         with self._locked():

@@ -104,8 +104,13 @@ def save(
             caches have an axis of heads (those of portable graphs do not).
 
     Raises:
-        InputError: the file cannot be written, or the engine's rows are of a type that has no name in the format.
+        InputError: the file cannot be written, or the engine's rows are of a type that has no name in the format, or the
+            messages are not JSON.
     """
+    if not all(isinstance(key, str) for message in messages or () for key in message):
+        raise InputError(
+            "the messages cannot be saved as JSON (a key is not a text): leave out what is not text or numbers"
+        )
     with sequence.lock:
         rows = sequence.length if rows is None else rows
         stages, balconies, parts = sequence.parts(rows)

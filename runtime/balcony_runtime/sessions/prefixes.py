@@ -105,12 +105,12 @@ class PrefixFiles:
         tokens = sequence.tokens[0, : sequence.stage_cursor[0]]  # those of an end that was forced never ran
         path, shared = self.longest(tokens, self._most_bytes)  # larger files are never read
         if path is not None and shared == len(tokens) and path.exists():
+            _touch(path, age)
             return
         name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
         path = self.directory / f"{self._begin}{name}{SUFFIX}"
         file.save(path, self._engine, sequence, rows=len(tokens))
-        with contextlib.suppress(OSError):
-            os.utime(path, (time.time() - age,) * 2)
+        _touch(path, age)
         self.add(path)
         self._trim(path)
 
@@ -143,3 +143,9 @@ class PrefixFiles:
     def bytes(self) -> int:
         """Bytes of this bundle's files that nobody named."""
         return sum(status.st_size for _, status in self._own())
+
+
+def _touch(path: Path, age: int) -> None:
+    """Note that a file was used now, or so many seconds ago."""
+    with contextlib.suppress(OSError):
+        os.utime(path, (time.time() - age,) * 2)

@@ -71,6 +71,18 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
             "87",
             r"built for compute capability 86, 89, but this GPU has 87: build with --sm 87",
         ),
+        (  # without --sm TensorRT-RTX leaves Turing out, and fp8 needs Ada
+            engine_set(compute_capabilities=()),
+            "tensorrt_rtx 1.7",
+            "75",
+            "built for compute capability 86, 89, 120, 121, but this GPU has 75: build with --sm 75",
+        ),
+        (
+            engine_set(compute_capabilities=(), precision="fp8"),
+            "tensorrt_rtx 1.7",
+            "86",
+            "built for compute capability 89, 120, 121, but this GPU has 86",
+        ),
     ):
         with pytest.raises(BundleError, match=message):
             refuse(here, engines, version, capability)
@@ -120,6 +132,8 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert choose(anywhere).device == "tensorrt"
     monkeypatch.setattr(cuda, "compute_capability", lambda: "90")
     assert choose(anywhere).device == "cpu", "TensorRT-RTX knows no H100"
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "75")
+    assert choose(anywhere).device == "cpu", "Turing must be named"
 
 
 def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +313,20 @@ def test_a_pool_that_the_host_made_is_used(tiny: Any) -> None:
     assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
 
 
+def test_an_engine_names_the_threads_that_run_it(tiny: Any) -> None:
+    """The first engine of a process decides, and a device profile is compared with what runs."""
+    program = (
+        "import sys\n"
+        "from balcony_runtime.engine import Engine\n"
+        "for threads in (2, 1):\n"
+        "    with Engine.open(sys.argv[1], threads=threads, device='cpu') as engine:\n"
+        "        print(engine.backend.threads)\n"
+    )
+    command = [sys.executable, "-c", program, str(tiny.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("2\n2\n", 0), done.stderr
+
+
 def test_a_set_that_is_named_runs_or_is_refused(with_engine_sets: Callable[[str], Bundle]) -> None:
     """Its graphs are for a GPU, and slow on the CPU."""
     path = with_engine_sets("llama").path
@@ -308,3 +336,10 @@ def test_a_set_that_is_named_runs_or_is_refused(with_engine_sets: Callable[[str]
         balcony_edge.load(path, engines="rtx-fp32")
     with pytest.raises(BundleError, match="has no engine set rtx-fp61"):
         balcony_edge.load(path, engines="rtx-fp61")
+
+
+@pytest.mark.parametrize("engines", [None, "rtx-fp32"])
+def test_a_device_of_another_name_is_one_line(with_engine_sets: Callable[[str], Bundle], engines: str | None) -> None:
+    device: Any = "gpu"
+    with pytest.raises(DeviceError, match=r"^device = 'gpu': must be one of auto, cpu, cuda, tensorrt, webgpu: give"):
+        balcony_edge.load(with_engine_sets("llama").path, device=device, engines=engines)

@@ -146,6 +146,8 @@ def test_the_plugin_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
             return [SimpleNamespace(ep_name="CPUExecutionProvider"), *self.there]
 
         def register_execution_provider_library(self, name: str, path: str) -> None:
+            if self.libraries:
+                raise RuntimeError(f"library is already registered under {name}")
             self.libraries.append(path)
             if not self.loads:
                 raise RuntimeError("API version 24 is not available\nmore")
@@ -170,5 +172,7 @@ def test_the_plugin_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
         DeviceError, match=r"^ONNX Runtime 1.32 cannot load .*API version 24 is not available.: upgrade both"
     ):
         found(Runtime([card], loads=False))
-    with pytest.raises(DeviceError, match=r"this system lists none \(a card\): install the GPU's driver"):
-        found(Runtime([]))
+    nothing = Runtime([])
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=r"this system lists none \(a card\): install the GPU's driver"):
+            found(nothing)

@@ -281,6 +281,9 @@ def test_options_reach_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         ((("b", False), "cpu", "fused"), {"threads": 3, "packed": Path("weights"), "verify_hashes": False}),
         ((("b", True), "auto", None), {"threads": None, "packed": None, "verify_hashes": True}),
     ]
+    misspelled: Any = {"thread": 3}
+    with pytest.raises(TypeError, match="thread"):
+        Engine.open("b", **misspelled)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_the_next_process_begins_with_what_was_kept(tiny: Any, tmp_path: Path) -
             os.utime(path, (time.time() - 100 * (10 - age),) * 2)
         oldest = min(sizes)
         tokens = file.look(oldest, engine).tokens[0]
-        files.load(oldest, engine.new_sequence())  # now it is the youngest
+        files.load(oldest, again := engine.new_sequence())  # now it is the youngest
         sequence = engine.new_sequence()
         sequence.advance(5, np.arange(50))
         files.keep(sequence)
@@ -136,6 +136,9 @@ def test_the_next_process_begins_with_what_was_kept(tiny: Any, tmp_path: Path) -
         assert len(left & sizes.keys()) < len(sizes) and files.bytes < sum(sizes.values())
         files.keep(sequence)
         assert set(folder.glob("*.session")) == left, "what is there is not written again"
+        os.utime(oldest, (1e9, 1e9))
+        files.keep(again)
+        assert oldest.stat().st_mtime > 1.1e9, "its rows were used until now"
 
 
 def taken(pool: SequencePool, tokens: list[int]) -> TokenSequence:

@@ -42,6 +42,8 @@ from balcony_runtime.backends.token_table import TokenTable
 LOADERS = 2
 _pool_lock = threading.Lock()
 _pool_asked = False
+#: Size of the shared pool; None if the application made it.
+_pool_threads: int | None = None
 
 
 def open_session(
@@ -72,13 +74,14 @@ def open_session(
     Raises:
         BundleError: ONNX Runtime cannot run the file.
     """
-    global _pool_asked  # noqa: PLW0603 - the pool belongs to the process and is requested once
+    global _pool_asked, _pool_threads  # noqa: PLW0603 - the pool belongs to the process and is requested once
     count = threads or best_threads()
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
             with contextlib.suppress(Exception):  # the host has made a pool; the class of this error differs by version
                 ort.set_global_thread_pool_sizes(count, 1)
+                _pool_threads = count
             ort.create_and_register_allocator(
                 ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
                 ort.OrtArenaCfg(0, -1, -1, -1),  # the defaults of a session's own arena, without a limit
@@ -204,6 +207,7 @@ class OnnxRuntimeBackend(Closing):
         for layer in bundle.manifest.exit_layers if shared else ():
             path = shared[f"path_{layer}"]
             self.paths[layer] = _open(path, path.parent, threads=threads, optimize=False)
+        self.threads = _pool_threads or threads
         _trim_heap()
         use_large_pages(before)
         self.table = TokenTable(bundle)

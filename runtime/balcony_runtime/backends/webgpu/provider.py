@@ -7,6 +7,7 @@ place of the plain one; it also takes an adapter in software.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 import traceback
@@ -76,7 +77,7 @@ def find_provider() -> Provider:
         found = _devices(ort)
         if not found:
             try:
-                ort.register_execution_provider_library(_LIBRARY, plugin.get_library_path())
+                _register(ort, plugin.get_library_path())
             except Exception as error:  # its class differs by version
                 raise DeviceError(
                     f"ONNX Runtime {ort.__version__} cannot load onnxruntime-ep-webgpu ({first_line(error)}): upgrade both, or "
@@ -94,6 +95,12 @@ def find_provider() -> Provider:
 
 def _is_inside(ort: Any) -> bool:
     return NAME in ort.get_available_providers()
+
+
+@functools.cache
+def _register(ort: Any, path: str) -> None:
+    """Register the library of the plugin. ONNX Runtime refuses to do it twice, also if the library has brought no device."""
+    ort.register_execution_provider_library(_LIBRARY, path)
 
 
 def _devices(ort: Any) -> list[Any]:
