@@ -20,6 +20,9 @@ REQUESTS = {
 
 def main() -> None:
     """Ask all questions at the same time and say what each reply got."""
+    if len(sys.argv) != 2:
+        raise SystemExit("many_streams.py: give the directory of a bundle")
+    words: dict[bool | None, str] = {True: "held", False: "missed", None: "not measured"}
     with balcony_edge.load(sys.argv[1]) as llm, ThreadPoolExecutor(len(REQUESTS)) as threads:
 
         def answer(request: tuple[str, Budget]) -> Reply:
@@ -27,7 +30,7 @@ def main() -> None:
             return llm.generate(question, budget=budget, max_new_tokens=60)
 
         for (question, _), reply in zip(REQUESTS.items(), threads.map(answer, REQUESTS.items()), strict=True):
-            verdicts = ", ".join(f"{one.key} {'held' if one.held else 'missed'}" for one in reply.verdicts)
+            verdicts = ", ".join(f"{one.key} {words[one.held]}" for one in reply.verdicts)
             print(
                 f"{question}\n  {reply.text.strip()}\n  tokens by exit: {reply.tokens_per_exit}; {verdicts or 'no target'}"
             )

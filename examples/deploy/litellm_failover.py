@@ -33,6 +33,8 @@ import yaml
 #: begin and some are in progress.
 REPLY = {"extra_body": {"ignore_eos": True, "budget": {"max_pace_tps": 40}}}
 SHORTEST, LONGEST = 10, 80
+#: Asks the servers here, whatever proxy the environment names.
+HERE = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def started(command: list[str], port: int) -> subprocess.Popen[bytes]:
@@ -50,11 +52,10 @@ def free_port() -> int:
 
 def model_of(server: subprocess.Popen[bytes], port: int) -> str:
     """Name of the model of a server, once it is ready."""
-    here = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     until = time.monotonic() + 300
     while True:
         try:
-            with here.open(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
+            with HERE.open(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
                 return str(json.load(answer)["data"][0]["id"])
         except (urllib.error.URLError, ConnectionError):
             if time.monotonic() > until:
@@ -101,7 +102,7 @@ async def ask(router: Any) -> tuple[str, str]:
 
 def slots(port: int) -> int:
     """Number of replies in progress."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/slots", timeout=5) as answer:
+    with HERE.open(f"http://127.0.0.1:{port}/slots", timeout=5) as answer:
         return len(json.load(answer))
 
 
