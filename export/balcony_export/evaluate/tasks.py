@@ -221,20 +221,25 @@ def _records(path: Path, fields: set[str], answers: Sequence[str] = ()) -> list[
         if not isinstance(record, dict) or not fields <= record.keys():
             absent = sorted(fields - record.keys() if isinstance(record, dict) else fields)
             raise InputError(f"{where}: has no {absent[0]}: give {form}")
-        gold, choices = record.get("gold"), record.get("choices")
-        listed = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-        if "choices" in fields and not (listed and len(choices) == (len(answers) or len(choices))):
+        gold, choices, answer = (record.get(key) for key in ("gold", "choices", "answer"))
+        if "choices" in fields and not _texts(choices, len(answers)):
             count = f"{len(answers)} texts" if answers else "texts"
             raise InputError(f"{where}: choices = {shown(choices)}: must be a list of {count}: give them in this form")
         if "gold" in fields and isinstance(choices, list) and not (type(gold) is int and 0 <= gold < len(choices)):
             raise InputError(
                 f"{where}: gold = {shown(gold)}: must be the index of a choice: give 0 to {len(choices) - 1}"
             )
-        answer = record.get("answer")
         if answers and answer not in answers:
             raise InputError(f"{where}: answer = {shown(answer)}: must be a text: give one of {', '.join(answers)}")
         records.append(record)
     return records
+
+
+def _texts(value: Any, count: int) -> bool:
+    """Whether it is a list of texts, of any number if the count is 0."""
+    return (
+        isinstance(value, list) and all(isinstance(one, str) for one in value) and len(value) == (count or len(value))
+    )
 
 
 def _data_file(data: Path, name: str) -> Path:
