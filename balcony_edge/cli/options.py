@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from balcony_edge.errors import InputError
+from balcony_edge.files import require_writable_file, write_atomically
 
 if TYPE_CHECKING:
     from balcony_edge.device.tables import Format
@@ -58,15 +59,11 @@ def output_target(value: str) -> tuple[Format, Path | None]:
 
 def check_place(path: Path) -> None:
     """Refuse a file that cannot be written, before the work whose result goes there."""
-    from balcony_edge.files import require_writable_file
-
     require_writable_file(path, str(path), InputError, "name a file in a place that is writable")
 
 
 def write_output(text: str, path: Path | None) -> None:
     """Write a document to a file, or to stdout if it is None."""
-    from balcony_edge.files import write_atomically
-
     if path is None:
         print(text, end="")  # noqa: T201 - for programs
     else:

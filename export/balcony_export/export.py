@@ -40,10 +40,6 @@ from balcony_export.quantize.kv_cache import cache_scales, quantize_caches
 ProgressCallback = Callable[[str, float], None]
 
 
-def _no_progress(step: str, done: float) -> None:
-    """Show nothing."""
-
-
 @dataclass(frozen=True)
 class ExportOptions:
     """What a bundle shall be.
@@ -82,7 +78,7 @@ class Traced:
     lowered: Mapping[str, ir.Model]
 
 
-def trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback = _no_progress) -> Traced:
+def trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback = lambda step, done: None) -> Traced:
     """Trace a model with its balconies and cut it at the exits; errors as for :func:`export_bundle`.
 
     Of the options only name, context length and float type count: the graphs are the same for float32 and every scheme.
@@ -128,7 +124,7 @@ def export_bundle(
     *,
     traced: Traced | None = None,
     check: Callable[[Path], object] | None = None,
-    progress: ProgressCallback = _no_progress,
+    progress: ProgressCallback = lambda step, done: None,
 ) -> Manifest:
     """Write the bundle of a model, with one exit per balcony and the full depth.
 

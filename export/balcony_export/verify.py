@@ -296,6 +296,15 @@ def _difference(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> 
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
+def require_close(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32], what: str) -> None:
+    """Refuse to write a model whose logits are not those of another one."""
+    difference = _difference(got, want)
+    if not difference <= TOLERANCE["float32"]:
+        raise VerificationError(
+            f"{what} by {difference:.1e} of the largest: nothing was written; report the model's architecture"
+        )
+
+
 def _prefill(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[np.float32]:
     sequence = engine.new_sequence(max_length=len(ids))
     logits: npt.NDArray[np.float32] = sequence.advance(exit_layer, ids, num_logits=len(ids))[0]

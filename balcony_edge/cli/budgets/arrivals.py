@@ -10,8 +10,13 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.table import Table
+
+from balcony_edge.budget import Budget, load_budget
+from balcony_edge.cli.console import stdout
+from balcony_edge.errors import InputError
+
 if TYPE_CHECKING:
-    from balcony_edge.budget import Budget
     from balcony_edge.control.company.seen import Round
     from balcony_edge.simulation.company import SimulatedStream
 
@@ -30,8 +35,6 @@ def parsed(text: str) -> tuple[float, int]:
     Raises:
         InputError: a key is unknown, or a value is out of range.
     """
-    from balcony_edge.errors import InputError
-
     values = {"rate": math.nan, "burst": 1.0}
     for part in text.split(","):
         key, _, number = part.partition("=")
@@ -53,9 +56,6 @@ def parsed(text: str) -> tuple[float, int]:
 
 def classes(files: Sequence[Path], own: Budget) -> dict[str, Budget]:
     """Name of each budget file → its budget; ``own`` if there is none."""
-    from balcony_edge.budget import load_budget
-    from balcony_edge.errors import InputError
-
     found: dict[str, Budget] = {}
     for file in files:
         if file.stem in found:
@@ -112,10 +112,6 @@ def explained(company: Company) -> list[dict[str, Any]]:
 
 def show(found: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
     """Print what :func:`facts` and :func:`explained` found."""
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stdout
-
     if rows is not None:
         table = Table("from, s", "rounds", "stream: exit", "ms a round", "reason")
         for row in rows:

@@ -6,12 +6,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from balcony_edge.budget import Budget
+from balcony_edge.budget import Budget, load_budget
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.cli.console import stdout
+from balcony_edge.errors import BudgetError
 
 app = typer.Typer(help="Print the schema of budget files, or check one.", no_args_is_help=True)
 
@@ -19,8 +21,6 @@ app = typer.Typer(help="Print the schema of budget files, or check one.", no_arg
 @contextlib.contextmanager
 def named_refusal(name: object) -> Iterator[None]:
     """Let a budget that is refused inside be refused with the name of its file or class; None for no name."""
-    from balcony_edge.errors import BudgetError
-
     try:
         yield
     except BudgetError as error:
@@ -33,9 +33,6 @@ def asked_budget(file: Path | None, tpot_ms: float | None) -> Budget:
     Raises:
         BudgetError: both or neither are given, or the budget is refused.
     """
-    from balcony_edge.budget import Budget, load_budget
-    from balcony_edge.errors import BudgetError
-
     if (file is None) == (tpot_ms is None):
         both = "both" if file is not None else "neither"
         raise BudgetError(f"{both} of --budget and --tpot-ms: a budget is a file or a target: give one of the two")
@@ -45,8 +42,6 @@ def asked_budget(file: Path | None, tpot_ms: float | None) -> Budget:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of budget files, for editors."""
-    from balcony_edge.budget import Budget
-
     print(json.dumps(Budget.model_json_schema(), indent=2))  # noqa: T201 - output for an editor
 
 
@@ -57,10 +52,6 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Read a budget file and say what it asks for; an error in it is one line and exit code 1."""
-    from balcony_edge.budget import load_budget
-    from balcony_edge.bundle.bundle import Bundle
-    from balcony_edge.cli.console import stdout
-
     budget = load_budget(file)
     exits: tuple[int, ...] | None = None
     if bundle is not None:

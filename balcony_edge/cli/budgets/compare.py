@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from balcony_edge.cli.console import stdout
+from balcony_edge.cli.options import output_target, write_output
+from balcony_edge.cli.show import say_doubts
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,8 +37,6 @@ def compare(
     ] = None,
 ) -> None:
     """Compare two devices, bundles or versions: show ratios and whether they are significant."""
-    from balcony_edge.cli.options import output_target, write_output
-    from balcony_edge.cli.show import say_doubts
     from balcony_edge.device.compare import compare_profiles
     from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.device.tables import entry_line, render_lines
@@ -82,11 +85,6 @@ def differences(one: DeviceProfile, two: DeviceProfile) -> list[str]:
 
 
 def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...], everything: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stdout
-
     for name, profile in (("first", one), ("second", two)):
         bundle = profile.bundle
         stdout.print(

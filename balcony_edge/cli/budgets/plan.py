@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.cli.console import depth_styles, stderr, stdout
+from balcony_edge.cli.show import say_doubts
+from balcony_edge.errors import ContextLengthError
 
 if TYPE_CHECKING:
     from balcony_edge.simulation.plan import Check, Plan
@@ -26,12 +32,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show for each exit whether it meets each target, with which probability, and what the controller would do."""
-    from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.cli.budgets.budget import asked_budget, named_refusal
-    from balcony_edge.cli.console import stderr
-    from balcony_edge.cli.show import say_doubts
     from balcony_edge.device.profile import DeviceProfile
-    from balcony_edge.errors import ContextLengthError
     from balcony_edge.simulation.plan import REPLY_TOKENS, make_plan
 
     asked, measured = asked_budget(budget, tpot_ms), DeviceProfile.load(profile)
@@ -62,10 +64,6 @@ def plan(
 
 
 def _show(found: Plan) -> None:
-    from rich.table import Table
-
-    from balcony_edge.cli.console import depth_styles, stdout
-
     styles = depth_styles(tuple(exit_.exit_layer for exit_ in found.exits))
     table = Table("exit", "tokens/s", "first, ms", "J/token", "agrees", "targets", "share")
     for exit_ in found.exits:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+
+from balcony_edge.cli.console import stderr, stdout
 
 #: Most differences shown to people.
 MOST_SHOWN = 10
@@ -58,7 +61,6 @@ def _replay_tokens(trace: Path, as_json: bool) -> None:
 
 def _replay_rounds(trace: Path, as_json: bool) -> None:
     """Decide about the rounds of several replies again."""
-    from balcony_edge.cli.console import stderr
     from balcony_edge.control.company.round_trace import outcome_of, read_rounds, reason_of, replay_rounds
 
     recorded = read_rounds(trace)
@@ -77,10 +79,6 @@ def _replay_rounds(trace: Path, as_json: bool) -> None:
 
 def _tell(facts: dict[str, Any], sentence: str, differences: list[dict[str, Any]], as_json: bool) -> None:
     """Print what was replayed and what differs; the exit code is 1 if anything does."""
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stdout
-
     if as_json:
         print(json.dumps({**facts, "differences": differences}))  # noqa: T201 - programs read this
     else:

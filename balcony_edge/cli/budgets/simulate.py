@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
+from balcony_edge.budget import Budget
+from balcony_edge.cli.console import stderr, stdout
 from balcony_edge.cli.options import finite
+from balcony_edge.cli.show import say_doubts
+from balcony_edge.errors import BudgetError, ContextLengthError, InputError
 
 if TYPE_CHECKING:
-    from balcony_edge.budget import Budget
     from balcony_edge.cli.budgets.arrivals import Company
     from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.company.seen import Round
@@ -82,12 +86,9 @@ def simulate(
 
     from balcony_edge.cli.budgets.arrivals import explained, facts, parsed, show
     from balcony_edge.cli.budgets.budget import asked_budget, named_refusal
-    from balcony_edge.cli.console import stderr
-    from balcony_edge.cli.show import say_doubts
     from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.trace import TraceWriter
     from balcony_edge.device.profile import DeviceProfile
-    from balcony_edge.errors import BudgetError, ContextLengthError
     from balcony_edge.simulation import simulate as simulation
     from balcony_edge.simulation.plant import Plant
 
@@ -151,7 +152,6 @@ def _company(
     from balcony_edge.cli.budgets.budget import named_refusal
     from balcony_edge.control.company.assignment import qualities
     from balcony_edge.control.company.ceilings import merged_ceilings
-    from balcony_edge.errors import InputError
     from balcony_edge.simulation.company import Arrival, poisson, simulate_company
 
     agreement, (prompt_tokens, tokens, seconds) = profile.agreement(), sizes
@@ -187,8 +187,6 @@ def _company(
 
 def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, device: list[str] | None) -> None:
     """Print on stderr that watts and degrees are no measurement, if the profile has none and none were given."""
-    from balcony_edge.cli.console import stderr
-
     line = None
     if profile.powered(profile.rail_of(budget)) is None and not _given(device) & WATTS:
         line = "has no power measurement: watts and degrees are those of a small board; give --device idle_w=... and busy_w=..."
@@ -218,7 +216,6 @@ def load(text: str) -> Load:
         InputError: the text is neither, or the run has no slowdowns.
     """
     from balcony_edge.control.trace import read_trace
-    from balcony_edge.errors import InputError
     from balcony_edge.simulation.loads import PARAMETERS, parse_load, recorded
 
     if text.partition(":")[0] in PARAMETERS or not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
@@ -244,7 +241,6 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
     Raises:
         InputError: a key is unknown, or a value is not a number in its range.
     """
-    from balcony_edge.errors import InputError
     from balcony_edge.simulation.plant import RANGES, Physics
 
     rail = profile.rail_of(budget)
@@ -273,10 +269,6 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
 
 
 def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None:
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stdout
-
     if intervals is not None:
         table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", "reason")
         for interval in intervals:

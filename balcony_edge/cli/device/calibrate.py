@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import one_line
+from balcony_edge.cli.console import progress_bar, stdout
+from balcony_edge.cli.options import refuse_given
+from balcony_edge.errors import BundleError, InputError
+from balcony_edge.files import require_writable
 
 
 def calibrate(
@@ -39,15 +44,7 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Measure how confident each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
-    from rich.table import Table
-
-    from balcony_edge.bundle.bundle import Bundle
-    from balcony_edge.bundle.manifest import one_line
     from balcony_edge.bundle.quality import record_confidence
-    from balcony_edge.cli.console import progress_bar, stdout
-    from balcony_edge.cli.options import refuse_given
-    from balcony_edge.errors import BundleError, InputError
-    from balcony_edge.files import require_writable
     from balcony_runtime.decoding.thresholds import compare_exits, learn
     from balcony_runtime.engine import Engine
 
@@ -86,10 +83,6 @@ def calibrate(
 
 def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_json: bool) -> None:
     """Print results of the bundle's thresholds on a text, next to the promised limit."""
-    from rich.table import Table
-
-    from balcony_edge.cli.console import progress_bar, stdout
-    from balcony_edge.errors import InputError
     from balcony_runtime.decoding.thresholds import held_out
     from balcony_runtime.engine import Engine
 
@@ -116,8 +109,6 @@ def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_
 
 
 def _share(name: str, text: str) -> float:
-    from balcony_edge.errors import InputError
-
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

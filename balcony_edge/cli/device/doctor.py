@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from balcony_edge.cli.console import stdout
 from balcony_edge.errors import BalconyError, InputError
 
 if TYPE_CHECKING:
@@ -136,11 +139,6 @@ def _show(
     readings: list[dict[str, Any]],
     health: tuple[SourceHealth, ...],
 ) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stdout
-
     board = f"[bold]{escape(device['board'])}[/]: " if device["board"] else ""
     memory = f", {device['memory_bytes'] / 1e9:.1f} GB of memory" if device["memory_bytes"] else ""
     stdout.print(f"{board}{device['cpus']} × {escape(device['cpu'])}{memory}")

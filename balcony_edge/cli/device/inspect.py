@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest, ModelSpec
+from balcony_edge.cli.console import stdout
 from balcony_edge.cli.show import show_engines
 from balcony_edge.errors import InputError
 
@@ -62,11 +65,6 @@ def _heads(model: ModelSpec) -> str:
 
 
 def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stdout
-
     model = manifest.model
     size = sum(file.bytes for file in manifest.files.values())
     stdout.print(

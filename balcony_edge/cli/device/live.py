@@ -16,12 +16,11 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from balcony_edge.budget import Rail
-from balcony_edge.cli.console import visible
+from balcony_edge.budget import Budget, Rail
+from balcony_edge.cli.console import stderr, stdout, visible, write_text
 from balcony_edge.device.readings import adding_up
 
 if TYPE_CHECKING:
-    from balcony_edge.budget import Budget
     from balcony_edge.device.readings import Reading
     from balcony_runtime.decoding.confident import Telemetry
     from balcony_runtime.llm import LLM
@@ -38,8 +37,6 @@ def show_live(stream: TokenStream, styles: dict[int, str], llm: LLM) -> bool:
 
     If stdout is not a terminal, it gets only the text, and the status area goes to stderr.
     """
-    from balcony_edge.cli.console import stderr, stdout, write_text
-
     view = LiveView(styles, llm.readings, lambda: llm.quality, lambda: llm.budget)
     on_screen, stopped = stdout.is_terminal, False
     with Live(view, console=stdout if on_screen else stderr, refresh_per_second=8) as live:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads
+from balcony_edge.cli.console import depth_styles, progress_bar, stderr, stdout
+from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads, check_place, output_target, write_output
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,8 +51,6 @@ def profile(
 ) -> None:
     """Measure the cost of each exit on this device: time, memory, and energy if a sensor measures it."""
     import balcony_edge
-    from balcony_edge.cli.console import progress_bar, stderr
-    from balcony_edge.cli.options import check_place, output_target, write_output
     from balcony_edge.device.tables import render
     from balcony_runtime.profiler.grid import Grid, parse_values
     from balcony_runtime.profiler.run import measure_profile
@@ -103,11 +104,6 @@ def _seconds(text: str) -> float:
 
 
 def _show(measured: DeviceProfile) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from balcony_edge.cli.console import depth_styles, stdout
-
     bundle = measured.bundle
     styles = depth_styles(bundle.exit_layers)
     stdout.print(f"[bold]{escape(bundle.model)}[/] ({escape(bundle.precision)}) on {escape(measured.device.title)}")

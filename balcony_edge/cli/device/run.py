@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from balcony_edge.budget import Budget, load_budget
+from balcony_edge.cli.console import depth_styles, stderr, stdout, write_text
 from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads
+from balcony_edge.cli.show import show_stream, show_summary, summary
 from balcony_edge.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
@@ -97,10 +99,8 @@ def run(
     Only the reply goes to stdout; its cost goes to stderr.
     """
     import balcony_edge
-    from balcony_edge.cli.console import depth_styles, stderr, stdout, write_text
     from balcony_edge.cli.device.chat import converse
     from balcony_edge.cli.device.live import show_live
-    from balcony_edge.cli.show import show_stream, show_summary, summary
     from balcony_edge.control.trace import TraceWriter
     from balcony_runtime.decoding.sampling import SamplingParams
 

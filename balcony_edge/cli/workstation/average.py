@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+
+from balcony_edge.cli.console import stdout
 
 
 def average(
@@ -18,9 +21,6 @@ def average(
 
     It is often better than the last of them: measure both with export --evaluate. A next run may start from it.
     """
-    from rich.markup import escape
-
-    from balcony_edge.cli.console import stdout
     from balcony_export.model.averaging import average as write
 
     exits = write(directories, output)

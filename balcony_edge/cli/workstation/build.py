@@ -6,18 +6,19 @@ import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import EnginePrecision, EngineSet
+from balcony_edge.cli.console import native_stderr_dropped, progress_bar
 from balcony_edge.cli.show import engine_facts, show_engines
+from balcony_edge.errors import BundleError, InputError
+from balcony_edge.files import require_writable_file
 
 #: Default for the rows of the caches, if the bundle's context is longer.
 CONTEXT_LENGTH = 2048
-
-if TYPE_CHECKING:
-    from balcony_edge.bundle.bundle import Bundle
-    from balcony_edge.bundle.manifest import EnginePrecision, EngineSet
 
 
 def build(
@@ -74,10 +75,6 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Build one engine per stage, balcony and head into BUNDLE/tensorrt/. Existing graphs are reused."""
-    from balcony_edge.bundle.bundle import Bundle
-    from balcony_edge.errors import InputError
-    from balcony_edge.files import require_writable_file
-
     if block not in (None, 32, 64, 128):
         raise InputError(f"--block {block}: give 32, 64 or 128")
     if rounded_as is not None and block is not None:
@@ -111,7 +108,6 @@ def build(
 
 def default_context(bundle: Path) -> int:
     """Default for the rows of the caches: the bundle's context, at most ``CONTEXT_LENGTH``, in steps that masks may have."""
-    from balcony_edge.bundle.bundle import Bundle
     from balcony_runtime.backends.accelerator.tensorrt_builder import MASK_STEP
 
     context = Bundle.open(bundle, verify_hashes=False).manifest.model.context_length
@@ -152,9 +148,7 @@ def build_into(
 
     An existing set stays as it is until the new one is complete.
     """
-    from balcony_edge.bundle.bundle import Bundle
     from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
-    from balcony_edge.cli.console import native_stderr_dropped, progress_bar
 
     name, bundle = wanted.name, Bundle.open(path)
     with native_stderr_dropped(), progress_bar() as progress, new_engine_directory(path, name) as directory:
@@ -189,9 +183,6 @@ def _usable(bundle: Bundle, wanted: BuildOptions) -> tuple[Path, EngineSet] | No
 
     If only an engine is damaged, the entry has no engines: they are built again.
     """
-    from balcony_edge.bundle.bundle import Bundle as Opened
-    from balcony_edge.errors import BundleError
-
     there = bundle.manifest.engines.get(wanted.name)
     keys = ("context_length", "batch_size", *(() if wanted.block_size is None else ("block_size",)))
     if there is None or any(getattr(there, key) != getattr(wanted, key) for key in keys):
@@ -199,14 +190,11 @@ def _usable(bundle: Bundle, wanted: BuildOptions) -> tuple[Path, EngineSet] | No
     for entry in (there, there.unbuilt):
         manifest = bundle.manifest.model_copy(update={"engines": {wanted.name: entry}})
         with contextlib.suppress(BundleError):
-            return Opened(bundle.path, manifest).engine_directory(wanted.name), entry
+            return Bundle(bundle.path, manifest).engine_directory(wanted.name), entry
     return None
 
 
 def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_as: Path | None) -> EngineSet:
-    from balcony_edge.bundle.bundle import Bundle as Opened
-    from balcony_edge.errors import InputError
-
     try:
         from balcony_export.tensorrt.engine_set import make_graphs, rounding_of
         from balcony_export.tensorrt.graphs import Format
@@ -223,7 +211,7 @@ def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_
         )
     block = wanted.block_size or (there and there.block_size) or 64
     form = Format(wanted.precision, wanted.operators, wanted.context_length, block)  # type: ignore[arg-type]
-    rounding = None if rounded_as is None else rounding_of(Opened.open(rounded_as), bundle)
+    rounding = None if rounded_as is None else rounding_of(Bundle.open(rounded_as), bundle)
     return make_graphs(bundle, directory, wanted.target, form, batch_size=wanted.batch_size, rounding=rounding)
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+
+from balcony_edge.cli.console import progress_bar, stdout
+from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
     from balcony_export.quantize.blocks import Scheme
@@ -38,9 +42,7 @@ def cut(
     Train its balconies with `train OUTPUT --teacher MODEL`. Balconies that were cut with it are in OUTPUT/balconies.
     """
     import torch
-    from rich.markup import escape
 
-    from balcony_edge.cli.console import progress_bar, stdout
     from balcony_edge.device.machine import checked_threads
     from balcony_export.data.corpus import build_corpus
     from balcony_export.model.architecture import longest_context
@@ -93,7 +95,6 @@ def cut(
 
 def _scheme(mlp: int | None, tune_steps: int, precision: str | None) -> Scheme | None:
     """The scheme of the rounding, if any, after refusing options that cut nothing."""
-    from balcony_edge.errors import InputError
     from balcony_export.quantize.blocks import parse_precision
     from balcony_export.variants.cut import refuse_other_than_int4
 

@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from balcony_edge.bundle.bundle import Bundle, read_manifest
+from balcony_edge.bundle.manifest import MANIFEST, Manifest, Quality, one_line
+from balcony_edge.cli.console import progress_bar, stderr, stdout
 from balcony_edge.cli.options import Engines, OnDevice
+from balcony_edge.errors import BundleError, InputError
+from balcony_edge.files import require_writable
 
 if TYPE_CHECKING:
-    from balcony_edge.bundle.manifest import Manifest, Quality
     from balcony_export.evaluate.report import Report
     from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
     from balcony_runtime.backends.choose import DeviceName
@@ -58,11 +64,6 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
-    from balcony_edge.bundle.bundle import Bundle, read_manifest
-    from balcony_edge.bundle.manifest import MANIFEST
-    from balcony_edge.cli.console import progress_bar, stderr
-    from balcony_edge.errors import BundleError, InputError
-    from balcony_edge.files import require_writable
     from balcony_export.evaluate.report import write_report
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
@@ -113,8 +114,6 @@ def evaluate(
 
 
 def _refuse_for_a_model(subject: str, model: str | None, device: str, engines: str | None) -> None:
-    from balcony_edge.errors import InputError
-
     if model is not None:
         raise InputError(f"{subject} is a model, which is compared with its own full depth: leave --model out")
     if device != "cpu" or engines is not None:
@@ -124,7 +123,6 @@ def _refuse_for_a_model(subject: str, model: str | None, device: str, engines: s
 def _keep(bundle: Path, before: Manifest, report: Report) -> None:
     """Record results in the bundle's manifest; tells which earlier ones leave it."""
     from balcony_edge.bundle.quality import record_quality
-    from balcony_edge.cli.console import stderr
 
     _refuse_fewer_examples(before, report.qualities)
     for lost in _dropped(before, report):
@@ -134,8 +132,6 @@ def _keep(bundle: Path, before: Manifest, report: Report) -> None:
 
 def _refuse_replacing(manifest: Manifest, limit: int | None, names: Iterable[str]) -> None:
     """Refuse a quick run whose results would replace those on more documents."""
-    from balcony_edge.errors import InputError
-
     if limit is None:
         return
     for quality in (exit_.quality for exit_ in manifest.exits if exit_.quality is not None):
@@ -149,8 +145,6 @@ def _refuse_replacing(manifest: Manifest, limit: int | None, names: Iterable[str
 
 def _refuse_fewer_examples(manifest: Manifest, measured: Mapping[int, Quality]) -> None:
     """The same for tasks, which tell their number of examples when they have run."""
-    from balcony_edge.errors import InputError
-
     recorded = [exit_.quality for exit_ in manifest.exits if exit_.quality is not None]
     for name, task in next(iter(measured.values())).tasks.items():
         known = max((quality.tasks[name].examples for quality in recorded if name in quality.tasks), default=0)
@@ -163,8 +157,6 @@ def _refuse_fewer_examples(manifest: Manifest, measured: Mapping[int, Quality]) 
 
 def _dropped(manifest: Manifest, report: Report) -> Iterator[str]:
     """Texts whose results leave the manifest, because they were compared with another model."""
-    from rich.markup import escape
-
     measured = next(iter(report.qualities.values()))
     if not measured.text:
         return
@@ -181,9 +173,6 @@ def _dropped(manifest: Manifest, report: Report) -> Iterator[str]:
 
 def _by_name(files: list[Path]) -> dict[str, Path]:
     """Name under which results are kept → file."""
-    from balcony_edge.bundle.manifest import one_line
-    from balcony_edge.errors import InputError
-
     texts: dict[str, Path] = {}
     for path in files:
         if texts.setdefault(name := one_line(path.name), path) is not path:
@@ -194,7 +183,6 @@ def _by_name(files: list[Path]) -> dict[str, Path]:
 def _open_bundle(
     subject: str, exits: str | None, threads: int | None, device: DeviceName, engines: str | None
 ) -> BundleScorer:
-    from balcony_edge.bundle.bundle import Bundle
     from balcony_export.evaluate.scorer import BundleScorer
     from balcony_export.model.balcony import parse_exits
 
@@ -271,10 +259,6 @@ def _measure(
 
 
 def _show(report: Report, as_json: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stdout
     from balcony_export.evaluate.report import as_document, tables
 
     if as_json:

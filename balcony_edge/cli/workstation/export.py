@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.manifest import EnginePrecision, Manifest, one_line
+from balcony_edge.cli.console import progress_bar, stderr, stdout
+from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from balcony_edge.bundle.manifest import EnginePrecision, Manifest
     from balcony_export.quantize.blocks import Scheme
 
 
@@ -63,10 +68,6 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
-    from balcony_edge.bundle.bundle import Bundle
-    from balcony_edge.bundle.manifest import one_line
-    from balcony_edge.cli.console import progress_bar, stderr
-    from balcony_edge.errors import InputError
     from balcony_export.export import ExportOptions, export_bundle
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_model, load_tokenizer, model_name
@@ -123,7 +124,6 @@ def _refuse_mismatches(
     kl: float | None, scheme: str | Scheme, calibration: list[Path] | None, evaluate: list[Path] | None
 ) -> None:
     """Refuse text that nothing uses, and missing text that a budget or an int8 cache needs."""
-    from balcony_edge.errors import InputError
     from balcony_export.quantize.kv_cache import require_text
 
     if kl is not None:
@@ -140,7 +140,6 @@ def _refuse_mismatches(
 
 def _refuse_engines(scheme: str | Scheme, quality_budget: str | None) -> None:
     """Refuse what engines cannot be built from, and a machine without their builder, before the work."""
-    from balcony_edge.errors import InputError
     from balcony_runtime.backends.accelerator.tensorrt_builder import import_tensorrt
 
     if not isinstance(scheme, str) or quality_budget is not None:
@@ -152,8 +151,6 @@ def _refuse_engines(scheme: str | Scheme, quality_budget: str | None) -> None:
 
 def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None:
     """Warn about weaknesses of the bundle."""
-    from balcony_edge.cli.console import stderr
-
     if not trained:
         stderr.print(
             "[yellow]The balconies are untrained copies of the last layer, so the exits below the full depth give nonsense. "
@@ -173,10 +170,6 @@ def _build_engines(output: Path, precision: EnginePrecision) -> None:
 
 
 def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> None:  # type: ignore[type-arg]
-    from rich.markup import escape
-
-    from balcony_edge.cli.console import stdout
-
     size = sum(file.bytes for file in manifest.files.values())
     if as_json:
         document = {

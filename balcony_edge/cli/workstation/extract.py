@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+
+from balcony_edge.cli.console import stderr, stdout
+from balcony_edge.errors import InputError
 
 
 def extract(
@@ -25,10 +29,6 @@ def extract(
     A warning says if an engine must read the kinds of its layers from config.json.
     Weights keep the checkpoint's type; those of a GGUF file become float32.
     """
-    from rich.markup import escape
-
-    from balcony_edge.cli.console import stderr, stdout
-    from balcony_edge.errors import InputError
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.model.exits import ExitModel

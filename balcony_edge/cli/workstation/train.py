@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from balcony_edge.cli.console import stderr, stdout
+from balcony_edge.cli.options import refuse_given
+from balcony_edge.errors import InputError, MissingDependencyError, TrainingError
+from balcony_edge.files import require_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,9 +116,7 @@ def train(
     """Train one decoder layer per exit to predict what the frozen full model predicts."""
     import torch
 
-    from balcony_edge.cli.console import stderr
     from balcony_edge.device.machine import checked_threads, has_bfloat16
-    from balcony_edge.errors import InputError
     from balcony_export.data.packed import PackedText
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.balcony_files import load_balconies
@@ -189,7 +195,6 @@ def train(
 
 def _refuse_checkpoint(work: Path, resume: bool) -> None:
     """Refuse to resume nothing, and to begin where a run has begun."""
-    from balcony_edge.errors import TrainingError
     from balcony_export.train.run_files import CHECKPOINT
 
     begun = (work / CHECKPOINT).is_file()
@@ -201,7 +206,6 @@ def _refuse_checkpoint(work: Path, resume: bool) -> None:
 
 def _load_teacher(teacher: str, model: str, seq_len: int, loss: str) -> PreTrainedModel:
     """Load the model that the exits learn from, whose tokens must be those of ``model``."""
-    from balcony_edge.errors import InputError
     from balcony_export.model.checkpoint import load_tokenizer, load_trainable
 
     if loss == "ce":
@@ -215,7 +219,6 @@ def _load_teacher(teacher: str, model: str, seq_len: int, loss: str) -> PreTrain
 
 def _rows_seen(start: Path, layers: tuple[int, ...], corpus: Corpus) -> int:
     """Number of rows of the corpus that the balconies to start from have learned from."""
-    from balcony_edge.cli.console import stderr
     from balcony_export.model.balcony_files import rows_seen
 
     seen = rows_seen(start, layers, corpus.digest)
@@ -234,8 +237,6 @@ def _rows_seen(start: Path, layers: tuple[int, ...], corpus: Corpus) -> int:
 
 def _ready(trainer: Trainer, text: PackedText, resume: bool) -> None:
     """Keep the text for later pieces, take up the checkpoint if the user asks for it, and say if rows will come again."""
-    from balcony_edge.cli.console import stderr
-
     if trainer.processes.writes:
         text.keep()
     if resume and trainer.resume():
@@ -253,8 +254,6 @@ def _ready(trainer: Trainer, text: PackedText, resume: bool) -> None:
 
 def _shares(given: list[str]) -> dict[str, float]:
     """File name → share, from the values of ``--mix``."""
-    from balcony_edge.errors import InputError
-
     shares: dict[str, float] = {}
     for text in given:
         name, _, number = text.rpartition("=")
@@ -271,8 +270,6 @@ def _shares(given: list[str]) -> dict[str, float]:
 
 def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -> None:
     """Refuse a place that cannot be written, and to overwrite balconies of another run, unless this run starts from them."""
-    from balcony_edge.errors import TrainingError
-    from balcony_edge.files import require_writable
     from balcony_export.model.balcony_files import trained_exits
     from balcony_export.train.run_files import read_state, run_directory
 
@@ -287,7 +284,6 @@ def _refuse_trained(output: Path, layers: tuple[int, ...], start: Path | None) -
 
 def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | None) -> tuple[str, BalconyKind]:
     """Initial weights of the balconies, for the record of the run, and their kind."""
-    from balcony_edge.cli.options import refuse_given
     from balcony_export.model.balcony_files import digest_and_kind
 
     if start is None:
@@ -321,10 +317,6 @@ def _saved_at_interrupts(trainer: Trainer) -> Iterator[None]:
 @contextmanager
 def _progress_bar(trainer: Trainer) -> Iterator[Callable[[StepReport], None]]:
     """Loss per exit, tokens a second and time left, on stderr."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from balcony_edge.cli.console import stderr
-
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("first step", total=1.0, rate="")
@@ -341,11 +333,6 @@ def _progress_bar(trainer: Trainer) -> Iterator[Callable[[StepReport], None]]:
 
 
 def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict[int, float], as_json: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from balcony_edge.cli.console import stderr, stdout
-    from balcony_edge.errors import MissingDependencyError, TrainingError
     from balcony_export.model.checkpoint import model_name
     from balcony_export.train.report import TrainingCost, plot_curves, pretraining_tokens, read_metrics
     from balcony_export.train.trainer import METRICS

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.cli.console import progress_bar, stdout
 
 
 def verify(
@@ -17,10 +21,6 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compare logits of every exit with PyTorch: prefill, decode, and backbone.onnx. Exit code 1 if a bound is exceeded."""
-    from rich.table import Table
-
-    from balcony_edge.bundle.bundle import Bundle
-    from balcony_edge.cli.console import progress_bar, stdout
     from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.model.exits import ExitModel
     from balcony_export.verify import require_all_passed

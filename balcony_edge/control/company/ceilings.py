@@ -12,15 +12,8 @@ from functools import lru_cache
 from balcony_edge.budget import Budget, Rail
 from balcony_edge.control.governor import slowest_tps
 
-#: Ceilings of which the lowest holds, and the one of which the highest holds.
-_LOWEST = (
-    "temperature_c",
-    "critical_temperature_c",
-    "gpu_utilization",
-    "cpu_utilization",
-    "memory_mb",
-)
-_HIGHEST = "battery_floor_percent"
+#: Ceilings of which the lowest holds.
+_LOWEST = ("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization", "memory_mb")
 #: Rails in the order in which their watts count: the board's include those of its parts.
 _RAILS: tuple[Rail, ...] = ("board", "cpu", "gpu")
 
@@ -45,7 +38,7 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
             kept[key] = min(given)
     floors = [budget.battery_floor_percent for budget in budgets if budget.battery_floor_percent is not None]
     if floors:
-        kept[_HIGHEST] = max(floors)
+        kept["battery_floor_percent"] = max(floors)
     powered = [budget for budget in budgets if budget.power_w is not None]
     frugal = [budget for budget in budgets if budget.energy_j_per_token is not None]
     if powered:

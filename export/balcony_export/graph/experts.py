@@ -266,7 +266,7 @@ def spell_out(model: ir.Model) -> None:
         source, logits, gate_up, down = node.inputs
         assert source is not None and gate_up is not None and gate_up.shape is not None
         experts, rows, _ = gate_up.shape.numpy()
-        chain = _Chain(model)
+        chain = Chain(model)
         routing = _routing(chain, node, logits, experts)  # (N, E)
         by_expert = chain("Unsqueeze", chain("Transpose", routing, perm=[1, 0]), chain.integers(1))  # (E, 1, N)
         both = chain("MatMul", gate_up, chain("Transpose", source, perm=[1, 0]))  # (E, 2I, N)
@@ -280,7 +280,7 @@ def spell_out(model: ir.Model) -> None:
     model.graph.opset_imports.pop(_DOMAIN, None)
 
 
-def _routing(chain: _Chain, node: ir.Node, logits: ir.Value | None, experts: int) -> ir.Value:
+def _routing(chain: Chain, node: ir.Node, logits: ir.Value | None, experts: int) -> ir.Value:
     """Weight of every expert for every row, 0 for those that are not chosen  # (N, E)"""
     assert logits is not None and logits.dtype is not None
     half = logits.dtype != ir.DataType.FLOAT
@@ -296,19 +296,6 @@ def _routing(chain: _Chain, node: ir.Node, logits: ir.Value | None, experts: int
     nothing = initializer(chain.model, "no_weight", np.zeros((), logits.dtype.numpy()))
     weights = chain("Where", is_expert, chain("Unsqueeze", chances, last), nothing)
     return chain("ReduceSum", weights, chain.integers(1), keepdims=0)
-
-
-class _Chain(Chain):
-    """A chain with constants of its own."""
-
-    def integers(self, *numbers: int) -> ir.Value:
-        """A constant vector of int64."""
-        name = "integers_" + "_".join(map(str, numbers if len(numbers) < 9 else ("to", numbers[-1])))
-        return initializer(self.model, name, np.array(numbers, np.int64))
-
-    def integer(self, number: int) -> ir.Value:
-        """A constant int64 without axes."""
-        return initializer(self.model, f"integer_{number}", np.array(number, np.int64))
 
 
 def _nodes(model: ir.Model) -> list[ir.Node]:

@@ -70,6 +70,15 @@ class Chain:
         self.nodes.append(ir.Node("", op_type, list(inputs), converted, num_outputs=outputs))
         return self.nodes[-1].outputs
 
+    def integers(self, *numbers: int) -> ir.Value:
+        """A constant vector of int64."""
+        name = "integers_" + "_".join(map(str, numbers if len(numbers) < 9 else ("to", numbers[-1])))
+        return initializer(self.model, name, np.array(numbers, np.int64))
+
+    def integer(self, number: int) -> ir.Value:
+        """A constant int64 without axes."""
+        return initializer(self.model, f"integer_{number}", np.array(number, np.int64))
+
 
 def split_by_head(model: ir.Model, node: ir.Node, index: int, heads: int, head_dim: int) -> None:
     """Turn an input (B, T, H·d) of a node into (B, H, T, d)."""
@@ -124,14 +133,8 @@ def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
         if value is not None and value.const_value is not None
     }
     products = [node.attributes for node in traced.graph if node.op_type == "MatMulNBits"]
-    no_parameters = (
-        ".blocks",
-        ".scales",
-        ".zeros",
-        ".scale",
-        ".least",
-        ".most",
-    )  # packed weights, and scales of caches
+    # packed weights, and scales of caches
+    no_parameters = (".blocks", ".scales", ".zeros", ".scale", ".least", ".most")
     floats = [tensor.size for name, tensor in tensors.items() if not name.endswith(no_parameters)]
     packed = [
         tensors[str(node.inputs[place].name)].nbytes * 8 // node.attributes["expert_weight_bits"].as_int()  # type: ignore[union-attr]

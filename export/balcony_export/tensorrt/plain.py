@@ -52,10 +52,7 @@ class _Chain(Chain):
     def split(self, value: ir.Value | None, width: int, whole: int) -> Sequence[ir.Value]:
         """Two parts of the last axis of so many numbers each, and the rest of it if there is one."""
         sizes = [width, width, whole - 2 * width] if whole > 2 * width else [width, width]
-        return self.several("Split", len(sizes), value, self.ints(*sizes), axis=-1)
-
-    def ints(self, *values: int) -> ir.Value:
-        return initializer(self.model, f"ints_{'_'.join(map(str, values))}", np.array(values, np.int64))
+        return self.several("Split", len(sizes), value, self.integers(*sizes), axis=-1)
 
     def number(self, value: float) -> ir.Value:
         return initializer(self.model, f"float_{value:g}", np.array(value, np.float32))
@@ -66,7 +63,7 @@ class _Chain(Chain):
 
 def _norm(chain: _Chain, node: ir.Node) -> None:
     hidden, scale = node.inputs
-    mean = chain("ReduceMean", chain("Mul", hidden, hidden), chain.ints(-1), keepdims=1)
+    mean = chain("ReduceMean", chain("Mul", hidden, hidden), chain.integers(-1), keepdims=1)
     root = chain("Sqrt", chain("Add", mean, chain.number(node.attributes["epsilon"].as_float())))
     chain("Mul", chain("Div", hidden, root), scale)
 
@@ -78,19 +75,19 @@ def _rotary(chain: _Chain, node: ir.Node) -> None:
     half = int(cos.shape[1])  # type: ignore[arg-type]
     assert rows is not None and rows.shape is not None
     width = int(rows.shape[-1])  # type: ignore[arg-type]
-    first, second, *rest = chain.split(chain("Reshape", rows, chain.ints(0, 0, heads, -1)), half, width // heads)
-    angles = [chain("Unsqueeze", chain("Gather", table, positions, axis=0), chain.ints(2)) for table in (cos, sin)]
+    first, second, *rest = chain.split(chain("Reshape", rows, chain.integers(0, 0, heads, -1)), half, width // heads)
+    angles = [chain("Unsqueeze", chain("Gather", table, positions, axis=0), chain.integers(2)) for table in (cos, sin)]
     left = chain("Sub", chain("Mul", first, angles[0]), chain("Mul", second, angles[1]))
     right = chain("Add", chain("Mul", second, angles[0]), chain("Mul", first, angles[1]))
-    chain("Reshape", chain("Concat", left, right, *rest, axis=-1), chain.ints(0, 0, width))
+    chain("Reshape", chain("Concat", left, right, *rest, axis=-1), chain.integers(0, 0, width))
 
 
 def _scatter(chain: _Chain, node: ir.Node) -> None:
     past, update, start = node.inputs
-    count = chain("Squeeze", chain("Shape", update, start=2, end=3), chain.ints(0))
-    zero, one = (initializer(chain.model, f"scalar_{value}", np.array(value, np.int64)) for value in (0, 1))
-    rows = chain("Unsqueeze", chain("Range", zero, count, one), chain.ints(0, 1, 3))  # (1, 1, T, 1)
-    places = chain("Add", chain("Unsqueeze", start, chain.ints(1, 2, 3)), rows)  # (B, 1, T, 1)
+    count = chain("Squeeze", chain("Shape", update, start=2, end=3), chain.integers(0))
+    zero, one = chain.integer(0), chain.integer(1)
+    rows = chain("Unsqueeze", chain("Range", zero, count, one), chain.integers(0, 1, 3))  # (1, 1, T, 1)
+    places = chain("Add", chain("Unsqueeze", start, chain.integers(1, 2, 3)), rows)  # (B, 1, T, 1)
     chain("ScatterElements", past, chain("Expand", places, chain("Shape", update)), update, axis=2)
 
 
@@ -102,16 +99,16 @@ def _attention(chain: _Chain, node: ir.Node) -> None:
     # scaled before the product, which is larger than float16 in some models (Qwen2) otherwise
     scaled = chain("Mul", query, chain.cast(chain.number(node.attributes["scale"].as_float()), key.dtype))
     # query heads that share a key head become rows of one product
-    grouped = chain("Reshape", scaled, chain.ints(0, kv_heads, -1, width))
+    grouped = chain("Reshape", scaled, chain.integers(0, kv_heads, -1, width))
     scores = chain("MatMul", grouped, chain("Transpose", key, perm=[0, 1, 3, 2]))
-    scores = chain.cast(chain("Reshape", scores, chain.ints(0, heads, -1, capacity)), ir.DataType.FLOAT)
+    scores = chain.cast(chain("Reshape", scores, chain.integers(0, heads, -1, capacity)), ir.DataType.FLOAT)
     if "softcap" in node.attributes:
         cap = chain.number(node.attributes["softcap"].as_float())
         scores = chain("Mul", chain("Tanh", chain("Div", scores, cap)), cap)
     seen = chain("Where", mask, scores, chain.number(float(_UNSEEN)))
     shares = chain.cast(chain("Softmax", seen, axis=-1), key.dtype)
-    mixed = chain("MatMul", chain("Reshape", shares, chain.ints(0, kv_heads, -1, capacity)), value)
-    chain("Reshape", mixed, chain.ints(0, heads, -1, width))
+    mixed = chain("MatMul", chain("Reshape", shares, chain.integers(0, kv_heads, -1, capacity)), value)
+    chain("Reshape", mixed, chain.integers(0, heads, -1, width))
 
 
 def _heads_of(node: ir.Node) -> int:

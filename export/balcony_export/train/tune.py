@@ -54,7 +54,6 @@ def tune(
     rate: float = RATE,
     batch_rows: int = 2,
     vocabulary: int = 8192,
-    seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
     """Train the decoder layers and the final norm; returns the loss of each step, KL(teacher ‖ model) in nats.
@@ -69,7 +68,6 @@ def tune(
         rate: Peak learning rate.
         batch_rows: Rows of a step.
         vocabulary: Tokens that a step compares; 0: all.
-        seed: Seed of the order of rows and of the part of the vocabulary.
         report: Called with the number of steps done and the last loss.
 
     Raises:
@@ -79,7 +77,7 @@ def tune(
     full_model(exits, teacher.model)
     head = HeadLoss(head_of(exits), head_of(teacher), dtype=torch.float32, compiled=False)
     rows = corpus.train
-    order = Order(len(rows.tokens), batch_rows, seed)
+    order = Order(len(rows.tokens), batch_rows, seed=0)
     exits.model.requires_grad_(False)
     trained = [*exits.parts.layers.parameters(), *exits.parts.norm.parameters()]
     for parameter in trained:
@@ -99,7 +97,7 @@ def tune(
         full = wanted.flatten(0, 1)[where]
         if sample is None and 0 < vocabulary < len(head.whole.weight):
             sample = VocabularySample(vocabulary, head.ranking(full))
-        part = None if sample is None else sample.draw(head.whole, tokens.flatten(), [seed, step])
+        part = None if sample is None else sample.draw(head.whole, tokens.flatten(), [0, step])
         (total,) = head.backward(full, [got.flatten(0, 1)[where]], part=part)
         losses.append(total / len(where))
         if not math.isfinite(losses[-1]):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from balcony_edge.errors import InputError, VerificationError
+from balcony_edge.errors import InputError
 from balcony_export.graph.widen import tensor_as
 from balcony_export.model.balcony_files import fingerprint, save_balconies
 from balcony_export.model.checkpoint import load_model, save_checkpoint
@@ -27,7 +27,7 @@ from balcony_export.model.experts import mixture
 from balcony_export.output import fresh_directory
 from balcony_export.quantize.blocks import Quantizer, Scheme
 from balcony_export.quantize.gptq import DAMPING, second_moments
-from balcony_export.verify import TOLERANCE, reference_logits
+from balcony_export.verify import reference_logits, require_close
 
 #: Directory of the balconies inside a cut checkpoint.
 BALCONIES = "balconies"
@@ -140,9 +140,4 @@ def save_cut(exits: ExitModel, tokenizer: PreTrainedTokenizerBase, output: Path)
             save_balconies(directory / BALCONIES, exits.balconies, fingerprint(exits.model))
         ids = list(range(3, min(67, exits.model.config.vocab_size)))
         want, got = (reference_logits(ExitModel(one), ids) for one in (exits.model, load_model(directory)))
-        difference = float(abs(got[exits.depth] - want[exits.depth]).max() / abs(want[exits.depth]).max())
-        if not difference <= TOLERANCE["float32"]:
-            raise VerificationError(
-                f"the written model's logits differ by {difference:.1e} of the largest: nothing was written; report the "
-                "model's architecture"
-            )
+        require_close(got[exits.depth], want[exits.depth], "the written model's logits differ")

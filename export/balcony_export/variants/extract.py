@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from balcony_edge.errors import InputError, VerificationError
+from balcony_edge.errors import InputError
 from balcony_export.model.architecture import cast_weights, parts_of
 from balcony_export.model.checkpoint import save_checkpoint
 from balcony_export.model.exits import ExitModel
 from balcony_export.model.experts import experts_in
 from balcony_export.model.layer import memory_of
 from balcony_export.output import fresh_directory, refuse_existing
-from balcony_export.verify import TOLERANCE, reference_logits
+from balcony_export.verify import reference_logits, require_close
 
 #: Fields of a configuration with an entry per layer.
 _PER_LAYER = ("layer_types", "no_rope_layers")
@@ -127,12 +127,7 @@ def extract(exits: ExitModel, tokenizer: PreTrainedTokenizerBase, exit_layer: in
     want = reference_logits(exits, ids)[exit_layer]
     with torch.no_grad():
         got = small(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
-    difference = float(abs(got - want).max() / abs(want).max())
-    if not difference <= TOLERANCE["float32"]:
-        raise VerificationError(
-            f"exit {exit_layer}: the extracted model's logits differ from the exit's by {difference:.1e} of the largest: "
-            "nothing was written; report the model's architecture"
-        )
+    require_close(got, want, f"exit {exit_layer}: the extracted model's logits differ from the exit's")
     with fresh_directory(output) as directory:
         save_checkpoint(small, tokenizer, directory)
     return small

@@ -78,9 +78,8 @@ def _decode_ms(profile: DeviceProfile) -> dict[int, float]:
 
 
 def _joules(profile: DeviceProfile) -> dict[int, float]:
-    rail = profile.power[0].rail if profile.power else "board"
     exits = profile.bundle.exit_layers
-    return {layer: joules for layer in exits if (joules := profile.joules_per_token(layer, rail)) is not None}
+    return {layer: joules for layer in exits if (joules := profile.joules_per_token(layer, profile.rail)) is not None}
 
 
 def _quality(go: Any, profile: DeviceProfile, unit: str, costs: dict[int, float], name: str) -> Chart | None:

@@ -128,19 +128,12 @@ def _quiet_session(graph: Path | bytes, options: Any, providers: Sequence[Any]) 
 
 def check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None:
     """Refuse a graph whose inputs or outputs differ from the manifest's table."""
-    kinds = {
-        "float32": "tensor(float)",
-        "float16": "tensor(float16)",
-        "int64": "tensor(int64)",
-        "int32": "tensor(int32)",
-        "int8": "tensor(int8)",
-    }
     for role, table, found in (
         ("input", spec.inputs, session.get_inputs()),
         ("output", spec.outputs, session.get_outputs()),
     ):
         actual = {value.name: (value.type, tuple(value.shape)) for value in found}
-        wanted = {tensor.name: (kinds[tensor.dtype], tensor.shape) for tensor in table}
+        wanted = {one.name: (f"tensor({one.dtype})".replace("float32", "float"), one.shape) for one in table}
         for name in wanted.keys() ^ actual.keys():
             side = "has no" if name in wanted else "has an unlisted"
             raise BundleError(f"{path}: the graph {side} {role} {name}: export the bundle again")
