@@ -74,7 +74,7 @@ class Entry(_Frozen):
         python       time of a decode step at a fixed exit outside the engine's own calls
         controller   the same under a target, which the controller checks at every token; every price includes it
 
-    ``predicted_ms`` is the price by ``costs``.
+    ``predicted_ms`` is the price by ``costs``, without the decision: all of these are measured at fixed exits.
     """
 
     kind: Kind

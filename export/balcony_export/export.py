@@ -38,6 +38,9 @@ from balcony_export.quantize.kv_cache import cache_scales, quantize_caches
 
 #: Called with the step that begins and the share of the work done before it (0 to 1).
 ProgressCallback = Callable[[str, float], None]
+#: Names of tokens that end a turn. Many files name only the token that ends a text (Gemma's GGUF files, fine-tunes of base
+#: models); llama.cpp also goes by these names (``llama-vocab.cpp``).
+_TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def export_bundle(
             "or int4 with level=1"
         )
     template = _chat_template(tokenizer)
+    spec = _with_turn_ends(spec, tokenizer, template)
     with fresh_directory(output) as directory:
         traced = traced or trace(exits, options, progress)
         # quantizing and writing change a graph's weights; the traced graphs stay as they are
@@ -322,13 +326,23 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def _with_turn_ends(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, template: str | None) -> ModelSpec:
+    """The description of a model whose replies also end at the tokenizer's end of text and at the end of a turn of a chat."""
+    names = [tokenizer.eos_token, *(name for name in _TURN_ENDS if name in (template or ""))]
+    vocabulary = tokenizer.get_vocab()
+    ends = [vocabulary[name] for name in names if vocabulary.get(name, spec.vocab_size) < spec.vocab_size]
+    return spec.model_copy(update={"eos_token_ids": tuple(dict.fromkeys((*spec.eos_token_ids, *ends)))})
+
+
 def _write_tokenizer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, directory: Path
 ) -> None:
     backend: Any = tokenizer.backend_tokenizer
     (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     if template is not None:
-        special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        # a bundle's reader takes no others, such as the image_thumbnail of LFM2-VL's tokenizer
+        named = {key: value for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")}
+        special = {key: str(value) for key, value in named.items() if isinstance(value, str)}
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         (directory / "special_tokens.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")
     generation: Any = model.generation_config

@@ -213,9 +213,9 @@ class Requests:
         box = toolbox(tools, choice, parallel, self._written)
         if box is None:
             return None
-        names = (*re.findall("<[^<>]+>", box.form.marker + box.form.tail), *THOUGHT)
-        tags = {name: self._codec.control_token(name, shown=True) for name in names}
-        return box._replace(tags={name: token for name, token in tags.items() if token is not None})
+        form, added = box.form, self._codec.added
+        marks = (*re.findall("<[^<>]+>", form.marker + form.tail + form.last), *THOUGHT)
+        return box._replace(tags={name: added[name][0] for name in marks if name in added})
 
     def _written(self) -> tuple[CallFormat, int | None]:
         """How the model writes calls, and the token of the marker."""

@@ -107,10 +107,15 @@ class TextCodec:
             return None
         return ThoughtReader(self.decode(prompt[-CONTEXT_TOKENS:], control_tokens=True).rstrip().endswith(THOUGHT[0]))
 
-    def control_token(self, text: str, *, shown: bool = False) -> int | None:
-        """The control token of this name, or None; with ``shown`` also an added token of this name that texts show."""
-        found = self._tokenizer.get_added_tokens_decoder().items()
-        return next((id_ for id_, token in found if (token.special or shown) and token.content == text), None)
+    @cached_property
+    def added(self) -> dict[str, tuple[int, AddedToken]]:
+        """Added tokens by their names, with their ids. Texts do not show those that are special: control tokens."""
+        return {token.content: (id_, token) for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def control_token(self, text: str) -> int | None:
+        """The control token of this name, or None."""
+        found = self.added.get(text)
+        return found[0] if found is not None and found[1].special else None
 
     def encode(
         self,
@@ -227,26 +232,18 @@ class TextCodec:
     @cached_property
     def _control_tokens(self) -> list[str]:
         """Names of the control tokens, the longest first."""
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        return sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return sorted((name for name, (_, token) in self.added.items() if token.special), key=len, reverse=True)
 
     @cached_property
     def _aliased(self) -> tuple[Tokenizer, dict[int, int]]:
         """A tokenizer that knows control tokens by aliases only, and their own ids by those of the aliases."""
         tokenizer = Tokenizer.from_str(self._literal.to_str())
         tokenizer.encode_special_tokens = True
-        known = {token.content: (id_, token) for id_, token in tokenizer.get_added_tokens_decoder().items()}
-        aliases = {f"{_ALIAS}{place}{_CLOSE}": known[name] for place, name in enumerate(self._control_tokens)}
+        aliases = {f"{_ALIAS}{place}{_CLOSE}": self.added[name] for place, name in enumerate(self._control_tokens)}
+        kept = ("single_word", "lstrip", "rstrip", "normalized")
         tokenizer.add_tokens(
             [
-                AddedToken(
-                    alias,
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=token.normalized,
-                    special=False,
-                )
+                AddedToken(alias, special=False, **{name: getattr(token, name) for name in kept})
                 for alias, (_, token) in aliases.items()
             ]
         )

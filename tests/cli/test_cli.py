@@ -363,6 +363,14 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     refused('bad.jsonl:1: has no "text"', "calibrate", bundle, "--text", tmp_path / "bad.jsonl")
 
 
+def test_calibrate_reads_the_text_before_it_loads_the_model(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("balcony_runtime.engine.Engine.of", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "bad.jsonl").write_text('{"words": 1}')
+    refused('bad.jsonl:1: has no "text"', "calibrate", exported, "--text", tmp_path / "bad.jsonl")
+
+
 def test_under_optimums_command_line(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mistral import tokenizer as mistral_tokenizer
+from transformers.models.auto import tokenization_auto
 
 from balcony_edge.errors import CheckpointError, MissingDependencyError
 from balcony_export.model import checkpoint
@@ -189,6 +191,18 @@ def test_a_mistral_whose_file_splits_text_wrongly_is_mended(model_copy: Path) ->
     (model_copy / "tokenizer.json").write_text(json.dumps(document))
     found = load_tokenizer(model_copy).backend_tokenizer.pre_tokenizer
     assert [text for text, _ in found.pre_tokenize_str("eBay")] == ["e", "Bay"]
+
+
+def test_a_mistral_with_its_own_package_installed_has_a_tokenizer_to_export(
+    model_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With mistral-common, transformers takes a class that reads ``tekken.json`` and has no tokenizers backend."""
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    (model_copy / "tekken.json").write_text("{}")
+    monkeypatch.setattr(mistral_tokenizer, "is_mistral_common_available", lambda: True)
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    assert load_tokenizer(model_copy).backend_tokenizer.get_vocab_size() > 0
 
 
 def test_a_damaged_tokenizer_is_named(model_copy: Path) -> None:

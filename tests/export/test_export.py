@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -141,6 +142,15 @@ def test_of_several_chat_templates_the_default_is_taken(make_tiny: Any, make_tok
     assert not (tmp_path / "out").exists()
 
 
+def test_replies_end_where_the_chat_template_ends_a_turn(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    """Gemma's GGUF files name only the end of a text, but its replies end with ``<end_of_turn>``."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<end_of_turn>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end_of_turn>\n{% endfor %}"
+    manifest = export_bundle(ExitModel(make_tiny("llama")), tokenizer, tmp_path / "out", OPTIONS)
+    assert manifest.model.eos_token_ids == (0, tokenizer.convert_tokens_to_ids("<end_of_turn>"))
+
+
 def test_a_failed_check_leaves_nothing(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     def fail(directory: Path) -> None:
         assert Bundle.open(directory).manifest.exit_layers == (5,)
@@ -167,6 +177,18 @@ def test_the_full_model_is_the_same_with_and_without_balconies(tiny: Any, make_t
             logits.append([sequence.advance(5, tokens[:29]), sequence.advance(5, tokens[29:])])
     for one, other in zip(*logits, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_bundle_has_the_names_of_special_tokens_that_its_reader_takes(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """LFM2-VL's tokenizer, which text models that were cut out of it keep, calls one of its tokens image_thumbnail."""
+    tokenizer = make_tokenizer()
+    tokenizer._set_model_specific_special_tokens({"image_thumbnail": "<end>"})
+    assert "image_thumbnail" in tokenizer.special_tokens_map
+    _write_tokenizer(make_tiny("llama"), tokenizer, _chat_template(tokenizer), tmp_path)
+    names = json.loads((tmp_path / "special_tokens.json").read_text())
+    assert "eos_token" in names and "image_thumbnail" not in names
 
 
 def test_verification_is_required_of_every_check() -> None:

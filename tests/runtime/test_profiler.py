@@ -25,7 +25,7 @@ from balcony_runtime.profiler.cells import Bench, Key
 from balcony_runtime.profiler.conditions import ConditionWatch, Meter, measured_rails, private_bytes, why_no_power
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit
 from balcony_runtime.profiler.grid import Grid, parse_values
-from balcony_runtime.profiler.results import fit_costs
+from balcony_runtime.profiler.results import entries, fit_costs
 from balcony_runtime.profiler.run import _power, measure_profile
 from balcony_runtime.profiler.timing import _rank, chance_ms, summarise
 from balcony_runtime.sensors import Absence, Sensors, SourceSample
@@ -132,8 +132,12 @@ def test_a_price_includes_the_decision() -> None:
     passes = {Key("catch_up", 4, rows=rows, context=end - 1): [[9.0 + rows]] for rows in (1, 2, 8) for end in (16, 300)}
     ends = {Key("norm", 4, context=15): [[0.5]], Key("lm_head", 4, context=15): [[2.0]]}
     steps = {Key("decode", 4): [[14.0]], Key("python", 4): [[0.1]], Key("controller", 4): [[0.4]]}
-    costs, _ = fit_costs({**passes, **ends, **steps}, (4,))
+    blocks = {**passes, **ends, **steps}
+    costs, _ = fit_costs(blocks, (4,))
     assert costs.overhead_ms == 0.4 and costs.steady_ms(4, 0) == pytest.approx(14.3)
+    # The step was measured without a decision, so that is no error of its price.
+    (step,) = (found for found in entries(blocks, costs) if found.kind == "decode")
+    assert step.predicted_ms == pytest.approx(14.0)
 
 
 def test_percentiles_and_intervals() -> None:

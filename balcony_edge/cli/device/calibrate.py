@@ -61,8 +61,10 @@ def calibrate(
         return
     require_writable(bundle, str(bundle), BundleError, "make it writable: the thresholds go into its manifest")
     assert text is not None
+    documents = _documents(text, opened, tokens, document_tokens)  # first, because loading may take minutes
     with progress_bar() as progress, Engine.of(opened) as engine:
-        documents = _documents(text, opened, tokens, min(document_tokens, engine.max_length))
+        if engine.max_length < document_tokens:
+            documents = _documents(text, opened, tokens, engine.max_length)
         compared = compare_exits(engine, documents, lambda done: progress("comparing exits", done))
         found = learn(compared, one_line(text.name), *shares)
     record_confidence(bundle, found, opened.manifest.fingerprint)
@@ -89,8 +91,10 @@ def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_
     spec = bundle.manifest.confidence
     if spec is None:
         raise InputError(f"{bundle.path}: has no thresholds to check: calibrate it with --text first")
+    documents = _documents(text, bundle, tokens, document_tokens)
     with progress_bar() as progress, Engine.of(bundle) as engine:
-        documents = _documents(text, bundle, tokens, min(document_tokens, engine.max_length))
+        if engine.max_length < document_tokens:
+            documents = _documents(text, bundle, tokens, engine.max_length)
         count, found = held_out(engine, documents, spec, lambda done: progress("comparing exits", done))
     if as_json:
         exits = {e: {**held._asdict(), "kept": held.disagreement <= spec.max_disagreement} for e, held in found.items()}

@@ -316,6 +316,13 @@ def _load(manager: Any, specs: Mapping[str, str | dict[str, Any]]) -> Loaded:
     return Loaded(harness, leaves)
 
 
+#: Functions of the harness that take pairs or texts of all examples: none of these is a score of one example.
+_WHOLE = {
+    *("bleu", "chrf", "chrfpp", "ter", "f1_score", "matthews_corrcoef", "brier_score"),
+    *("bits_per_byte", "weighted_perplexity"),
+}
+
+
 def _check_loaded(name: str, tasks: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
     """Refuse what would fail only after all examples have run, which would cost the results of all other tasks as well."""
     for leaf, task in tasks.items():
@@ -327,7 +334,10 @@ def _check_loaded(name: str, tasks: Mapping[str, Any], earlier: Mapping[str, Any
             raise InputError(
                 f"--tasks: '{leaf}' belongs to '{name}' and to an earlier name: evaluate the two in runs of their own"
             )
-    metrics = [set(task.aggregation()) for task in tasks.values()]
+    metrics = [
+        {metric for metric, how in task.aggregation().items() if getattr(how, "__name__", "") not in _WHOLE}
+        for task in tasks.values()
+    ]
     if len(metrics) > 1 and not set.intersection(*metrics):
         raise InputError(_nothing_shared(name))
 

@@ -141,12 +141,14 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"{source}: has no tokenizer: tokenizer.json or tokenizer.model must lie next to config.json: "
             "copy it from the model's page"
         )
+    # with the package mistral-common, transformers prefers a class of its own, which has nothing to export
+    wanted: dict[str, Any] = {**options, "mistral_format": False}
     with _explained(source):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
         if getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
             # transformers has only warned that this file splits text in another way than Mistral's own tokenizer
-            fixed: dict[str, Any] = {**options, "fix_mistral_regex": True}
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **fixed)
+            wanted["fix_mistral_regex"] = True
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if options and _splits_digits(Path(where) / options["gguf_file"]):
         # The conversion keeps only the byte level, but these split digits first (llama.cpp's ids are the reference).

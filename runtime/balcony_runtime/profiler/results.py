@@ -60,7 +60,7 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None
 
     ``share`` is the share of the experts that one row uses, in a mixture of experts.
     """
-    typical = {key: median([sample for block in found for sample in block]) for key, found in blocks.items()}
+    typical = _typical(blocks)
     residuals = []
 
     def unit(kind: Kind, exit_layer: int, name: str) -> UnitCost:
@@ -81,18 +81,28 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None
     full = exits[-1]
     stages = tuple(unit("catch_up", layer, f"stage {index}") for index, layer in enumerate(exits))
     balconies = tuple(unit("balcony", layer, f"balcony {layer}") for layer in exits[:-1])
-    overhead = {key: ms for key, ms in typical.items() if key.kind == "controller"}
-    fixed = [typical[same] for key in overhead if (same := replace(key, kind="python")) in typical]
+    overhead = [ms for key, ms in typical.items() if key.kind == "controller"]
     costs = CostModel(
         exits=exits,
         stages=stages,
         balconies=(*balconies, unit("norm", full, "norm")),
         head=unit("lm_head", full, "LM head"),
-        overhead_ms=median(fixed) if fixed else 0.0,
+        overhead_ms=_fixed_ms(typical),
     )
     anchored = _anchored(costs, typical)
-    decided_ms = median(overhead.values()) if overhead else anchored.overhead_ms
+    decided_ms = median(overhead) if overhead else anchored.overhead_ms
     return replace(anchored, switch_ms=_switch_ms(anchored, typical), overhead_ms=decided_ms), residuals
+
+
+def _typical(blocks: Blocks) -> dict[Key, float]:
+    return {key: median([sample for block in found for sample in block]) for key, found in blocks.items()}
+
+
+def _fixed_ms(typical: Mapping[Key, float]) -> float:
+    """Python's share of a step at a fixed exit, where it was also measured with a decision."""
+    keys = (replace(key, kind="python") for key in typical if key.kind == "controller")
+    found = [typical[key] for key in keys if key in typical]
+    return median(found) if found else 0.0
 
 
 def _switch_ms(costs: CostModel, typical: Mapping[Key, float]) -> float:
@@ -147,9 +157,13 @@ def predicted_ms(costs: CostModel, key: Key) -> float | None:
     return prices[key.kind]() if key.kind in prices else None
 
 
-def entry(key: Key, found: list[list[float]], costs: CostModel) -> Entry:
-    """The entry of one quantity, with its predicted time."""
-    return Entry(**asdict(key), timing=summarise(found), predicted_ms=predicted_ms(costs, key))
+def entries(blocks: Blocks, costs: CostModel) -> tuple[Entry, ...]:
+    """The entry of each quantity, with its predicted time: its price without a decision, since all exits are fixed here."""
+    fixed = replace(costs, overhead_ms=_fixed_ms(_typical(blocks)))
+    return tuple(
+        Entry(**asdict(key), timing=summarise(found), predicted_ms=predicted_ms(fixed, key))
+        for key, found in blocks.items()
+    )
 
 
 def step_residuals(entries: tuple[Entry, ...]) -> list[Residual]:

@@ -108,7 +108,7 @@ def measure_profile(
         raise KeyboardInterrupt  # there is no profile to keep
     mixture = manifest.model.mixture
     costs, residuals = results.fit_costs(blocks, manifest.exit_layers, None if mixture is None else mixture.share)
-    entries = tuple(results.entry(key, found, costs) for key, found in blocks.items())
+    entries = results.entries(blocks, costs)
     tokens, state_bytes = bench.state_bytes()
     return DeviceProfile(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 from balcony_runtime.structure.marks import overlap
 from balcony_runtime.structure.tools import Toolbox
 
-#: A marker that is a control token, in the text that is read. A private-use character, so that no text has it by chance.
+#: A marker that is a token, in the text that is read: other tokens may spell it, and no call follows them. A private-use
+#: character, so that no text has it by chance.
 _MARK = "\ue0c2"
 
 
@@ -70,8 +71,10 @@ class CallReader:
 
     def __init__(self, box: Toolbox) -> None:
         form = box.form
-        self._marker_id, self._key, self._document = box.marker_id, box.key, box.document
-        self._marker = form.marker if box.marker_id is None else _MARK
+        self._name, self._marker_id, self._key, self._document = form.marker, box.marker_token, box.key, box.document
+        self._marker = form.marker if self._marker_id is None else _MARK
+        #: Marks at the ends of calls that are tokens; texts do not show those that are control tokens.
+        self._marks = {token: name for name, token in box.tags.items() if name in form.tail + form.last}
         self._heads = {form.head + tool.name + form.middle: tool.name for tool in box.tools}
         self._first_heads = {form.first + head: name for head, name in self._heads.items()}
         self._again = form.tail + form.between + (self._marker if form.each else "")
@@ -88,7 +91,12 @@ class CallReader:
 
     def push(self, token: int, text: str) -> list[Piece]:
         """The pieces that a token completes."""
-        self._held += text.replace(_MARK, "") + (_MARK if token == self._marker_id else "")
+        text = text.replace(_MARK, "")
+        if token == self._marker_id:
+            text = text.removesuffix(self._name) + _MARK
+        elif (mark := self._marks.get(token)) is not None:
+            text = text.removesuffix(mark) + mark
+        self._held += text
         found: list[Piece] = []
         while (piece := self._next()) is not None:
             if piece.text or piece.begun is not None:

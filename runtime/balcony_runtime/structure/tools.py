@@ -102,6 +102,11 @@ class Toolbox(NamedTuple):
     document: bool = False
     tags: Mapping[str, int] = {}
 
+    @property
+    def marker_token(self) -> int | None:
+        """Token of the format's marker; None if it is a text."""
+        return self.tags.get(self.form.marker) if self.marker_id is None else self.marker_id
+
     def structure(self, content: Structure | None) -> Structure:
         """The structure of the reply: calls, or a content instead unless a call is a must.
 
@@ -145,13 +150,13 @@ class Toolbox(NamedTuple):
             if content.kind == "json_schema":
                 text = f"%json {schema_text(_with_form(json.loads(content.text)))}"
             return {"start": f"{marker} calls | content", "content": text}
-        if self.marker_id is not None:
-            return {"start": f"TEXT ({marker} calls)?", "TEXT": _ANY_TEXT}
-        if self.form.marker in self.tags:  # the other tags may come in the text
-            others = "".join(f" | <[{id_}]>" for name, id_ in self.tags.items() if name != self.form.marker)
-            return {"start": f"(TEXT{others})* ({marker} calls)?", "TEXT": r"/(.|\n)+/"}
+        # the other tags may come in the text
+        others = " | ".join(f"<[{id_}]>" for name, id_ in self.tags.items() if name != self.form.marker)
+        before = f"(TEXT? ({others}))* " if others else ""
+        if self.marker_token is not None:
+            return {"start": f"{before}TEXT ({marker} calls)?", "TEXT": _ANY_TEXT}
         if marker:  # the shortest text that ends in the marker, after which calls must come
-            return {"start": "entry calls | TEXT", "entry[lazy]": f"TEXT {marker}", "TEXT": _ANY_TEXT}
+            return {"start": f"{before}(entry calls | TEXT)", "entry[lazy]": f"TEXT {marker}", "TEXT": _ANY_TEXT}
         return {"start": "calls | TEXT", "TEXT": r"/([^{](.|\n)*)?/"}
 
 

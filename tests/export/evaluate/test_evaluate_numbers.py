@@ -120,6 +120,15 @@ def test_a_group_without_a_shared_metric_is_refused_before_it_runs() -> None:
         _load(parts(cola=("mcc",), sst2=("acc",)), {"glue": "glue"})
 
 
+def test_a_group_that_only_shares_metrics_of_the_whole_set_is_refused_before_it_runs() -> None:
+    """As the harness's `iwslt2017`, whose parts have bleu, ter and chrf."""
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    task = SimpleNamespace(aggregation=lambda: {name: getattr(metrics, name) for name in ("bleu", "ter", "chrf")})
+    manager = SimpleNamespace(load=lambda _: {"tasks": {"ar-en": task, "en-ar": task}})
+    with pytest.raises(InputError, match="'iwslt2017' has no score per example that all its parts share"):
+        _load(manager, {"iwslt2017": "iwslt2017"})
+
+
 def test_a_task_of_two_names_is_refused() -> None:
     """A tag's own `arc_easy` has other prompts and examples than that of ``--data``; one would be taken for both."""
 

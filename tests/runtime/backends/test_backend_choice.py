@@ -69,7 +69,7 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
             engine_set(),
             "tensorrt_rtx 1.7",
             "87",
-            r"built for compute capability 86, 89, but this GPU has 87: build with --sm 87",
+            r"built for compute capability 86, 89, but this GPU has 87: build with --target tensorrt",
         ),
         (  # without --sm TensorRT-RTX leaves Turing out, and fp8 needs Ada
             engine_set(compute_capabilities=()),
@@ -81,7 +81,7 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
             engine_set(compute_capabilities=(), precision="fp8"),
             "tensorrt_rtx 1.7",
             "86",
-            "built for compute capability 89, 120, 121, but this GPU has 86",
+            "built for compute capability 89, 120, 121, but this GPU has 86: build with another --precision",
         ),
     ):
         with pytest.raises(BundleError, match=message):

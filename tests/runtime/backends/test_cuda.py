@@ -84,12 +84,19 @@ def test_memory_keeps_the_order_of_the_calls(gpu: Runtime, device: CudaDevice) -
     assert gpu.held_bytes == 0
 
 
-def test_runs_farther_apart_than_the_largest_pitch_are_copied_one_by_one(gpu: Runtime, device: CudaDevice) -> None:
+def test_runs_farther_apart_than_the_largest_pitch_are_copied_one_by_one(
+    gpu: Runtime, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """131,072 rows of 8,192 values in float16 are 2 GiB, one byte more than the largest pitch."""
     source, target = device.allocate((4,), "float32"), device.allocate((4,), "float32")
     device.upload(source, np.arange(4.0))
     device.copy(target.pointer, 1 << 31, source.pointer, 16, 16, 1)
     assert device.download(target).tolist() == [0, 1, 2, 3]
+    monkeypatch.setattr(cuda, "MAX_PITCH", 15)  # so that several runs fit the memory of the stand-in
+    source, target = device.allocate((2, 4), "float32"), device.allocate((2, 8), "float32")
+    device.upload(source, np.arange(8.0).reshape(2, 4))
+    device.copy(target.pointer, 32, source.pointer, 16, 16, 2)
+    assert device.download(target)[:, :4].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert gpu.misuse() == []
 
 

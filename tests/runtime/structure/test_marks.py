@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import balcony_edge
-from balcony_runtime.structure.calls import read
+from balcony_runtime.structure.calls import CallReader, read
 from balcony_runtime.structure.formats import formats
 from balcony_runtime.structure.grammar import Grammars
 from tests.runtime.structure.test_tools import END, MARK_ID, TEMPLATES, TOOLS, box_of, function, texts_of, walk
@@ -42,9 +42,53 @@ def test_a_call_has_the_tokens_of_its_marks(tagged: str, choice: str, before: st
     assert found.content == before and [(call.name, call.arguments) for call in found.calls] == [("stop", "{}")]
 
 
-def test_a_request_knows_the_tokens_of_marks(bundle_copy: Path, tagged: str) -> None:
+def test_a_marker_that_other_tokens_spell_is_text() -> None:
+    """The grammar lets any text follow it, so it begins no call and stays in the content."""
+    reader = CallReader(box_of(formats()["hermes"], "auto")._replace(tags=TAGS))
+    for letter in "Write <tool_call> first.":
+        reader.push(7, letter)
+    reader.push(TAGS["<tool_call>"], "<tool_call>")
+    reader.push(7, '\n{"name": "stop", "arguments": {}}\n')
+    assert reader.content == "Write <tool_call> first." and [call.name for call in reader.calls] == ["stop"]
+
+
+@pytest.mark.parametrize("family", ["hermes", "falcon"])
+def test_a_request_knows_the_tokens_of_marks(bundle_copy: Path, tagged: str, family: str) -> None:
     with balcony_edge.load(bundle_copy) as llm:
         (bundle_copy / "tokenizer.json").write_text(tagged, encoding="utf-8")
-        llm._requests._codec = write_template(bundle_copy, TEMPLATES["hermes"])
+        llm._requests._codec = write_template(bundle_copy, TEMPLATES[family])
         box = llm._requests.box(TOOLS, "required")
-    assert box is not None and box.tags == TAGS
+    assert box is not None and box.tags == TAGS and box.form.name == family
+
+
+def test_calls_are_read_where_texts_do_not_show_their_marks(bundle_copy: Path, tagged: str) -> None:
+    """A reader that looked for the end of a call in the text alone would not find the next call."""
+    found = json.loads(tagged)
+    for token in found["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in TAGS
+    with balcony_edge.load(bundle_copy) as llm:
+        (bundle_copy / "tokenizer.json").write_text(json.dumps(found), encoding="utf-8")
+        llm._requests._codec = write_template(bundle_copy, TEMPLATES["hermes"])
+        box = llm._requests.box([function("stop")], "required")
+    assert box is not None and box.marker_id == TAGS["<tool_call>"] and box.tags == TAGS
+    grammars, counts = Grammars(lambda: json.dumps(found), 320, (END,)), set()
+    for seed in range(8):
+        tokens = walk(grammars, grammars.guide(box.structure(None)), np.random.default_rng(seed), [])
+        if tokens[-1] == END:
+            calls = read(box, texts_of(json.dumps(found), tokens)).calls
+            assert len(calls) == tokens.count(TAGS["<tool_call>"])
+            counts.add(len(calls) > 1)
+    assert True in counts
+
+
+def test_a_thought_ends_with_its_token_where_calls_have_none(tagged: str) -> None:
+    """As in DeepSeek-R1-Distill-Llama: its tokenizer has the marks of thoughts, and not those of calls."""
+    box = box_of(formats()["hermes"], "auto", parallel=False, tools=[function("stop")])
+    box = box._replace(tags={"<think>": TAGS["<think>"]})
+    text = tagged.replace('tool_call>"', 'another>"')
+    grammars, tokenizer = Grammars(lambda: text, 320, (END,)), Tokenizer.from_str(text)
+    begin = [*tokenizer.encode("So ").ids, TAGS["<think>"], *tokenizer.encode("a ").ids]
+    begin += [id_ for letter in "<tool_call>" for id_ in tokenizer.encode(letter).ids]
+    tokens = walk(grammars, grammars.guide(box.structure(None)), np.random.default_rng(1), begin)
+    found = read(box, texts_of(text, tokens))
+    assert found.content == "So <think>a " and [call.name for call in found.calls] == ["stop"]

@@ -241,6 +241,7 @@ def test_pieces_of_a_call() -> None:
     ("template", "name"),
     [
         ("{% if tools %}<tools>{% endif %}<tool_call>", "hermes"),
+        ("{{ 'You are a Falcon assistant skilled in function calling' }}{{ tools }}<tool_call>[</tool_call>", "falcon"),
         ("{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}{{ tools }}", "mistral"),
         ('{{ tools }} {"name": x, "parameters": dictionary of argument name and its value}.', "llama"),
         ("{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}name[ARGS]{{ tools }}", None),
@@ -387,6 +388,7 @@ TEMPLATES = {
         "{% endfor %}{% endfor %}{% for d in documents or [] %}[{{ d.text }}]{% endfor %}{{ mood | default('calm') }}"
     ),
     "mistral": "{{ '[AVAILABLE_TOOLS]' }}{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}[TOOL_CALLS]",
+    "falcon": "You are a Falcon assistant skilled in function calling{{ tools }}<tool_call>\n[]\n</tool_call>",
 }
 
 

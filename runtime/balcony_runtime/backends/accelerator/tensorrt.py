@@ -25,6 +25,7 @@ from balcony_runtime.backends.accelerator.device import Launch, Region
 from balcony_runtime.backends.accelerator.tensorrt_builder import (
     MODULES,
     PASSES,
+    RTX_GPUS,
     gpus_of,
     import_tensorrt,
     make_log,
@@ -217,9 +218,13 @@ def _refuse_misfits(directory: Path, engines: EngineSet, here: str, capability: 
     if engines.builder != here:
         raise BundleError(f"{directory}: built by {engines.builder}, but this machine has {here}: build again with it")
     if (gpus := gpus_of(engines)) and capability not in gpus:
+        cure = f"build with --sm {capability}, or with --target tensorrt on this machine"
+        if engines.precision == "fp8" and int(capability) < 89:  # no such GPU has products in fp8
+            cure = "build with another --precision"
+        elif capability not in ("75", "80", *RTX_GPUS):  # TensorRT-RTX does not know it
+            cure = "build with --target tensorrt on this machine"
         raise BundleError(
-            f"{directory}: built for compute capability {', '.join(gpus)}, but this GPU has "
-            f"{capability}: build with --sm {capability}, or with --target tensorrt on this machine"
+            f"{directory}: built for compute capability {', '.join(gpus)}, but this GPU has {capability}: {cure}"
         )
 
 
