@@ -64,7 +64,7 @@ _DELTA = {
 }
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 #: Architecture → (config class, model class, what sets it apart): GQA and MHA, tied and untied heads, q/k norms, biases,
-#: sliding windows, two ropes, layers without rope, soft caps and scaled embeddings.
+#: sliding windows, two ropes, layers without rope, soft caps, scaled embeddings and norms after the mixers only.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
     "llama-mha": (
@@ -98,6 +98,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "logits_scaling": 3.0,
         },
     ),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {"tie_word_embeddings": False}),
     "lfm2": (
         "Lfm2Config",
         "Lfm2ForCausalLM",

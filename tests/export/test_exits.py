@@ -25,6 +25,7 @@ ARCHITECTURES = (
     "gemma2",
     "gemma3",
     "smollm3",
+    "olmo2",
     "lfm2",
     *HYBRIDS,
     *SIMILAR,

@@ -167,7 +167,10 @@ def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None
         load_balconies(tmp_path, model)
 
 
-ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *EXPORTED)
+ARCHITECTURES = (
+    *("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "olmo2", "lfm2"),
+    *EXPORTED,
+)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -251,6 +251,8 @@ class ExitModel:
         for kind in types if takes_type else types[:1]:
             with torch.no_grad():
                 cos, sin = self.parts.rotary(probe, torch.arange(rows)[None], *((kind,) if takes_type else ()))
+            # OLMo 2 keeps its tables in float32; the operator takes those of the states' type
+            cos, sin = cos.to(probe.dtype), sin.to(probe.dtype)
             half = cos.shape[-1] // 2
             tables[kind] = (cos[0, :, :half].clone(), sin[0, :, :half].clone())
         return {kind: tables.get(kind, tables[types[0]]) for kind in types}

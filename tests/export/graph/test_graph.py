@@ -26,7 +26,10 @@ from balcony_export.verify import ParityCheck, verify
 from balcony_runtime.engine import Engine
 from tests.support.hybrids import EXPORTED
 
-ARCHITECTURES = ("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "lfm2", *EXPORTED)
+ARCHITECTURES = (
+    *("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "olmo2", "lfm2"),
+    *EXPORTED,
+)
 #: Longer than the sliding windows of the tiny models (7), so that a wrong window shows.
 PROMPTS = ("the quick brown fox jumps over the lazy dog and the balcony", "0123456789 — Käse und 牛乳, 20:00!")
 
@@ -138,7 +141,7 @@ def test_graphs_name_their_weights_and_no_path_of_the_exporter(export_tiny: Call
             assert locations in ([], [WEIGHTS])
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "llama", "olmo2"])
 def test_half_precision_stays_within_its_bound(
     tmp_path: Path, make_tiny: Any, make_tokenizer: Any, architecture: str
 ) -> None:
