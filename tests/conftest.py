@@ -64,7 +64,8 @@ _DELTA = {
 }
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 #: Architecture → (config class, model class, what sets it apart): GQA and MHA, tied and untied heads, q/k norms, biases,
-#: sliding windows, two ropes, layers without rope, soft caps, scaled embeddings and norms after the mixers only.
+#: sliding windows, two ropes, layers without rope, soft caps, scaled embeddings, norms after the mixers only, one matrix for
+#: several projections and an MLP without a gate.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
     "llama-mha": (
@@ -99,6 +100,20 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {"tie_word_embeddings": False}),
+    "ministral": ("MinistralConfig", "MinistralForCausalLM", {"sliding_window": 7, "layer_types": _MIXED}),
+    "phi3": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "pad_token_id": 0,
+            "sliding_window": 7,
+            "head_dim": 64,  # half of it is rotated, as three quarters of Phi-4-mini's
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "exaone4": ("Exaone4Config", "Exaone4ForCausalLM", {"sliding_window": 7, "layer_types": _MIXED}),
+    "arcee": ("ArceeConfig", "ArceeForCausalLM", {}),
+    "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {}),
     "lfm2": (
         "Lfm2Config",
         "Lfm2ForCausalLM",

@@ -40,7 +40,7 @@ from balcony_export.quantize.kv_cache import cache_scales, quantize_caches
 ProgressCallback = Callable[[str, float], None]
 #: Names of tokens that end a turn. Many files name only the token that ends a text (Gemma's GGUF files, fine-tunes of base
 #: models); llama.cpp also goes by these names (``llama-vocab.cpp``).
-_TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
+_TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")
 
 
 @dataclass(frozen=True)

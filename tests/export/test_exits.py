@@ -26,6 +26,7 @@ ARCHITECTURES = (
     "gemma3",
     "smollm3",
     "olmo2",
+    *("ministral", "phi3", "exaone4", "arcee", "hunyuan"),
     "lfm2",
     *HYBRIDS,
     *SIMILAR,

@@ -50,7 +50,7 @@ def test_architectures_are_refused_by_name() -> None:
     unsupported(transformers.JambaConfig(), "'jamba': its mixture of experts is not covered")
     unsupported(transformers.Zamba2Config(), "'zamba2': this architecture is not covered")
     unsupported(transformers.GPT2Config(), "'gpt2': this architecture is not covered")
-    unsupported(transformers.Phi3Config(), "'phi3': this architecture is not covered")
+    unsupported(transformers.StableLmConfig(), "'stablelm': this architecture is not covered")
 
 
 def test_masks_that_export_would_make_otherwise_are_refused_by_name() -> None:

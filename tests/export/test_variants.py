@@ -169,6 +169,7 @@ def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None
 
 ARCHITECTURES = (
     *("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "olmo2", "lfm2"),
+    *("ministral", "phi3", "exaone4", "arcee", "hunyuan"),
     *EXPORTED,
 )
 

@@ -91,7 +91,8 @@ def _attention(
     attributes["scale"] = head_dim**-0.5 if scaling is None else float(scaling)
     if softcap is not None:
         attributes["softcap"] = float(softcap)
-    if sliding_window is None:  # Qwen2-MoE keeps its window to itself, because its masks have it
+    # Qwen2-MoE keeps its window to itself, because its masks have it; EXAONE 4's other layers keep one that is not theirs
+    if sliding_window is None and getattr(module, "is_sliding", True):
         sliding_window = getattr(module, "sliding_window", None)
     if sliding_window is not None:
         attributes[WINDOW] = int(sliding_window)  # not in ONNX: passes.note_windows removes it

@@ -28,6 +28,7 @@ from tests.support.hybrids import EXPORTED
 
 ARCHITECTURES = (
     *("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "olmo2", "lfm2"),
+    *("ministral", "phi3", "exaone4", "arcee", "hunyuan"),
     *EXPORTED,
 )
 #: Longer than the sliding windows of the tiny models (7), so that a wrong window shows.
