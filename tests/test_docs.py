@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -21,6 +22,10 @@ from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
 from balcony_runtime.serve.bodies.fields import FOREIGN
+from balcony_runtime.serve.bodies.refusal import _KINDS
+from balcony_runtime.serve.http.connections import KEEP_ALIVE_S
+from balcony_runtime.serve.work.metrics import Metrics
+from balcony_runtime.serve.work.service import Limits
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {".cache", ".git", "dist", "node_modules"}  # what tools put into a checkout, next to environments
@@ -53,7 +58,46 @@ def anchors(page: Path) -> set[str]:
 
 def test_the_page_of_the_server_names_every_field_that_is_refused() -> None:
     text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
-    assert [name for name in FOREIGN if f"`{name}`" not in text] == []
+    told = text.split("so they are refused with 400:", 1)[1].split("Values", 1)[0]
+    assert set(re.findall(r"`(\w+)`", told)) - {"n", "best_of", "max_tokens"} == set(FOREIGN)
+
+
+def test_the_page_of_the_server_has_its_bounds() -> None:
+    """Those without an option; the tests of the server set their own, which are shorter."""
+    text, limits = (ROOT / "docs" / "server.md").read_text(encoding="utf-8"), Limits()
+    for words in (
+        f"sends its headers slowly | {limits.head_s:g} s from connecting",
+        f"is silent within the TLS handshake | {limits.head_s:g} s |",
+        f"keeps a connection idle between two requests | {KEEP_ALIVE_S} s, longer",
+        f"sends its body slowly | 408 after {limits.body_s:g} s |",
+        f"its reply is paused; after {limits.unread_s:g} s in which it read less",
+        f"opens many connections | {limits.connections} at most",
+        f"over {limits.bodies_bytes / 1e6:g} MB with those of others",
+    ):
+        assert words in text
+
+
+def test_the_page_of_the_server_has_every_metric() -> None:
+    """No more and no fewer; its names are what dashboards and alarms ask for."""
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    table = text.split("\n## Metrics\n", 1)[1].split("\n## ", 1)[0]
+    gauges: dict[str, Any] = dict.fromkeys(("running", "waiting", "pending", "slowdown"), lambda: 0.0)
+    page = Metrics((2, 5), kept={}, readings=tuple, **gauges).text().decode()
+    shown = {name for name in re.findall(r"^# TYPE (\w+)", page, re.MULTILINE) if not name.endswith("_created")}
+    assert shown == set(re.findall(r"`((?:gen_ai|balcony)_\w+)", table))
+
+
+def test_the_page_of_the_server_has_every_error_code() -> None:
+    """No more and no fewer: the codes of all refusals in the server's code."""
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| \d{3}[^|]*\| ([^|]+) \|", text.split("\n## Errors\n", 1)[1], re.MULTILINE)
+    given = {"method_not_allowed", *(reason for _, _, reason, _ in _KINDS)}
+    for file in (ROOT / "runtime" / "balcony_runtime" / "serve").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            place = {"RefusedError": 2, "busy": 1}.get(ast.unparse(node.func)) if isinstance(node, ast.Call) else None
+            if isinstance(node, ast.Call) and place is not None and isinstance(node.args[place], ast.Constant):
+                given.add(str(node.args[place].value))
+    assert given - {""} == set(re.findall(r"`(\w+)`", " ".join(cells)))
 
 
 def test_the_generated_pages_are_fresh() -> None:

@@ -349,6 +349,7 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     done = invoke_here("calibrate", bundle, "--check", other, "--json")
     checked = json.loads(done.stdout)
     assert checked["text"] == "other.txt" and checked["tokens"] >= 400 and checked["promised"] == 0.3
+    assert checked["exits"].keys() == {"2", "3"}
     assert all(0 <= held["disagreement"] <= held["exit_share"] <= 1 for held in checked["exits"].values())
     done = invoke_here("calibrate", bundle, "--check", other)
     assert done.returncode == 0 and "thresholds from text.jsonl" in " ".join(done.stdout.split()), done

@@ -7,9 +7,11 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,12 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from balcony_edge.budget import Budget
 from balcony_edge.cli.device.serve import JsonLines
+from balcony_edge.errors import InputError
+from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.serve.http.server import Settings
+from balcony_runtime.serve.work.service import Limits
 from tests.support.command import invoke_here
 from tests.support.command import refused as refused_here
 
@@ -293,6 +300,98 @@ def test_a_key_that_no_client_can_send_opens_no_server(tiny: Any, key: str, monk
     refused_here("letters that clients encode differently", "serve", tiny.path, "--api-key", f"{key}schlüssel")
     monkeypatch.setenv("BALCONY_EDGE_API_KEY", key)
     refused_here("--api-key or BALCONY_EDGE_API_KEY: is empty", "serve", tiny.path)
+
+
+def test_options_of_a_run_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a value of its own, so that none can be taken for another."""
+    found: dict[str, Any] = {}
+
+    class Seen:
+        exit_layers, codec = (2, 5), SimpleNamespace(has_chat_template=True)
+
+        def encode(self, prompt: Any, **options: Any) -> list[int]:
+            found.update(options, prompt=prompt)
+            return [1]
+
+        def stream(self, ids: list[int], **options: Any) -> Any:
+            found.update(options)
+            raise InputError("it was seen")
+
+    def opened(bundle: Path, **options: Any) -> Any:
+        found.update(options, bundle=bundle)
+        return nullcontext(Seen())
+
+    monkeypatch.setattr("balcony_edge.load", opened)
+    drawn = "--temperature 0.7 --top-k 3 --top-p 0.9 --min-p 0.1 --seed 5"
+    penalties = "--repetition-penalty 1.1 --presence-penalty 0.5 --frequency-penalty 0.25"
+    others = "-n 7 --stop x --stop y --logprobs 4 --json --exit 2 --profile p.json --threads 2 --device cpu --engines e"
+    refused_here("it was seen", "run", tmp_path, "hi", *f"{drawn} {penalties} {others}".split())
+    assert found.pop("trace") is None and found.pop("prompt") == "hi" and found.pop("bundle") == tmp_path
+    assert found.pop("sampling") == SamplingParams(
+        temperature=0.7,
+        top_k=3,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        seed=5,
+    )
+    assert found.pop("chat") is True and not found.pop("control_tokens") and found.pop("packed") is None
+    assert found == {
+        "max_new_tokens": 7,
+        "stop": ["x", "y"],
+        "logprobs": 4,
+        "budget": Budget(exit_layer=2),
+        "profile": Path("p.json"),
+        "threads": 2,
+        "device": "cpu",
+        "engines": "e",
+    }
+
+
+def test_options_of_the_server_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a value of its own, so that none can be taken for another."""
+    found: list[Any] = []
+
+    def opened(bundle: Path, **options: Any) -> Any:
+        found.append({"bundle": bundle, **options})
+        return SimpleNamespace(record_rounds=found.append)
+
+    def served(open_llm: Callable[[], Any], settings: Settings) -> Any:
+        found.append(settings)
+        return SimpleNamespace(run=open_llm)
+
+    monkeypatch.setattr("balcony_edge.load", opened)
+    monkeypatch.setattr("balcony_runtime.serve.http.server.Server", served)
+    options = "--host ::1 --port 81 --served-model-name edge --api-key key --allow-origin https://a.example --budgets b"
+    bounds = "--parallel 3 --queue 5 --max-body-mb 9 --request-timeout 11 --drain-timeout 13 --saved-mb 17"
+    kept = "--budget c.toml --prefix-mb 19 --prefix-dir kept --profile p.json --threads 2 --device cpu --engines e"
+    done = invoke_here("serve", tmp_path, *f"{options} {bounds} {kept}".split())
+    assert done.returncode == 0, done
+    settings, loaded, _ = found
+    assert settings == Settings(
+        host="::1",
+        port=81,
+        name="edge",
+        budget=Path("c.toml"),
+        budgets=Path("b"),
+        api_key="key",
+        limits=Limits(3, 5, body_bytes=9_000_000, bodies_bytes=72_000_000, request_s=11.0, saved_bytes=17_000_000),
+        drain_s=13.0,
+        origins=["https://a.example"],
+    )
+    assert loaded == {
+        "bundle": tmp_path,
+        "budget": Path("c.toml"),
+        "profile": Path("p.json"),
+        "packed": None,
+        "threads": 2,
+        "device": "cpu",
+        "engines": "e",
+        "prefix_mb": 19.0,
+        "prefix_directory": Path("kept"),
+    }
 
 
 def test_every_line_of_the_servers_log_is_json() -> None:

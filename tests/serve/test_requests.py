@@ -10,8 +10,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from balcony_edge.errors import BusyError, MissingDependencyError
 from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
 from balcony_runtime.decoding.sampling import Sampler
+from balcony_runtime.serve.bodies.asked import read_asked
+from balcony_runtime.serve.bodies.fields import FOREIGN
+from balcony_runtime.serve.bodies.refusal import RefusedError, draining, refusal_of, stopped, too_long
 from balcony_runtime.serve.http.server import Server
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -176,23 +180,47 @@ def test_other_fields_are_accepted(extra: dict[str, Any], http: httpx.Client) ->
     assert http.post(CHAT, json=HELLO | extra).status_code == 200
 
 
-def test_the_penalty_of_llama_cpp(http: httpx.Client) -> None:
-    """It is another name; with both, that of vLLM counts."""
-    one, other, both = (
-        http.post(CHAT, json=HELLO | {"temperature": 0, "max_tokens": 12} | extra).json()["choices"][0]["message"]
-        for extra in (
-            {"repetition_penalty": 8.0},
-            {"repeat_penalty": 8.0},
-            {"repeat_penalty": 1.0, "repetition_penalty": 8.0},
-        )
-    )
-    assert one == other == both
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_field_that_would_change_the_answer_is_refused(name: str) -> None:
+    """Unless its value asks for nothing."""
+    for chat, body in ((True, HELLO), (False, FOX)):
+        with pytest.raises(RefusedError, match=rf"^{name} = 7\.5: is not supported here"):
+            read_asked(json.dumps(body | {name: 7.5}).encode(), chat=chat)
+        for nothing in (None, *FOREIGN[name]):
+            read_asked(json.dumps(body | {name: nothing}).encode(), chat=chat)
+
+
+@pytest.mark.parametrize(("chat", "body"), [(True, HELLO), (False, FOX)], ids=["chat", "completion"])
+def test_every_sampling_field_reaches_the_sampler(chat: bool, body: dict[str, Any]) -> None:
+    """llama.cpp's penalty is another name; with both, that of vLLM counts."""
+    numbers: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "min_p": 0.1, "top_k": 40}
+    numbers |= {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (numbers | {"logit_bias": {"17": -100}}, numbers | {"logit_bias": {17: -100}}),
+        ({}, {"temperature": 1.0}),
+        ({"top_k": -1, "repeat_penalty": 8.0}, {"temperature": 1.0, "top_k": 0, "repetition_penalty": 8.0}),
+        ({"repeat_penalty": 1.0, "repetition_penalty": 8.0}, {"temperature": 1.0, "repetition_penalty": 8.0}),
+    ]
+    for sent, taken in cases:
+        asked = read_asked(json.dumps(body | sent).encode(), chat=chat)
+        assert asked.sampling == taken
+        asked.params(0)  # the sampler knows them
 
 
 def test_no_top_p_is_the_likeliest_token(http: httpx.Client) -> None:
     greedy, narrow = (http.post(CHAT, json=HELLO | how).json() for how in
                       ({"temperature": 0}, {"temperature": 2, "top_p": 0}))  # fmt: skip
     assert greedy["choices"][0]["message"] == narrow["choices"][0]["message"]
+
+
+def test_clients_do_not_repeat_what_would_end_in_the_same_way() -> None:
+    """OpenAI's clients repeat a request after every status from 500 on, unless the header says no."""
+    final = refusal_of(MissingDependencyError("x")), too_long(600.0), RefusedError(507, "", "slots_full")
+    assert [(one.status, one.reason) for one in final[:2]] == [(501, "not_installed"), (504, "timeout")]
+    assert all(one.headers["x-should-retry"] == "false" for one in final)
+    passing = refusal_of(BusyError("x"), 7), draining(), stopped(), refusal_of(ValueError("a bug"))
+    assert not any("x-should-retry" in one.headers for one in passing)
+    assert [one.headers.get("retry-after") for one in passing] == ["7", "5", None, None]
 
 
 def test_a_refusal_does_not_repeat_a_large_value(http: httpx.Client) -> None:

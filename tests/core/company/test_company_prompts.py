@@ -208,7 +208,7 @@ def test_rows_of_a_prompt_in_front_of_its_balcony_come_in_portions_too() -> None
     """They are the last that its first token needs; whole, they would not fit next to a stream with a target."""
     waits = stream(1, made_tokens=0, stage_rows=(1, 200, 200), balcony_rows=(200, 200, 1), context_length=199)
     _, found = decided([stream(0, Budget(tpot_ms=10.0)), waits._replace(budget=Budget(max_exit=4))])
-    assert exits(found) == {0: 8} or 0 in exits(found)
+    assert set(exits(found)) == {0} and found.price_ms <= 0.976 * 10.0
     assert found.chunk is not None and found.chunk.rows > 1
     assert found.chunk == Chunk(1, 0, found.chunk.rows, balcony=True)
 
