@@ -225,13 +225,12 @@ def test_truncated_gguf_is_named(demo: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "cut.gguf")
 
 
-@pytest.mark.parametrize("scaling", ["tensor", "yarn", "none"])
+@pytest.mark.parametrize("scaling", ["rope_freqs.weight", "rope_factors_short.weight", "yarn", "none"])
 def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Path) -> None:
-    """transformers reads neither Llama 3's tensor of factors nor the type of a scaling, so the model would be wrong."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    name = "rope_freqs.weight" if scaling == "tensor" else "output_norm.weight"
-    writer.add_tensor(name, np.ones(8, np.float32))
-    if scaling != "tensor":
+    """transformers reads neither tensors of factors (Llama 3, Phi-3.5) nor the type of a scaling: the model would be wrong."""
+    writer, tensor = gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), scaling.endswith(".weight")
+    writer.add_tensor(scaling if tensor else "output_norm.weight", np.ones(8, np.float32))
+    if not tensor:
         writer.add_string("llama.rope.scaling.type", scaling)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -266,6 +265,21 @@ def test_a_gguf_file_with_what_transformers_ignores_is_refused(
     writer.write_tensors_to_file()
     writer.close()
     with contextlib.nullcontext() if words is None else pytest.raises(CheckpointError, match=words):
+        checkpoint._check_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("window", "refused"), [(2047, True), (0, False), (262144, False)])
+def test_a_gguf_file_of_phi3_with_a_window_is_refused(window: int, refused: bool, tmp_path: Path) -> None:
+    """Phi-3-mini-4k has one. Phi-4 has none, which its file calls 0."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "phi3")
+    writer.add_context_length(4096)
+    writer.add_sliding_window(window)
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="has a sliding window") if refused else contextlib.nullcontext():
         checkpoint._check_gguf(tmp_path / "m.gguf")
 
 

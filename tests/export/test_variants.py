@@ -224,6 +224,24 @@ def test_an_extracted_exit_keeps_its_rope_scaling_under_both_names(
     assert np.abs(got - reference_logits(exits, IDS)[2]).max() <= 1e-5 * np.abs(got).max()
 
 
+def test_an_extracted_phi3_has_the_rope_that_transformers_4_takes(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Its class there refuses a `rope_scaling` of other than these three keys."""
+    factors = {"short_factor": [1.5, 2.0], "long_factor": [4.0, 4.0]}
+    rope = {"rope_theta": 1e4, "rope_type": "longrope", "partial_rotary_factor": 0.5, **factors}
+    model = make_tiny("phi3", head_dim=8, original_max_position_embeddings=64, rope_parameters=rope)
+    exits = ExitModel.open(model, (2,))
+    extract(exits, make_tokenizer(), 2, tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["rope_scaling"] == {"type": "longrope", **factors}
+    assert (written["original_max_position_embeddings"], written["partial_rotary_factor"]) == (64, 0.5)
+    loaded = load_model(tmp_path / "out")
+    with torch.no_grad():
+        got = loaded(torch.tensor([IDS])).logits[0].numpy()
+    assert np.abs(got - reference_logits(exits, IDS)[2]).max() <= 1e-5 * np.abs(got).max()
+
+
 @pytest.mark.parametrize("name", ["falcon-h1", "llama", "granite"])
 def test_an_exit_of_a_bfloat16_checkpoint_is_extracted(
     name: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path
@@ -291,4 +309,9 @@ def test_extraction_warns_of_layers_that_do_not_follow_their_number(make_tiny: C
     )
     assert str(warning("gemma3", 5, **by_rule)).startswith("layer_types: the last layer is not what its number says")
     assert warning("smollm3", 3, **by_rule) is warning("gemma3", 3, **by_rule) is None
+    letters: dict[str, Any] = {"num_hidden_layers": 8, "sliding_window_pattern": "LLLG"}  # as in EXAONE 4.0 32B
+    letters["layer_types"] = [*["sliding_attention"] * 3, "full_attention"] * 2
+    assert str(warning("exaone4", 4, **letters)).startswith("layer_types: the last layer is not what its number says")
+    assert warning("exaone4", 3, **letters) is None
+    assert warning("exaone4", 3, sliding_window=None, layer_types=["full_attention"] * 5) is None  # as in that of 1.2B
     assert [warning(name, 3) for name in ("llama", "gemma3", "smollm3", "lfm2", "qwen3")] == [None] * 5

@@ -84,12 +84,16 @@ def lower_keys(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
     dims = {"queries": "rows"} | dict.fromkeys(pasts[1:], pasts[0])
     model = passes.cut(balcony, f"{balcony.graph.name}_keys", ["rows", "start", *pasts], presents, dims)
     for node in list(model.graph):
-        if node.op_type == "TensorScatter" and _of_heads(node.outputs[0]):
-            split_by_head(model, node, 1, spec.num_kv_heads, spec.head_dim)
-            node.attributes["axis"] = ir.AttrInt64("axis", 2)
-        elif node.op_type == "RotaryEmbedding" and _turns_whole_heads(node.inputs[1], spec):
+        if node.op_type != "TensorScatter" or not _of_heads(node.outputs[0]):
+            continue
+        rotary = _optional_producer(
+            node.inputs[1], "RotaryEmbedding"
+        )  # None in Hunyuan, which norms what it has rotated
+        if rotary is not None and _turns_whole_heads(rotary.inputs[1], spec):
             for index in (1, 2):
-                node.replace_input_with(index, _scaled(model, node.inputs[index], scale))
+                rotary.replace_input_with(index, _scaled(model, rotary.inputs[index], scale))
+        split_by_head(model, node, 1, spec.num_kv_heads, spec.head_dim)
+        node.attributes["axis"] = ir.AttrInt64("axis", 2)
     common.RemoveUnusedNodesPass()(model)
     _cache_by_head(model, spec)
     model.graph.opset_imports[MICROSOFT] = 1
@@ -162,7 +166,8 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
     }
     if "softcap" in node.attributes:
         attributes["softcap"] = node.attributes["softcap"].as_float()
-    if (window := node.metadata_props.get(passes.WINDOW)) is not None:
+    window = node.metadata_props.get(passes.WINDOW)
+    if window is not None and int(window) < spec.context_length:  # no row leaves Phi-3.5's, of 262,144
         attributes["local_window_size"] = int(window)
     sink: list[ir.Value | None] = []
     if _turns_whole_heads(rope[0], spec):

@@ -51,6 +51,8 @@ _OTHER_SCALES = (("gemma2", 46), ("gemma3", 62))
 _WITHOUT_BIASES = ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3")
 #: Names that llama.cpp gives to one way of splitting text: each digit by itself, then GPT-2's rule (``llama-vocab.cpp``).
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+#: Tensors of factors on the rotary frequencies: of Llama 3, and the two of Phi-3 with a context of 128k and Phi-4-mini.
+_ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _GGUF_BIAS = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.bias$")
 
 
@@ -174,6 +176,10 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         config["rope_theta"] = theta
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+            if config["model_type"] == "phi3":  # transformers 4 takes these three only, and the rotated share elsewhere
+                kept = ("short_factor", "long_factor")
+                config["rope_scaling"] = {"type": rope["rope_type"]} | {key: rope[key] for key in kept}
+                config["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -320,7 +326,7 @@ def _check_gguf(path: Path) -> None:
 def _check_gguf_model(path: Path, reader: Any) -> None:
     """Refuse what transformers would ignore in a GGUF file without a word."""
     scaling = [str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
-    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors) or {*scaling} - {"none"}:
+    if {*_ROPE_FACTORS} & {tensor.name for tensor in reader.tensors} or {*scaling} - {"none"}:
         raise CheckpointError(
             f"{path}: scales its rotary frequencies, which transformers silently ignores in GGUF files: give the model's "
             "safetensors"
@@ -332,6 +338,12 @@ def _check_gguf_model(path: Path, reader: Any) -> None:
         )
     known = reader.get_field("general.architecture")
     architecture = "" if known is None else str(known.contents())
+    window, length = (reader.get_field(f"phi3.{key}") for key in ("attention.sliding_window", "context_length"))
+    if window is not None and length is not None and 0 < int(window.contents()) < int(length.contents()):
+        raise CheckpointError(
+            f"{path}: has a sliding window, which transformers silently ignores in GGUF files of phi3: give the model's "
+            "safetensors"
+        )
     norms = reader.get_field(f"{architecture}.ssm.dt_b_c_rms")
     if norms is not None and norms.contents():
         raise CheckpointError(

@@ -27,8 +27,8 @@ BATCH = 128
 #: Weight of a text's first position, in rows; 50 to 200 make no difference
 #: (docs/LOG.md, "GPTQ must know about the attention sink").
 SINK_ROWS = 100
-#: Layer → another layer with the same inputs, which are measured once.
-_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj", ".w3": ".w1"}
+#: Layer → another layer of the same module with the same inputs, which are measured once.
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj", "w3": "w1"}
 #: Rows of calibration text and their tokens: some ten inputs for each of 1,536 channels.
 CALIBRATION_ROWS, CALIBRATION_LENGTH, MIN_TOKENS = 32, 512, 4096
 
@@ -74,6 +74,7 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
     handles: list[Any] = []
+    leaders: dict[str, str] = {}
 
     def scaled(x: torch.Tensor) -> torch.Tensor:
         x = x.float()
@@ -92,8 +93,13 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
 
     def watch(root: nn.Module, prefix: str) -> None:
         handles.extend(experts.watch(root, prefix))
-        for name, module in root.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith(tuple(_SAME_INPUT)):
+        linears = {name: module for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+        for name, module in linears.items():
+            parent, _, last = name.rpartition(".")
+            leader = f"{parent}.{_SAME_INPUT.get(last)}"
+            if leader in linears:  # not in Phi-3, with one matrix for both, nor in Arcee, whose MLP has no gate
+                leaders[f"{prefix}{name}.weight"] = f"{prefix}{leader}.weight"
+            else:
                 handles.append(module.register_forward_pre_hook(lambda _, x, n=f"{prefix}{name}.weight": add(n, x[0])))
 
     watch(exits.parts.decoder, "")
@@ -108,10 +114,7 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
         for handle in handles:
             handle.remove()
     means = {name: total.div_(counts[name]) for name, total in sums.items()}
-    for name in list(means):
-        for follower, leader in _SAME_INPUT.items():
-            if name.endswith(f"{leader}.weight"):
-                means[f"{name.removesuffix(f'{leader}.weight')}{follower}.weight"] = means[name]
+    means |= {name: means[leader] for name, leader in leaders.items() if leader in means}
     return means | experts.means()
 
 

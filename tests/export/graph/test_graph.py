@@ -18,6 +18,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import WEIGHTS
 from balcony_export import verify as verify_module
 from balcony_export.export import ExportOptions, export_bundle
+from balcony_export.export import trace as trace_graphs
 from balcony_export.graph import trace
 from balcony_export.graph.trace import trace_balcony
 from balcony_export.model.architecture import describe
@@ -218,6 +219,27 @@ def test_the_factor_of_the_scores_is_in_the_rotary_tables(export_tiny: Callable[
             for node in (node for node in model.graph.node if node.op_type == "GroupQueryAttention"):
                 (scale,) = (a.f for a in node.attribute if a.name == "scale")
                 assert (scale, "no_sink" in node.input) == (1.0, not blocks)
+
+
+def test_keys_that_are_normed_after_the_rotation_have_no_factor_of_the_scores(
+    export_tiny: Callable[[str], Any],
+) -> None:
+    """Pending rows of Hunyuan get the keys that its decode steps write: before a norm the factor would only move epsilon."""
+    for name in ("balcony_2", "balcony_2_keys"):
+        model = onnx.load(export_tiny("hunyuan").path / f"cpu_{name}.onnx")
+        tables = [value for value in model.graph.initializer if value.name.startswith("rope_cos")]
+        assert [onnx.numpy_helper.to_array(value)[0].max() for value in tables] == [1.0]
+
+
+def test_a_window_as_long_as_the_context_is_none(make_tiny: Any) -> None:
+    """Phi-3.5 has one of 262,144 rows, and export ends at 4,096: its attention may compute all scores at once."""
+    exits = ExitModel(make_tiny("mistral", num_hidden_layers=2, sliding_window=256))
+    assert describe(exits.model, "x").context_length == 256
+    stage = trace_graphs(exits, ExportOptions("x", trained=False)).lowered["stage_0"]
+    nodes = [node for node in stage.graph if node.op_type == "GroupQueryAttention"]
+    assert len(nodes) == 2
+    for node in nodes:
+        assert "local_window_size" not in node.attributes and node.inputs[-1].name == "no_sink"
 
 
 def test_heads_that_the_fused_attention_refuses_keep_the_portable_graphs(export_tiny: Callable[[str], Any]) -> None:

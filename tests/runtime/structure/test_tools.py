@@ -246,6 +246,7 @@ def test_pieces_of_a_call() -> None:
         ('{{ tools }} {"name": x, "parameters": dictionary of argument name and its value}.', "llama"),
         ("{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}name[ARGS]{{ tools }}", None),
         ("{{ tools }}<|tool_call_start|>[name(city='Ulm')]<|tool_call_end|>", None),
+        ("{{ tools }}<tools><tool_calls><tool_call>name\n```json\n{}\n```</tool_call></tool_calls>", None),  # Hunyuan
         ("{{ messages }}", None),
     ],
 )
