@@ -137,6 +137,13 @@ def threshold() -> Callable[[float | None], int]:
     return choose
 
 
+def dominates(other: dict[str, float], mine: dict[str, float], count: int) -> bool:
+    """Whether a policy is better than ``mine`` in misses or depth and at least ties in the other, over ``count`` tokens."""
+    chance = 2 * math.sqrt(max(mine["late"] * (1 - mine["late"]), 1 / count) / count)
+    fewer, more = mine["late"] - other["late"], other["depth"] - mine["depth"]
+    return fewer >= -chance and more >= -DEPTH_TIE and (fewer > chance or more > DEPTH_TIE)
+
+
 def compare(tokens: int, seeds: int) -> list[dict[str, Any]]:
     """Misses and depth of all policies under every load."""
     rows = []
@@ -162,10 +169,7 @@ def compare(tokens: int, seeds: int) -> list[dict[str, Any]]:
         count = len(runs["controller"])
         dominated = []
         for name, other in found.items():
-            chance = 2 * math.sqrt(max(mine["late"] * (1 - mine["late"]), 1 / count) / count)
-            fewer, more = mine["late"] - other["late"], other["depth"] - mine["depth"]
-            worse = fewer < 0 or more < -DEPTH_TIE
-            if name not in {"controller", "oracle"} and not worse and (fewer > chance or more > DEPTH_TIE):
+            if name not in {"controller", "oracle"} and dominates(other, mine, count):
                 dominated.append(name)
         share = round(mine["depth"] / found["oracle"]["depth"], 4)
         rows.append({"load": load, **found, "of_oracle": share, "dominated_by": dominated})

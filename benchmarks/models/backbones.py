@@ -114,11 +114,10 @@ def read_bytes(path: Path, experts: float) -> int:
 def measure(name: str, directory: Path, threads: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measure one shape in both programs: its rows of ``cases``, and its row of ``ratios``."""
     model = gguf_of(name, directory)
-    command = [server.LLAMA_SERVER, "--model", model, "--port", PORT, "--threads", threads, "--parallel", 1]
-    command += ["--ctx-size", 1024, "--no-webui", "--no-cache-prompt"]
+    command = server.command(model, PORT, threads, 1)
     with (
         Engine.open(bundle_of(name, directory), verify_hashes=False, threads=threads) as engine,
-        started([str(word) for word in command], f"http://127.0.0.1:{PORT}") as url,
+        started(command, f"http://127.0.0.1:{PORT}") as url,
     ):
         sequence = engine.new_sequence(max_length=LONG_PROMPT + 1)
         cases: dict[tuple[int | str, str], Callable[[], float]] = {}

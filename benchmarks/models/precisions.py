@@ -7,10 +7,10 @@ The physics. A decode step reads every weight once, so the bytes decide the spee
 memory. At accuracy level 1 and with zero points they may be slower. The loss by rounding is measured on the same tokens for
 all precisions.
 
-How it is measured: the demo model is exported at each precision (kept in ``--work`` for the next run). Quality comes from the
-judge of ``export --evaluate`` (the first 8,192 tokens of the text). Then decode steps after a short prompt are timed in
-interleaved rounds (:mod:`benchmarks.rounds`), with all bundles loaded in one process. The word ``gptq`` after a precision
-means that it is rounded with ``--calibration``.
+How it is measured: the demo model is exported at each precision (kept below ``--work`` for the next run with the same
+balconies and texts). Quality comes from the judge of ``export --evaluate`` (the first 8,192 tokens of the text). Then decode
+steps after a short prompt are timed in interleaved rounds (:mod:`benchmarks.rounds`), with all bundles loaded in one process.
+The word ``gptq`` after a precision means that it is rounded with ``--calibration``.
 
 The last line is JSON: ``benchmark``, ``text``, ``others_cpu_share``, and ``precisions``: name → ``weights_mb`` (read per token
 at full depth), ``decode_tps`` (exit → tokens a second), ``speed`` (full depth, against float32 within the rounds), and ``kl``,
@@ -20,6 +20,7 @@ at full depth), ``decode_tps`` (exit → tokens a second), ``speed`` (full depth
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -84,6 +85,17 @@ def export_all(names: list[str], options: argparse.Namespace) -> dict[str, Bundl
     return bundles
 
 
+def work_of(options: argparse.Namespace) -> Path:
+    """Directory of the bundles of these balconies and texts, below ``--work``: others give other bundles and other figures."""
+    found = hashlib.sha256()
+    balconies = sorted(path for path in options.balconies.iterdir() if path.is_file())
+    for path in (*balconies, options.evaluate, options.calibration):
+        with path.open("rb") as file:
+            found.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    directory: Path = options.work / found.hexdigest()[:12]
+    return directory
+
+
 def _place(work: Path, name: str) -> Path:
     return work / re.sub(r"\W+", "-", name)
 
@@ -122,6 +134,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PRECISIONS[1:], default=list(PRECISIONS[1:]), metavar="PRECISION")
     parser.add_argument("--work", type=Path, default=Path(".cache/precisions"), help="directory for the bundles")
     options = parser.parse_args()
+    options.work = work_of(options)
     options.work.mkdir(parents=True, exist_ok=True)
     names = ["fp32", *options.only]
     bundles, neighbours = export_all(names, options), Neighbours()

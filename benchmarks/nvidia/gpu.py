@@ -1,10 +1,11 @@
-"""Table 3 of the paper on a GPU: tokens a second of every exit, with a prompt of 32 and 2,048 new tokens, batch 1 and 2.
+"""Table 3 of the paper on a GPU: tokens a second of every exit, with a prompt of 32 and 2,048 new tokens, one sequence.
 
-    python -m benchmarks.nvidia.gpu BUNDLE [--device tensorrt|cuda] [--engines NAME] [--tokens 2048] [--graphs on off]
+    python -m benchmarks.nvidia.gpu BUNDLE [--device tensorrt|cuda] [--engines NAME] [--batch 1 2] [--graphs on off]
     python -m benchmarks.nvidia.gpu --shape llama-3-8b --output DIR    # export a random model of that shape, then run as above
 
 Every exit decodes the same random prompt. The fastest of ``--rounds`` counts, because other load can only slow a GPU down.
-``--graphs on off`` runs TensorRT with and without CUDA graphs.
+``--graphs on off`` runs TensorRT with and without CUDA graphs. ``--batch 1 2`` also decodes two sequences at once, as in the
+paper; TensorRT's engines must be built for that (``build --batch 2``).
 
 The last line is JSON: ``gpu`` (name, driver, compute capability), ``engine``, ``runs`` (``batch``, ``exit_layer``,
 ``cuda_graphs``, ``tokens_per_s``, ``speedup`` over the full depth). On the 8B shape the exit at 0.5× should be at least 1.8

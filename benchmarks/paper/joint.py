@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +99,9 @@ class JointTrainer:
         self.model, self.corpus, self.config = model, corpus, config
         if config.objective == "scratch":
             torch.manual_seed(config.seed)
+            loaded: Any = model.parameters()
+            for weight in loaded:
+                weight._is_hf_initialized = False  # transformers marks what it loads, and its initialisation skips that
             model.apply(model._init_weights)
         kind: BalconyKind = "none" if config.objective == "sorted" else config.module
         self.balconies = balconies or init_balconies(

@@ -31,21 +31,22 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
 
 def _over_quality(axes: Axes, document: dict[str, Any], context: int) -> None:
-    """A line joins our exits, and each peer is a point."""
+    """A line joins our exits, and each peer is a point; exits that were not measured after so many tokens are left out."""
     speed = f"decode_{context}_tps"
-    bundles = dict.fromkeys(case["bundle"] for case in document["cases"] if case["bundle"] is not None)
+    measured = [case for case in document["cases"] if speed in case]
+    bundles = dict.fromkeys(case["bundle"] for case in measured if case["bundle"] is not None)
     colors = dict(zip(bundles, mpl.color_sequences["tab10"], strict=False))
     named: list[tuple[dict[str, Any], str, Any]] = []
     for bundle, color in colors.items():
-        cases = sorted((c for c in document["cases"] if c["bundle"] == bundle), key=lambda case: -case["exit_layer"])
+        cases = sorted((c for c in measured if c["bundle"] == bundle), key=lambda case: -case["exit_layer"])
         line = [case["kl"] for case in cases], [case[speed] for case in cases]
         axes.plot(*line, "o-", color=color, label=f"Balcony Edge {bundle}")
         named += [(case, "full depth" if case is cases[0] else f"exit {case['exit_layer']}", color) for case in cases]
-    for case in (case for case in document["cases"] if case["bundle"] is None):
+    for case in (case for case in measured if case["bundle"] is None):
         axes.plot(case["kl"], case[speed], "D", color="0.35")
         named.append((case, case["name"], "0.25"))
     axes.set_xscale("symlog", linthresh=LINEAR_KL)
-    least, most = (bound(case["kl"] for case in document["cases"]) for bound in (min, max))
+    least, most = (bound(case["kl"] for case in measured) for bound in (min, max))
     axes.set_xlim(-LINEAR_KL / 10 if least < 10 * LINEAR_KL else least / 3, 10 * most)  # room for names on the right
     axes.set_ylim(bottom=0)
     axes.set_xlabel("KL to the float32 model, nats a token (left is better)")

@@ -29,15 +29,17 @@ _QUANTIZE = _BUILT / "llama-quantize"
 Q4_0 = MODELS / "q4_0.gguf"
 
 
-def refuse_missing() -> None:
-    """Refuse to run without the programs and the model.
+def refuse_missing(*needed: Path) -> None:
+    """Refuse to run without what is needed.
 
     Raises:
         MissingDependencyError: one of them is not there.
     """
-    for path in (LLAMA_SERVER, AIPERF, Q4_0):
+    for path in needed:
         if not path.exists():
-            raise MissingDependencyError(f"{path} does not exist: run this benchmark with --install")
+            raise MissingDependencyError(
+                f"{path} does not exist: run `python -m benchmarks.serving.attainment --install`"
+            )
 
 
 def install() -> None:
@@ -92,6 +94,17 @@ def _build() -> None:
         _BUILT.mkdir(parents=True, exist_ok=True)
         for path in made:
             shutil.copy2(build / "bin" / path.name, path)
+
+
+def command(model: Path, port: int | str, threads: int, slots: int) -> list[str]:
+    """llama.cpp's server with 1,024 tokens of context for each slot.
+
+    It keeps no prompts. Without ``--cache-ram 0`` each request copies the rows of the one before into a cache in memory. With
+    ``--no-cache-prompt`` it does so as well, although no request can use them.
+    """
+    words = [LLAMA_SERVER, "--model", model, "--port", port, "--threads", threads, "--parallel", slots]
+    words += ["--ctx-size", 1024 * slots, "--no-webui", "--no-cache-prompt", "--cache-ram", 0]
+    return [str(word) for word in words]
 
 
 def tokenizer(bundle: Bundle, folder: Path) -> Path:

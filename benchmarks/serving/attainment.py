@@ -337,10 +337,8 @@ def measure(bundle: Bundle, text: Path, loads: Sequence[float], arrival_s: float
     ]
     commands: dict[str, list[str | Path]] = {"balcony-edge": [*ours, "--port", "{port}"]}
     for slots in SLOTS:
-        commands[f"llama.cpp, {slots} slot{'s' if slots > 1 else ''}"] = [
-            *(server.LLAMA_SERVER, "--model", server.Q4_0, "--port", "{port}", "--threads", str(threads)),
-            *("--parallel", str(slots), "--ctx-size", str(1024 * slots), "--no-webui", "--no-cache-prompt"),
-        ]
+        peer = f"llama.cpp, {slots} slot{'s' if slots > 1 else ''}"
+        commands[peer] = [*server.command(server.Q4_0, "{port}", threads, slots)]
     full = f"{name}:exit-{manifest.exit_layers[-1]}"
     points: list[dict[str, Any]] = []
     ours_at: list[tuple[dict[str, Any], list[Answer], list[tuple[str, dict[str, Any]]]]] = []
@@ -443,7 +441,7 @@ def main() -> int:
             return 0
         if arguments.text is None or not arguments.text.is_file():
             raise InputError(f"--text {arguments.text}: is not a file: give a plain text that prompts are taken from")
-        server.refuse_missing()
+        server.refuse_missing(server.LLAMA_SERVER, server.AIPERF, server.Q4_0)
         bundle = Bundle.open(arguments.bundle)
         neighbours, begin = Neighbours(), time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

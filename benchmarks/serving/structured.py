@@ -230,7 +230,7 @@ def main() -> int:
                 bars |= {"invalid replies": bar(counts["invalid"], 0)}
             else:
                 made = [(f"schema {seed}", schemas.schema(random.Random(seed))) for seed in range(given.schemas)]
-                counts = valid(llm, made)
+                counts = valid(llm, made, given.ends)
                 refused = named(llm, range(given.schemas // 10))
                 result["schemas"] = counts | {"refused_by_name": refused, "unsupported": given.schemas // 10}
                 bars |= {

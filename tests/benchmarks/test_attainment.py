@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from balcony_edge.errors import InputError
-from benchmarks.serving.attainment import COMPARED, Answer, _answer, bars, compared, judged, picked, requests
+from benchmarks.serving.attainment import (
+    COMPARED,
+    GIVE_UP_S,
+    Answer,
+    _answer,
+    bars,
+    compared,
+    judged,
+    picked,
+    requests,
+)
 
 WORDS = [f"word{number}" for number in range(2000)]
 
@@ -61,6 +72,11 @@ def test_targets_count_by_class() -> None:
     assert not Answer("voice", "", 0.1, 0.041, 1.0).attained
     assert Answer("background", "", 9.0, 9.0, 30.0).attained
     assert not Answer("background", "", 0.1, 0.1, 30.1).attained
+
+
+def test_the_document_names_the_time_after_which_a_request_is_given_up() -> None:
+    text = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert f"no whole answer within {GIVE_UP_S:.0f} seconds" in text
 
 
 def test_figures_of_a_server() -> None:

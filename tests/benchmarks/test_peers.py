@@ -216,6 +216,9 @@ def test_the_picture_shows_contexts_from_three_on(tmp_path: Path) -> None:
     plot.plot(document, tmp_path / "narrow.png")
     headers = [(tmp_path / name).read_bytes()[16:20] for name in ("wide.png", "narrow.png")]
     assert [int.from_bytes(width) for width in headers] == [1680, 1080]
+    figure = figure_module.Figure()
+    plot._over_quality(figure.add_subplot(), document, 512)  # after the shortest of long contexts no exit is measured
+    assert len(figure.axes[0].texts) == 2
 
 
 def test_names_of_points_that_are_close_do_not_meet() -> None:

@@ -62,6 +62,14 @@ def test_training_with_the_backbone(make_tiny: Any, make_tokenizer: Any, tmp_pat
         assert len(llm.generate("the fox", max_new_tokens=3, ignore_eos=True).tokens) == 3
 
 
+def test_a_model_from_scratch_has_no_weight_of_its_checkpoint(tiny_checkpoint: Path) -> None:
+    model = load_model(str(tiny_checkpoint))
+    before = copy.deepcopy(model.state_dict())
+    JointTrainer(model, corpus(), JointConfig((2,), "scratch", seed=7))
+    after = {name: value for name, value in model.state_dict().items() if "norm" not in name}  # norms begin as ones
+    assert after and not [name for name, value in after.items() if torch.equal(value, before[name])]
+
+
 def test_joint_recipes_that_make_no_sense(make_tiny: Any) -> None:
     with pytest.raises(InputError, match="--objective sorted: its exits have no module"):
         JointConfig((2,), "sorted").check()

@@ -1,0 +1,15 @@
+"""Which policies benchmarks/control/controller.py calls better than the controller."""
+
+from __future__ import annotations
+
+from benchmarks.control.controller import dominates
+
+
+def test_a_tie_in_misses_does_not_hide_a_deeper_policy() -> None:
+    """Of 4,500 tokens, 2 % late and 2.1 % are a tie: two standard errors are 0.4 points."""
+    mine = {"late": 0.02, "depth": 20.0}
+    assert dominates({"late": 0.021, "depth": 21.0}, mine, 4500)
+    assert not dominates({"late": 0.03, "depth": 21.0}, mine, 4500), "more misses"
+    assert dominates({"late": 0.01, "depth": 19.98}, mine, 4500)
+    assert not dominates({"late": 0.01, "depth": 19.9}, mine, 4500), "less depth"
+    assert not dominates({"late": 0.019, "depth": 20.02}, mine, 4500), "ties in both"

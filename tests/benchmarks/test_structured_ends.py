@@ -1,0 +1,25 @@
+"""Options of benchmarks/serving/structured.py that reach its measurement."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from benchmarks.serving import structured
+
+
+def test_ends_count_with_random_schemas_as_well(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def valid(llm: Any, asked: Any, ends: float = 0.0) -> dict[str, int]:
+        seen.append(ends)
+        return {"invalid": 0, "refused": 0}
+
+    monkeypatch.setattr(structured, "valid", valid)
+    monkeypatch.setattr(
+        sys, "argv", ["structured", str(tiny.path), "--only", "schemas", "--schemas", "5", "--ends", "6"]
+    )
+    assert structured.main() == 0
+    assert seen == [6.0]
