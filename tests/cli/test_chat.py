@@ -59,6 +59,7 @@ ANSWERS = {
     "/save": "/save: needs the name of a file: write e.g. /save talk.session",
     "/save /": "/: is a directory: name a file in it",
     "/load /nowhere.session": "/nowhere.session: cannot be read (No such file or directory): give a file that was saved",
+    "/load ~nobody.session": "~nobody.session: cannot be read (No such file or directory): give a file that was saved",
     "/etc/hosts": "/etc/hosts: is not a command: see /help; to send a message that begins with /, write //",
 }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+import balcony_edge
 from balcony_edge.cli import console
+from balcony_edge.cli.show import show_summary
 
 
 @pytest.mark.parametrize(
@@ -25,3 +29,13 @@ def test_a_reply_does_not_command_the_terminal(text: str, shown: str, monkeypatc
     monkeypatch.setattr(console, "stdout", Console(file=file, force_terminal=True, color_system=None, width=20))
     console.write_text(text)
     assert file.getvalue() == shown
+
+
+@pytest.mark.parametrize(("latency_ms", "shown"), [(2500.0, "0.4 tokens a second"), (17.7, "56 tokens a second")])
+def test_a_slow_device_makes_more_than_no_tokens(tiny: Any, latency_ms: float, shown: str) -> None:
+    with balcony_edge.load(tiny.path) as llm:
+        reply = llm.generate("the fox", max_new_tokens=4, ignore_eos=True)
+        slow = dataclasses.replace(reply, tokens=tuple(one._replace(latency_ms=latency_ms) for one in reply.tokens))
+        file = io.StringIO()
+        show_summary(slow, console.depth_styles(llm.exit_layers), Console(file=file, width=200))
+    assert f"({shown})" in file.getvalue()

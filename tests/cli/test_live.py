@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from rich.console import Console
@@ -34,12 +34,12 @@ def invoked(bundle: Path, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, errors="replace").stdout
 
 
-def on_terminal(bundle: Path, *options: str) -> str:
-    """Output of ``run`` to a terminal of 60 × 20, without colours and cursor movements."""
+def on_terminal(bundle: Path, *options: str, reply: IO[bytes] | None = None) -> str:
+    """Output of ``run`` to a terminal of 60 × 20, without colours and cursor movements; ``reply`` takes its stdout."""
     master, worker = pty.openpty()
     fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
     command = [sys.executable, "-c", PROGRAM, "run", str(bundle), *options]
-    with subprocess.Popen(command, stdin=worker, stdout=worker, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(command, stdin=worker, stdout=reply or worker, stderr=worker) as process:
         os.close(worker)
         output = b""
         with contextlib.suppress(OSError):  # EIO: the other end is closed
@@ -163,6 +163,15 @@ def test_a_reply_that_is_longer_than_the_terminal_stays_readable(tiny: Any) -> N
     for word in words:
         place = done.find(word, place) + 1
         assert place, word
+
+
+def test_a_file_gets_the_reply_while_the_terminal_shows_the_view(tiny: Any, tmp_path: Path) -> None:
+    options = ("the fox", "-n", "60", "--temperature", "3", "--seed", "1")
+    with (tmp_path / "reply.txt").open("wb") as file:
+        shown = on_terminal(tiny.path, *options, "--live", reply=file)
+    assert "last decisions" in shown
+    written = (tmp_path / "reply.txt").read_text(encoding="utf-8", errors="replace")
+    assert written.strip() and written == invoked(tiny.path, *options)
 
 
 def test_a_live_run_ends_with_its_stream(

@@ -48,6 +48,18 @@ def test_the_grid_fits_what_the_engine_holds(tiny: Any, tmp_path: Path, monkeypa
     assert done.returncode == 1 and "-p: 121 tokens are needed, but this bundle's context holds 100" in done.stderr
 
 
+def test_brackets_of_an_engine_are_shown(
+    measured: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT and CUDA begin their messages with the place in brackets, which rich takes for a style."""
+    note = "stopped by an error, with the measurements until then: [checkMacros.cpp::catchCudaError::181] out of memory"
+    whole = DeviceProfile.load(measured)
+    cut = whole.model_copy(update={"conditions": whole.conditions.model_copy(update={"notes": (note,)})})
+    monkeypatch.setattr("balcony_runtime.profiler.run.measure_profile", lambda *_, **__: cut)
+    done = invoke_here("profile", tiny.path, "-o", tmp_path / "p.json")
+    assert done.returncode == 1 and note in done.stderr, done.stderr
+
+
 def test_every_format_has_the_same_numbers(measured: Path) -> None:
     profile = DeviceProfile.load(measured)
     assert profile.command.endswith("--threads 1") and profile.complete
@@ -296,6 +308,16 @@ def test_a_profile_of_a_busy_device_says_so_whenever_it_is_used(measured: Path, 
     from balcony_runtime.profiler.report import report
 
     assert f"While it was measured: {note}" in report(DeviceProfile.load(busy))
+
+
+def test_a_report_of_a_slow_device_has_its_rate(measured: Path) -> None:
+    from balcony_runtime.profiler.report import _summary
+
+    profile = DeviceProfile.load(measured)
+    first = min(profile.select("decode"), key=lambda entry: entry.context)
+    slow = first.model_copy(update={"timing": first.timing.model_copy(update={"p50_ms": 2500.0})})
+    shown = _summary(profile.model_copy(update={"entries": (slow,)}))
+    assert f"exit {slow.exit_layer}: 0.4 tokens a second" in shown
 
 
 def test_a_script_that_fails_would_be_seen(browser: str, page: tuple[DeviceProfile, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import sys
 import threading
@@ -281,6 +282,19 @@ def test_the_log_follows_the_reply_unless_its_reader_scrolls_up(page: Chrome) ->
     until(page, lambda: ended(chat))
 
 
+def test_the_end_of_a_reply_does_not_move_its_reader(page: Chrome) -> None:
+    (chat,) = chats(page)
+    choose(chat, "tiny:slow")
+    log = part(chat, "log")
+    page.execute_script("arguments[0].style = 'height: 60px; width: 90px'", log)
+    ask(chat, "a long story")
+    until(page, lambda: page.execute_script("return arguments[0].scrollHeight", log) > 300)
+    page.execute_script("arguments[0].scrollTop = 0", log)
+    choose(chat, "tiny")  # without a pace, the end comes soon
+    until(page, lambda: ended(chat))
+    assert part(chat, "cost") and page.execute_script("return arguments[0].scrollTop", log) == 0
+
+
 def test_a_token_that_is_tapped_says_why(page: Chrome) -> None:
     (chat,) = chats(page)
     ask(chat, "hello")
@@ -313,6 +327,37 @@ def test_an_empty_reply_is_told_and_its_question_can_be_sent_again(page: Chrome)
     until(page, lambda: chat.find_elements(By.CLASS_NAME, "error") and ended(chat))
     assert "the model ended it at once" in part(chat, "error").text
     assert part(chat, "text").get_property("value") == "hello" and not chat.find_elements(By.CLASS_NAME, "you")
+
+
+def test_an_answer_is_apart_from_its_thought(page: Chrome) -> None:
+    facts: dict[str, Any] = {"exit": 5, "latency_ms": 1.0, "target_ms": None, "pending_rows": 0, "reason": ""}
+    facts |= {"slots": [0], "tokens_per_exit": {"5": 4}, "ttft_ms": 1.0, "mean_tpot_ms": 1.0, "late_tokens": None}
+    deltas = ({"reasoning_content": "Blue."}, {"content": ""}, {"content": "It is"}, {"content": " blue."})
+    choices: list[dict[str, Any]] = [{"delta": delta, "finish_reason": None} for delta in deltas]
+    choices[-1]["finish_reason"] = "stop"
+    pieces = [json.dumps({"choices": [choice], "balcony": facts}) for choice in choices]
+    events = "".join(f"data: {piece}\n\n" for piece in pieces)
+    page.execute_script("const events = arguments[0]; window.fetch = async () => new Response(events)", events)
+    (chat,) = chats(page)
+    ask(chat, "hello")
+    until(page, lambda: chat.find_elements(By.CLASS_NAME, "cost") and ended(chat))
+    assert part(chat, "answer").get_property("textContent") == "Blue.\n\nIt is blue."
+    assert part(chat, "status-text").get_property("textContent") == "Reply: It is blue."
+
+
+def test_text_from_right_to_left_ends_at_the_left(page: Chrome) -> None:
+    (chat,) = chats(page)
+    assert part(chat, "text").value_of_css_property("unicode-bidi") == "plaintext"
+    page.execute_script("window.fetch = () => new Promise(() => {})")
+    ask(chat, "\u05e9\u05dc\u05d5\u05dd.")
+    places = """
+        const range = document.createRange(), text = arguments[0].firstChild;
+        return [0, 4].map(at => {
+          range.setStart(text, at); range.setEnd(text, at + 1);
+          return range.getBoundingClientRect().left;
+        });"""
+    letter, stop = page.execute_script(places, part(chat, "you"))
+    assert stop < letter
 
 
 def test_enter_that_ends_a_conversion_sends_nothing(page: Chrome) -> None:
@@ -376,7 +421,7 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Callable[..., Server]) -> No
     browser.get(serve(api_key="secret").url)
     until(browser, lambda: "key" in browser.find_element(By.ID, "trouble").text.lower())
     assert not chats(browser)
-    browser.find_element(By.ID, "key").send_keys("wrong", Keys.TAB)
+    browser.find_element(By.ID, "key").send_keys("wrong, \u043a\u043b\u044e\u0447", Keys.TAB)  # no header may have it
     until(browser, lambda: "not the server's key" in browser.find_element(By.ID, "trouble").text)
     browser.find_element(By.ID, "key").clear()
     browser.find_element(By.ID, "key").send_keys("secret", Keys.TAB)

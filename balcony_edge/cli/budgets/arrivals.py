@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from balcony_edge.budget import Budget, load_budget
@@ -122,5 +123,5 @@ def show(found: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
     for name, one in found["classes"].items():
         late = "" if one["late_share"] is None else f"{one['late_share']:.1%}"
         depth, first = (("" if value is None else f"{value:.1f}") for value in (one["mean_exit"], one["ttft_ms"]))
-        table.add_row(name, str(one["requests"]), str(one["refused"]), str(one["tokens"]), late, depth, first)
+        table.add_row(escape(name), str(one["requests"]), str(one["refused"]), str(one["tokens"]), late, depth, first)
     stdout.print(table)

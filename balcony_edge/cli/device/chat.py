@@ -138,7 +138,8 @@ class Conversation:
     def _use_file(self, command: str, name: str) -> None:
         if not name:
             raise InputError(f"{command}: needs the name of a file: write e.g. {command} talk.session")
-        name = str(Path(name).expanduser())
+        with contextlib.suppress(RuntimeError):  # ~talk names no user: the file has that name, as in a shell
+            name = str(Path(name).expanduser())
         if command == "/save":
             size = self.chat.save(name)
             stdout.print(f"Saved {len(self.chat.messages)} messages in {name} ({size / 1e6:.1f} MB).", markup=False)

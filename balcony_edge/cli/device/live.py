@@ -39,7 +39,9 @@ def show_live(stream: TokenStream, styles: dict[int, str], llm: LLM) -> bool:
     """
     view = LiveView(styles, llm.readings, lambda: llm.quality, lambda: llm.budget)
     on_screen, stopped = stdout.is_terminal, False
-    with Live(view, console=stdout if on_screen else stderr, refresh_per_second=8) as live:
+    # Redirected, a reply for a file or a pipe would go to the terminal of stderr.
+    console, redirected = (stdout, True) if on_screen else (stderr, False)
+    with Live(view, console=console, refresh_per_second=8, redirect_stdout=redirected) as live:
         try:
             for token in stream:
                 if not on_screen:

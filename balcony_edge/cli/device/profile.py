@@ -83,7 +83,7 @@ def profile(
     if all(path is not None for _, path in targets):
         _show(measured)
     for note in measured.conditions.notes:
-        stderr.print(f"[yellow]{note}[/]", soft_wrap=True)
+        stderr.print(note, style="yellow", markup=False, soft_wrap=True)  # may have what an engine said
     if measured.power_reason is not None:
         stderr.print(f"energy is not measured on this device: {measured.power_reason}", markup=False, soft_wrap=True)
     for words, status in (("interrupted", 130), ("stopped by an error", 1)):

@@ -265,7 +265,11 @@ def _show(report: Report, as_json: bool) -> None:
         print(json.dumps(as_document(report)))  # noqa: T201 - programs read this
         return
     for content in tables(report):
-        table = Table(*map(escape, content.header), title=escape(content.title), title_justify="left")
+        table = Table(title=escape(content.title), title_justify="left")
+        for cells in zip(content.header, *content.rows, strict=True):
+            # rich would cut the numbers of many tasks to "5…", also in a file or a pipe, which has 80 columns for it
+            longest = max((len(word) for cell in cells for word in cell.split()), default=1)
+            table.add_column(escape(cells[0]), min_width=longest)
         for row in content.rows:
             table.add_row(*row)
-        stdout.print(table)
+        stdout.print(table, crop=False)

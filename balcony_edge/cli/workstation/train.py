@@ -359,7 +359,7 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
                 for e, (kl, hits) in results.items()
             },
         }
-        stdout.print_json(json.dumps(document))
+        print(json.dumps(document))  # noqa: T201 - for programs
         return
     table = Table("exit", "held-out KL before", "after", "change", "top-1 agreement", title=escape(str(trainer.output)))
     for exit_layer, (kl, hits) in results.items():

@@ -101,10 +101,14 @@ def _summary(profile: DeviceProfile) -> str:
     decode = sorted(profile.select("decode"), key=lambda entry: (entry.context, entry.exit_layer))
     if not decode:
         return "No decode step was measured."
-    parts = [
-        f"exit {entry.exit_layer}: {1000 / entry.timing.p50_ms:.0f} tokens a second"
+    rates = {
+        entry.exit_layer: 1000 / entry.timing.p50_ms
         for entry in decode
         if entry.context == decode[0].context and entry.timing.p50_ms
+    }
+    parts = [  # a slow device makes 0.4
+        f"exit {layer}: {f'{rate:.0f}' if rate >= 10 else f'{rate:.2g}'} tokens a second"
+        for layer, rate in rates.items()
     ]
     state = "" if profile.complete else " This profile is not complete."
     return f"After {decode[0].context} tokens: {', '.join(parts)}.{state}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
 
@@ -18,11 +20,12 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip ins
 from balcony_edge.bundle.bundle import Bundle, read_manifest
 from balcony_edge.bundle.manifest import Estimate
 from balcony_edge.bundle.quality import record_quality
+from balcony_edge.cli.workstation import eval as verb
 from balcony_edge.errors import BalconyError, VerificationError
 from balcony_export import precision
 from balcony_export.evaluate import text as text_module
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
-from balcony_export.evaluate.report import as_document, build_report, markdown, tables
+from balcony_export.evaluate.report import Report, Table, as_document, build_report, markdown, tables
 from balcony_export.evaluate.scorer import BundleScorer, ScoringRequest, TorchScorer
 from balcony_export.evaluate.tasks import evaluate_tasks, offline_tasks
 from balcony_export.evaluate.text import evaluate_text, ratio_of_sums, tokenized_documents
@@ -315,6 +318,16 @@ def test_report_and_manifest(bundle_copy: Path, data: Path) -> None:
     document = as_document(report)
     assert [exit_["depth_factor"] for exit_ in document["exits"]] == [0.6, 0.8, 1.0]
     json.dumps(document, allow_nan=False)
+
+
+def test_no_number_of_a_wide_table_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tasks do not fit 80 columns, which a file or a pipe has as well."""
+    numbers = tuple(f"{number}.25" for number in range(101, 115))
+    wide = Table("Tasks, tiny", tuple(f"task{number}" for number in numbers), (numbers, numbers))
+    monkeypatch.setattr("balcony_export.evaluate.report.tables", lambda _: [wide])
+    monkeypatch.setattr(verb, "stdout", Console(file=(shown := io.StringIO()), width=80))
+    verb._show(Report("tiny", "itself", ()), as_json=False)
+    assert {*numbers, *wide.header} <= set(shown.getvalue().split())
 
 
 # ---- bad input: one line that says what to do

@@ -17,9 +17,11 @@ from accelerate.commands.launch import (
     _validate_launch_command,
     launch_command_parser,
 )
+from rich.console import Console
 from typer.testing import CliRunner
 
 from balcony_edge.cli import app
+from balcony_edge.cli.workstation import train as verb
 from balcony_edge.errors import BalconyError, InputError, TrainingError, UnsupportedModelError
 from balcony_export.train.report import StepReport
 from balcony_export.train.trainer import Trainer
@@ -64,6 +66,14 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     shutil.rmtree(out / "run")
     (tmp_path / "run").rename(out / "run")
     assert trained(*command, "--steps", "4", "--start", str(out), "--resume")["steps"] == 4
+
+
+def test_a_document_has_no_colours(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FORCE_COLOR, which many CI services set, makes a terminal of every console."""
+    monkeypatch.setattr(verb, "stdout", Console(force_terminal=True, color_system="truecolor"))
+    assert trained(tiny_checkpoint, "2", text_file, tmp_path / "out", "--steps", "1")["steps"] == 1
 
 
 def test_an_interrupt_saves_the_step(
