@@ -21,6 +21,7 @@ from balcony_edge.cli.budgets.compare import compare
 from balcony_edge.cli.budgets.plan import plan
 from balcony_edge.cli.budgets.replay import replay
 from balcony_edge.cli.budgets.simulate import simulate
+from balcony_edge.cli.console import visible
 from balcony_edge.cli.device.calibrate import calibrate
 from balcony_edge.cli.device.doctor import doctor
 from balcony_edge.cli.device.inspect import inspect
@@ -99,7 +100,7 @@ def reported(action: Callable[[], object]) -> None:
             if sys.stdout is not None:  # a closed one
                 sys.stdout.flush()  # reports a full disk here; at the interpreter's exit it would be a traceback
     except BalconyError as error:
-        print(f"balcony-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
+        print(f"balcony-edge: {visible(str(error))}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
         sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name not in WORKSTATION:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+
+class _Screen(Console):
+    """A console whose terminal no text commands: some texts come from the files of strangers, such as profiles."""
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        parts = (part if part.control else Segment(visible(part.text), part.style) for part in buffer)
+        return super()._render_buffer(parts)
+
+
+stdout = _Screen(highlight=False)
+stderr = _Screen(stderr=True, highlight=False)
 #: Control characters except newline and tab → their symbols, or the replacement character for those without.
 _CONTROLS = {
     code: 0x2400 + code if code < 0x20 else 0x2421 if code == 0x7F else 0xFFFD

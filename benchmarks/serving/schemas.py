@@ -109,6 +109,11 @@ def hostile() -> dict[str, dict[str, Any]]:
         "a grammar that is none": {"grammar": "start ::: ="},
         "a power of ten in a grammar": {"grammar": 'start: %json {"multipleOf": 1e999999999}'},
         "a divisor with many digits in a grammar": {"grammar": 'start: %json {"multipleOf": 0.' + "0" * 40 + "1}"},
+        "an open bracket in a grammar": {"grammar": "root ::= " + "[" * 100_000},
+        "a grammar of blank lines": {"grammar": "\n" * 200_000 + "root"},
+        "a chain of 20,000 rules": {
+            "grammar": "root::=0\n" + "".join(f"{i:x}::={i + 1:x}\n" for i in range(20_000)) + '4e20::="x"'
+        },
     }
 
 

@@ -29,6 +29,7 @@ from balcony_export.model.architecture import describe, embedded_rows
 from balcony_export.model.exits import ExitModel
 from balcony_export.model.experts import mixture
 from balcony_export.quantize.blocks import stored_weights
+from balcony_runtime.backends.graph_files.check import check_graph
 from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
@@ -324,6 +325,7 @@ def _decode(engine: Engine, exit_layer: int, ids: Sequence[int]) -> npt.NDArray[
 def _backbone(bundle: Bundle, exits: ExitModel, samples: Sequence[Sequence[int]]) -> _Logits:
     """Logits from backbone.onnx's hidden states, through PyTorch's balconies and head."""
     manifest = bundle.manifest
+    check_graph(bundle.file("backbone.onnx"), manifest.files)
     session = open_session(bundle.file("backbone.onnx"))
     names = [f"hidden_{e}" for e in manifest.exit_layers]
     found: _Logits = {e: [] for e in manifest.exit_layers}

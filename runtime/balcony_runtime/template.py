@@ -37,6 +37,8 @@ MAX_MADE = 16 * MAX_CHARACTERS
 ELEMENT = 16
 #: Most bits of an integer.
 MAX_BITS = 10_000
+#: Most characters of a form of the time. The C library pads its parts to any width, up to 256 times the form in all.
+MAX_TIME = 100
 
 #: Filters whose results are no longer than their input, except for a few characters; the other filters are below.
 # fmt: off
@@ -162,7 +164,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.globals = {name: self.globals[name] for name in ("range", "dict", "cycler", "joiner", "namespace")}
-        self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         own: dict[str, Callable[..., Any]] = {
             "tojson": _to_json, "join": _join, "replace": _replace, "indent": _indent, "format": _percent
         }  # fmt: skip
@@ -257,6 +259,8 @@ def _bounded(size: int) -> None:
 
 def _made(value: Any) -> Any:
     """The value, after the meter has seen it."""
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:  # a division of long numbers takes minutes
+        raise jinja2.TemplateRuntimeError(f"a number of {value.bit_length():,} bits is not used")
     if isinstance(value, str | bytes):
         size = len(value)
     elif isinstance(value, _CONTAINERS):
@@ -360,3 +364,9 @@ def _to_json(
 
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    if len(form) > MAX_TIME:
+        raise jinja2.TemplateRuntimeError(f"a form of the time is longer than {MAX_TIME} characters")
+    return datetime.now().strftime(form)

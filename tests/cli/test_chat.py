@@ -80,6 +80,21 @@ def test_a_conversation_is_saved_and_goes_on(tiny: Any, tmp_path: Path) -> None:
     assert done.returncode == 0 and "2 messages; the last: " in done.stdout and "Saved 4 messages" in done.stdout, done
 
 
+def test_a_conversation_that_ends_with_a_call_is_loaded(tiny: Any, tmp_path: Path) -> None:
+    """Other programs save such messages: a call without the key of a content, or parts instead of a text."""
+    path = str(tmp_path / "talk.session")
+    call = {"id": "123456789", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "the dog"}]
+    with balcony_edge.load(tiny.path) as llm:
+        for last in ({"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": parts}):
+            saved = llm.chat()
+            list(saved.send("the fox", max_new_tokens=2))
+            saved.messages.append(last)
+            saved.save(path)
+            conversation = Conversation(llm, depth_styles(llm.exit_layers), None, {}, live=False)
+            assert conversation.handle(f"/load {path}") and conversation.chat.messages[-1] == last
+
+
 def test_two_slashes_begin_a_message(tiny: Any, tmp_path: Path) -> None:
     said: list[str] = []
     with balcony_edge.load(tiny.path) as llm:

@@ -323,6 +323,9 @@ def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
     (difference,) = json.loads(invoke_here("replay", changed, "--json").stdout)["differences"]
     assert (difference["recorded"]["catch_up"], difference["again"]["catch_up"]) == ([0, 3, False], last["catch_up"])
     assert "infeasible =" in " ".join(invoke_here("replay", changed).stdout.split())
+    lines[-1] = json.dumps({**last, "exit_layer": 999, "reason": "[/b]"})  # no markup of the table
+    changed.write_text("\n".join(lines) + "\n")
+    assert "[/b]" in invoke_here("replay", changed).stdout
     refused("not readable as a trace", "replay", tmp_path / "absent.jsonl")
 
 

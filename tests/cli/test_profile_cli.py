@@ -325,6 +325,15 @@ def test_a_script_that_fails_would_be_seen(browser: str, page: tuple[DeviceProfi
     assert len(console) == 1 and "seen" in console[0]
 
 
+def test_a_name_that_looks_like_a_cell_is_a_text(measured: Path) -> None:
+    report = pytest.importorskip("balcony_runtime.profiler.report")
+    pytest.importorskip("plotly", reason="the report is an extra: pip install 'balcony-edge[report]'")
+    profile = DeviceProfile.load(measured)
+    named = profile.residuals[0].model_copy(update={"part": "<td onclick=forged()>"})
+    page = report.report(profile.model_copy(update={"residuals": (named,)}))
+    assert "<td onclick=forged()>" not in page and "&lt;td onclick=forged()&gt;" in page
+
+
 def test_a_report_without_its_library_names_the_cure(tiny: Any, tmp_path: Path) -> None:
     program = "import sys; sys.modules['plotly'] = None; from balcony_edge.cli import main; main()"
     command = [sys.executable, "-c", program, "profile", str(tiny.path), "--report", str(tmp_path / "r.html")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,17 @@ def test_every_message_is_one_line_of_bounded_length(keys: dict[str, Any]) -> No
         Budget(**keys)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_a_key_as_long_as_a_body_takes_no_memory() -> None:
+    """The server reads budgets in its event loop, and bodies have up to 8 MB."""
+    key = "x" * 1_000_000
+    tracemalloc.start()
+    with pytest.raises(BudgetError, match="no such key"):
+        Budget(**{key: 1})
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 10 * len(key)
 
 
 @pytest.mark.parametrize("other", [{"tpot_ms": 12}, {"min_exit": 14}, {"max_exit": 20}])

@@ -88,6 +88,15 @@ def _break_config(model: Path) -> None:
     (model / "config.json").write_text("{")
 
 
+def _deep_config(model: Path) -> None:
+    (model / "config.json").write_text("[" * 100_000)
+
+
+def _deep_header(model: Path) -> None:
+    header = b"[" * 100_000
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 def _nameless_config(model: Path) -> None:
     (model / "config.json").write_text("{}")
 
@@ -122,6 +131,8 @@ def _missing_shard(model: Path) -> None:
         (_drop_weight, r"1 weights are missing, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
         (_add_bias, r"has no place for 1 of its weights, the first is model\.layers\.1\.mlp\.up_proj\.bias: give a"),
         (_break_config, r"config\.json: cannot be read as JSON"),
+        (_deep_config, r"config\.json: cannot be read as JSON"),
+        (_deep_header, "is not a safetensors file, or is cut short"),
         (_nameless_config, r"config\.json: has no model_type"),
         (_unknown_type, "cannot be loaded .*no_such_model"),
         (_wrong_type, "cannot be loaded .*hidden_size"),

@@ -324,6 +324,8 @@ GREEDY = {
     "a block": "{% set x %}{% for i in range(99999) %}" + "x" * 100_000 + "{% endfor %}{% endset %}{{ x | length }}",
     "numbers": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
     "powers": "{{ ((9 ** 1000) ** 1000) ** 1000 }}",
+    "long numbers": "{{ ('f' * 4000000) | int(0, 16) // ('f' * 2000000) | int(0, 16) }}",
+    "wide times": "{{ strftime_now('%1500Y' * 200000) }}",
     "slices": "{% set x = 'x' * 3000000 %}{% set n = namespace(x=[]) %}"
     "{% for i in range(3000) %}{% set n.x = n.x + [x[1:]] %}{% endfor %}",
     "macros without a loop": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",

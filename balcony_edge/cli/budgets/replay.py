@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from balcony_edge.cli.console import stderr, stdout
@@ -89,7 +90,7 @@ def _tell(facts: dict[str, Any], sentence: str, differences: list[dict[str, Any]
             for one in differences[:MOST_SHOWN]:
                 then, now = one["recorded"], one["again"]
                 cells = (_cell(then, now), then["reason"], _cell(now, then), now["reason"])
-                table.add_row(str(one[what]), *cells)
+                table.add_row(*map(escape, (str(one[what]), *cells)))
             stdout.print(table)
     if differences:
         raise typer.Exit(1)

@@ -145,7 +145,7 @@ class Conversation:
             stdout.print(f"Saved {len(self.chat.messages)} messages in {name} ({size / 1e6:.1f} MB).", markup=False)
         else:
             self.chat = Chat.load(self.llm, name)
-            said = next((one["content"] for one in reversed(self.chat.messages)), "nothing yet")
+            said = next((str(one.get("content") or "") for one in reversed(self.chat.messages)), "nothing yet")
             stdout.print(f"{len(self.chat.messages)} messages; the last: {visible(said)}", markup=False)
 
     def _show_stats(self) -> None:

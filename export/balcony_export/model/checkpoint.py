@@ -252,7 +252,7 @@ def _check_directory(path: Path) -> None:
     config = path / "config.json"
     try:
         document = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{config}: cannot be read as JSON ({error}): download the checkpoint again") from error
     if not isinstance(document, dict) or "model_type" not in document:
         raise CheckpointError(f"{config}: has no model_type: give {_ALLOWED}")
@@ -262,7 +262,7 @@ def _check_directory(path: Path) -> None:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: is damaged: download the checkpoint again") from error
         absent = sorted(name for name in names if not (path / str(name)).is_file())
         if absent:
@@ -294,7 +294,7 @@ def _check_safetensors(path: Path) -> None:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length)) if length <= path.stat().st_size else {}
         end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+    except (struct.error, ValueError, RecursionError, AttributeError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{path}: is not a safetensors file, or is cut short: download it again") from error
     if path.stat().st_size != 8 + length + end:
         raise CheckpointError(

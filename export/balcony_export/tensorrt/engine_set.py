@@ -19,7 +19,7 @@ from balcony_edge.bundle.manifest import EngineSet
 from balcony_edge.errors import InputError
 from balcony_export.graph.ir_tools import FAR_WEIGHTS, graph_spec, relative_distance
 from balcony_export.graph.weights import WeightFile
-from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
+from balcony_export.tensorrt.graphs import Format, load_graph, tensorrt_graphs
 from balcony_export.tensorrt.integers import Rounding
 from balcony_runtime.backends.accelerator.tensorrt_builder import MASK_STEP, Target
 from balcony_runtime.backends.token_table import unpacked
@@ -112,7 +112,7 @@ def rounding_of(quantized: Bundle, bundle: Bundle) -> Rounding:
     weights = _weights(bundle)
     rounding = Rounding(scheme.block_size)
     for spec in quantized.manifest.cpu.values():
-        for node in ir.load(quantized.file(spec.file)).graph:
+        for node in load_graph(quantized, spec.file).graph:
             if node.op_type != "MatMulNBits":
                 continue
             packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])  # type: ignore[union-attr]
@@ -148,7 +148,7 @@ def _weights(bundle: Bundle) -> dict[str, Callable[[], npt.NDArray[np.float32]]]
     """Name of each weight of a product → function that reads it  # (N, K)"""
     found: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
     for spec in bundle.portable().manifest.graphs.values():
-        for node in ir.load(bundle.file(spec.file)).graph:
+        for node in load_graph(bundle, spec.file).graph:
             weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
             if weight is not None and weight.const_value is not None:
                 found[str(weight.name)] = partial(_rows, weight.const_value, node.op_type == "Gemm")

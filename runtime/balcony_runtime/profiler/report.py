@@ -188,16 +188,20 @@ def _facts(profile: DeviceProfile) -> str:
 def _table(title: str, name: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
-        f"<tr>{''.join(cell if cell.startswith('<td') else f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
+        f"<tr>{''.join(cell if isinstance(cell, _Cell) else f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
         for line in lines
     )
     table = f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<section><h2>{html.escape(title)}</h2><div class="scroll">{table}</div></section>\n'
 
 
-def _number(value: float | None) -> str:
+class _Cell(str):
+    """A cell that is HTML already; names in a profile may look like one."""
+
+
+def _number(value: float | None) -> _Cell:
     """A cell with four digits for readers and the exact value for programs."""
-    return "<td></td>" if value is None else f'<td data-value="{value!r}">{value:.4g}</td>'
+    return _Cell("<td></td>" if value is None else f'<td data-value="{value!r}">{value:.4g}</td>')
 
 
 def _embedded(text: str) -> str:

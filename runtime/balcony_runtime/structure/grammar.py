@@ -40,8 +40,13 @@ SLOW_S = 0.0003
 MOST_STATES = 20_000
 #: A rule ``root`` marks llama.cpp's GBNF, which llguidance takes for its own if a rule is named start. ``_START`` finds that
 #: name, and texts, classes and comments, which may hold it.
-_GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
-_START = re.compile(r"""("(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*)|(?<![\w-])start(?![\w-])""")
+_GBNF = re.compile(r"^[^\S\n]*root\s*::=", re.MULTILINE)
+_START = re.compile(r"""("(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*)|(?<![\w-])start(?![\w-])""")
+#: What marks llguidance's own form. A search keeps Python's lock: these three take time in proportion to any text, and
+#: llguidance's own (``any_to_lark``) takes minutes for 200,000 blank lines.
+_LARK = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:)", re.MULTILINE)
+#: Most rules of a GBNF grammar: llguidance's reader takes time with the square of their number.
+MOST_RULES = 2000
 #: Longest reason from the compiler that a message quotes.
 MOST_REASON = 200
 
@@ -129,6 +134,8 @@ class Grammars:
     def _compile(self, asked: Structure) -> LLMatcher:
         llguidance, tokenizer = _llguidance(), self.tokenizer
         matchers = llguidance.LLMatcher
+        if asked.kind == "grammar" and asked.text.count("::=") > MOST_RULES:
+            raise _refused(asked.kind, f"has more than {MOST_RULES:,} rules")
         try:
             if asked.kind == "json_schema":
                 grammar = matchers.grammar_from_json_schema(asked.text, defaults=JSON_FORM)
@@ -137,9 +144,13 @@ class Grammars:
             elif asked.kind == "tools":
                 grammar = matchers.grammar_from_lark(asked.text)
             else:
-                from llguidance.gbnf_to_lark import any_to_lark, gbnf_to_lark  # noqa: PLC0415 - llama.cpp's grammars
+                from llguidance.gbnf_to_lark import gbnf_to_lark  # noqa: PLC0415 - llama.cpp's grammars
 
-                form = gbnf_to_lark(_without_start(asked.text)) if _GBNF.search(asked.text) else any_to_lark(asked.text)
+                form = asked.text
+                if _GBNF.search(form):
+                    form = gbnf_to_lark(_without_start(form))
+                elif not _LARK.search(form):
+                    form = gbnf_to_lark(form)
                 grammar = matchers.grammar_from_lark(form)
         except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
             raise _refused(asked.kind, str(error) or type(error).__name__) from None

@@ -85,6 +85,13 @@ def named_twice() -> bytes:
     return made.SerializeToString() + field(7, graph)
 
 
+def disguised() -> onnx.ModelProto:
+    """Weights in another file, whose entry also has a number in place of its key, which readers of the format skip."""
+    made = external("extra.bin")
+    made.graph.initializer[0].external_data[0].MergeFromString(bytes([1 << 3, 0]))
+    return made
+
+
 def sparse(*, constant: bool = False) -> onnx.ModelProto:
     values = numpy_helper.from_array(np.zeros(1, np.float32), "weight")
     tensor = helper.make_sparse_tensor(values, numpy_helper.from_array(np.zeros(1, np.int64), "at"), [32])
@@ -107,6 +114,7 @@ def sparse(*, constant: bool = False) -> onnx.ModelProto:
         (external("extra.bin"), "has weights in 'extra.bin', which the manifest does not list"),
         (external("../weights.bin"), "has weights in '../weights.bin'"),
         (external("extra.bin", constant=True), "has weights in 'extra.bin'"),
+        (disguised(), "has weights in 'extra.bin'"),
     ],
 )
 def test_what_no_export_writes_is_named(tmp_path: Path, forged: onnx.ModelProto | bytes, pattern: str) -> None:

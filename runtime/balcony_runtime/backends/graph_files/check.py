@@ -102,6 +102,8 @@ def _of_node(node: bytes, files: Collection[str], scans: bool) -> Iterator[str]:
 def _of_tensor(tensor: bytes, files: Collection[str]) -> Iterator[str]:
     for number, _, entry in message_fields(tensor):
         if number == proto.TENSOR_EXTERNAL:
-            pair = {part: value.decode(errors="replace") for part, _, value in message_fields(entry)}
+            # readers of the format skip what is of another type than a text
+            texts = ((part, value) for part, kind, value in message_fields(entry) if kind == proto.BYTES)
+            pair = {part: value.decode(errors="replace") for part, value in texts}
             if pair.get(proto.ENTRY_KEY) == "location" and pair.get(proto.ENTRY_VALUE) not in files:
                 yield f"has weights in {pair.get(proto.ENTRY_VALUE, '')[:60]!r}, which the manifest does not list"

@@ -1,0 +1,26 @@
+"""Texts from files of strangers on a terminal: names in profiles, traces and manifests do not command it."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from balcony_edge.cli import console, reported
+from balcony_edge.errors import InputError
+
+
+def test_what_is_shown_does_not_command_the_terminal() -> None:
+    file = io.StringIO()
+    screen = type(console.stdout)(file=file, force_terminal=True, color_system=None, width=40)
+    screen.print("a \x1b]52;c;aGk=\x1b\\", markup=False)
+    assert file.getvalue() == "a ␛]52;c;aGk=␛\\\n"
+
+
+def test_what_is_refused_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise InputError("p.json: \x1b[2J: Extra inputs are not permitted")
+
+    with pytest.raises(SystemExit):
+        reported(fails)
+    assert capsys.readouterr().err == "balcony-edge: p.json: ␛[2J: Extra inputs are not permitted\n"
