@@ -83,7 +83,7 @@ $(WEBGPU)/.ready: $(READY)
 	rm -rf $(WEBGPU)
 	-$(BIN)/python -m pip install --quiet --no-deps --target $(WEBGPU) --group webgpu && touch $@
 
-ON_WEBGPU := LP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(WEBGPU) $(BIN)/python -m pytest -q tests/runtime/backends/test_webgpu.py \
+ON_WEBGPU := LP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/$(WEBGPU)" $(BIN)/python -m pytest -q tests/runtime/backends/test_webgpu.py \
 	tests/runtime/backends/test_webgpu_schedules.py
 test-webgpu: $(WEBGPU)/.ready
 	$(ON_WEBGPU) tests/runtime/backends/test_conformance.py -m 'webgpu and not deep'
@@ -121,7 +121,7 @@ $(ARM)/.ready: $(READY) tests/runtime/arm/prepare.py
 EXPORTERS := $(shell find export balcony_edge/bundle tests/conftest.py tests/runtime/conftest.py tests/support/engine_sets.py tests/support/hybrids.py tests/runtime/arm/record.py -name '*.py')
 $(ARM)/recorded/.ready: $(ARM)/.ready $(EXPORTERS)
 	rm -rf $(@D)
-	BALCONY_RECORDED=$(CURDIR)/$(@D) $(BIN)/python -m pytest -q tests/runtime/arm/record.py
+	BALCONY_RECORDED="$(CURDIR)/$(@D)" $(BIN)/python -m pytest -q tests/runtime/arm/record.py
 	touch $@
 
 test-arm: $(ARM)/recorded/.ready

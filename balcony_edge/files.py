@@ -54,13 +54,14 @@ def partial_directory(target: Path) -> Iterator[Path]:
     """
     prefix = f".{target.name}{PARTIAL}"
     remove_leftovers(target.parent, prefix)
-    part = target.with_name(f"{prefix}{secrets.token_hex(4)}")
     while True:
+        part = target.with_name(f"{prefix}{secrets.token_hex(4)}")
         part.mkdir()
         lock = _lock(part, wait=True)
         if part.exists():
             break
-        _unlock(lock)  # another writer removed it as a leftover before it was locked
+        # Another writer removed it as a leftover before it was locked. A third one may still be about to remove this name.
+        _unlock(lock)
     try:
         yield part
     finally:
@@ -88,7 +89,8 @@ def require_writable(directory: Path, given: str, error_class: type[BalconyError
         cure: advice to the user.
     """
     place = directory.absolute()
-    nearest = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    # A drive or a share of Windows may be missing as a whole.
+    nearest = next((path for path in (place, *place.parents) if os.path.lexists(path)), Path(place.anchor))
     if not nearest.is_dir():
         raise error_class(f"{given}: cannot be written ({nearest} is not a directory): {cure}")
     if not os.access(nearest, os.W_OK | os.X_OK):

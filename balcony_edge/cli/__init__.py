@@ -76,7 +76,7 @@ app.command("eval", rich_help_panel=WORK)(evaluate)  # the function cannot be ca
 app.add_typer(budget, name="budget", rich_help_panel=PLAN)
 
 #: Packages that only a workstation has.
-WORKSTATION = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf")
+WORKSTATION = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf")
 
 
 def main() -> None:
@@ -102,11 +102,14 @@ def reported(action: Callable[[], object]) -> None:
     except BalconyError as error:
         print(f"balcony-edge: {visible(str(error))}", file=sys.stderr)  # noqa: T201 - the one line that a user sees
         sys.exit(1)
-    except ModuleNotFoundError as error:
-        if error.name not in WORKSTATION:
+    except ImportError as error:  # also a name that an older version does not have
+        package = (error.name or "").partition(".")[0]
+        if package not in WORKSTATION:
             raise
+        absent = isinstance(error, ModuleNotFoundError) and error.name == package
+        why = "is not installed" if absent else f"cannot be used ({' '.join(str(error).split())})"
         cure = "this verb needs a workstation: pip install 'balcony-edge[export]'"
-        print(f"balcony-edge: {error.name} is not installed: {cure}", file=sys.stderr)  # noqa: T201 - likewise
+        print(f"balcony-edge: {package} {why}: {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -7,10 +7,12 @@ Owns reading it (procfs, sysfs, NVML) and naming the differences of two. It meas
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import platform
 import re
+import sys
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -114,7 +116,11 @@ def cpu_name(root: Path = Path("/")) -> str:
     if names := core_names(cpuinfo):
         return names
     found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return " ".join(found.group(1).split()) if found is not None else platform.processor() or platform.machine()
+    if found is not None:
+        return " ".join(found.group(1).split())
+    # platform knows a Mac's by the name of its architecture only, which all Macs share
+    brand = _sysctl("machdep.cpu.brand_string").decode(errors="replace").strip("\0 ")
+    return brand or platform.processor() or platform.machine()
 
 
 def available_cpus(root: Path = Path("/")) -> int:
@@ -158,7 +164,9 @@ def best_threads(sysfs: Path = Path("/sys")) -> int:
     if not hasattr(os, "sched_getaffinity"):
         import psutil  # noqa: PLC0415 - Linux does not need it
 
-        return min(psutil.cpu_count(logical=False) or most, most)
+        # Level 0 are the fastest cores of a Mac that has several kinds.
+        fast = int.from_bytes(_sysctl("hw.perflevel0.physicalcpu"), "little")
+        return min(fast or psutil.cpu_count(logical=False) or most, most)
     cpus = _one_of_each_core(os.sched_getaffinity(0), sysfs)
     most = min(most, len(cpus))
     texts = [text_of(sysfs / f"devices/system/cpu/cpu{cpu}/cpu_capacity") or "" for cpu in cpus]
@@ -213,6 +221,15 @@ def checked_threads(threads: int | None) -> int:
     if threads > cpus:
         _log.warning("threads = %d, but this process may use %d CPUs: fewer threads are faster", threads, cpus)
     return threads
+
+
+def _sysctl(name: str) -> bytes:
+    """What macOS's kernel tells under a name of ``sysctl``; empty if it knows no such name, and on other systems."""
+    if sys.platform != "darwin":
+        return b""
+    value, size = ctypes.create_string_buffer(256), ctypes.c_size_t(256)
+    failed = ctypes.CDLL(None).sysctlbyname(name.encode(), value, ctypes.byref(size), None, ctypes.c_size_t(0))
+    return b"" if failed else value.raw[: size.value]
 
 
 def text_of(path: Path) -> str | None:

@@ -35,6 +35,7 @@ from balcony_export.output import fresh_directory
 from balcony_export.quantize.blocks import Blocks, Quantizer, Scheme, quantize_graph
 from balcony_export.quantize.gptq import second_moments
 from balcony_export.quantize.kv_cache import cache_scales, quantize_caches
+from balcony_runtime.backends.installed import installed_packages, refuse_too_old
 
 #: Called with the step that begins and the share of the work done before it (0 to 1).
 ProgressCallback = Callable[[str, float], None]
@@ -144,6 +145,7 @@ def export_bundle(
     Raises:
         InputError: The output exists, or the scheme does not suit the model.
         CheckpointError: The model cannot be exported, or has weights that are not finite.
+        MissingDependencyError: ONNX Runtime is too old to check the bundle.
     """
     scheme, dtype, parts = options.scheme, options.dtype, exits.parts
     _refuse_not_finite(exits, "holds NaN or infinity: use a checkpoint whose weights are finite")
@@ -164,6 +166,8 @@ def export_bundle(
             f"--precision {scheme}: ONNX Runtime rounds the inputs of 8-bit experts to int8 at every level: give level=4, "
             "or int4 with level=1"
         )
+    if check is not None:  # loading would say it after the hours of a calibration
+        refuse_too_old(spec, None if scheme is None else scheme.kv_bits)
     template = _chat_template(tokenizer)
     spec = _with_turn_ends(spec, tokenizer, template)
     with fresh_directory(output) as directory:
@@ -351,5 +355,6 @@ def _write_tokenizer(
 
 
 def _tool_versions() -> dict[str, str]:
-    tools = ("balcony-edge", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime")
-    return {tool: importlib.metadata.version(tool) for tool in tools}
+    tools = ("balcony-edge", "torch", "transformers", "onnx-ir", "onnxscript")
+    versions = {tool: importlib.metadata.version(tool) for tool in tools}
+    return versions | installed_packages()  # ONNX Runtime comes in packages of several names

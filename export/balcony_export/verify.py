@@ -136,10 +136,7 @@ def verify(
     codec = TextCodec(bundle)
     samples = [ids[:limit] for text in prompts if len(ids := _same_ids(bundle, codec, tokenizer, text)) > 1]
     expected = [reference_logits(exits, ids) for ids in samples]
-    beside = directory.absolute().parent  # on the disk of the weights, so that they are linked and not copied
-    if not os.access(beside, os.W_OK):
-        beside = Path(tempfile.gettempdir())
-    with partial_directory(beside / "verify") as scratch:
+    with partial_directory(_scratch_place(directory) / "verify") as scratch:
         scratch.chmod(0o700)
         subjects = {"": bundle}
         if manifest.cpu and manifest.graphs:
@@ -197,6 +194,19 @@ def _same_ids(bundle: Bundle, codec: TextCodec, tokenizer: PreTrainedTokenizerBa
             f"{text[:30]!r} than the given model's: name that model, or export it again"
         )
     return ids
+
+
+def _scratch_place(directory: Path) -> Path:
+    """Where scratch files go: the disk of the weights, so that they are linked and not copied, if it can be written."""
+    beside = directory.absolute().parent
+    if os.access(beside, os.W_OK):
+        return beside
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:  # all file systems are read-only, as in some containers
+        raise VerificationError(
+            f"{beside}: cannot be written, and there is no directory for temporary files: name one in TMPDIR"
+        ) from error
 
 
 def at_level_1(bundle: Bundle, directory: Path) -> Bundle:

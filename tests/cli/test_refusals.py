@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
+from balcony_edge.cli import reported
 from tests.support.command import invoke_here
 from tests.support.refusals import REFUSALS, Refusal, lay_out
 
@@ -53,3 +54,23 @@ def test_bad_input_is_refused_by_its_line(refusal: Refusal, directory: Path, mon
 def test_wrong_usage_ends_with_2(arguments: tuple[str, ...], message: str) -> None:
     done = invoke_here(*arguments)
     assert (done.returncode, done.stdout) == (2, "") and message in done.stderr, done
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("no accelerate", name="accelerate"), "accelerate is not installed"),
+        (ImportError("no GgufConfig", name="transformers"), "transformers cannot be used (no GgufConfig)"),
+        (ModuleNotFoundError("no moe", name="transformers.integrations.moe"), "transformers cannot be used (no moe)"),
+    ],
+)
+def test_a_workstations_package_that_is_missing_or_too_old_is_one_line(
+    error: ImportError, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        reported(fails)
+    line = f"balcony-edge: {told}: this verb needs a workstation: pip install 'balcony-edge[export]'\n"
+    assert (stop.value.code, capsys.readouterr().err) == (1, line)

@@ -13,7 +13,7 @@ import pytest
 
 from balcony_edge.control.trace import LinesWriter
 from balcony_edge.errors import InputError
-from balcony_edge.files import partial_directory, require_writable_file, write_atomically
+from balcony_edge.files import partial_directory, require_writable, require_writable_file, write_atomically
 
 
 def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path) -> None:
@@ -61,6 +61,14 @@ def test_a_path_that_the_system_refuses_to_look_at_is_one_line(tmp_path: Path) -
         require_writable_file(path, "-o x", InputError, "make it")
     with pytest.raises(InputError, match=r"x: writing failed \(File name too long\): "):
         LinesWriter(path)
+
+
+def test_a_drive_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Z:\\ on Windows: not even the root of the path is there."""
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    with pytest.raises(InputError, match=r"^out: cannot be written \(/ is not a directory\): name another place$"):
+        require_writable(tmp_path / "out", "out", InputError, "name another place")
 
 
 def test_the_file_behind_a_link_is_replaced_and_what_is_no_file_is_refused(tmp_path: Path) -> None:

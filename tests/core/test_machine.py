@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from balcony_edge.device import machine
@@ -69,6 +72,31 @@ def test_slow_cores_get_no_threads(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cpus))
     assert best_threads(sysfs_tree(tree)) == threads
+
+
+def test_a_mac_names_its_chip_and_gives_slow_cores_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {b"machdep.cpu.brand_string": b"Apple M2\0", b"hw.perflevel0.physicalcpu": b"\x04\0\0\0"}
+
+    class Library:
+        """The C library's function, as sysctl(3) describes it."""
+
+        def __init__(self, _: None) -> None: ...
+
+        def sysctlbyname(self, name: bytes, value: Any, size: Any, *_: object) -> int:
+            if name not in told:
+                return -1
+            size._obj.value = len(told[name])
+            ctypes.memmove(value, told[name], len(told[name]))
+            return 0
+
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(machine, "available_cpus", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert (machine.cpu_name(tmp_path), best_threads()) == ("Apple M2", 4)
+    told.clear()  # with an Intel CPU: one kind of cores
+    assert best_threads() == 8
 
 
 #: Six cores with two hyper-threads each; and four of those beside eight efficient cores.

@@ -157,6 +157,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     for source, words in {
         tmp_path: "is not a model: give a Hugging Face directory",
         tmp_path / "absent": "does not exist",
+        Path("~no-such-user/model"): "~no-such-user/model: does not exist",
         tmp_path / "notes.txt": "is not a GGUF file",
         tmp_path / "cut.gguf": "cut short",
     }.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.metadata
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +22,11 @@ import transformers
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.errors import BalconyError, CheckpointError, InputError, UnsupportedModelError, VerificationError
-from balcony_export.export import ExportOptions, _chat_template, _write_tokenizer, export_bundle
+from balcony_export.export import ExportOptions, _chat_template, _tool_versions, _write_tokenizer, export_bundle
 from balcony_export.model.architecture import describe, longest_context, parts_of
 from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory
-from balcony_export.verify import ParityCheck, require_all_passed
+from balcony_export.verify import ParityCheck, _scratch_place, require_all_passed
 
 OPTIONS = ExportOptions("x", trained=False)
 
@@ -200,6 +203,20 @@ def test_verification_is_required_of_every_check() -> None:
         require_all_passed([good, bad], Path("b"), "a-model")
 
 
+def test_verification_where_nothing_can_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose file systems are all read-only."""
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    assert _scratch_place(tmp_path / "bundle") == tmp_path
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert _scratch_place(tmp_path / "bundle") == Path(tempfile.gettempdir())
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    with pytest.raises(VerificationError, match=r"cannot be written, and there is no directory for temporary files"):
+        _scratch_place(tmp_path / "bundle")
+
+
 def test_outputs_that_exist_or_cannot_be_made_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("keep me")
     for output, pattern in (
@@ -220,6 +237,24 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
         (directory / "weights.bin").write_bytes(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workstation_may_have_onnxruntime_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of ONNX Runtime have several names; docs/tensorrt.md puts onnxruntime-gpu in the place of the plain one."""
+    known = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return known(package)
+
+    facts = tmp_path / "onnxruntime_gpu-1.32.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Name: onnxruntime-gpu\nVersion: 1.32.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    tools = _tool_versions()
+    assert tools["onnxruntime-gpu"] == "1.32.0" and tools["torch"] == known("torch")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -165,6 +165,16 @@ def test_a_missing_web_framework_names_its_cure() -> None:
     assert done.stdout == "starlette is not installed: pip install 'balcony-edge[serve]' for the server\n"
 
 
+def test_the_server_says_that_it_does_not_run_on_windows() -> None:
+    program = (
+        "import sys\nfrom balcony_edge.errors import InputError\nimport balcony_runtime\nsys.platform = 'win32'\n"
+        "try:\n    import balcony_runtime.serve\n"
+        "except InputError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "serve: does not run on Windows: run it under WSL, or use the Python API\n"
+
+
 @pytest.mark.parametrize(
     ("installed", "changes", "words"),
     [
@@ -182,11 +192,10 @@ def test_some_bundles_need_a_newer_engine(
     installed: str, changes: dict[str, Any], words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bits = changes.pop("kv_bits", None)
-    model = SimpleNamespace(**{"recurrent": False, "mixture": None} | changes)
-    manifest: Any = SimpleNamespace(model=model, quantization=None if bits is None else SimpleNamespace(kv_bits=bits))
+    model: Any = SimpleNamespace(**{"recurrent": False, "mixture": None} | changes)
     monkeypatch.setattr("onnxruntime.__version__", installed)
     if words is None:
-        refuse_too_old(manifest)
+        refuse_too_old(model, bits)
     else:
         with pytest.raises(MissingDependencyError, match=f"onnxruntime {installed} is too old: {words}"):
-            refuse_too_old(manifest)
+            refuse_too_old(model, bits)

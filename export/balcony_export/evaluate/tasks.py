@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import glob
 import io
 import logging
 import math
@@ -185,7 +186,8 @@ def _spec(task: str, data: Path | None, cache: Path) -> str | dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     files = {split: _data_file(data, name) for split, name in config.pop("data_files").items()}
     config["dataset_kwargs"] = {
-        "data_files": {split: str(file) for split, file in files.items()},
+        # the library takes them as patterns, to which a directory run[1] is run1
+        "data_files": {split: glob.escape(str(file)) for split, file in files.items()},
         "cache_dir": str(cache),
     }
     answers = tuple(config.pop("answers", ()))

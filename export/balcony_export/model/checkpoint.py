@@ -210,7 +210,9 @@ def model_name(source: str) -> str:
 
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
     """``(name or path for transformers, gguf_file option)`` of a source, whose files are checked."""
-    path = demo_model_path() if str(source) == "demo" else Path(source).expanduser()
+    path = demo_model_path() if str(source) == "demo" else Path(source)
+    with contextlib.suppress(RuntimeError):  # ~name of no user, or no home: the path begins with ~, as in a shell
+        path = path.expanduser()
     if path.is_file():
         _check_gguf(path)
         return str(path.parent), {"gguf_file": path.name}

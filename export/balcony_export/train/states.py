@@ -142,7 +142,8 @@ def _reserve(path: Path, size: int) -> None:
     """Give a file a size, with zeros, and reserve it: without room on the disk, a write to the map could kill the process."""
     before = path.stat().st_size if path.is_file() else 0
     try:
-        with path.open("ab") as file:
+        # Where a file system cannot reserve (NFS, exFAT), glibc reads and writes instead, and refuses to append.
+        with path.open("r+b" if before else "w+b") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
             file.truncate(size)

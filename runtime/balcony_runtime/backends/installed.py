@@ -14,18 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from balcony_edge.bundle.manifest import Manifest
+from balcony_edge.bundle.manifest import ModelSpec
 from balcony_edge.errors import MissingDependencyError
 
 #: The first version with a CPU kernel of opset 24's ``TensorScatter``. Up to 1.29 the last bits of results differ from those of
 #: 1.30 and newer, so texts in int4 differ (docs/platforms.md). pyproject.toml has the same number, and tests/test_packaging.py
 #: runs that version.
 OLDEST = "1.25"
-#: Later versions that some bundles need, the newest first, by what they use; tried with each release.
-_LATER: tuple[tuple[str, str, Callable[[Manifest], object]], ...] = (
-    ("1.31", "quantized experts", lambda manifest: manifest.model.mixture and manifest.quantization is not None),
-    ("1.27", "int8 caches", lambda manifest: manifest.quantization is not None and manifest.quantization.kv_bits == 8),
-    ("1.25.1", "recurrent layers", lambda manifest: manifest.model.recurrent),
+#: Later versions that some bundles need, the newest first, by what they use: the model, and the bits of the caches of a
+#: quantized bundle (None: it is not quantized). Tried with each release.
+_LATER: tuple[tuple[str, str, Callable[[ModelSpec, int | None], object]], ...] = (
+    ("1.31", "quantized experts", lambda model, kv_bits: model.mixture and kv_bits is not None),
+    ("1.27", "int8 caches", lambda model, kv_bits: kv_bits == 8),
+    ("1.25.1", "recurrent layers", lambda model, kv_bits: model.recurrent),
 )
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu")
 _INSTALL = "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"
@@ -61,14 +62,18 @@ def checked_onnxruntime() -> Any:
     return module
 
 
-def refuse_too_old(manifest: Manifest) -> None:
+def refuse_too_old(model: ModelSpec, kv_bits: int | None) -> None:
     """Refuse an ONNX Runtime without the operators of a bundle's graphs.
+
+    Args:
+        model: model of the bundle.
+        kv_bits: bits of the caches of a quantized bundle; None for a float one.
 
     Raises:
         MissingDependencyError: it is too old for the bundle.
     """
     for version, what, needs in _LATER:
-        if needs(manifest):
+        if needs(model, kv_bits):
             _refuse_older(importlib.import_module("onnxruntime"), version, f"bundles with {what}")
             return
 

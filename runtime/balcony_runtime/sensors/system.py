@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import psutil
 
@@ -26,13 +28,15 @@ class System(NothingOpen):
     name = "psutil"
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
-        # psutil 8 has another name for it
-        self._memory = getattr(self._process, "memory_footprint", None) or self._process.memory_full_info
         self._cpus = psutil.cpu_count() or 1
         self._last: tuple[float, float, tuple[float, ...]] | None = None
         self._private_next_s = -math.inf
         self._private_bytes: int | None = None
+
+    @cached_property
+    def _process(self) -> Any:
+        """This process. It is made by the first read, because psutil refuses without /proc."""
+        return psutil.Process()
 
     def discover(self) -> None:
         """Count the CPUs: a power mode may take some away, or bring them."""
@@ -40,30 +44,44 @@ class System(NothingOpen):
             self._cpus, self._last = cpus, None
 
     def read(self, now_s: float) -> SourceSample:
-        readings = []
-        own_s, cpu_s = sum(self._process.cpu_times()[:2]), cpu_seconds()
-        last, self._last = self._last, (now_s, own_s, cpu_s)
-        if last is not None and now_s > last[0]:
-            # The two clocks have ticks of 10 ms, so a single-threaded process on one CPU can read up to a tick above 1.
-            own = min(1.0, (own_s - last[1]) / ((now_s - last[0]) * self._cpus))
-            busy = busy_share(last[2], cpu_s)
-            readings.append(Reading("psutil:cpu", "cpu", now_s, utilization=busy, own_utilization=own))
-        memory = psutil.virtual_memory()
-        used, total = memory.total - memory.available, memory.total
-        readings.append(Reading("psutil:memory", "memory", now_s, memory_bytes=used, memory_total_bytes=total))
+        readings: list[Reading] = []
+        absences: list[Absence] = []
+        for part, ask in (("psutil:cpu", self._shares), ("psutil:memory", _memory)):
+            try:
+                readings += ask(now_s)
+            except (psutil.Error, OSError) as error:  # no /proc, or only a part of it (systemd's ProcSubset=pid)
+                absences.append(Absence(part, f"the system does not tell: {error}"))
         if now_s >= self._private_next_s:
             begin_s = time.perf_counter()
             try:
-                self._private_bytes = self._memory().uss
+                process = self._process
+                # psutil 8 has another name for it
+                self._private_bytes = (getattr(process, "memory_footprint", None) or process.memory_full_info)().uss
             except (psutil.Error, OSError, AttributeError):  # without /proc/PID/smaps psutil's answer has no uss
                 self._private_bytes = None
             took_s = time.perf_counter() - begin_s
             self._private_next_s = now_s + max(_PRIVATE_EVERY_S, took_s / _PRIVATE_SHARE)
         if self._private_bytes is None:
-            absence = Absence("psutil:process", "the kernel does not tell the private memory of a process")
-            return SourceSample(tuple(readings), (absence,))
-        readings.append(Reading("psutil:process", "process", now_s, memory_bytes=self._private_bytes))
-        return SourceSample(tuple(readings))
+            absences.append(Absence("psutil:process", "the kernel does not tell the private memory of a process"))
+        else:
+            readings.append(Reading("psutil:process", "process", now_s, memory_bytes=self._private_bytes))
+        return SourceSample(tuple(readings), tuple(absences))
+
+    def _shares(self, now_s: float) -> list[Reading]:
+        own_s, cpu_s = sum(self._process.cpu_times()[:2]), cpu_seconds()
+        last, self._last = self._last, (now_s, own_s, cpu_s)
+        if last is None or now_s <= last[0]:
+            return []
+        # The two clocks have ticks of 10 ms, so a single-threaded process on one CPU can read up to a tick above 1.
+        own = min(1.0, (own_s - last[1]) / ((now_s - last[0]) * self._cpus))
+        busy = busy_share(last[2], cpu_s)
+        return [Reading("psutil:cpu", "cpu", now_s, utilization=busy, own_utilization=own)]
+
+
+def _memory(now_s: float) -> list[Reading]:
+    memory = psutil.virtual_memory()
+    used, total = memory.total - memory.available, memory.total
+    return [Reading("psutil:memory", "memory", now_s, memory_bytes=used, memory_total_bytes=total)]
 
 
 def busy_share(before: Sequence[float], after: Sequence[float]) -> float | None:

@@ -282,6 +282,15 @@ def test_shots_come_from_their_file(bundle_scorer: BundleScorer, data: Path) -> 
     assert swag[3] == "".join(shown[:3] + shown[4:]) + "the fox 3"  # never its own shot
 
 
+def test_a_directory_of_data_is_no_pattern(data: Path, tmp_path: Path) -> None:
+    from balcony_export.evaluate.tasks import _load, _manager, _spec
+
+    shutil.copytree(data, tmp_path / "run[1]")
+    specs = {"arc_easy": _spec("arc_easy", tmp_path / "run[1]", tmp_path / "cache")}
+    tasks = _load(_manager(list(specs.values())), specs).harness["tasks"]
+    assert len(list(tasks["arc_easy"].test_docs())) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not DATA.is_dir(), reason="needs the files of docs/evaluation.md in shared/data beside the repository"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import InputError, UnsupportedModelError, VerificationError
+from balcony_edge.errors import InputError, MissingDependencyError, UnsupportedModelError, VerificationError
 from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.experts import interleaved, router_operator, separated, symbolic_experts
@@ -133,6 +133,18 @@ def test_verification_of_quantized_experts_names_another_model(
     other.parts.layers[0].mlp.experts.down_proj.data[3] *= -4
     with pytest.raises(VerificationError, match=r"layers\.0\.mlp\.experts\.down_proj differs"):
         verify(tmp_path / "b", other, made.tokenizer, [PROMPT])
+
+
+def test_an_engine_that_cannot_check_quantized_experts_is_refused_before_the_work(
+    mixture: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = mixture("mixtral")
+    options = ExportOptions("m", trained=True, precision=parse_precision("int4"))
+    monkeypatch.setattr("onnxruntime.__version__", "1.30.2")
+    with pytest.raises(MissingDependencyError, match=r"1\.30\.2 is too old: bundles with quantized experts need 1\.31"):
+        export_bundle(
+            made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced, check=lambda _: pytest.fail("late")
+        )
 
 
 def test_what_quantized_experts_cannot_be_is_refused(mixture: Callable[[str], Exported], tmp_path: Path) -> None:

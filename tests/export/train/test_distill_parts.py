@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample, c
 from balcony_export.train.parallel import Processes
 from balcony_export.train.report import TrainingCost, pretraining_tokens
 from balcony_export.train.schedule import OptimizerKind, Schedule, make_optimizers, set_rate
+from balcony_export.train.states import StateCache
 from benchmarks.paper.training_cost import SETTINGS, gflop_per_token
 from tests.export.train.distilling import SEQ_LEN
 
@@ -456,6 +460,22 @@ def test_a_process_without_positions_gives_zeros_where_others_wait_for_it() -> N
     several.count = 2
     assert [gradient.abs().sum().item() for gradient in several.gradients(one)] == [0.0, 0.0]
     assert one.weight.grad is not None and several.gradients(one)[0] is one.weight.grad
+
+
+def test_a_disk_that_cannot_reserve_takes_the_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As glibc on NFS or exFAT: it reads and writes, and refuses a descriptor that cannot (posix_fallocate(3))."""
+
+    def emulated(descriptor: int, offset: int, length: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_APPEND | os.O_WRONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        os.ftruncate(descriptor, max(os.fstat(descriptor).st_size, offset + length))
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    for capacity in (2, 3):  # a new file, and one that grows
+        cache = StateCache(tmp_path / "states.bin", capacity, (2, 4, 8), torch.float32, "key")
+        assert cache.values.shape == (capacity, 2, 4, 8)
+        cache.put(np.array([0]), torch.ones(2, 1, 4, 8))
+    assert cache.get(np.array([0])) is not None, "the rows of the shorter file are kept"
 
 
 def test_the_cost_of_a_run_is_counted_from_its_shapes() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any, NamedTuple
 
 import psutil
@@ -154,3 +156,23 @@ def test_shares_follow_a_number_of_cpus_that_changes(machine: Machine, monkeypat
     machine.own = machine.own._replace(user=machine.own.user + 4.0)
     machine.times = machine.times._replace(user=104.0, idle=1004.0)
     assert read(system, 12.0)["psutil:cpu"].own_utilization == 0.5
+
+
+def test_a_system_that_hides_proc_tells_the_rest(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd's ProcSubset=pid leaves the processes only; a bare chroot has no /proc at all."""
+
+    def hidden() -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/stat")
+
+    def refused() -> None:
+        raise psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(psutil, "cpu_times", hidden)
+    monkeypatch.setattr(psutil, "virtual_memory", hidden)
+    sample = System().read(10.0)
+    assert [reading.source for reading in sample.readings] == ["psutil:process"]
+    assert [absence.part for absence in sample.absences] == ["psutil:cpu", "psutil:memory"]
+    assert "/proc/stat" in sample.absences[0].reason
+    monkeypatch.setattr(psutil, "Process", refused)
+    sample = System().read(10.0)
+    assert sample.readings == () and len(sample.absences) == 3

@@ -169,7 +169,8 @@ class OnnxRuntimeBackend(Closing):
             MissingDependencyError: ONNX Runtime is too old for the bundle.
         """
         self.manifest: Manifest = bundle.manifest
-        refuse_too_old(self.manifest)
+        quantized = self.manifest.quantization
+        refuse_too_old(self.manifest.model, None if quantized is None else quantized.kv_bits)
         self.threads = threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway
