@@ -412,7 +412,8 @@ def _message(error: pydantic.ValidationError) -> str:
         return f"{key} = {shown(first['input'])}: {allowed}; {cure}"
     if not key:
         return f"budget = {shown(first['input'])}: must be a table of keys such as tpot_ms; {_LIST}"
-    close = difflib.get_close_matches(key[:100], _ALLOWED, n=1)  # takes memory with the length of a key
+    # The memory of difflib grows with the length of the key.
+    close = difflib.get_close_matches(key[:100], _ALLOWED, n=1)
     cure = f"did you mean {close[0]}?" if close else f"remove it; {_LIST}"
     return f"{shown(key)[1:-1]} = {shown(first['input'])}: no such key; {cure}"
 

@@ -15,7 +15,7 @@ from rich.style import Style
 
 
 class _Screen(Console):
-    """A console whose terminal no text commands: some texts come from the files of strangers, such as profiles."""
+    """A console that shows control characters as symbols: texts from strangers' files must not command the terminal."""
 
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
         parts = (part if part.control else Segment(visible(part.text), part.style) for part in buffer)

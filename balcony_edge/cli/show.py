@@ -86,7 +86,7 @@ def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None
     ]
     if reply.mean_tpot_ms:  # 0 if all tokens after the first were forced
         rate = 1000 / reply.mean_tpot_ms
-        shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"  # a slow device makes 0.4
+        shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"  # a slow device may reach only 0.4
         parts.append(f"then {reply.mean_tpot_ms:.1f} ms a token ({shown} tokens a second)")
     parts.append(f"{_counted(facts['exit_switches'], 'switch')}, {_counted(facts['caught_up_rows'], 'row')} caught up")
     if facts["forced_tokens"]:

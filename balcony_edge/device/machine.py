@@ -118,7 +118,7 @@ def cpu_name(root: Path = Path("/")) -> str:
     found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     if found is not None:
         return " ".join(found.group(1).split())
-    # platform knows a Mac's by the name of its architecture only, which all Macs share
+    # On a Mac, `platform` returns only the architecture, which is the same for many processors.
     brand = _sysctl("machdep.cpu.brand_string").decode(errors="replace").strip("\0 ")
     return brand or platform.processor() or platform.machine()
 
@@ -164,7 +164,7 @@ def best_threads(sysfs: Path = Path("/sys")) -> int:
     if not hasattr(os, "sched_getaffinity"):
         import psutil  # noqa: PLC0415 - Linux does not need it
 
-        # Level 0 are the fastest cores of a Mac that has several kinds.
+        # On a Mac with several kinds of cores, level 0 is the fastest kind.
         fast = int.from_bytes(_sysctl("hw.perflevel0.physicalcpu"), "little")
         return min(fast or psutil.cpu_count(logical=False) or most, most)
     cpus = _one_of_each_core(os.sched_getaffinity(0), sysfs)
@@ -224,7 +224,7 @@ def checked_threads(threads: int | None) -> int:
 
 
 def _sysctl(name: str) -> bytes:
-    """What macOS's kernel tells under a name of ``sysctl``; empty if it knows no such name, and on other systems."""
+    """Value of a ``sysctl`` name of macOS; empty if the kernel does not know the name, and on other systems."""
     if sys.platform != "darwin":
         return b""
     value, size = ctypes.create_string_buffer(256), ctypes.c_size_t(256)

@@ -145,7 +145,7 @@ def export_bundle(
     Raises:
         InputError: The output exists, or the scheme does not suit the model.
         CheckpointError: The model cannot be exported, or has weights that are not finite.
-        MissingDependencyError: ONNX Runtime is too old to check the bundle.
+        MissingDependencyError: ONNX Runtime is too old to check the bundle or to measure its keys and values.
     """
     scheme, dtype, parts = options.scheme, options.dtype, exits.parts
     _refuse_not_finite(exits, "holds NaN or infinity: use a checkpoint whose weights are finite")
@@ -154,20 +154,7 @@ def export_bundle(
     if dtype == torch.float16:
         _refuse_not_finite(exits, "is too large for fp16: export with fp32")
     spec = describe(exits.model, options.name, options.context_length)
-    if scheme is not None and scheme.kv_bits == 8 and not spec.num_attention_heads:
-        raise InputError(f"--precision {scheme}: the model has no attention, so no keys and values: leave kv=8 out")
-    if scheme is not None and not lower.can_lower(exits):
-        raise InputError(
-            f"--precision {scheme}: the model's heads have {spec.head_dim} values, of which {exits.rotated} are rotated, and "
-            "ONNX Runtime's fused attention, which quantized bundles use, takes multiples of 16: export with fp32"
-        )
-    if scheme is not None and scheme.bits == 8 and scheme.accuracy_level == 1 and mixture(exits.model.config):
-        raise InputError(
-            f"--precision {scheme}: ONNX Runtime rounds the inputs of 8-bit experts to int8 at every level: give level=4, "
-            "or int4 with level=1"
-        )
-    if check is not None:  # loading would say it after the hours of a calibration
-        refuse_too_old(spec, None if scheme is None else scheme.kv_bits)
+    _refuse_misfits(exits, spec, scheme, checked=check is not None)
     template = _chat_template(tokenizer)
     spec = _with_turn_ends(spec, tokenizer, template)
     with fresh_directory(output) as directory:
@@ -328,6 +315,30 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
             )
         template = template["default"]
     return template if isinstance(template, str) else None
+
+
+def _refuse_misfits(exits: ExitModel, spec: ModelSpec, scheme: Scheme | None, *, checked: bool) -> None:
+    """Refuse a precision that does not fit the model, and an ONNX Runtime that cannot run the bundle, before the work."""
+    if scheme is None:
+        if checked:
+            refuse_too_old(spec, None)
+        return
+    if scheme.kv_bits == 8 and not spec.num_attention_heads:
+        raise InputError(f"--precision {scheme}: the model has no attention, so no keys and values: leave kv=8 out")
+    if not lower.can_lower(exits):
+        raise InputError(
+            f"--precision {scheme}: the model's heads have {spec.head_dim} values, of which {exits.rotated} are rotated, and "
+            "ONNX Runtime's fused attention, which quantized bundles use, takes multiples of 16: export with fp32"
+        )
+    if scheme.bits == 8 and scheme.accuracy_level == 1 and mixture(exits.model.config):
+        raise InputError(
+            f"--precision {scheme}: ONNX Runtime rounds the inputs of 8-bit experts to int8 at every level: give level=4, "
+            "or int4 with level=1"
+        )
+    if (
+        checked or scheme.kv_bits == 8
+    ):  # without a check, only the ranges of an int8 cache are measured, with float caches
+        refuse_too_old(spec, scheme.kv_bits if checked else 32)
 
 
 def _with_turn_ends(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, template: str | None) -> ModelSpec:

@@ -37,7 +37,7 @@ MAX_MADE = 16 * MAX_CHARACTERS
 ELEMENT = 16
 #: Most bits of an integer.
 MAX_BITS = 10_000
-#: Most characters of a form of the time. The C library pads its parts to any width, up to 256 times the form in all.
+#: Most characters of a format of the time. The C library pads fields to any width: the result may be 256 times as long.
 MAX_TIME = 100
 
 #: Filters whose results are no longer than their input, except for a few characters; the other filters are below.
@@ -260,7 +260,7 @@ def _bounded(size: int) -> None:
 def _made(value: Any) -> Any:
     """The value, after the meter has seen it."""
     if isinstance(value, int) and value.bit_length() > MAX_BITS:  # a division of long numbers takes minutes
-        raise jinja2.TemplateRuntimeError(f"a number of {value.bit_length():,} bits is not used")
+        raise jinja2.TemplateRuntimeError(f"a number is longer than {MAX_BITS:,} bits")
     if isinstance(value, str | bytes):
         size = len(value)
     elif isinstance(value, _CONTAINERS):
@@ -368,5 +368,5 @@ def _refuse(message: str) -> NoReturn:
 
 def _now(form: str) -> str:
     if len(form) > MAX_TIME:
-        raise jinja2.TemplateRuntimeError(f"a form of the time is longer than {MAX_TIME} characters")
+        raise jinja2.TemplateRuntimeError(f"a format of the time is longer than {MAX_TIME} characters")
     return datetime.now().strftime(form)

@@ -115,7 +115,7 @@ def read_records(path: Path, forms: str) -> Iterator[tuple[str, Any]]:
         try:
             value = json.loads(line)
             json.dumps(value, ensure_ascii=False).encode()  # JSON allows half of a surrogate pair, UTF-8 does not
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: is not JSON ({error}): give {forms}") from error
         empty = False
         yield f"{path}:{number}", value

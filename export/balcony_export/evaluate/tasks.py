@@ -186,7 +186,7 @@ def _spec(task: str, data: Path | None, cache: Path) -> str | dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     files = {split: _data_file(data, name) for split, name in config.pop("data_files").items()}
     config["dataset_kwargs"] = {
-        # the library takes them as patterns, to which a directory run[1] is run1
+        # The library reads paths as patterns: the pattern run[1] matches the directory run1, not run[1].
         "data_files": {split: glob.escape(str(file)) for split, file in files.items()},
         "cache_dir": str(cache),
     }

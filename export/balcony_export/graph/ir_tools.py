@@ -1,4 +1,4 @@
-"""Small edits of ONNX graphs that several rewrites share, and a graph's entry in the manifest."""
+"""Reading of a bundle's graphs, small edits that several rewrites share, and a graph's entry in the manifest."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from balcony_edge.bundle.bundle import Bundle
+from balcony_runtime.backends.graph_files.check import check_graph
+
 #: Domain of ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
 #: Name of the sink of the lowered attention, a constant.
@@ -18,6 +21,16 @@ SINK = "no_sink"
 SMALLEST_SCALE = 2.0**-14
 #: Largest relative distance of rounded weights from the model's: rounding to 4 bits gives about 0.1.
 FAR_WEIGHTS = 0.3
+
+
+def load_graph(bundle: Bundle, file: str) -> ir.Model:
+    """Load a graph of a bundle after a check of its file. Its weights are read when they are used.
+
+    Raises:
+        BundleError: it is more than a chain of operators over listed files.
+    """
+    check_graph(bundle.file(file), bundle.manifest.files)
+    return ir.load(bundle.file(file))
 
 
 def relative_distance(stored: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> float:

@@ -86,9 +86,7 @@ def lower_keys(balcony: ir.Model, spec: ModelSpec) -> ir.Model:
     for node in list(model.graph):
         if node.op_type != "TensorScatter" or not _of_heads(node.outputs[0]):
             continue
-        rotary = _optional_producer(
-            node.inputs[1], "RotaryEmbedding"
-        )  # None in Hunyuan, which norms what it has rotated
+        rotary = _optional_producer(node.inputs[1], "RotaryEmbedding")  # None in Hunyuan: a norm follows the rotation
         if rotary is not None and _turns_whole_heads(rotary.inputs[1], spec):
             for index in (1, 2):
                 rotary.replace_input_with(index, _scaled(model, rotary.inputs[index], scale))
@@ -167,7 +165,8 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
     if "softcap" in node.attributes:
         attributes["softcap"] = node.attributes["softcap"].as_float()
     window = node.metadata_props.get(passes.WINDOW)
-    if window is not None and int(window) < spec.context_length:  # no row leaves Phi-3.5's, of 262,144
+    # A window as long as the context (262,144 in Phi-3.5) excludes no row.
+    if window is not None and int(window) < spec.context_length:
         attributes["local_window_size"] = int(window)
     sink: list[ir.Value | None] = []
     if _turns_whole_heads(rope[0], spec):

@@ -91,7 +91,7 @@ def _attention(
     attributes["scale"] = head_dim**-0.5 if scaling is None else float(scaling)
     if softcap is not None:
         attributes["softcap"] = float(softcap)
-    # Qwen2-MoE keeps its window to itself, because its masks have it; EXAONE 4's other layers keep one that is not theirs
+    # Qwen2-MoE does not pass its window, because its masks contain it. In EXAONE 4 the global layers also have the attribute.
     if sliding_window is None and getattr(module, "is_sliding", True):
         sliding_window = getattr(module, "sliding_window", None)
     if sliding_window is not None:

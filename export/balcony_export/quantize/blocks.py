@@ -20,7 +20,7 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import MICROSOFT, SMALLEST_SCALE, decides, initializer
+from balcony_export.graph.ir_tools import MICROSOFT, SMALLEST_SCALE, decides, initializer, load_graph
 from balcony_export.graph.widen import row_pieces
 from balcony_export.quantize.experts import quantize_experts, stored_experts
 from balcony_export.quantize.gptq import Factors, factors_of, round_with_compensation
@@ -284,7 +284,7 @@ def stored_weights(bundle: Bundle) -> Iterator[tuple[str, npt.NDArray[np.float32
     """
     seen: set[str] = set()
     for spec in bundle.manifest.cpu.values():
-        model = ir.load(bundle.file(spec.file))
+        model = load_graph(bundle, spec.file)
         for node in model.graph:
             weight = node.inputs[1] if node.op_type == "MatMulNBits" else None
             if weight is None or weight.name in seen:

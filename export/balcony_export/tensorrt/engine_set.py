@@ -17,9 +17,9 @@ import onnx_ir as ir
 from balcony_edge.bundle.bundle import Bundle, file_spec
 from balcony_edge.bundle.manifest import EngineSet
 from balcony_edge.errors import InputError
-from balcony_export.graph.ir_tools import FAR_WEIGHTS, graph_spec, relative_distance
+from balcony_export.graph.ir_tools import FAR_WEIGHTS, graph_spec, load_graph, relative_distance
 from balcony_export.graph.weights import WeightFile
-from balcony_export.tensorrt.graphs import Format, load_graph, tensorrt_graphs
+from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt.integers import Rounding
 from balcony_runtime.backends.accelerator.tensorrt_builder import MASK_STEP, Target
 from balcony_runtime.backends.token_table import unpacked

@@ -19,10 +19,9 @@ from onnx_ir.passes import common
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EnginePrecision, ModelSpec
-from balcony_export.graph.ir_tools import append_to_node, initializer, split_by_head
+from balcony_export.graph.ir_tools import append_to_node, initializer, load_graph, split_by_head
 from balcony_export.tensorrt.integers import Rounding, quantize_weights
 from balcony_export.tensorrt.plain import plain_operators, plain_soft_caps
-from balcony_runtime.backends.graph_files.check import check_graph
 from balcony_runtime.backends.token_table import TokenTable
 
 #: Precision → type of activations, caches and float weights.
@@ -76,16 +75,6 @@ def tensorrt_graphs(bundle: Bundle, form: Format, rounding: Rounding | None = No
         # each at once: half precision halves what is held before the next one is read
         graphs[name] = _finished(rewrite(model, spec, form, rounding), name, form)
     return graphs
-
-
-def load_graph(bundle: Bundle, file: str) -> ir.Model:
-    """A graph of a bundle, once it is known that its weights are in listed files; they are read when they are needed.
-
-    Raises:
-        BundleError: it is more than a chain of operators over listed files.
-    """
-    check_graph(bundle.file(file), bundle.manifest.files)
-    return ir.load(bundle.file(file))
 
 
 def rewrite(model: ir.Model, spec: ModelSpec, form: Format, rounding: Rounding) -> ir.Model:

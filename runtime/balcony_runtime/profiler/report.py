@@ -106,7 +106,7 @@ def _summary(profile: DeviceProfile) -> str:
         for entry in decode
         if entry.context == decode[0].context and entry.timing.p50_ms
     }
-    parts = [  # a slow device makes 0.4
+    parts = [  # a slow device may reach only 0.4
         f"exit {layer}: {f'{rate:.0f}' if rate >= 10 else f'{rate:.2g}'} tokens a second"
         for layer, rate in rates.items()
     ]
@@ -196,7 +196,7 @@ def _table(title: str, name: str, columns: Sequence[str], lines: Sequence[Sequen
 
 
 class _Cell(str):
-    """A cell that is HTML already; names in a profile may look like one."""
+    """A cell whose text is already HTML. A type marks it, because names in a profile may look like HTML."""
 
 
 def _number(value: float | None) -> _Cell:

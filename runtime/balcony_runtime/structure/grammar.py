@@ -42,8 +42,8 @@ MOST_STATES = 20_000
 #: name, and texts, classes and comments, which may hold it.
 _GBNF = re.compile(r"^[^\S\n]*root\s*::=", re.MULTILINE)
 _START = re.compile(r"""("(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*)|(?<![\w-])start(?![\w-])""")
-#: What marks llguidance's own form. A search keeps Python's lock: these three take time in proportion to any text, and
-#: llguidance's own (``any_to_lark``) takes minutes for 200,000 blank lines.
+#: Mark of llguidance's own form. A search holds Python's lock, so these three expressions take linear time on any text. The one
+#: in llguidance (``any_to_lark``) takes minutes for 200,000 blank lines.
 _LARK = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:)", re.MULTILINE)
 #: Most rules of a GBNF grammar: llguidance's reader takes time with the square of their number.
 MOST_RULES = 2000
@@ -147,10 +147,8 @@ class Grammars:
                 from llguidance.gbnf_to_lark import gbnf_to_lark  # noqa: PLC0415 - llama.cpp's grammars
 
                 form = asked.text
-                if _GBNF.search(form):
+                if _GBNF.search(form) or not _LARK.search(form):
                     form = gbnf_to_lark(_without_start(form))
-                elif not _LARK.search(form):
-                    form = gbnf_to_lark(form)
                 grammar = matchers.grammar_from_lark(form)
         except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
             raise _refused(asked.kind, str(error) or type(error).__name__) from None

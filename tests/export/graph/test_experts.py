@@ -146,6 +146,14 @@ def test_an_engine_that_cannot_check_quantized_experts_is_refused_before_the_wor
             made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced, check=lambda _: pytest.fail("late")
         )
 
+    def late(*_: object) -> None:
+        pytest.fail("late")
+
+    monkeypatch.setattr("balcony_export.export._quantize_caches", late)
+    options = ExportOptions("m", trained=True, precision=parse_precision("int4,kv=8"))
+    with pytest.raises(MissingDependencyError, match="quantized experts"):  # its keys and values cannot be measured
+        export_bundle(made.exits, made.tokenizer, tmp_path / "b", options, traced=made.traced)
+
 
 def test_what_quantized_experts_cannot_be_is_refused(mixture: Callable[[str], Exported], tmp_path: Path) -> None:
     made = mixture("mixtral")

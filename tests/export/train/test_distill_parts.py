@@ -300,6 +300,7 @@ def test_text_before_the_first_title_is_a_document(tmp_path: Path) -> None:
         ("blank.txt", b" \n\n", "is empty"),
         ("latin.txt", "café".encode("latin-1"), r"is not UTF-8 \(byte 3\)"),
         ("broken.jsonl", b'{"text": "the fox"}\n{"text"\n', r"broken\.jsonl:2: is not JSON"),
+        pytest.param("deep.jsonl", b"[" * 100_000 + b"\n", r"deep\.jsonl:1: is not JSON", id="deep"),
         ("form.jsonl", b'{"title": "the fox"}\n', r"form\.jsonl:1: has no .text. and no chat"),
         ("list.jsonl", b"[1, 2]\n", r"list\.jsonl:1: has no .text. and no chat"),
         ("short.jsonl", b'{"text": "the fox jumps"}\n{"text": "a"}\n', r"short\.jsonl:2: has 1 token, and"),
