@@ -63,11 +63,14 @@ def test_laptop_with_watts_by_a_counter(sysfs_tree: Callable[[str], Path]) -> No
     thread = threading.Thread(target=draw_20_watts)
     thread.start()
     try:
-        report = diagnose("--sysfs", root)
+        for _ in range(5):  # on a busy machine the writer may be late for both reads of a run
+            report = diagnose("--sysfs", root)
+            readings = {reading["source"]: reading for reading in report["sensors"]["readings"]}
+            if readings["rapl:package-0"]["watts"]:
+                break
     finally:
         stop.set()
         thread.join()
-    readings = {reading["source"]: reading for reading in report["sensors"]["readings"]}
     assert 4 < readings["rapl:package-0"]["watts"] < 100  # over 0.2 s, and the writer may be late; not milliwatts
     assert readings["battery:BAT0+BAT1"]["charging"] is False and readings["battery:drain"]["watts"] == 9.25
 

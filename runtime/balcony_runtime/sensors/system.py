@@ -46,7 +46,7 @@ class System(NothingOpen):
     def read(self, now_s: float) -> SourceSample:
         readings: list[Reading] = []
         absences: list[Absence] = []
-        for part, ask in (("psutil:cpu", self._shares), ("psutil:memory", _memory)):
+        for part, ask in (("psutil:cpu", self._shares), ("psutil:memory", _whole_memory)):
             try:
                 readings += ask(now_s)
             except (psutil.Error, OSError) as error:  # no /proc, or only a part of it (systemd's ProcSubset=pid)
@@ -54,9 +54,7 @@ class System(NothingOpen):
         if now_s >= self._private_next_s:
             begin_s = time.perf_counter()
             try:
-                process = self._process
-                # psutil 8 has another name for it
-                self._private_bytes = (getattr(process, "memory_footprint", None) or process.memory_full_info)().uss
+                self._private_bytes = self._memory().uss
             except (psutil.Error, OSError, AttributeError):  # without /proc/PID/smaps psutil's answer has no uss
                 self._private_bytes = None
             took_s = time.perf_counter() - begin_s
@@ -66,6 +64,10 @@ class System(NothingOpen):
         else:
             readings.append(Reading("psutil:process", "process", now_s, memory_bytes=self._private_bytes))
         return SourceSample(tuple(readings), tuple(absences))
+
+    def _memory(self) -> Any:
+        """Memory of this process, with its private part, which psutil 8 tells under another name."""
+        return (getattr(self._process, "memory_footprint", None) or self._process.memory_full_info)()
 
     def _shares(self, now_s: float) -> list[Reading]:
         own_s, cpu_s = sum(self._process.cpu_times()[:2]), cpu_seconds()
@@ -78,7 +80,7 @@ class System(NothingOpen):
         return [Reading("psutil:cpu", "cpu", now_s, utilization=busy, own_utilization=own)]
 
 
-def _memory(now_s: float) -> list[Reading]:
+def _whole_memory(now_s: float) -> list[Reading]:
     memory = psutil.virtual_memory()
     used, total = memory.total - memory.available, memory.total
     return [Reading("psutil:memory", "memory", now_s, memory_bytes=used, memory_total_bytes=total)]
