@@ -335,9 +335,8 @@ def _refuse_misfits(exits: ExitModel, spec: ModelSpec, scheme: Scheme | None, *,
             f"--precision {scheme}: ONNX Runtime rounds the inputs of 8-bit experts to int8 at every level: give level=4, "
             "or int4 with level=1"
         )
-    if (
-        checked or scheme.kv_bits == 8
-    ):  # without a check, only the ranges of an int8 cache are measured, with float caches
+    # Without a check, only the ranges of an int8 cache are measured, with float caches.
+    if checked or scheme.kv_bits == 8:
         refuse_too_old(spec, scheme.kv_bits if checked else 32)
 
 

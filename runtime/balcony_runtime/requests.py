@@ -210,17 +210,15 @@ class Requests:
         Raises:
             InputError: they cannot be used.
         """
-        box = toolbox(tools, choice, parallel, self._written)
-        if box is None:
-            return None
-        form, added = box.form, self._codec.added
-        marks = (*re.findall("<[^<>]+>", form.marker + form.tail + form.last), *THOUGHT)
-        return box._replace(tags={name: added[name][0] for name in marks if name in added})
+        return toolbox(tools, choice, parallel, self._written)
 
-    def _written(self) -> tuple[CallFormat, int | None]:
-        """How the model writes calls, and the token of the marker."""
-        form = self._codec.call_format
-        return form, self._codec.control_token(form.marker)
+    def _written(self) -> tuple[CallFormat, dict[str, int]]:
+        """How the model writes calls, and the marks of calls and thoughts that are tokens."""
+        form, added = self._codec.call_format, self._codec.added
+        marks = (*re.findall("<[^<>]+>", form.marker + form.tail + form.last), *THOUGHT)
+        tags = {name: added[name][0] for name in marks if name in added}
+        marker = self._codec.control_token(form.marker)  # of any form, such as [TOOL_CALLS]
+        return form, tags if marker is None else tags | {form.marker: marker}
 
     def structure(self, params: SamplingParams, box: Toolbox | None = None) -> Guide | None:
         """State of a reply with the structure that the parameters and the tools ask for; None if they ask for none.

@@ -33,7 +33,7 @@ def told(
     # A named tuple's field costs two cold cache lines at each token, so they are read once, or all together.
     text, stop, watch, prompted, cancelled = asked.text, asked.stop, asked.watch, asked.prompted, asked.cancelled
     most, ends, logprobs = asked.max_new_tokens, asked.ends, asked.logprobs
-    marker = None if asked.box is None else asked.box.marker_token
+    marker = None if asked.box is None else asked.box.marker_id
     for count in range(1, most + 1):
         if cancelled.is_set():
             return

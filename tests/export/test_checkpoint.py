@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -237,17 +238,25 @@ def test_truncated_gguf_is_named(demo: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "cut.gguf")
 
 
-@pytest.mark.parametrize("scaling", ["rope_freqs.weight", "rope_factors_short.weight", "yarn", "none"])
-def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Path) -> None:
-    """transformers reads neither tensors of factors (Llama 3, Phi-3.5) nor the type of a scaling: the model would be wrong."""
-    writer, tensor = gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), scaling.endswith(".weight")
-    writer.add_tensor(scaling if tensor else "output_norm.weight", np.ones(8, np.float32))
-    if not tensor:
-        writer.add_string("llama.rope.scaling.type", scaling)
+def write_gguf(path: Path, architecture: str, tensor: str = "output_norm.weight", **fields: Any) -> None:
+    """Write a GGUF file with one tensor and some fields, named as the writer's methods are (``block_count``)."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tensor(tensor, np.ones(8, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("scaling", ["rope_freqs.weight", "rope_factors_short.weight", "yarn", "none"])
+def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Path) -> None:
+    """transformers reads neither tensors of factors (Llama 3, Phi-3.5) nor the type of a scaling: the model would be wrong."""
+    if scaling.endswith(".weight"):
+        write_gguf(tmp_path / "m.gguf", "llama", scaling)
+    else:
+        write_gguf(tmp_path / "m.gguf", "llama", rope_scaling_type=gguf.RopeScalingType(scaling))
     if scaling == "none":
         checkpoint._check_gguf(tmp_path / "m.gguf")
         return
@@ -269,13 +278,7 @@ def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Pat
 def test_a_gguf_file_with_what_transformers_ignores_is_refused(
     architecture: str, layers: int, tensor: str, words: str | None, tmp_path: Path
 ) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
-    writer.add_block_count(layers)
-    writer.add_tensor(tensor, np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m.gguf", architecture, tensor, block_count=layers)
     with contextlib.nullcontext() if words is None else pytest.raises(CheckpointError, match=words):
         checkpoint._check_gguf(tmp_path / "m.gguf")
 
@@ -283,14 +286,7 @@ def test_a_gguf_file_with_what_transformers_ignores_is_refused(
 @pytest.mark.parametrize(("window", "refused"), [(2047, True), (0, False), (262144, False)])
 def test_a_gguf_file_of_phi3_with_a_window_is_refused(window: int, refused: bool, tmp_path: Path) -> None:
     """Phi-3-mini-4k has one. Phi-4 has none, which its file calls 0."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "phi3")
-    writer.add_context_length(4096)
-    writer.add_sliding_window(window)
-    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m.gguf", "phi3", context_length=4096, sliding_window=window)
     with pytest.raises(CheckpointError, match="has a sliding window") if refused else contextlib.nullcontext():
         checkpoint._check_gguf(tmp_path / "m.gguf")
 
@@ -298,13 +294,7 @@ def test_a_gguf_file_of_phi3_with_a_window_is_refused(window: int, refused: bool
 @pytest.mark.parametrize("normed", [True, False])
 def test_a_gguf_file_of_falcon_mamba_is_refused(normed: bool, tmp_path: Path) -> None:
     """Its norms have no weights, so nothing but this field tells it from a Mamba."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
-    writer.add_ssm_dt_b_c_rms(normed)
-    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m.gguf", "mamba", ssm_dt_b_c_rms=normed)
     with pytest.raises(CheckpointError, match="Falcon-Mamba") if normed else contextlib.nullcontext():
         checkpoint._check_gguf(tmp_path / "m.gguf")
 
@@ -314,13 +304,7 @@ def test_a_gguf_file_of_falcon_mamba_is_refused(normed: bool, tmp_path: Path) ->
 )
 def test_gguf_files_that_take_digits_apart_are_known_by_their_rule(name: str, apart: bool, tmp_path: Path) -> None:
     """llama.cpp has one rule for these names, and transformers knows none of them."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_tokenizer_pre(name)
-    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m.gguf", "llama", tokenizer_pre=name)
     assert checkpoint._splits_digits(tmp_path / "m.gguf") is apart
 
 

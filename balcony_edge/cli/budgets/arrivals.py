@@ -97,7 +97,7 @@ def explained(company: Company) -> list[dict[str, Any]]:
         stretch = list(group)
         last = stretch[-1][1]
         reasons = list(dict.fromkeys(move.decision.reason for move in last.moves))
-        nobody = "waits for a pace" if last.chunk is None else "rows only"
+        idle = "waits for a pace" if last.chunk is None else "rows only"
         chunk = "" if last.chunk is None else f"; {last.chunk.rows} rows of stream {last.chunk.key} next to it"
         rows.append(
             {
@@ -105,7 +105,7 @@ def explained(company: Company) -> list[dict[str, Any]]:
                 "rounds": len(stretch),
                 "exits": {str(key): layer for key, layer in members},
                 "round_ms": mean(found.predicted_ms for _, found in stretch),
-                "reason": ("; ".join(reasons) or nobody) + chunk,
+                "reason": ("; ".join(reasons) or idle) + chunk,
             }
         )
     return rows

@@ -322,48 +322,34 @@ def _check_gguf(path: Path) -> None:
         raise CheckpointError(f"{path}: is cut short or damaged: download it again") from error
     if end == 0 or path.stat().st_size < end:
         raise CheckpointError(f"{path}: is cut short: download it again")
-    _check_gguf_model(path, reader)
+    if (what := next(_misread(reader), None)) is not None:
+        raise CheckpointError(f"{path}: {what}: give the model's safetensors")
 
 
-def _check_gguf_model(path: Path, reader: Any) -> None:
-    """Refuse what transformers would ignore in a GGUF file without a word."""
-    scaling = [str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
-    if {*_ROPE_FACTORS} & {tensor.name for tensor in reader.tensors} or {*scaling} - {"none"}:
-        raise CheckpointError(
-            f"{path}: scales its rotary frequencies, which transformers silently ignores in GGUF files: give the model's "
-            "safetensors"
-        )
-    if factors := [tensor.name for tensor in reader.tensors if tensor.name.endswith(".scale")]:  # NVFP4's second scale
-        raise CheckpointError(
-            f"{path}: has {factors[0]}, a factor of a weight that transformers silently ignores in GGUF files: give the "
-            "model's safetensors"
-        )
+def _misread(reader: Any) -> Iterator[str]:
+    """What of a GGUF file transformers would leave out without a word."""
+    names = [tensor.name for tensor in reader.tensors]
+    scaling = {str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")}
+    if {*_ROPE_FACTORS} & {*names} or scaling - {"none"}:
+        yield "scales its rotary frequencies, which transformers silently ignores in GGUF files"
+    if factors := [name for name in names if name.endswith(".scale")]:  # NVFP4's second scale
+        yield f"has {factors[0]}, a factor of a weight that transformers silently ignores in GGUF files"
     known = reader.get_field("general.architecture")
     architecture = "" if known is None else str(known.contents())
     window, length = (reader.get_field(f"phi3.{key}") for key in ("attention.sliding_window", "context_length"))
     if window is not None and length is not None and 0 < int(window.contents()) < int(length.contents()):
-        raise CheckpointError(
-            f"{path}: has a sliding window, which transformers silently ignores in GGUF files of phi3: give the model's "
-            "safetensors"
-        )
+        yield "has a sliding window, which transformers silently ignores in GGUF files of phi3"
     norms = reader.get_field(f"{architecture}.ssm.dt_b_c_rms")
     if norms is not None and norms.contents():
-        raise CheckpointError(
-            f"{path}: is a Falcon-Mamba, which transformers reads from GGUF files as a Mamba without its norms: give the "
-            "model's safetensors"
-        )
+        yield "is a Falcon-Mamba, which transformers reads from GGUF files as a Mamba without its norms"
     count = reader.get_field(f"{architecture}.block_count")
     if (architecture, None if count is None else int(count.contents())) in _OTHER_SCALES:
-        raise CheckpointError(
-            f"{path}: this size of {architecture} scales its attention in another way than the others, and GGUF files do not "
-            "say so: give the model's safetensors"
+        yield (
+            f"this size of {architecture} scales its attention in another way than the others, and GGUF files do not say so"
         )
-    biases = [tensor.name for tensor in reader.tensors if _GGUF_BIAS.match(tensor.name)]
+    biases = [name for name in names if _GGUF_BIAS.match(name)]
     if biases and architecture in _WITHOUT_BIASES:
-        raise CheckpointError(
-            f"{path}: has {biases[0]}, a bias that transformers silently ignores in GGUF files of {architecture}: give the "
-            "model's safetensors"
-        )
+        yield f"has {biases[0]}, a bias that transformers silently ignores in GGUF files of {architecture}"
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -108,6 +108,8 @@ class Bench:
         self.llm, self.grid = llm, grid
         self.exits = llm.exit_layers
         self._filled: dict[tuple[str, int], TokenSequence] = {}
+        #: Whether every sequence has the length of the engines' caches.
+        self._whole = isinstance(llm.engine.backend, DeviceBackend)
 
     def cells(self) -> tuple[Cell, ...]:
         """The cells of the whole grid."""
@@ -176,8 +178,7 @@ class Bench:
         An accelerator allocates them for as many tokens as its engines take, however long the sequence is.
         """
         sequence = max(self._filled.values(), key=lambda s: s.length)
-        whole = isinstance(self.llm.engine.backend, DeviceBackend)
-        return self.llm.engine.backend.max_length if whole else sequence.length, sequence.state.memory_bytes
+        return self.llm.engine.max_length if self._whole else sequence.length, sequence.state.memory_bytes
 
     def _prefill(self, exit_layer: int, length: int) -> Blocks:
         self.llm.budget = Budget(exit_layer=exit_layer)
@@ -231,7 +232,7 @@ class Bench:
         """A sequence of ``length`` rows, all of which every stage and balcony has taken in."""
         key = (use, length)
         if key not in self._filled:
-            if isinstance(self.llm.engine.backend, DeviceBackend):
+            if self._whole:
                 self._filled.clear()
             sequence = self.llm.engine.new_sequence(max_length=min(length + room, self.llm.engine.max_length))
             if length:

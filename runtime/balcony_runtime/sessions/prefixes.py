@@ -146,6 +146,6 @@ class PrefixFiles:
 
 
 def _touch(path: Path, age: int) -> None:
-    """Note that a file was used now, or so many seconds ago."""
+    """Note that a file was used; ``age`` others were used after it, each of which counts as a second."""
     with contextlib.suppress(OSError):
         os.utime(path, (time.time() - age,) * 2)

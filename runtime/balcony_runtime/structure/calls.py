@@ -71,7 +71,7 @@ class CallReader:
 
     def __init__(self, box: Toolbox) -> None:
         form = box.form
-        self._name, self._marker_id, self._key, self._document = form.marker, box.marker_token, box.key, box.document
+        self._name, self._marker_id, self._key, self._document = form.marker, box.marker_id, box.key, box.document
         self._marker = form.marker if self._marker_id is None else _MARK
         #: Marks at the ends of calls that are tokens; texts do not show those that are control tokens.
         self._marks = {token: name for name, token in box.tags.items() if name in form.tail + form.last}

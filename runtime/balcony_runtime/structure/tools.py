@@ -87,25 +87,23 @@ class Toolbox(NamedTuple):
         must: whether it must call one.
         several: whether it may call more than one.
         form: how the model writes calls.
-        marker_id: token of the format's marker, if that is a control token.
+        tags: marks of calls and thoughts that are tokens, such as Qwen's ``<tool_call>``, and these tokens.
         key: seven letters and digits that begin the ids of its calls.
         document: whether a reply without calls has a structure of its own; calls are then at its very beginning.
-        tags: marks of calls and thoughts that the tokenizer knows, such as Qwen's ``<tool_call>``, and their tokens.
     """
 
     tools: tuple[Tool, ...]
     must: bool
     several: bool
     form: CallFormat
-    marker_id: int | None
+    tags: Mapping[str, int]
     key: str
     document: bool = False
-    tags: Mapping[str, int] = {}
 
     @property
-    def marker_token(self) -> int | None:
+    def marker_id(self) -> int | None:
         """Token of the format's marker; None if it is a text."""
-        return self.tags.get(self.form.marker) if self.marker_id is None else self.marker_id
+        return self.tags.get(self.form.marker)
 
     def structure(self, content: Structure | None) -> Structure:
         """The structure of the reply: calls, or a content instead unless a call is a must.
@@ -117,7 +115,7 @@ class Toolbox(NamedTuple):
             InputError: the content cannot be told from a call, or all is too large.
         """
         form, text = self.form, self._text
-        marker = text(form.marker) if self.marker_id is None else f"<[{self.marker_id}]>"
+        marker = text(form.marker)
         again = f"{text(form.between)} {marker if form.each else ''} call"
         rules = {
             "calls": f"{text(form.first)} call {f'({again})*' if self.several else ''} {text(form.last)}",
@@ -153,7 +151,7 @@ class Toolbox(NamedTuple):
         # the other tags may come in the text
         others = " | ".join(f"<[{id_}]>" for name, id_ in self.tags.items() if name != self.form.marker)
         before = f"(TEXT? ({others}))* " if others else ""
-        if self.marker_token is not None:
+        if self.marker_id is not None:
             return {"start": f"{before}TEXT ({marker} calls)?", "TEXT": _ANY_TEXT}
         if marker:  # the shortest text that ends in the marker, after which calls must come
             return {"start": f"{before}(entry calls | TEXT)", "entry[lazy]": f"TEXT {marker}", "TEXT": _ANY_TEXT}
@@ -161,7 +159,7 @@ class Toolbox(NamedTuple):
 
 
 def toolbox(
-    given: Any, choice: Any, parallel: bool, written: Callable[[], tuple[CallFormat, int | None]]
+    given: Any, choice: Any, parallel: bool, written: Callable[[], tuple[CallFormat, Mapping[str, int]]]
 ) -> Toolbox | None:
     """The tools that a reply may call; None if it may call none.
 
@@ -169,7 +167,7 @@ def toolbox(
         given: ``tools`` of the request, or None.
         choice: ``tool_choice`` of the request: ``none``, ``auto``, ``required``, a function by name, ``allowed_tools``, None.
         parallel: whether a reply may have several calls.
-        written: gives how the model writes calls, and the token of this format's marker, if that is a control token.
+        written: gives how the model writes calls, and the marks that are tokens.
 
     Raises:
         InputError: the tools or the choice cannot be used.
@@ -184,19 +182,19 @@ def toolbox(
         return None
     if choice == "none":
         return None
-    (form, marker_id), key = written(), uuid.uuid4().hex[:7]
+    (form, tags), key = written(), uuid.uuid4().hex[:7]
     if name is not None:
         chosen = tuple(tool for tool in tools if tool.name == name)
         if not chosen:
             raise InputError(f"tool_choice: {name}: tools has no such function: name one of them")
-        return Toolbox(chosen, True, False, form, marker_id, key)
+        return Toolbox(chosen, True, False, form, tags, key)
     if choice not in (None, "auto", "required"):
         allowed = (
             "must be 'none', 'auto', 'required', {'type': 'function', 'function': {'name': ...}} or {'type': "
             "'allowed_tools', 'allowed_tools': {'mode': ..., 'tools': [...]}}: give one of them"
         )
         raise InputError(f"tool_choice = {shown(choice)}: {allowed}")
-    return Toolbox(tools, choice == "required", parallel and form.several, form, marker_id, key)
+    return Toolbox(tools, choice == "required", parallel and form.several, form, tags, key)
 
 
 def _allowed(tools: Sequence[Tool], choice: Mapping[str, Any]) -> tuple[tuple[Tool, ...], Any]:

@@ -71,7 +71,7 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
             "87",
             r"built for compute capability 86, 89, but this GPU has 87: build with --target tensorrt",
         ),
-        (  # without --sm TensorRT-RTX leaves Turing out, and fp8 needs Ada
+        (  # without --sm TensorRT-RTX leaves 7.5 out, and fp8 needs 8.9
             engine_set(compute_capabilities=()),
             "tensorrt_rtx 1.7",
             "75",
@@ -133,7 +133,7 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cuda, "compute_capability", lambda: "90")
     assert choose(anywhere).device == "cpu", "TensorRT-RTX knows no H100"
     monkeypatch.setattr(cuda, "compute_capability", lambda: "75")
-    assert choose(anywhere).device == "cpu", "Turing must be named"
+    assert choose(anywhere).device == "cpu", "7.5 must be named"
 
 
 def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

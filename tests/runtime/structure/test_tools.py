@@ -68,7 +68,7 @@ def grammars(marked: str) -> Grammars:
 
 
 def box_of(form: CallFormat, choice: Any = None, *, parallel: bool = True, tools: Any = TOOLS) -> Toolbox:
-    found = toolbox(tools, choice, parallel, lambda: (form, MARK_ID if form.name == "mistral" else None))
+    found = toolbox(tools, choice, parallel, lambda: (form, {form.marker: MARK_ID} if form.name == "mistral" else {}))
     assert found is not None
     return found
 
@@ -210,7 +210,7 @@ def test_schemas_of_tools(grammars: Grammars) -> None:
     compact = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
     parameters = {"type": "object", "oneOf": branches, "x-guidance": compact}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    box = toolbox(tools, "required", False, lambda: (formats()["hermes"], None))
+    box = toolbox(tools, "required", False, lambda: (formats()["hermes"], {}))
     assert box is not None
     guide = grammars.guide(box.structure(None))
     forced = grammars.tokenizer.decode_str(guide.forced(200))

@@ -225,7 +225,7 @@ class CudaDevice:
                 cudart.cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, self.stream)
             )
             return
-        for run in range(height):  # boundaries of 131,072 rows of 8,192 values in float16 lie 2 GiB apart
+        for run in range(height):  # boundaries of 131,072 rows of 8,192 values in float16 are 2 GiB apart
             ends = target + run * target_pitch, source + run * source_pitch
             check(cudart.cudaMemcpyAsync(*ends, width, kind, self.stream))
 
