@@ -79,6 +79,14 @@ def remove_leftovers(directory: Path, prefix: str) -> None:
                     _unlock(lock)
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the home directory for its ``~``; as in a shell, ``~name`` of no user stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # likewise for a user without a home
+        return Path(path)
+
+
 def require_writable(directory: Path, given: str, error_class: type[BalconyError], cure: str) -> None:
     """Refuse a directory that cannot be written or made. The check is cheap: call it before the work whose result goes there.
 

@@ -6,7 +6,6 @@ Owns the terminal. The conversation itself is :mod:`balcony_runtime.chat`, which
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from balcony_edge.budget import Budget
@@ -14,6 +13,7 @@ from balcony_edge.cli.console import stdout, visible
 from balcony_edge.cli.device.live import show_live
 from balcony_edge.cli.show import show_stream, show_summary
 from balcony_edge.errors import BalconyError, BudgetError, ContextLengthError, InputError
+from balcony_edge.files import expanded
 from balcony_runtime.chat import Chat
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ class Conversation:
     def _use_file(self, command: str, name: str) -> None:
         if not name:
             raise InputError(f"{command}: needs the name of a file: write e.g. {command} talk.session")
-        with contextlib.suppress(RuntimeError):  # ~talk names no user: the file has that name, as in a shell
-            name = str(Path(name).expanduser())
+        name = str(expanded(name))
         if command == "/save":
             size = self.chat.save(name)
             stdout.print(f"Saved {len(self.chat.messages)} messages in {name} ({size / 1e6:.1f} MB).", markup=False)

@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from balcony_edge.bundle.manifest import one_line
 from balcony_edge.errors import CheckpointError, InputError, MissingDependencyError
+from balcony_edge.files import expanded
 from balcony_export.model.architecture import longest_context, parts_of
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -210,9 +211,7 @@ def model_name(source: str) -> str:
 
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
     """``(name or path for transformers, gguf_file option)`` of a source, whose files are checked."""
-    path = demo_model_path() if str(source) == "demo" else Path(source)
-    with contextlib.suppress(RuntimeError):  # ~name of no user, or no home: the path begins with ~, as in a shell
-        path = path.expanduser()
+    path = demo_model_path() if str(source) == "demo" else expanded(source)
     if path.is_file():
         _check_gguf(path)
         return str(path.parent), {"gguf_file": path.name}
