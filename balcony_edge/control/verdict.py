@@ -171,11 +171,9 @@ class Watch:
         gaps = self._later_ms
         return (1000 * len(gaps) / sum(gaps) if gaps and sum(gaps) else None), "mean"
 
-    def _values(self, field: str) -> list[float]:
-        return [value for seen in self._seen if (value := getattr(seen, field)) is not None]
-
     def _most(self, field: str) -> float | None:
-        return max(self._values(field), default=None)
+        values: list[float] = [value for seen in self._seen if (value := getattr(seen, field)) is not None]
+        return max(values, default=None)
 
     def _least_percent(self) -> float | None:
         # a floor is for a battery that drains

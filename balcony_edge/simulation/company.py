@@ -179,14 +179,11 @@ def simulate_company(
     waiting = list(range(len(streams)))
     active: list[int] = []
 
-    def seen_of(key: int) -> StreamSeen:
-        return _seen(plant, key, streams[key])
-
     def refused(one: SimulatedStream) -> bool:
         if not (admission and active):
             return False
-        now = RoundSeen(tuple(map(seen_of, active)), None, plant.now_s)
-        return controller.refusal(state, now, seen_of(one.key)) is not None
+        now = RoundSeen(tuple(_seen(plant, streams[key]) for key in active), None, plant.now_s)
+        return controller.refusal(state, now, _seen(plant, one)) is not None
 
     while waiting or active:
         _admit([streams[key] for key in waiting], active, most_streams, refused, plant.now_s)
@@ -196,7 +193,8 @@ def simulate_company(
                 plant.wait(streams[waiting[0]].arrival.time_s - plant.now_s)
                 last = None
             continue
-        seen = RoundSeen(tuple(map(seen_of, active)), last, plant.now_s, plant.busy_s, plant.readings)
+        known = tuple(_seen(plant, streams[key]) for key in active)
+        seen = RoundSeen(known, last, plant.now_s, plant.busy_s, plant.readings)
         ended = [key for key in state.streams if key not in active]
         before = state.without(ended)
         state, found = decide(before, seen)
@@ -251,12 +249,12 @@ def _admit(
             return
 
 
-def _seen(plant: CompanyPlant, key: int, stream: SimulatedStream) -> StreamSeen:
+def _seen(plant: CompanyPlant, stream: SimulatedStream) -> StreamSeen:
     stages, balconies = plant.rows_due(stream)
     context = stream.length if stream.exits else stream.length - 1
     arrival = stream.arrival
     return StreamSeen(
-        key,
+        stream.key,
         arrival.budget,
         context,
         stages,

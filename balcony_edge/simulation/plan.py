@@ -8,7 +8,6 @@ contain is unknown here, neither met nor missed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
@@ -237,25 +236,22 @@ class _Planner:
         first_ms = costs.prefill_ms(layer, self.prompt_tokens)
         memory = profile.memory
         held_bytes = memory.per_1k_tokens_bytes * (self.prompt_tokens + self.tokens) / 1000
-        expectations: dict[str, tuple[Callable[[], float | None], bool]] = {
-            "tpot_ms": (lambda: tpot_ms, True),
-            "ttft_ms": (lambda: first_ms, True),
-            "deadline_s": (lambda: (first_ms + (self.tokens - 1) * tpot_ms) / 1000, True),
-            "power_w": (lambda: profile.busy_w(layer, rail), False),
-            "energy_j_per_token": (lambda: self._joules(layer, tpot_ms), False),
-            "memory_mb": (
-                lambda: None if memory.loaded_bytes is None else (memory.loaded_bytes + held_bytes) / 1e6,
-                False,
-            ),
-            "min_agreement": (lambda: self.agreement[layer], False),
-            **dict.fromkeys(_UNKNOWN, (lambda: None, False)),
+        held_mb = None if memory.loaded_bytes is None else (memory.loaded_bytes + held_bytes) / 1e6
+        expectations: dict[str, tuple[float | None, bool]] = {  # with whether chance plays a part
+            "tpot_ms": (tpot_ms, True),
+            "ttft_ms": (first_ms, True),
+            "deadline_s": ((first_ms + (self.tokens - 1) * tpot_ms) / 1000, True),
+            "power_w": (profile.busy_w(layer, rail), False),
+            "energy_j_per_token": (self._joules(layer, tpot_ms), False),
+            "memory_mb": (held_mb, False),
+            "min_agreement": (self.agreement[layer], False),
+            **dict.fromkeys(_UNKNOWN, (None, False)),
         }
         checks = []
-        for target, (expectation, by_chance) in expectations.items():
+        for target, (expected, by_chance) in expectations.items():
             asked = getattr(budget, target)
             if asked is None:
                 continue
-            expected = expectation()
             probability = self._odds(target, asked, expected) if by_chance and expected is not None else None
             met = None
             if probability is not None:

@@ -43,7 +43,7 @@ import onnxruntime
 import transformers
 
 from balcony_edge.device.machine import best_threads, cpu_name
-from balcony_edge.errors import BalconyError, InputError, MissingDependencyError
+from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine, TokenSequence
 from benchmarks.engine.decode import prompt
@@ -186,10 +186,7 @@ def versions() -> dict[str, str]:
     Raises:
         MissingDependencyError: llama.cpp's server is not installed.
     """
-    if not server.LLAMA_SERVER.exists():
-        raise MissingDependencyError(
-            f"{server.LLAMA_SERVER} does not exist: run `python -m benchmarks.serving.attainment --install`"
-        )
+    server.refuse_missing(server.LLAMA_SERVER)
     shown = subprocess.run([server.LLAMA_SERVER, "--version"], check=True, capture_output=True, text=True)
     return {
         "onnxruntime": onnxruntime.__version__,

@@ -103,11 +103,7 @@ def measure_speed(rounds: int) -> dict[str, Any]:
 
 def dropped(model: PreTrainedModel, count: int) -> PreTrainedModel:
     """The model without the ``count`` layers before the last four, which change the state least."""
-    small = copy.deepcopy(model)
-    layers: Any = small.get_decoder().layers
-    last = len(layers) - 4
-    keep = [index for index in range(len(layers)) if not last - count <= index < last]
-    return _with_layers(small, [layers[index] for index in keep])
+    return _without_run(copy.deepcopy(model), count)
 
 
 def merged(model: PreTrainedModel, count: int) -> PreTrainedModel:
@@ -124,16 +120,16 @@ def merged(model: PreTrainedModel, count: int) -> PreTrainedModel:
         for layer in run:
             for name, value in layer.named_parameters():
                 into.get_parameter(name).add_(value - base[name])
-    keep = [index for index in range(len(layers)) if not last - count <= index < last]
-    return _with_layers(small, [layers[index] for index in keep])
+    return _without_run(small, count)
 
 
-def _with_layers(model: PreTrainedModel, layers: list[Any]) -> PreTrainedModel:
+def _without_run(model: PreTrainedModel, count: int) -> PreTrainedModel:
     decoder: Any = model.get_decoder()
-    decoder.layers = nn.ModuleList(layers)
-    for index, layer in enumerate(layers):
+    last = len(decoder.layers) - 4
+    del decoder.layers[last - count : last]
+    for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = index
-    model.config.num_hidden_layers = len(layers)
+    model.config.num_hidden_layers = len(decoder.layers)
     return model
 
 

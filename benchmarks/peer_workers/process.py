@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from balcony_edge.closing import Closing
 from balcony_edge.errors import VerificationError
 from benchmarks.peer_workers.install import ROOT
 
 
-class Worker:
+class Worker(Closing):
     """A process with one model loaded. A context manager that ends it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Worker:
         try:
             answer = self.ask(do="load", model=str(model), threads=threads, options=options)
         except BaseException:
-            self._end()
+            self.close()
             raise
         self.load_s: float = answer["load_s"]
         self.config: dict[str, Any] = answer["config"]
@@ -72,13 +72,5 @@ class Worker:
         self._idle_cpu_s += answer.pop("idle_cpu_s")
         return answer
 
-    def _end(self) -> None:
+    def close(self) -> None:
         self._process.communicate()  # closes its input, which ends the process
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()

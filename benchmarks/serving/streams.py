@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -88,13 +89,8 @@ def rate(llm: LLM, count: int, how: str, seed: int) -> float:
 
 def alone_rate(llm: LLM, seed: int) -> float:
     """The same of one stream whose decoder is stepped directly, without a scheduler."""
-    scheduler = llm._requests.scheduler
-    through = scheduler.steps
-    scheduler.steps = _without_company  # type: ignore[method-assign,assignment]
-    try:
+    with patch.object(llm._requests.scheduler, "steps", _without_company):
         return rate(llm, 1, "threads", seed)
-    finally:
-        scheduler.steps = through  # type: ignore[method-assign]
 
 
 def _without_company(decoder: Decoder, *_: object) -> Generator[Step]:
@@ -264,23 +260,18 @@ def targets(llm: LLM, tokens: int) -> dict[str, Any]:
 
     def alone() -> dict[str, Reply]:
         four, long_prompts = drawn(1000)
-        scheduler = llm._requests.scheduler
-        through = scheduler.steps
-        scheduler.steps = _without_company  # type: ignore[method-assign,assignment]
         call = partial(llm.generate, max_new_tokens=tokens, ignore_eos=True)
-        try:
-            with ThreadPoolExecutor(8) as threads:
-                futures = {name: threads.submit(call, ids, budget=classes[name]) for name, ids in four.items()}
-                late = [
-                    threads.submit(_later, after_s, partial(call, ids, budget=Budget()))
-                    for after_s, ids in zip(arrivals_s, long_prompts, strict=True)
-                ]
-                found = {name: future.result() for name, future in futures.items()}
-                for one in late:
-                    one.result()
-            return found
-        finally:
-            scheduler.steps = through  # type: ignore[method-assign]
+        without_company = patch.object(llm._requests.scheduler, "steps", _without_company)
+        with without_company, ThreadPoolExecutor(8) as threads:
+            futures = {name: threads.submit(call, ids, budget=classes[name]) for name, ids in four.items()}
+            late = [
+                threads.submit(_later, after_s, partial(call, ids, budget=Budget()))
+                for after_s, ids in zip(arrivals_s, long_prompts, strict=True)
+            ]
+            found = {name: future.result() for name, future in futures.items()}
+            for one in late:
+                one.result()
+        return found
 
     found = {"in_company": in_company(), "threads_alone": alone()}
     judged = {

@@ -12,7 +12,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 import numpy as np
@@ -73,27 +72,9 @@ class Engine(Closing):
         return cls.of(Bundle.open(path, verify_hashes=verify_hashes), verify_hashes=verify_hashes, **options)
 
     @classmethod
-    def of(
-        cls,
-        bundle: Bundle,
-        *,
-        verify_hashes: bool = True,
-        threads: int | None = None,
-        packed: str | os.PathLike[str] | None = None,
-        device: DeviceName = "auto",
-        engines: str | None = None,
-    ) -> Engine:
+    def of(cls, bundle: Bundle, *, verify_hashes: bool = True, **options: Unpack[EngineOptions]) -> Engine:
         """The same for a bundle that is already open; ``verify_hashes`` then concerns engine sets and packed weights."""
-        return cls(
-            open_backend(
-                bundle,
-                device,
-                engines,
-                threads=threads,
-                packed=None if packed is None else Path(packed),
-                verify_hashes=verify_hashes,
-            )
-        )
+        return cls(open_backend(bundle, verify_hashes=verify_hashes, **options))
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

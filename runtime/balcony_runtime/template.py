@@ -202,9 +202,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             if name not in _TEXT_METHODS:
                 raise jinja2.TemplateRuntimeError(f"texts have no method {name} here")
             if name in ("join", "replace"):
-                return _made(
-                    {"join": lambda parts: _join(parts, owner), "replace": _replace_in(owner)}[name](*args, **options)
-                )
+                own: dict[str, Callable[..., str]] = {
+                    "join": lambda parts: _join(parts, owner),
+                    "replace": functools.partial(_replace, owner),
+                }
+                return _made(own[name](*args, **options))
         elif isinstance(owner, int | float | bytes):
             raise jinja2.TemplateRuntimeError(f"values of type {type(owner).__name__} have no method {name} here")
         return _made(super().call(__context, __obj, *args, **options))
@@ -298,10 +300,6 @@ def _join(parts: Iterable[Any], between: str = "", attribute: str | None = None)
         texts.append(str(_writable(part if attribute is None else part[attribute])))
         _bounded(sum(map(len, texts[-2:])) * len(texts))
     return _joined(*texts)
-
-
-def _replace_in(text: str) -> Callable[..., str]:
-    return lambda old, new, count=-1: _replace(text, old, new, count)
 
 
 def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:

@@ -149,13 +149,12 @@ def build_into(
     An existing set stays as it is until the new one is complete.
     """
     from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
+    from balcony_runtime.backends.accelerator.tensorrt_builder import Builder, link_files, make_engines
 
     name, bundle = wanted.name, Bundle.open(path)
     with native_stderr_dropped(), progress_bar() as progress, new_engine_directory(path, name) as directory:
         builder = None
         if builder_options is not None:
-            from balcony_runtime.backends.accelerator.tensorrt_builder import Builder
-
             builder = Builder(wanted.target, batch_size=wanted.batch_size, **builder_options)
         there = None if rounded_as is not None else _usable(bundle, wanted)
         if there is None:
@@ -164,13 +163,9 @@ def build_into(
         elif builder is None:
             return
         else:
-            from balcony_runtime.backends.accelerator.tensorrt_builder import link_files
-
             source, engines = there
             link_files(source, engines, directory)
         if builder is not None:
-            from balcony_runtime.backends.accelerator.tensorrt_builder import make_engines
-
             graphs = [key for key in engines.graphs if whole or key != "backbone"]
             engines = make_engines(
                 directory, engines, builder, graphs, lambda what, done: progress(what, 0.3 + 0.7 * done)

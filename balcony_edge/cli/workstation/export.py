@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import EnginePrecision, Manifest, one_line
+from balcony_edge.bundle.manifest import Manifest, one_line
 from balcony_edge.cli.console import progress_bar, stderr, stdout
 from balcony_edge.errors import InputError
 
@@ -117,7 +117,9 @@ def export(
     # The bundle is complete, also without engines.
     _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
     if tensorrt is not None:
-        _build_engines(output, tensorrt)
+        from balcony_edge.cli.workstation.build import BuildOptions, build_into, default_context
+
+        build_into(output, BuildOptions("rtx", tensorrt, "fused", default_context(output)), {})
 
 
 def _refuse_mismatches(
@@ -161,12 +163,6 @@ def _warn(trained: bool, scheme: Literal["float32", "float16"] | Scheme) -> None
             f"[yellow]{scheme}: at level 1 ONNX Runtime unpacks 8-bit weights at every token (15 times slower on the demo "
             "model): use int4 with head=4, or level=4.[/]"
         )
-
-
-def _build_engines(output: Path, precision: EnginePrecision) -> None:
-    from balcony_edge.cli.workstation.build import BuildOptions, build_into, default_context
-
-    build_into(output, BuildOptions("rtx", precision, "fused", default_context(output)), {})
 
 
 def _report(output: Path, manifest: Manifest, checks: list, as_json: bool) -> None:  # type: ignore[type-arg]

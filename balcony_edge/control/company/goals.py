@@ -165,9 +165,7 @@ class Goals:
 
     def _may_jump(self, prompt: View, views: Sequence[View]) -> bool:
         """Whether a prompt can run at once and whole, because all others have tokens left that may be late."""
-        seen = prompt.stream
-        whole_ms = self._prices.work_ms(seen.stage_rows, prompt.lowest, seen.context_length)
-        if prompt.bound_ms == math.inf or whole_ms > min(prompt.bound_ms, STALL_MS):
+        if prompt.bound_ms == math.inf or self._first_ms(prompt) > min(prompt.bound_ms, STALL_MS):
             return False
         return all(view.may_be_late for view in views if not view.first)
 

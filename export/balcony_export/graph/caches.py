@@ -15,7 +15,7 @@ from torch.onnx import ops
 
 from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph.operators import RowPositions, merge_heads
-from balcony_export.graph.recurrent.mixers import Convolution, ReadingRecurrentCache, RecurrentCache
+from balcony_export.graph.recurrent.mixers import Convolution, Recurrence, RecurrentCache
 
 #: Layer → what it keeps, by the names of the parts.
 Memory = Mapping[int, Mapping[str, torch.Tensor]]
@@ -66,12 +66,12 @@ class WritingCache(RecurrentCache):
         return written
 
 
-class ReadingCache(ReadingRecurrentCache):
+class ReadingCache(RecurrentCache):
     """Has taken in the rows already: a balcony computes the rest of its layer for the last of them, its queries."""
 
     def __init__(self, written: WritingCache, queries: RowPositions) -> None:
-        super().__init__(written, queries.positions.shape[1])
-        self.rows, self._kept = queries, written
+        super().__init__(written.windows, written.states)
+        self.rows, self._count, self._kept = queries, queries.positions.shape[1], written
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
@@ -83,8 +83,15 @@ class ReadingCache(ReadingRecurrentCache):
     def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: Convolution) -> torch.Tensor:
         """Convolve the queries  # (B, C, Q) -> (B, C, Q)"""
         if "inputs" not in self._kept.past[layer_idx]:
-            return super().convolve(layer_idx, rows, convolution)
+            return rows  # only its shape counts: the recurrence is not run again
         return short_convolution(self.rows, self._kept.present(layer_idx)[0], rows, convolution)
+
+    def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries' output of the recurrence that has been traced, and its new state."""
+        out = self._kept.outputs[layer_idx]
+        # a slice would have a size that depends on data
+        last = torch.arange(self._count) + (out.shape[1] - self._count)
+        return out.index_select(1, last), self._kept.new_states[layer_idx]
 
 
 def short_convolution(

@@ -33,7 +33,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph.ir_tools import MICROSOFT, Chain, initializer, replace_node
-from balcony_export.graph.stand_ins import replaced_children
+from balcony_export.graph.stand_ins import replaced_attributes, replaced_children
 from balcony_export.graph.widen import Widened
 from balcony_export.model.experts import experts_in, is_experts
 
@@ -220,20 +220,15 @@ def symbolic_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
     found: list[Any] = [experts for root in modules for experts in experts_in(root)]
     for experts in found:
         _check_experts(experts)
-    configs = list({id(experts.config): experts.config for experts in found}.values())
-    before = [config._experts_implementation for config in configs]
     routers = set()  # of each block, the one child that chooses
     for block in (child for root in modules for child in root.modules()):
         if any(is_experts(child) for child in block.children()):
             routers.add(next(child for child in block.children() if hasattr(child, "top_k")))
-    with replaced_children(modules, lambda child: router_operator(child) if child in routers else None):
-        try:
-            for config in configs:
-                config._experts_implementation = _IMPLEMENTATION
-            yield
-        finally:
-            for config, implementation in zip(configs, before, strict=True):
-                config._experts_implementation = implementation
+    with (
+        replaced_children(modules, lambda child: router_operator(child) if child in routers else None),
+        replaced_attributes([experts.config for experts in found], {"_experts_implementation": _IMPLEMENTATION}),
+    ):
+        yield
 
 
 def fuse(model: ir.Model) -> None:

@@ -67,12 +67,11 @@ def build_head(exits: ExitModel) -> ir.Model:
 
 def _hidden(dtype: torch.dtype, width: int) -> ir.Value:
     kind = ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT
-    return ir.Value(name="hidden", type=ir.TensorType(kind), shape=ir.Shape(["batch", "queries", width]))
+    return ir.val("hidden", kind, ["batch", "queries", width])
 
 
 def _initializer(name: str, tensor: torch.Tensor) -> ir.Value:
-    value = ir.tensor(tensor.detach(), name=name)
-    return ir.Value(name=name, const_value=value, type=ir.TensorType(value.dtype), shape=ir.Shape(tensor.shape))
+    return ir.val(name, const_value=ir.tensor(tensor.detach(), name=name))
 
 
 def _model(name: str, hidden: ir.Value, nodes: Sequence[ir.Node], initializers: Sequence[ir.Value]) -> ir.Model:

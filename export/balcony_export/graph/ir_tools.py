@@ -62,9 +62,7 @@ def _users(node: ir.Node) -> list[ir.Node]:
 def initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     """The initializer of that name, which is added if the graph has none."""
     if name not in model.graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-        model.graph.register_initializer(value)
+        model.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
     return model.graph.initializers[name]
 
 

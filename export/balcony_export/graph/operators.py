@@ -25,7 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph.experts import symbolic_experts
 from balcony_export.graph.passes import WINDOW
-from balcony_export.graph.stand_ins import replaced_children
+from balcony_export.graph.stand_ins import replaced_attributes, replaced_children
 
 _ATTENTION = "balcony_edge_trace"
 
@@ -179,24 +179,18 @@ def _check_rotary(module: Any) -> None:
 def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let the decoder layers in ``modules`` emit standard operators until the end of the context."""
     AttentionInterface.register(_ATTENTION, _attention)
-    source: Any = sys.modules[type(model).__module__]
-    rotary = getattr(source, "apply_rotary_pos_emb", None)  # a model without attention has none
-    if rotary is not None:
+    source = sys.modules[type(model).__module__]
+    functions: dict[str, object] = {}
+    if hasattr(source, "apply_rotary_pos_emb"):  # a model without attention has none
         _check_rotary(source)
+        functions["apply_rotary_pos_emb"] = _rotary
     # a balcony is a copy of a layer and has a copy of its configuration
     found = (getattr(child, "config", None) for module in modules for child in module.modules())
-    configs = list({id(config): config for config in found if config is not None}.values())
-    before = [config._attn_implementation for config in configs]
-    with replaced_children(modules, rms_norm_operator):
-        try:
-            if rotary is not None:
-                source.apply_rotary_pos_emb = _rotary
-            for config in configs:
-                config._attn_implementation = _ATTENTION
-            with symbolic_experts(modules):
-                yield
-        finally:
-            if rotary is not None:
-                source.apply_rotary_pos_emb = rotary
-            for config, implementation in zip(configs, before, strict=True):
-                config._attn_implementation = implementation
+    configs = [config for config in found if config is not None]
+    with (
+        replaced_children(modules, rms_norm_operator),
+        replaced_attributes([source], functions),
+        replaced_attributes(configs, {"_attn_implementation": _ATTENTION}),
+        symbolic_experts(modules),
+    ):
+        yield

@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 
 from balcony_export.graph.ir_tools import initializer, replace_node
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 #: Name of an attribute, later a note, of ``Attention``: the number of keys that a row sees, its own included.
 WINDOW = "window"
 
@@ -27,7 +27,7 @@ def name_weights(model: ir.Model, prefix: str = "") -> None:
     """
     common.RemoveUnusedNodesPass()(model)
     for node in model.graph:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         for value in node.inputs:
             if value is None or value.const_value is None or value.name not in model.graph.initializers:
                 continue

@@ -1,9 +1,9 @@
-"""Children of modules that give their place to others while a model is traced."""
+"""Children and attributes that give their place to others while a model is traced."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -27,3 +27,16 @@ def replaced_children(modules: Sequence[nn.Module], make: Callable[[nn.Module], 
     finally:
         for parent, name, child in replaced:
             setattr(parent, name, child)
+
+
+@contextlib.contextmanager
+def replaced_attributes(owners: Iterable[object], values: Mapping[str, object]) -> Iterator[None]:
+    """Give all ``owners`` these values of attributes until the end of the context; one may be there several times."""
+    before = [(owner, name, getattr(owner, name)) for owner in owners for name in values]
+    try:
+        for owner, name, _ in before:
+            setattr(owner, name, values[name])
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)

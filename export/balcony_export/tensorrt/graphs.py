@@ -93,11 +93,9 @@ def build_embedding(bundle: Bundle) -> ir.Model:
     manifest = bundle.manifest
     rows = TokenTable(bundle)[np.arange(manifest.model.vocab_size)]
     tensor = ir.tensor(np.ascontiguousarray(rows), name="embed_tokens.weight")
-    table = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(rows.shape))
-    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "rows"]))
-    hidden = ir.Value(
-        name="hidden_0", type=ir.TensorType(tensor.dtype), shape=ir.Shape(["batch", "rows", rows.shape[1]])
-    )
+    table = ir.val(tensor.name, const_value=tensor)
+    ids = ir.val("ids", ir.DataType.INT64, ["batch", "rows"])
+    hidden = ir.val("hidden_0", tensor.dtype, ["batch", "rows", rows.shape[1]])
     node = ir.Node("", "Gather", [table, ids], [ir.AttrInt64("axis", 0)], outputs=[hidden])
     graph = ir.Graph([ids], [hidden], nodes=[node], initializers=[table], opset_imports={"": 24}, name="embed")
     return ir.Model(graph, ir_version=11)

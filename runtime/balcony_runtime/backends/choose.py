@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -103,11 +104,11 @@ def _runs_here(engines: EngineSet, capability: str) -> bool:
 
 def open_backend(
     bundle: Bundle,
-    device: DeviceName,
+    device: DeviceName = "auto",
     engines: str | None = None,
     *,
     threads: int | None = None,
-    packed: Path | None = None,
+    packed: str | os.PathLike[str] | None = None,
     verify_hashes: bool = True,
 ) -> Backend:
     """Open the engine of a device.
@@ -139,7 +140,8 @@ def open_backend(
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
-        return OnnxRuntimeBackend(bundle, threads=threads, packed=packed, verify_hashes=verify_hashes)
+        place = None if packed is None else Path(packed)
+        return OnnxRuntimeBackend(bundle, threads=threads, packed=place, verify_hashes=verify_hashes)
     threads = None if threads is None else checked_threads(threads)
     if device == "webgpu":
         if packed is not None or engines is not None:

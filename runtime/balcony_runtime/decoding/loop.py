@@ -402,15 +402,12 @@ class Decoder:
 
     def _forced_steps(self, forced: list[int], last: Step) -> list[Step]:
         """Steps of forced tokens, which came with another token."""
-        if not forced:
-            return []
         self._made += len(forced)
-        ids = [np.array([token], np.int64) for token in forced]
         decision, target_ms = last.decision._replace(drafted=0), self._budget.tpot_ms
         given = last._replace(
             logits=None, decision=decision, target_ms=target_ms, latency_ms=0.0, caught_up_rows=0, forced=True
         )
-        return [given._replace(ids=one) for one in ids]
+        return [given._replace(ids=np.array([token], np.int64)) for token in forced]
 
     def _go_on_from(self, exit_layer: int, slowdown: Slowdown, governor: Governor) -> None:
         """Take up what :meth:`take` was told last; each round replaces all of what the one before has told."""

@@ -17,7 +17,7 @@ from typing import get_args
 
 from balcony_edge.budget import Rail
 from balcony_edge.device.machine import text_of
-from balcony_edge.device.profile import Conditions, Power
+from balcony_edge.device.profile import Conditions
 from balcony_edge.device.readings import Reading, adding_up
 from balcony_runtime.sensors import Sensors
 from balcony_runtime.sensors.system import System, cpu_seconds
@@ -128,26 +128,22 @@ class Meter:
 
     def __init__(self, sensors: Sensors, rails: dict[Rail, tuple[str, ...]]) -> None:
         self._sensors, self._rails = sensors, rails
-        self._seen: dict[str, list[Reading]] = {}
 
     def run(self, seconds: float, work: Callable[[], object] = lambda: time.sleep(0.1)) -> dict[Rail, float]:
         """Repeat ``work`` for ``seconds``; returns the watts of every rail that gave two readings meanwhile."""
-        self._seen = {source: [] for sources in self._rails.values() for source in sources}
+        seen: dict[str, list[Reading]] = {source: [] for sources in self._rails.values() for source in sources}
         begin_s = time.monotonic()
-        while time.monotonic() - begin_s < seconds or min(map(len, self._seen.values()), default=2) < 2:
+        while time.monotonic() - begin_s < seconds or min(map(len, seen.values()), default=2) < 2:
             work()
-            self._look(begin_s)
+            for reading in self._sensors.latest():
+                own = seen.get(reading.source)
+                if own is not None and reading.time_s >= begin_s and (not own or reading.time_s > own[-1].time_s):
+                    own.append(reading)
             if time.monotonic() - begin_s > 4 * seconds + 5:  # a sensor has stopped answering
                 break
-        found = {rail: [_watts(self._seen[source]) for source in sources] for rail, sources in self._rails.items()}
+        found = {rail: [_watts(seen[source]) for source in sources] for rail, sources in self._rails.items()}
         known = {rail: [watts for watts in parts if watts is not None] for rail, parts in found.items()}
         return {rail: sum(parts) for rail, parts in known.items() if len(parts) == len(found[rail])}
-
-    def _look(self, begin_s: float) -> None:
-        for reading in self._sensors.latest():
-            seen = self._seen.get(reading.source)
-            if seen is not None and reading.time_s >= begin_s and (not seen or reading.time_s > seen[-1].time_s):
-                seen.append(reading)
 
 
 def _watts(readings: list[Reading]) -> float | None:
@@ -158,25 +154,3 @@ def _watts(readings: list[Reading]) -> float | None:
         return max(last.joules - first.joules, 0.0) / (last.time_s - first.time_s)
     watts = [reading.watts for reading in readings if reading.watts is not None]
     return fmean(watts) if watts else None
-
-
-def power_at(
-    exit_layer: int,
-    busy_w: dict[Rail, float],
-    idle_w: dict[Rail, float],
-    rails: dict[Rail, tuple[str, ...]],
-    seconds: float,
-    tokens: int,
-) -> tuple[Power, ...]:
-    """Power entries of one exit that made ``tokens`` tokens in ``seconds``."""
-    return tuple(
-        Power(
-            exit_layer=exit_layer,
-            rail=rail,
-            source=" + ".join(rails[rail]),
-            busy_w=watts,
-            idle_w=idle_w.get(rail),
-            joules_per_token=watts * seconds / tokens,
-        )
-        for rail, watts in busy_w.items()
-    )

@@ -27,7 +27,6 @@ from balcony_runtime.profiler.conditions import (
     Meter,
     measured_rails,
     peak_bytes,
-    power_at,
     private_bytes,
     why_no_power,
 )
@@ -217,7 +216,18 @@ def _power(
         meter.run(seconds, work)
         tokens, begin_s = 0, time.perf_counter()
         busy_w = meter.run(seconds, work)
-        found += power_at(exit_layer, busy_w, idle_w, rails, time.perf_counter() - begin_s, max(tokens, 1))
+        spent_s = time.perf_counter() - begin_s
+        found += [
+            Power(
+                exit_layer=exit_layer,
+                rail=rail,
+                source=" + ".join(rails[rail]),
+                busy_w=watts,
+                idle_w=idle_w.get(rail),
+                joules_per_token=watts * spent_s / max(tokens, 1),
+            )
+            for rail, watts in busy_w.items()
+        ]
     lost = [rail for rail in rails if sum(entry.rail == rail for entry in found) < len(bench.exits)]
     return tuple(entry for entry in found if entry.rail not in lost), lost
 

@@ -293,8 +293,9 @@ class Scheduler:
             if begins:
                 self._look_again(begins)
                 begin_ns = time.perf_counter_ns()  # copies, and places made ready, are no part of the measurement
-            for stream in [one for one in asking if one.decoder.untold]:
-                stream.tell()
+            for stream in [one for one in asking if one.asks and one.decoder.untold]:
+                # The tokens of a step that was interrupted after it had made them.
+                stream.answer(stream.decoder.step())
             if not (asking := [one for one in asking if one.asks]):
                 return
             with Undoable(asking):  # what fails in a shared pass ends all of them

@@ -117,11 +117,6 @@ class Stream:
             self._judged = budget, held_back or paced
         return self._judged[1]
 
-    def tell(self) -> None:
-        """Answer with the tokens of a step that was interrupted after it had made them, if there are any."""
-        if self.asks and self.decoder.untold:
-            self.answer(self.decoder.step())
-
     def work_off(self, chunk: Chunk) -> None:
         """Run pending rows, and wait for the device, so that their time is known."""
         with self.isolated():
@@ -146,10 +141,7 @@ class Stream:
 
 def absent_ms(streams: Iterable[Stream]) -> float:
     """Half the shortest ``tpot_ms`` of streams whose readers are at their tokens: their own steps take the other half."""
-    shortest_ms = math.inf
-    for one in streams:
-        shortest_ms = min(shortest_ms, one.decoder.budget.tpot_ms or math.inf)
-    return shortest_ms / 2
+    return min((one.decoder.budget.tpot_ms or math.inf for one in streams), default=math.inf) / 2
 
 
 class Undoable:

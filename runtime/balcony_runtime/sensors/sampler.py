@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
+from balcony_edge.closing import Closing
 from balcony_edge.device.readings import STALE_S, Reading
 from balcony_edge.errors import InputError
 from balcony_runtime.sensors.base import Absence, Source, SourceSample
@@ -56,7 +57,7 @@ class SourceHealth:
     absences: tuple[Absence, ...]
 
 
-class Sensors:
+class Sensors(Closing):
     """Samples sources in the background; :meth:`latest` returns their latest readings.
 
     A context manager: entering starts the threads, leaving stops them.
@@ -129,9 +130,6 @@ class Sensors:
 
     def __enter__(self) -> Self:
         return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _Summed(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -272,18 +271,16 @@ def test_a_sequence_says_whether_picking_inside_is_cheaper(inside: bool) -> None
 def test_options_reach_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[Any, ...]] = []
     backend = Writes()
-    monkeypatch.setattr("balcony_runtime.engine.open_backend", lambda *a, **o: (opened.append((a, o)), backend)[1])
     monkeypatch.setattr("balcony_runtime.engine.Bundle.open", lambda path, verify_hashes: (path, verify_hashes))
-    engine = Engine.open("b", verify_hashes=False, threads=3, packed="weights", device="cpu", engines="fused")
-    assert engine.backend is backend and engine.manifest is backend.manifest
-    Engine.open("b")
-    assert opened == [
-        ((("b", False), "cpu", "fused"), {"threads": 3, "packed": Path("weights"), "verify_hashes": False}),
-        ((("b", True), "auto", None), {"threads": None, "packed": None, "verify_hashes": True}),
-    ]
     misspelled: Any = {"thread": 3}
     with pytest.raises(TypeError, match="thread"):
         Engine.open("b", **misspelled)
+    monkeypatch.setattr("balcony_runtime.engine.open_backend", lambda *a, **o: (opened.append((a, o)), backend)[1])
+    engine = Engine.open("b", verify_hashes=False, threads=3, packed="weights", device="cpu", engines="fused")
+    assert engine.backend is backend and engine.manifest is backend.manifest
+    Engine.open("b")
+    given = {"threads": 3, "packed": "weights", "device": "cpu", "engines": "fused", "verify_hashes": False}
+    assert opened == [((("b", False),), given), ((("b", True),), {"verify_hashes": True})]
 
 
 @pytest.mark.parametrize(

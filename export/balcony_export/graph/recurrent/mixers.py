@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ from balcony_export.graph.recurrent.norms import (
     unit,
     unscaled_norm_operator,
 )
-from balcony_export.graph.stand_ins import replaced_children
+from balcony_export.graph.stand_ins import replaced_attributes, replaced_children
 
 #: ``LinearAttention``'s rules: a decayed state, and one that also forgets what a key retrieves.
 GATED, GATED_DELTA = "gated", "gated_delta"
@@ -86,28 +86,6 @@ class RecurrentCache:
         """Run the recurrence of a layer from its state: the output and the new state."""
         self.outputs[layer_idx], self.new_states[layer_idx] = recurrence.emit(self.states[layer_idx])
         return self.outputs[layer_idx], self.new_states[layer_idx]
-
-
-class ReadingRecurrentCache(RecurrentCache):
-    """Gives the last rows of a recurrence that has been traced, so that a balcony computes the rest for its queries only.
-
-    Args:
-        written: Cache of the pass with all rows.
-        queries: Number of last rows.
-    """
-
-    def __init__(self, written: RecurrentCache, queries: int) -> None:
-        super().__init__(written.windows, written.states)
-        self.written, self.queries = written, queries
-
-    def convolve(self, layer_idx: int, rows: torch.Tensor, convolution: Convolution) -> torch.Tensor:
-        return rows  # only its shape counts: the recurrence is not run again
-
-    def attend(self, layer_idx: int, recurrence: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
-        out = self.written.outputs[layer_idx]
-        # a slice would have a size that depends on data
-        last = torch.arange(self.queries) + (out.shape[1] - self.queries)
-        return out.index_select(1, last), self.written.new_states[layer_idx]
 
 
 @dataclass(frozen=True)
@@ -410,7 +388,7 @@ def tracing_mixers(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iter
     source: Any = sys.modules[type(model).__module__]
     _check(source)
     stand_ins = _Functions()
-    before: dict[str, Callable[..., Any]] = {name: getattr(source, name) for name in _REPLACED if hasattr(source, name)}
+    functions = {name: getattr(stand_ins, name) for name in _REPLACED if hasattr(source, name)}
 
     def norm_of(child: nn.Module) -> nn.Module | None:
         norm = gated_norm_operator(child) or unscaled_norm_operator(child)
@@ -420,15 +398,9 @@ def tracing_mixers(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iter
 
     # rows at the boundaries have one type: in half precision Mamba's residual sums have it as well
     wide = [child for module in modules for child in module.modules() if getattr(child, "residual_in_fp32", False)]
-    with replaced_children(modules, norm_of):
-        try:
-            for block in wide:
-                block.residual_in_fp32 = False  # type: ignore[assignment]
-            for name in before:
-                setattr(source, name, getattr(stand_ins, name))
-            yield
-        finally:
-            for name, function in before.items():
-                setattr(source, name, function)
-            for block in wide:
-                block.residual_in_fp32 = True  # type: ignore[assignment]
+    with (
+        replaced_children(modules, norm_of),
+        replaced_attributes(wide, {"residual_in_fp32": False}),
+        replaced_attributes([source], functions),
+    ):
+        yield

@@ -18,13 +18,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from balcony_export.graph.ir_tools import MICROSOFT, initializer
+from balcony_export.graph.passes import SCOPES
 from balcony_export.graph.recurrent.mixers import GATED_DELTA
 from balcony_export.graph.recurrent.norms import UNSCALED
 
 FLOAT = ir.DataType.FLOAT
-
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def tidy_mixers(model: ir.Model, prefix: str = "") -> None:
@@ -43,7 +41,7 @@ def tidy_mixers(model: ir.Model, prefix: str = "") -> None:
         elif UNSCALED in node.metadata_props:
             _share_scale(model, node)
         elif node.op_type == "CausalConvWithState":
-            weight, scopes = node.inputs[1], ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+            weight, scopes = node.inputs[1], ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
             wanted = f"{prefix}{scopes[-2]}.conv1d.weight" if len(scopes) >= 2 else ""
             if weight is not None and wanted and wanted not in model.graph.initializers:
                 weight.name = wanted
@@ -109,9 +107,7 @@ class _Builder:
 
     def _constant(self, tensor: ir.TensorProtocol) -> ir.Value:
         name = f"{self.prefix}.constant.{len(self.constants)}"
-        value = ir.Value(
-            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
-        )
+        value = ir.val(name, const_value=tensor)
         self.constants.append(value)
         return value
 

@@ -452,7 +452,9 @@ def run_step(runs: Iterable[Callable[[], object]], what: str = "a decode step") 
         for run in runs:
             run()
     except RuntimeError as error:
-        raise failed(what, error) from error
+        # The tables fit, so the cause is inside a graph, or memory ran out.
+        why = f"{what}: ONNX Runtime failed while running it ({first_line(error)})"
+        raise BundleError(f"{why}: free memory, or export again") from error
     return time.perf_counter_ns() - begin
 
 
@@ -491,9 +493,3 @@ def _bind_ports(
     for port in given:
         if port.name in outputs:
             binding.bind_ortvalue_output(port.name, outputs[port.name])
-
-
-def failed(what: str, error: RuntimeError) -> BundleError:
-    """The error for a failed run. The tables fit, so the cause is inside a graph, or memory ran out."""
-    line = first_line(error)
-    return BundleError(f"{what}: ONNX Runtime failed while running it ({line}): free memory, or export again")

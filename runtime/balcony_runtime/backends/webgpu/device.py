@@ -21,7 +21,6 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import DType
 from balcony_edge.errors import BundleError, DeviceError
-from balcony_runtime.backends.accelerator.device import ITEM_BYTES
 from balcony_runtime.backends.base import Array, closed
 from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.backends.onnxruntime.memory import value_of
@@ -216,7 +215,7 @@ class WebGpuDevice:
             allocation.run()
             return allocation.made(memory)
         except DeviceError as error:
-            size_mb = math.prod(shape) * ITEM_BYTES[dtype] / 1e6
+            size_mb = math.prod(shape) * np.dtype(dtype).itemsize / 1e6
             raise DeviceError(f"{size_mb:.0f} MB of device memory in one piece: {error}") from error
         finally:
             memory.free((), [allocation])

@@ -16,9 +16,9 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from balcony_runtime.serve.bodies.refusal import RefusedError
-from balcony_runtime.serve.work.answers import Message, Receive, Send
 from balcony_runtime.serve.work.service import Service
 
 _log = logging.getLogger("balcony_runtime.serve.requests")
@@ -40,7 +40,7 @@ class Guard:
         self._origins = origins
         self._paths = {route.path for route in app.routes if isinstance(route, Route)}
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             return
@@ -99,7 +99,7 @@ class Guard:
         if len(request.scope["path"]) > LONGEST_PATH:
             raise RefusedError(404, "no such path; docs/server.md lists them", "not_found")
 
-    def _note(self, scope: Message, message: Message) -> None:
+    def _note(self, scope: Scope, message: Message) -> None:
         """Count an answer, and log it if it is an error that no reply has logged."""
         reason = dict(message.get("headers", ())).get(b"x-balcony-reason", b"").decode()
         status, path, route = message["status"], scope["path"], scope.get("route")

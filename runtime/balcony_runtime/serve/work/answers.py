@@ -10,10 +10,11 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
 
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.asked import Asked
@@ -28,10 +29,6 @@ OPENING_S = 5.0
 #: Seconds between comments in a stream that has nothing to say, so that proxies keep it open.
 KEEPALIVE_S = 15.0
 _DONE = b"data: [DONE]\n\n"
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 class GoneError(Exception):
@@ -271,7 +268,7 @@ class EventStream:
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; ``receive`` is already watched by the answer."""
         answer = self._answer
         headers = [

@@ -45,7 +45,7 @@ class Shapes:
         self._asked, self._codec, self._prompts, self._meter = asked, codec, prompts, meter
         self.id = ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
-        self._readers: dict[Job, CallReader] = {}
+        self._readers: dict[Job, CallReader | None] = {}
         self._thoughts: dict[Job, ThoughtReader | None] = {}
         self._texts: dict[Job, TextStream] = {}
         self._offsets = [0] * len(prompts)  # characters of each choice so far, for text_offset
@@ -83,10 +83,7 @@ class Shapes:
     def _reader(self, job: Job) -> CallReader | None:
         """The reader of a choice's calls; None without tools."""
         if job not in self._readers:
-            reader = None if job.stream is None else job.stream.call_reader()
-            if reader is None:
-                return None
-            self._readers[job] = reader
+            self._readers[job] = None if job.stream is None else job.stream.call_reader()
         return self._readers[job]
 
     def _thought_reader(self, job: Job) -> ThoughtReader | None:
