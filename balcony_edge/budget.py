@@ -45,6 +45,8 @@ _CEILINGS = (
     *("power_w", "energy_j_per_token", "temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
     *("battery_floor_percent", "memory_mb"),
 )
+#: What has no evaluation, and how to get one, in the refusal of ``min_agreement``.
+_UNEVALUATED = "this bundle was not evaluated: run `balcony-edge eval` on it"
 _POSITIVE = "must be a finite number above 0"
 _SHARE = "must be above 0 and at most 1"
 _LAYER = "must be a whole number from 1 to 10000"
@@ -289,12 +291,15 @@ class Budget(BaseModel):
         """Key → value of each ceiling that only sensors can see."""
         return {key: value for key in _CEILINGS if (value := getattr(self, key)) is not None}
 
-    def for_bundle(self, agreement: Mapping[int, float | None], *, calibrated: bool = True) -> Budget:
+    def for_bundle(
+        self, agreement: Mapping[int, float | None], *, calibrated: bool = True, unevaluated: str = _UNEVALUATED
+    ) -> Budget:
         """The same budget with ``min_agreement`` as a bound of depth for one bundle.
 
         Args:
             agreement: exit layer → share of tokens on which it agrees with the full depth; None where not evaluated.
             calibrated: whether the bundle has thresholds for confidence exits.
+            unevaluated: what has no evaluation, and how to get one.
 
         Raises:
             BudgetError: an exit below the full depth was not evaluated, the budget leaves no exit, or it needs thresholds.
@@ -309,10 +314,7 @@ class Budget(BaseModel):
             self.allowed_exits(exits)
             return self
         if any(agreement[exit_layer] is None for exit_layer in exits[:-1]):
-            raise BudgetError(
-                f"min_agreement = {self.min_agreement}, but this bundle was not evaluated: "
-                "run `balcony-edge eval` on it, or give min_exit"
-            )
+            raise BudgetError(f"min_agreement = {self.min_agreement}, but {unevaluated}, or give min_exit")
         least = exits[-1]  # the full depth agrees with itself
         for exit_layer in reversed(exits[:-1]):
             if (agreement[exit_layer] or 0.0) < self.min_agreement:

@@ -13,7 +13,7 @@ from statistics import NormalDist, fmean
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.deadline import BURST_TOKENS
-from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
+from balcony_edge.device.profile import UNEVALUATED, DeviceProfile, QualityFigure, least_agreement
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
 
@@ -114,7 +114,11 @@ def make_plan(
         BudgetError: the budget leaves none of the profile's exits.
     """
     figures = profile.quality if quality is None else quality
-    resolved = budget.for_bundle(least_agreement(profile.costs.exits, figures))
+    agreement = least_agreement(profile.costs.exits, figures)
+    if quality is None:
+        resolved = budget.for_bundle(agreement, unevaluated=UNEVALUATED)
+    else:
+        resolved = budget.for_bundle(agreement)
     allowed = resolved.allowed_exits(profile.costs.exits)
     tokens = budget.expected_tokens or REPLY_TOKENS
     planner = _Planner(profile, budget, prompt_tokens, tokens, figures)

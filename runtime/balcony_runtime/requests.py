@@ -393,7 +393,7 @@ class Requests:
             cure = "give the largest number of tokens to make, e.g. 256"
             max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, cure=cure)
         if prompt_tokens >= context:
-            whose, cure = "bundle", "export with a larger --context-length"
+            whose, cure = longest(self._engine)
             if context < self._engine.max_length:
                 whose, cure = "sequence", "give it a larger max_length"
             raise ContextLengthError(
@@ -404,6 +404,13 @@ class Requests:
             )
         room = context - prompt_tokens
         return room if max_new_tokens is None else min(max_new_tokens, room)
+
+
+def longest(engine: Engine) -> tuple[str, str]:
+    """What bounds the length of an engine's sequences, and the cure: `build` decides how long the caches of a set are."""
+    if engine.max_length < engine.manifest.model.context_length:
+        return "engine set", "build its engine set with a larger --context-length"
+    return "bundle", "export with a larger --context-length"
 
 
 def _structure(params: SamplingParams, box: Toolbox | None) -> Structure | None:

@@ -260,7 +260,9 @@ class TextCodec:
     def _render(self, messages: Sequence[dict[str, Any]], given: Mapping[str, Any]) -> str:
         template = self._template
         if template is None:
-            raise InputError("this bundle has no chat template: give the prompt as a text, with chat=False or --raw")
+            raise InputError(
+                "this bundle has no chat template: give the prompt as a text (chat=False, --raw, or /v1/completions)"
+            )
         calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
         if self._call_format is None and (calls or given.get("tools")):
             messages, given = plain_messages(messages, given.get("tools", ())), {**given, "tools": None}

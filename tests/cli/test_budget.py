@@ -224,7 +224,10 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     invoke(*common, "--record", tmp_path / "free.jsonl", "-n", "5")
     refused("has no predicted times", *common, "--load", tmp_path / "free.jsonl")
     budget.write_text("min_agreement = 0.5\n")
-    refused(f"{budget}: min_agreement = 0.5, but this bundle was not evaluated", *common)
+    unevaluated = "this device profile has no evaluation: run `balcony-edge eval` on the bundle, then `balcony-edge"
+    refused(f"{budget}: min_agreement = 0.5, but {unevaluated}", *common)
+    refused(f"b: min_agreement = 0.5, but {unevaluated}", *common, "--arrivals", "rate=1")
+    refused(f"{budget}: min_agreement = 0.5, but {unevaluated}", "plan", *common[1:])
     budget.write_text("tpot_ms = 0.1\non_infeasible = 'error'\n")
     refused("infeasible: tpot_ms = 0.1: a step takes ", *common)
 
@@ -338,6 +341,7 @@ def test_plan_keeps_the_evaluation_of_the_profile(tiny: Any, tmp_path: Path) -> 
     (tmp_path / "b.toml").write_text("min_agreement = 0.6\n")
     common = ["plan", "--profile", "evaluated.json", "--budget", "b.toml", "--json"]
     assert invoke(*common, "--bundle", tiny.path) == invoke(*common)
+    refused("this bundle was not evaluated: run", "plan", "--profile", "p.json", *common[3:], "--bundle", tiny.path)
 
 
 def test_compare_names_the_graphs_that_differ() -> None:

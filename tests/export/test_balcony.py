@@ -192,6 +192,19 @@ def test_damaged_directories_are_named(model: Any, saved: Path, damage: Callable
         load_balconies(saved, model)
 
 
+def test_an_index_that_may_not_be_read_is_not_called_damaged(
+    model: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"balconies\.json: cannot be read \(Permission denied\): make it readable"
+    ):
+        load_balconies(saved, model)
+
+
 def test_an_exit_that_is_not_there_is_named(model: Any, saved: Path) -> None:
     with pytest.raises(CheckpointError, match="has no balcony for exit layer 4: it has 2, 3"):
         load_balconies(saved, model, (2, 4))

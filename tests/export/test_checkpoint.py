@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -150,6 +151,23 @@ def test_damaged_directories_are_named(model_copy: Path, damage: Callable[[Path]
         load_model(model_copy)
     assert "\n" not in str(caught.value)
     assert str(model_copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_that_may_not_be_read_are_not_called_damaged(
+    model_copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """To download them again would not help."""
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read \(Permission denied\): make it readable"):
+        load_model(model_copy)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

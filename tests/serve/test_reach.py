@@ -105,7 +105,7 @@ def test_a_name_with_several_addresses_is_listened_on_at_each(monkeypatch: pytes
         for one in server._sockets:
             one.close()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both[2:])
-    with pytest.raises(InputError, match=r"edge:0: cannot be listened on .*give another --port"):
+    with pytest.raises(InputError, match=r"edge:0: cannot be listened on .*give another --host"):
         Server(lambda: pytest.fail("it must not load"), Settings(port=0, host="edge"))
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
     from balcony_runtime.backends.choose import DeviceName
 
+#: Begins the name of the reference where exits are compared with the bundle's or model's own full depth.
+OWN_DEPTH = "full depth of "
+
 
 def evaluate(
     subject: Annotated[
@@ -78,7 +81,8 @@ def evaluate(
         if given:
             raise InputError(f"{why} leave it out")
     texts = _by_name(text or [])
-    if record and (device != "cpu" or engines is not None):
+    is_bundle = (Path(subject) / MANIFEST).is_file()
+    if is_bundle and record and (device != "cpu" or engines is not None):
         raise InputError(
             "--device, --engines: a bundle keeps what its own graphs give on the CPU: give --no-record, too"
         )
@@ -86,7 +90,6 @@ def evaluate(
         require_writable(output, f"--output {output}", InputError, "name another place")
     if Path(subject).name == MANIFEST:
         Bundle.open(subject)  # says what to give instead
-    is_bundle = (Path(subject) / MANIFEST).is_file()
     keeper = read_manifest(Path(subject)) if is_bundle and record else None
     if keeper is not None:
         require_writable(Path(subject), subject, BundleError, "make it writable, or give --no-record")
@@ -165,9 +168,10 @@ def _dropped(manifest: Manifest, report: Report) -> Iterator[str]:
         (name, one.reference) for exit_ in manifest.exits if (one := exit_.quality) is not None for name in one.text
     ]
     for name, reference in dict.fromkeys(pair for pair in kept if pair[1] != measured.reference):
+        cure = "leave --model out" if reference.startswith(OWN_DEPTH) else "give --model"
         yield (
             f"{escape(name)}: results that were compared with {escape(reference)} are dropped, because these are "
-            f"compared with {escape(measured.reference)}: give --model to compare with the same"
+            f"compared with {escape(measured.reference)}: {cure} to compare with the same"
         )
 
 
@@ -254,7 +258,7 @@ def _measure(
             )
             for name, found in documents.items()
         }
-    against = f"full depth of {scorer.name}" if reference is None else reference.name
+    against = f"{OWN_DEPTH}{scorer.name}" if reference is None else reference.name
     return build_report(scorer, against, texts, runs)
 
 

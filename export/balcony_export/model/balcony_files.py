@@ -304,7 +304,11 @@ def read_index(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{path}: has no {INDEX}: give a directory that `balcony-edge train` wrote")
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}): make it readable") from error
+    try:
+        index = json.loads(content)
         version, module, layer = index["format_version"], index["module"], index.get("layer")
         known = layer is None if module == "none" else type(layer) is int and 0 <= layer < index["base"]["num_layers"]
         complete = (
@@ -317,7 +321,7 @@ def read_index(path: Path) -> dict[str, Any]:
                 for key, entry in index["exits"].items()
             )
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: is damaged: copy it again, or train again") from error
     if version != FORMAT_VERSION or module not in KINDS:
         raise CheckpointError(

@@ -253,7 +253,9 @@ def _check_directory(path: Path) -> None:
     config = path / "config.json"
     try:
         document = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{config}: cannot be read ({error.strerror}): make it readable") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{config}: cannot be read as JSON ({error}): download the checkpoint again") from error
     if not isinstance(document, dict) or "model_type" not in document:
         raise CheckpointError(f"{config}: has no model_type: give {_ALLOWED}")
@@ -295,7 +297,10 @@ def _check_safetensors(path: Path) -> None:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length)) if length <= path.stat().st_size else {}
         end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    except (struct.error, ValueError, RecursionError, AttributeError, KeyError, TypeError, OSError) as error:
+    except OSError as error:
+        cure = "make it readable, or download it again"
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): {cure}") from error
+    except (struct.error, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is not a safetensors file, or is cut short: download it again") from error
     if path.stat().st_size != 8 + length + end:
         raise CheckpointError(

@@ -63,6 +63,10 @@ def read_state(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error.strerror}): make it readable") from error
+    try:
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

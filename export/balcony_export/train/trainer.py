@@ -489,7 +489,8 @@ class Trainer:
 
     def _out_of_memory(self) -> TrainingError:
         config = self.config
+        cure = "lower --micro-rows" if config.micro_rows > 1 else "free memory"
         return TrainingError(
             f"step {self.step}: out of memory at {config.micro_rows} rows of {config.seq_len} tokens a pass: {self._kept()}: "
-            f"lower --micro-rows and {self._again()}; a new run may use a smaller --seq-len"
+            f"{cure} and {self._again()}; a new run may use a smaller --seq-len"
         )

@@ -438,6 +438,7 @@ def test_command_on_a_bundle(
     assert Bundle.open(bundle_copy).manifest.exits == recorded
     code, _, error = command(*arguments[:-4], "--model", tiny_checkpoint)
     assert code == 0 and "some.jsonl: results that were compared with full depth of" in error and "tiny-llama" in error
+    assert "leave --model out to compare with the same" in error
     code, out, _ = command(*arguments, "--no-record", "--device", "auto")
     assert code == 0 and "ARC-E" in out and "retention" in out
     monkeypatch.setattr("balcony_export.evaluate.tasks.evaluate_tasks", lambda *_, **__: pytest.fail("hours too early"))
@@ -469,7 +470,7 @@ def test_command_refuses(command: Any, tiny: Any, tiny_checkpoint: Path, tmp_pat
         "has no exit 4": (tiny.path, "--exits", "4", "--text", text),
         "leave --balconies out": (tiny.path, "--balconies", tmp_path, "--text", text),
         "leave --model out": (tiny_checkpoint, "--model", "demo", "--text", text),
-        "leave --device and --engines out": (tiny_checkpoint, "--no-record", "--device", "webgpu", "--text", text),
+        "leave --device and --engines out": (tiny_checkpoint, "--device", "webgpu", "--text", text),
         "give --no-record, too": (tiny.path, "--device", "auto", "--text", text),
         "two files have the name t.txt": (tiny.path, "--text", text, "--text", other),
         "cannot be written": (tiny.path, "--text", text, "--no-record", "-o", text / "x"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ from balcony_edge.cli import app
 from balcony_edge.cli.workstation import train as verb
 from balcony_edge.errors import BalconyError, InputError, TrainingError, UnsupportedModelError
 from balcony_export.train.report import StepReport
+from balcony_export.train.run_files import CHECKPOINT, read_state
 from balcony_export.train.trainer import Trainer
 
 RECIPE = ("--seq-len", "24", "--held-out-rows", "4", "--json", "--positions", "8", "--no-compile")
@@ -66,6 +68,20 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     shutil.rmtree(out / "run")
     (tmp_path / "run").rename(out / "run")
     assert trained(*command, "--steps", "4", "--start", str(out), "--resume")["steps"] == 4
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cure of a damaged one is to remove it; that of another account, such as root, is whole."""
+    (tmp_path / CHECKPOINT).write_bytes(b"")
+
+    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(TrainingError, match=r"cannot be read \(Permission denied\): make it readable"):
+        read_state(tmp_path)
 
 
 def test_a_document_has_no_colours(

@@ -323,6 +323,11 @@ def test_out_of_memory_says_what_to_lower(
         TrainingError, match=r"out of memory at 2 rows of 24 tokens.*checkpoint is kept.*lower --micro-rows"
     ):
         trainer.run()
+    single = trainer_of(make_tiny("llama"), corpus, tmp_path, micro_rows=1)  # there is no lower setting
+    single.resume()
+    monkeypatch.setattr(single.states, "at", fail)
+    with pytest.raises(TrainingError, match=r"out of memory at 1 rows .*checkpoint is kept: free memory and continue"):
+        single.run()
     # with the lower setting the run works
     smaller = trainer_of(make_tiny("llama"), corpus, tmp_path, micro_rows=1)
     assert smaller.resume() and smaller.step == 2

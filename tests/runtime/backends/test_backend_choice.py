@@ -17,7 +17,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
 from balcony_edge.cli.device.doctor import engine_facts
 from balcony_edge.device.machine import Gpu, this_device
-from balcony_edge.errors import BundleError, DeviceError, InputError
+from balcony_edge.errors import BundleError, ContextLengthError, DeviceError, InputError
 from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.backends import choose as choose_module
 from balcony_runtime.backends.accelerator import cuda, tensorrt
@@ -63,8 +63,20 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
     refuse(here, engine_set(), "tensorrt_rtx 1.7", "89")
     refuse(here, engine_set(compute_capabilities=()), "tensorrt_rtx 1.7", "120")
     for engines, version, capability, message in (
-        (engine_set(engines={}), "tensorrt_rtx 1.7", "89", "has graphs but no engines: build them"),
-        (engine_set(), "tensorrt_rtx 1.8", "89", "built by tensorrt_rtx 1.7, but this machine has tensorrt_rtx 1.8"),
+        (  # without its options `build` would make another set, and on a Jetson ask for TensorRT-RTX
+            engine_set(engines={}, target="tensorrt", precision="int4", operators="plain"),
+            "tensorrt 10.13",
+            "87",
+            "has graphs but no engines: build them with `balcony-edge build BUNDLE --target tensorrt --precision int4 "
+            "--operators plain`",
+        ),
+        (
+            engine_set(),
+            "tensorrt_rtx 1.8",
+            "89",
+            "built by tensorrt_rtx 1.7, but this machine has tensorrt_rtx 1.8: build again with `balcony-edge build BUNDLE "
+            "--target rtx --precision fp16`",
+        ),
         (
             engine_set(),
             "tensorrt_rtx 1.7",
@@ -75,7 +87,8 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
             engine_set(compute_capabilities=()),
             "tensorrt_rtx 1.7",
             "75",
-            "built for compute capability 86, 89, 120, 121, but this GPU has 75: build with --sm 75",
+            "built for compute capability 86, 89, 120, 121, but this GPU has 75: build with `balcony-edge build BUNDLE "
+            "--target rtx --precision fp16 --sm 75`, or",
         ),
         (
             engine_set(compute_capabilities=(), precision="fp8"),
@@ -226,7 +239,7 @@ def test_cuda_errors_are_one_line_with_a_cure() -> None:
     errors = cuda.cudart.cudaError_t
     assert check((errors.cudaSuccess, 7)) == 7 and check((errors.cudaSuccess, 1, 2)) == (1, 2)
     for code, cure in (
-        (errors.cudaErrorMemoryAllocation, "out of memory .*: ask for a shorter context"),
+        (errors.cudaErrorMemoryAllocation, "out of memory .*build the engine set with a smaller --context-length"),
         (errors.cudaErrorNoDevice, "no CUDA-capable device .*: install NVIDIA's driver"),
         (errors.cudaErrorLaunchFailure, "this process can no longer use the GPU"),
         (errors.cudaErrorInvalidValue, "nvidia-smi"),
@@ -343,3 +356,14 @@ def test_a_device_of_another_name_is_one_line(with_engine_sets: Callable[[str], 
     device: Any = "gpu"
     with pytest.raises(DeviceError, match=r"^device = 'gpu': must be one of auto, cpu, cuda, tensorrt, webgpu: give"):
         balcony_edge.load(with_engine_sets("llama").path, device=device, engines=engines)
+
+
+def test_a_prompt_that_is_too_long_for_the_caches_of_an_engine_set_says_what_to_build(engine_sets: Bundle) -> None:
+    """To export again with a longer context would not help: `build` decides how long these caches are."""
+    write_graphs(engine_sets, "short", "rtx", Format("fp32", "fused", 64))
+    with balcony_edge.load(engine_sets.path, device="cpu", engines="short") as llm:
+        assert llm.engine.max_length == 64
+        with pytest.raises(
+            ContextLengthError, match=r"\(64 in this engine set\): shorten the prompt, or build its engine set with"
+        ):
+            llm.generate([1] * 64)

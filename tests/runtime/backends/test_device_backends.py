@@ -204,7 +204,7 @@ def test_files_and_contexts_that_fail_are_one_line_and_free_everything(
     with stand_in.installed(gpu, "rtx") as trt:
         built = stand_in.with_engines(engine_sets, SETS["rtx"])
         trt.room = 5
-        with pytest.raises(DeviceError, match=r"TensorRT made no context for it \(out of memory\): ask for a shorter"):
+        with pytest.raises(DeviceError, match=r"TensorRT made no context for it \(out of memory\): free memory"):
             tensorrt.open_backend(built, SETS["rtx"])
         trt.room = 10**6
         broken = built.engine_directory(SETS["rtx"]) / "stage_1.engine"

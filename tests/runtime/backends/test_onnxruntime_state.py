@@ -14,6 +14,7 @@ import pytest
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError
+from balcony_runtime.backends.onnxruntime import backend as onnxruntime_backend
 from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
 from balcony_runtime.engine import Engine, TokenSequence
 
@@ -141,3 +142,25 @@ def test_a_closed_engine_frees_its_sessions(tiny: Any) -> None:
         sessions = [weakref.ref(session._sess) for session in engine.backend.sessions.values()]
     gc.collect()
     assert not any(session() for session in sessions)
+
+
+@pytest.mark.parametrize("packed", [None, Path("packed")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"),
+        RuntimeError("RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 5242880"),
+    ],
+)
+def test_a_graph_without_memory_for_it_is_not_called_damaged(
+    error: Exception, packed: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed weights that are removed would take still more memory to be made again."""
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(onnxruntime_backend, "_quiet_session", fail)
+    with pytest.raises(BundleError, match=r"^stage_0\.onnx: ONNX Runtime cannot load it \(.*\): free memory$"):
+        onnxruntime_backend._open(Path("stage_0.onnx"), packed)

@@ -75,7 +75,9 @@ def _cure(code: Any) -> str:
     if code in (errors.cudaErrorInsufficientDriver, errors.cudaErrorNoDevice):
         return "install NVIDIA's driver, or run on the CPU with --device cpu"
     if code == errors.cudaErrorMemoryAllocation:
-        return "ask for a shorter context or a smaller batch, or free memory of the GPU"
+        return (
+            "free memory of the GPU, ask for a smaller batch, or build the engine set with a smaller --context-length"
+        )
     if code.name in _LOST:
         return "this process can no longer use the GPU: start it again, and look at dmesg if that does not help"
     return "look at `nvidia-smi` and dmesg; the GPU may need a reset"

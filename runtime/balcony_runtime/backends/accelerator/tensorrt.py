@@ -65,7 +65,7 @@ class TensorRTExecutor:
             if engine is None:
                 raise BundleError(
                     f"{directory / spec.file}: TensorRT cannot load it on this GPU, compute capability {device.capability} "
-                    f"({self._why()}): build it again here with `balcony-edge build`"
+                    f"({self._why()}): build it again here with {_build(engines)}"
                 )
             self._engines[graph] = engine
         # Passes run one after another on one stream, so all can use the same memory.
@@ -137,7 +137,10 @@ class TensorRTExecutor:
         else:
             context = engine.create_execution_context(strategy)
         if context is None:
-            raise DeviceError(f"{graph}: TensorRT made no context for it ({self._why()}): ask for a shorter context")
+            raise DeviceError(
+                f"{graph}: TensorRT made no context for it ({self._why()}): free memory of the GPU, or build with a smaller "
+                "--context-length"
+            )
         context.set_device_memory(self._arena.pointer, self._arena.nbytes)
         try:
             context.set_optimization_profile_async(profile, self._device.stream)
@@ -214,11 +217,13 @@ def open_backend(bundle: Bundle, engines: str, *, capture: bool = True, verify_h
 
 def _refuse_misfits(directory: Path, engines: EngineSet, here: str, capability: str) -> None:
     if not engines.engines:
-        raise BundleError(f"{directory}: has graphs but no engines: build them with `balcony-edge build`")
+        raise BundleError(f"{directory}: has graphs but no engines: build them with {_build(engines)}")
     if engines.builder != here:
-        raise BundleError(f"{directory}: built by {engines.builder}, but this machine has {here}: build again with it")
+        raise BundleError(
+            f"{directory}: built by {engines.builder}, but this machine has {here}: build again with {_build(engines)}"
+        )
     if (gpus := gpus_of(engines)) and capability not in gpus:
-        cure = f"build with --sm {capability}, or with --target tensorrt on this machine"
+        cure = f"build with {_build(engines, sm=capability)}, or with --target tensorrt on this machine"
         if engines.precision == "fp8" and int(capability) < 89:  # no such GPU has products in fp8
             cure = "build with another --precision"
         elif capability not in ("75", "80", *RTX_GPUS):  # TensorRT-RTX does not know it
@@ -226,6 +231,14 @@ def _refuse_misfits(directory: Path, engines: EngineSet, here: str, capability: 
         raise BundleError(
             f"{directory}: built for compute capability {', '.join(gpus)}, but this GPU has {capability}: {cure}"
         )
+
+
+def _build(engines: EngineSet, sm: str = "") -> str:
+    """The command that builds a set; without these options it would build another one."""
+    options = ["--target", engines.target, "--precision", engines.precision]
+    options += ["--operators", "plain"] if engines.operators == "plain" else []
+    options += ["--sm", sm] if sm else []
+    return f"`balcony-edge build BUNDLE {' '.join(options)}`"
 
 
 def _profiles_of(engine: Any) -> range:

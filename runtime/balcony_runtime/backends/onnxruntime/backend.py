@@ -117,7 +117,14 @@ def open_session(
         return _quiet_session(graph, options, providers)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
         name = "a graph in memory" if isinstance(graph, bytes) else graph
-        raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line(error)}): export it again") from error
+        cure = "free memory" if _memory_ran_out(error) else "export it again"
+        raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line(error)}): {cure}") from error
+
+
+def _memory_ran_out(error: BaseException | None) -> bool:
+    """Whether ONNX Runtime found no memory for a graph, whose file is then as good as before."""
+    words = ("bad_alloc", "failed to allocate memory")
+    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in words)
 
 
 def _quiet_session(graph: Path | bytes, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
@@ -238,7 +245,7 @@ def _open(path: Path, packed: Path | None, **options: Any) -> ort.InferenceSessi
     try:
         return open_session(path, **options)
     except BundleError as error:
-        if packed is None:
+        if packed is None or _memory_ran_out(error.__cause__):
             raise
         raise BundleError(
             f"{packed}: the packed weights are damaged: remove it; the next load makes them again"

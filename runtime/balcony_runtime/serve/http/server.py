@@ -342,7 +342,8 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _not_listened(host: str, port: int, error: OSError) -> InputError:
-    return InputError(f"{host}:{port}: cannot be listened on ({error.strerror}): give another --port")
+    option = "--host" if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) else "--port"
+    return InputError(f"{host}:{port}: cannot be listened on ({error.strerror}): give another {option}")
 
 
 def _notify(state: str) -> None:

@@ -26,7 +26,7 @@ from balcony_edge.device.machine import Machine, this_device
 from balcony_edge.errors import ContextLengthError
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
-from balcony_runtime.requests import Request
+from balcony_runtime.requests import Request, longest
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining, stopped, too_long
@@ -366,9 +366,10 @@ class Service:
             text = ""
             if asked.echo:
                 if len(ids) > (most := llm.engine.max_length):  # before the text of millions is made
+                    whose, cure = longest(llm.engine)
                     raise ContextLengthError(
-                        f"the prompt has {len(ids)} tokens: this exceeds the available context size ({most} in this "
-                        "bundle): shorten the prompt, or export with a larger --context-length"
+                        f"the prompt has {len(ids)} tokens: this exceeds the available context size ({most} in this {whose}): "
+                        f"shorten the prompt, or {cure}"
                     )
                 text = prompt if isinstance(prompt, str) else llm.decode(prompt)
             for sampling in samplings:
