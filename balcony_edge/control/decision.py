@@ -255,7 +255,8 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
     """
     budget, words = seen.budget, []
     if budget.tpot_ms is not None:
-        words.append((steady_ms > budget.tpot_ms, f"tpot_ms = {budget.tpot_ms:g}: a step takes {steady_ms:.1f} ms"))
+        takes = f"a step takes {_shown(steady_ms, budget.tpot_ms)} ms"
+        words.append((steady_ms > budget.tpot_ms, f"tpot_ms = {budget.tpot_ms:g}: {takes}"))
     if seen.deadline_runs and budget.deadline_s is not None:
         # without the waits of a pace, which are cut when the time runs out
         all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * steady_ms) / 1000
@@ -263,11 +264,16 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
         words.append((all_s > budget.deadline_s, f"deadline_s = {budget.deadline_s:g}: {takes}"))
     if seen.made_tokens == 0 and budget.ttft_ms is not None:
         first_ms = now_ms + 1000 * (seen.now_s - seen.started_s)
-        words.append(
-            (first_ms > budget.ttft_ms, f"ttft_ms = {budget.ttft_ms:g}: the first token takes {first_ms:.1f} ms")
-        )
+        takes = f"the first token takes {_shown(first_ms, budget.ttft_ms)} ms"
+        words.append((first_ms > budget.ttft_ms, f"ttft_ms = {budget.ttft_ms:g}: {takes}"))
     missed = [text for out_of_reach, text in words if out_of_reach]
     return " and ".join(missed or [text for _, text in words])
+
+
+def _shown(value_ms: float, asked_ms: float) -> str:
+    """One decimal, or three if one would hide that a target is missed, as 0.5 ms for 0.54 of 0.5."""
+    digits = 1 if (round(value_ms, 1) > asked_ms) == (value_ms > asked_ms) else 3
+    return f"{value_ms:.{digits}f}"
 
 
 def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[object, ...]:

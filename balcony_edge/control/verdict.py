@@ -101,8 +101,8 @@ class Watch:
         self._gaps_ms.append(latency_ms)
         if not readings and not self._senses:
             return
-        # The second token's reading is the first after the prompt: joules need it, however soon it comes.
-        needed = len(self._gaps_ms) == 2 and budget.energy_j_per_token is not None
+        # Joules need the first reading after the prompt, however soon. Tokens that came with the first have its reading.
+        needed = len(self._seen) == 1 and now_s > self._seen[0].now_s and budget.energy_j_per_token is not None
         if needed or not self._seen or now_s - self._seen[-1].now_s >= KEPT_S:
             self.saw(now_s, readings)
 

@@ -153,6 +153,7 @@ class _Planner:
         self.profile, self.budget, self.rail = profile, budget, profile.rail_of(budget)
         self.agreement = {**least_agreement(profile.costs.exits, quality), profile.costs.exits[-1]: 1.0}
         self.prompt_tokens, self.tokens = prompt_tokens, tokens
+        self.context = prompt_tokens + tokens // 2
         # a median error is 0.674 standard deviations
         self.price_errors = {residual.part: residual.median / 0.674 for residual in profile.residuals}
 
@@ -165,7 +166,7 @@ class _Planner:
 
     def exit_plan(self, exit_layer: int, allowed: bool) -> ExitPlan:
         profile, costs, rail = self.profile, self.profile.costs, self.rail
-        tpot_ms = costs.steady_ms(exit_layer, self.prompt_tokens + self.tokens // 2)
+        tpot_ms = costs.steady_ms(exit_layer, self.context)
         return ExitPlan(
             exit_layer=exit_layer,
             allowed=allowed,
@@ -228,7 +229,7 @@ class _Planner:
             counts[token.decision.exit_layer] += 1
         shares = {layer: count / len(later) for layer, count in counts.items() if count}
         gaps_ms = [token.latency_ms for token in later]
-        step_j = _mixed(shares, {layer: profile.joules_per_token(layer, self.rail) for layer in shares})
+        step_j = _mixed(shares, {layer: self._step_j(layer) for layer in shares})
         joules = step_j
         if step_j is not None and any(token.latency_ms > token.step_ms for token in later):  # rows may run in the waits
             joules = None if power is None else fmean(token.watts * token.latency_ms / 1000 for token in later)
@@ -274,11 +275,18 @@ class _Planner:
     def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:
         """Energy from one token to the next, including that of the idle device while it waits for the pace."""
         wait_s = max(1 / (self.budget.max_pace_tps or math.inf) - tpot_ms / 1000, 0.0)
-        step_j = self.profile.joules_per_token(exit_layer, self.rail)
+        step_j = self._step_j(exit_layer)
         if step_j is None or not wait_s:
             return step_j
         power = self.profile.powered(self.rail)
         return None if power is None else step_j + power[0] * wait_s
+
+    def _step_j(self, exit_layer: int) -> float | None:
+        """Energy of a step at the planned context; it was measured at the least context of the decode steps."""
+        measured_j, costs = self.profile.joules_per_token(exit_layer, self.rail), self.profile.costs
+        least = min((entry.context for entry in self.profile.select("decode")), default=0)
+        longer = costs.steady_ms(exit_layer, self.context) / costs.steady_ms(exit_layer, least)
+        return None if measured_j is None else measured_j * longer
 
     def _odds(self, target: str, limit: float, expected: float) -> float:
         return NormalDist().cdf((math.log(limit) - math.log(expected)) / self._deviation(target))

@@ -254,7 +254,7 @@ def judged(answers: Sequence[Answer], seconds: float, quality: Mapping[int, floa
         "quality_goodput": round(sum(worth(answer) for answer in answers if answer.attained) / seconds, 1),
         "ttft_p95_ms": round(1000 * p95([answer.ttft_s for answer in voice])) if voice else None,
         "tpot_p95_ms": round(1000 * p95([answer.tpot_s for answer in voice]), 1) if voice else None,
-        "mean_depth": round(sum(layer * count for layer, count in at_exits) / tokens, 1) if tokens else None,
+        "mean_depth": round(sum(layer * count for layer, count in at_exits) / tokens, 3) if tokens else None,
         "same_text": None,
         "alone": None,
         "same_alone": None,
@@ -402,9 +402,7 @@ def bars(points: Sequence[Mapping[str, Any]], layers: int) -> dict[str, Any]:
     peers = [point for point in points if point["server"] != "balcony-edge"]
     best = {load: max(point["attained"] for point in peers if point["load"] == load) for load in ours}
     lowest = ours[min(ours)]
-    held = {
-        "mean depth at the lowest load / full depth": bar(round(lowest["mean_depth"] / layers, 3), 0.98, at_least=True)
-    }
+    held = {"mean depth at the lowest load / full depth": bar(lowest["mean_depth"] / layers, 0.98, at_least=True)}
     if lowest["same_alone"] is not None:
         held["same text as without load, replies alone at the lowest load"] = bar(
             lowest["same_alone"], 1.0, at_least=True

@@ -115,6 +115,14 @@ def test_bars_are_read_where_the_peer_fails() -> None:
     assert len(bars([point | {"same_alone": None} for point in first], 30)) == 1, "no reply was alone"
 
 
+def test_a_depth_below_the_bar_is_not_rounded_up_to_it() -> None:
+    """29.36 of 30 layers are 0.9787; 29.4 would be 0.98."""
+    point = judged([Answer("voice", "x", 0.1, 0.01, 1.0, {14: 4, 30: 96})], 1.0, {14: 0.5, 30: 1.0})
+    peer = {"server": "one slot", "load": 0.25, "attained": 1.0}
+    held = bars([{"server": "balcony-edge", "load": 0.25, **point}, peer], 30)
+    assert not held["mean depth at the lowest load / full depth"]["holds"]
+
+
 def test_texts_are_compared_with_those_without_load() -> None:
     """Six replies: 0 was alone; 1 and 2 met; 3 met the end of one that failed; 4 and 5 were alone, and 5 has another text."""
     answers = [

@@ -25,7 +25,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
 from balcony_edge.cli import app, reported
 from balcony_edge.cli.console import depth_styles
-from balcony_edge.cli.device.calibrate import _documents
+from balcony_edge.cli.device.calibrate import _documents, _percent
 from balcony_edge.cli.show import show_stream
 from balcony_edge.errors import EngineBuildError, InfeasibleError
 from balcony_runtime.backends.accelerator import tensorrt_builder
@@ -329,6 +329,11 @@ def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
     refused("not readable as a trace", "replay", tmp_path / "absent.jsonl")
 
 
+@pytest.mark.parametrize(("share", "shown"), [(0.999, "99.9%"), (0.0004, "0.04%"), (0.02, "2%"), (0.3, "30%")])
+def test_a_promise_is_shown_as_it_was_made(share: float, shown: str) -> None:
+    assert _percent(share) == shown
+
+
 def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     bundle, text = Path(shutil.copytree(exported, tmp_path / "b")), tmp_path / "text.jsonl"
     text.write_text(
@@ -346,7 +351,7 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     )
     assert json.loads((bundle / "bundle.json").read_text())["confidence"] == found
     done = invoke_here("calibrate", bundle, "--text", text, "--max-disagreement", "0.3", "--tokens", "600")
-    assert done.returncode == 0 and "promised: at most 30.0% of tokens" in " ".join(done.stdout.split()), done
+    assert done.returncode == 0 and "promised: at most 30% of tokens" in " ".join(done.stdout.split()), done
     other = tmp_path / "other.txt"
     other.write_text("over the lazy dog and the balcony " * 60)
     done = invoke_here("calibrate", bundle, "--check", other, "--json")

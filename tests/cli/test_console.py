@@ -12,6 +12,7 @@ from rich.console import Console
 import balcony_edge
 from balcony_edge.cli import console
 from balcony_edge.cli.show import show_summary
+from balcony_edge.control.verdict import Verdict
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,21 @@ def test_a_slow_device_makes_more_than_no_tokens(tiny: Any, latency_ms: float, s
         file = io.StringIO()
         show_summary(slow, console.depth_styles(llm.exit_layers), Console(file=file, width=200))
     assert f"({shown})" in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("key", "asked", "reached", "shown"),
+    [
+        ("memory_mb", 16000.0, 12345.6, "12345.6 (highest)"),
+        ("tpot_ms", 24.0, 24.003, "24.003 (highest)"),
+        ("tpot_ms", 24.0, 20.1312, "20.13 (highest)"),
+    ],
+)
+def test_a_verdict_shows_what_was_reached(tiny: Any, key: str, asked: float, reached: float, shown: str) -> None:
+    with balcony_edge.load(tiny.path) as llm:
+        reply = llm.generate("the fox", max_new_tokens=4, ignore_eos=True)
+        verdict = Verdict(key, asked, reached, reached <= asked, (asked - reached) / asked, "highest")
+        file = io.StringIO()
+        judged = dataclasses.replace(reply, verdicts=(verdict,))
+        show_summary(judged, console.depth_styles(llm.exit_layers), Console(file=file, width=200))
+    assert shown in file.getvalue()

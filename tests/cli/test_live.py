@@ -130,6 +130,18 @@ def test_every_sensor_that_the_budget_is_about_is_shown(
     assert all(part in shown for part in wanted), shown
 
 
+def test_millijoules_of_a_token_are_not_zero(tiny: Any) -> None:
+    """3 W over 1.5 ms are above a ceiling of 0.004 J."""
+    budget, readings = Budget(energy_j_per_token=0.004), (Reading("b", "board", 0.0, watts=3.0),)
+    with balcony_edge.load(tiny.path) as llm:
+        view = LiveView(depth_styles(llm.exit_layers), lambda: readings, dict, lambda: budget)
+        for token in llm.stream("the fox", max_new_tokens=3, ignore_eos=True):
+            view.add(token._replace(latency_ms=1.5), 120)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(view)
+    assert "0.0045 of 0.004 J a token" in console.export_text()
+
+
 @pytest.mark.parametrize(("columns", "rows"), [(200, 50), (80, 24), (60, 20), (40, 8), (20, 4)])
 def test_the_status_area_fits_and_the_whole_reply_is_printed(tiny: Any, columns: int, rows: int) -> None:
     """On a terminal of any size, every line of the reply is above the area, the newest decision in it, and nothing wraps."""

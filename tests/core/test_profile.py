@@ -345,3 +345,11 @@ def test_plan_counts_the_memory_of_a_reply() -> None:
     checks = [plan.exits[0].checks[0] for plan in plans]
     assert [check.expected for check in checks] == [pytest.approx(1001.92)] * 2
     assert [check.met for check in checks] == [False, True]
+
+
+def test_joules_of_a_plan_grow_with_the_context() -> None:
+    """They were measured after 128 tokens; a step after 384 takes as many watts, and 4 % longer."""
+    power = (Power(exit_layer=8, rail="board", source="r", busy_w=10, idle_w=2, joules_per_token=0.26),)
+    plan = make_plan(make_profile(power=power), Budget(energy_j_per_token=0.265), prompt_tokens=320)
+    longer = COSTS.steady_ms(8, 384) / COSTS.steady_ms(8, 128)
+    assert plan.exits[1].joules_per_token == pytest.approx(0.26 * longer) and plan.exits[1].met is False

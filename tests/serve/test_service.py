@@ -194,6 +194,7 @@ def test_metrics(http: httpx.Client, server: Server) -> None:
     page = http.get("/metrics").text
     assert all(f"\nbalcony_{name} 0.0\n" in page for name in ("replies_running", "replies_waiting", "pending_rows"))
     assert value("balcony_slowdown") > 0
+    assert "late_tokens_total Tokens after the first that missed tpot_ms." in page
 
 
 def test_what_sensors_measure(serve: Callable[..., Server], tiny: Any) -> None:

@@ -101,8 +101,8 @@ def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...],
         style = ("red" if item.ratio > 1 else "green") if item.significant else None
         table.add_row(
             item.entry.title,
-            f"{item.first_ms:.2f}",
-            f"{item.second_ms:.2f}",
+            _ms(item.first_ms),
+            _ms(item.second_ms),
             f"{item.ratio:.3f}",
             f"{item.ratio_uncertainty:.3f}",
             "yes" if item.significant else "no",
@@ -111,3 +111,8 @@ def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...],
     stdout.print(table)
     changed = sum(item.significant for item in shown)
     stdout.print(f"{changed} of {len(shown)} quantities differ significantly (5 % would by chance alone)")
+
+
+def _ms(value: float) -> str:
+    """Two decimals, or three digits below a millisecond: a norm takes 0.0116 ms."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,7 +74,7 @@ def _show(found: Plan) -> None:
             f"{exit_.tokens_per_s:.1f}",
             f"{exit_.ttft_ms:.1f}",
             "" if exit_.joules_per_token is None else f"{exit_.joules_per_token:.3f}",
-            "" if exit_.agreement is None else f"{exit_.agreement:.0%}",
+            "" if exit_.agreement is None else f"{exit_.agreement:.1%}",
             checks or "none asked for",
             f"{found.shares.get(exit_.exit_layer, 0.0):.0%}",
             style=styles[exit_.exit_layer],
@@ -83,11 +84,11 @@ def _show(found: Plan) -> None:
     if found.joules_per_token is not None:
         known.append(f"{found.joules_per_token:.3f} joules a token")
     if found.agreement is not None:
-        known.append(f"agreement with the full model {found.agreement:.0%}")
+        known.append(f"agreement with the full model {found.agreement:.1%}")
     stdout.print(f"the controller: {found.reason}", markup=False, soft_wrap=True)
     stdout.print(f"expected: {', '.join(known)}", markup=False, soft_wrap=True)
     if not found.feasible:
-        near = ", ".join(f"{target} = {value:.4g}" for target, value in found.nearest.items())
+        near = ", ".join(f"{target} = {_reachable(target, value)}" for target, value in found.nearest.items())
         stdout.print(
             f"[red]no allowed exit meets every target[/]; nearest values that one meets: {near}", soft_wrap=True
         )
@@ -95,8 +96,18 @@ def _show(found: Plan) -> None:
         stdout.print(note, style="yellow", markup=False, soft_wrap=True)
 
 
+def _reachable(target: str, value: float) -> str:
+    """Four digits of a value that an exit meets, rounded to the side on which the exit meets it."""
+    if value <= 0:
+        return f"{value:g}"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    rounded = math.floor if target == "min_agreement" else math.ceil
+    return f"{rounded(value / unit) * unit:g}"
+
+
 def _words(check: Check) -> str:
     answer = {True: "met", False: "missed", None: "unknown"}[check.met]
-    odds = "" if check.probability is None else f", p={check.probability:.2f}"
+    # cut off: 0.8996 misses a probability of 0.9, and would be shown as that
+    odds = "" if check.probability is None else f", p={math.floor(100 * check.probability + 1e-9) / 100:.2f}"
     expected = "not measured" if check.expected is None else f"{check.expected:.4g}"
     return f"{check.target} {check.asked:g}: {answer} ({expected}{odds})"

@@ -71,7 +71,7 @@ def calibrate(
     if as_json:
         print(json.dumps(found.model_dump(mode="json")))  # noqa: T201 - programs read this
         return
-    promise = f"at most {found.max_disagreement:.1%} of tokens, with {found.confidence:.0%} confidence"
+    promise = f"at most {_percent(found.max_disagreement)} of tokens, with {_percent(found.confidence)} confidence"
     table = Table("exit", f"least {found.measure}", "tokens that exit there", "other than the full depth's")
     for exit_layer in opened.manifest.exit_layers[:-1]:
         spec = found.thresholds.get(exit_layer)
@@ -104,12 +104,17 @@ def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_
         "exit", "tokens that exit there", "other than the full depth's", "promised on text like the calibration's"
     )
     for exit_layer, held in found.items():
-        promise = f"{spec.max_disagreement:.1%}, " + (
+        promise = f"{_percent(spec.max_disagreement)}, " + (
             "kept" if held.disagreement <= spec.max_disagreement else "not kept"
         )
         table.add_row(str(exit_layer), f"{held.exit_share:.1%}", f"{held.disagreement:.2%}", promise)
     stdout.print(f"{count} tokens of {text}; thresholds from {spec.text}", markup=False)
     stdout.print(table)
+
+
+def _percent(share: float) -> str:
+    """A share with all its digits: 0.04 % is no promise of 0.0 %, and 99.9 % are not 100 %."""
+    return f"{100 * share:.6g}%"
 
 
 def _share(name: str, text: str) -> float:

@@ -168,7 +168,7 @@ class LiveView:
             facts.append(f"{watts:.1f}{ceiling('power_w', 'W')} {powered[0].scope}")
             if "energy_j_per_token" in asked and self._tokens:
                 mean_s = sum(token.latency_ms for token in self._tokens) / len(self._tokens) / 1000
-                facts.append(f"{watts * mean_s:.2f}{ceiling('energy_j_per_token', 'J')} a token")
+                facts.append(f"{watts * mean_s:.3g}{ceiling('energy_j_per_token', 'J')} a token")
         elif asked.keys() & {"power_w", "energy_j_per_token"}:
             facts.append(f"no reading of {rail} power")
         degrees = [reading.celsius for reading in readings if reading.celsius is not None]

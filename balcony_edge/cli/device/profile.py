@@ -109,7 +109,9 @@ def _show(measured: DeviceProfile) -> None:
     stdout.print(f"[bold]{escape(bundle.model)}[/] ({escape(bundle.precision)}) on {escape(measured.device.title)}")
     energy = "J/token" if not measured.power else f"J/token ({measured.rail})"
     table = Table("exit", "after", "ms", "±", "p95", "p99", "tokens/s", "priced", energy, title="time between tokens")
-    for entry in measured.select("decode"):
+    decode = measured.select("decode")
+    least = min((entry.context for entry in decode), default=0)  # the one at which watts are measured
+    for entry in decode:
         timing, joules = entry.timing, measured.joules_per_token(entry.exit_layer, measured.rail)
         table.add_row(
             str(entry.exit_layer),
@@ -120,7 +122,7 @@ def _show(measured: DeviceProfile) -> None:
             f"{timing.p99_ms:.2f}",
             f"{1000 / timing.p50_ms:.1f}" if timing.p50_ms else "",
             "" if entry.predicted_ms is None else f"{entry.predicted_ms:.2f}",
-            "" if joules is None else f"{joules:.3f}",
+            "" if joules is None or entry.context > least else f"{joules:.3f}",
             style=styles[entry.exit_layer],
         )
     stdout.print(table)

@@ -323,6 +323,23 @@ def test_joules_of_later_tokens_leave_out_the_prompt() -> None:
     assert verdict.reached == pytest.approx(4.0 * 0.05, rel=0.01) and verdict.held
 
 
+def test_joules_leave_out_the_prompt_of_a_reply_that_begins_with_forced_tokens() -> None:
+    """A token that came with the first one has its reading, from before a prompt of ten seconds at 8 W."""
+
+    def measured(now_s: float) -> tuple[Reading, ...]:
+        joules = 8 * min(now_s, 1010.0) + 4 * max(now_s - 1010.0, 0.0)
+        return (Reading("board", "board", now_s, watts=4.0, joules=joules),)
+
+    watch, budget = Watch(), Budget(energy_j_per_token=0.25)
+    for gap_ms in (10_000.0, 0.0):
+        watch.token(budget, 1000.0, gap_ms, measured(1000.0), first=gap_ms > 0)
+    for place in range(40):
+        now_s = 1010.0 + 0.05 * place
+        watch.token(budget, now_s, 50.0, measured(now_s), first=False)
+    (verdict,) = watch.verdicts()
+    assert verdict.reached == pytest.approx(4.0 * 0.05 * 40 / 41, rel=0.01) and verdict.held
+
+
 @pytest.mark.parametrize(("most_w", "held"), [(15.0, None), (3.0, False)])
 def test_a_sensor_that_goes_proves_nothing(most_w: float, held: bool | None) -> None:
     """What was measured before may show that a ceiling was not held, and not that it was."""

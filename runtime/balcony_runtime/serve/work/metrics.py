@@ -84,7 +84,7 @@ class Metrics:
         self._forced = Counter(
             "balcony_forced_tokens", "Tokens that a reply's structure left no choice about.", registry=registry
         )
-        self._late = Counter("balcony_late_tokens", "Tokens that missed their target.", registry=registry)
+        self._late = Counter("balcony_late_tokens", "Tokens after the first that missed tpot_ms.", registry=registry)
         self._rejections = Counter(
             "balcony_rejections", "Requests that were refused, by reason.", ("reason",), registry=registry
         )
