@@ -170,7 +170,8 @@ def load(
         BundleError: the bundle is missing, damaged or does not match its manifest.
         BudgetError: the budget is refused, or it allows none of the bundle's exits.
         ProfileError: the device profile cannot be read, or is for other exits.
-        InputError: the directory for packed weights cannot be written, or there are too many threads.
+        InputError: a directory cannot be written, there are too many threads, ``prefix_mb`` is out of range, or packed weights
+            are given for a device other than the CPU.
         DeviceError: the device is missing, or has too little memory.
         MissingDependencyError: the engine is not installed.
     """

@@ -177,6 +177,15 @@ def test_the_api_page_names_everything() -> None:
     assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
 
 
+def test_the_errors_of_a_reply_are_named() -> None:
+    """A program that catches what is named must not end by a budget for other exits, or by a full queue."""
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    told = page.split("Options of `stream` and `generate`:", 1)[1].split("\n## ", 1)[0]
+    reply = ("InputError", "ContextLengthError", "InfeasibleError", "MissingDependencyError")
+    for name in (*reply, "BudgetError", "BusyError", "DeviceError"):
+        assert f" {name}: " in str(LLM.stream.__doc__) and f"`{name}`" in told, name
+
+
 def test_pages_and_examples_import_the_device_side_from_the_top() -> None:
     """Only what needs a workstation, such as the adapter of lm-evaluation-harness, lies deeper."""
     deeper = re.compile(r"balcony_runtime\.|(?:from|import) balcony_edge\.|\bbalcony_edge\.[a-z]+\.\w")

@@ -214,7 +214,7 @@ def checked_threads(threads: int | None) -> int:
     if threads is None:
         return best
     most = MOST_THREADS_PER_CPU * cpus
-    if not isinstance(threads, int) or not 1 <= threads <= most:
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most:
         raise InputError(
             f"threads = {threads!r}: this process may use {cpus} CPUs: give a whole number from 1 to {most}; {best} is best"
         )

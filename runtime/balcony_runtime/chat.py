@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.errors import BalconyError, InputError
@@ -21,7 +21,9 @@ from balcony_runtime.sessions import file
 from balcony_runtime.text import Message
 
 if TYPE_CHECKING:
+    from balcony_edge.control.trace import TraceWriter
     from balcony_runtime.llm import LLM
+    from balcony_runtime.requests import ReplyOptions
 
 
 class Chat:
@@ -43,7 +45,13 @@ class Chat:
         self._limits: ReplyLimits | None = None
         self._stop_catching_up = threading.Event()  # ends the current :meth:`catching_up`
 
-    def send(self, message: str | Message | Sequence[Message], **options: Any) -> TokenStream:
+    def send(
+        self,
+        message: str | Message | Sequence[Message],
+        *,
+        trace: TraceWriter | None = None,
+        **options: Unpack[ReplyOptions],
+    ) -> TokenStream:
         """Send a message and stream the reply; the history gets the part of the reply that was consumed.
 
         The call ends an earlier reply that was not consumed to its end, and also :meth:`catching_up`.
@@ -51,17 +59,19 @@ class Chat:
         Args:
             message: text of the user; or a message with ``role`` and ``content``, or several of them, such as the results of
                 the tools that the last reply called.
-            options: options of :meth:`LLM.stream`.
+            trace, options: as for :meth:`LLM.stream`; without ``sequence``, because a conversation has its own.
 
         Raises:
             InputError: the text is empty; otherwise as :meth:`LLM.stream`. The history then does not change, except that
                 an unfinished earlier reply joins it.
         """
         new = _messages(message)
+        if "sequence" in options:
+            raise InputError("sequence: a conversation has its own: leave it out, or use LLM.stream")
         if isinstance(message, str) and not message.strip():
             raise InputError("the prompt is empty: give a text")
         self._end_open_work()
-        stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, **options)
+        stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, trace=trace, **options)
         self._limits = stream.request.limits
         self._open_reply = TokenStream(self._recorded(new, stream), stream.request)
         return self._open_reply
@@ -173,13 +183,13 @@ class Chat:
 
 
 def _messages(given: str | Message | Sequence[Message]) -> list[Message]:
-    """What is sent, as messages."""
+    """What is sent, as messages of our own: the sender may fill the same mapping again for the next turn."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if isinstance(given, Mapping):
-        return [given]
+        return [dict(given)]
     if not isinstance(given, list | tuple):
         raise InputError(f"message of type {type(given).__name__}: give a text, a message or a list of messages")
     if not given:
         raise InputError("no messages were given: give a text, a message or a list of messages")
-    return list(given)
+    return [dict(one) if isinstance(one, Mapping) else one for one in given]  # encode() refuses the others

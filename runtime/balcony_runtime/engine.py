@@ -96,6 +96,7 @@ class Engine(Closing):
         Raises:
             ContextLengthError: ``max_length`` is above the bundle's.
             InputError: an argument is out of range, or there is not enough memory.
+            DeviceError: the accelerator does not have enough memory.
         """
         self.refuse_closed()
         context = self.max_length
@@ -212,7 +213,7 @@ class TokenSequence:
         index = self._index(exit_layer)
         tokens = checked(new_tokens, self.batch_size, self._engine.manifest.model.vocab_size)
         total = self.length + tokens.shape[1]
-        if not 1 <= whole("num_logits", num_logits) <= total:
+        if not 1 <= (num_logits := whole("num_logits", num_logits)) <= total:
             raise InputError(f"num_logits = {num_logits}: the sequence has {total} rows: ask for 1 to {total}")
         self._append(tokens)
         for stage in range(index + 1):

@@ -174,7 +174,7 @@ class LLM(Closing):
         token.
 
         Raises:
-            InputError: the prices are for other exits.
+            InputError: the prices are for other exits, or are no cost model.
         """
         settings = self._settings
         if settings.costs is None:
@@ -187,6 +187,10 @@ class LLM(Closing):
 
     @costs.setter
     def costs(self, value: CostModel) -> None:
+        if not isinstance(value, CostModel):
+            raise InputError(
+                f"costs of type {type(value).__name__}: give a CostModel, e.g. DeviceProfile.load(path).costs"
+            )
         if value.exits != self.exit_layers:
             raise InputError(
                 f"costs: are for exits {', '.join(map(str, value.exits))}, but this bundle has "
@@ -293,7 +297,10 @@ class LLM(Closing):
         Raises:
             InputError: a prompt or parameter cannot be used.
             ContextLengthError: the prompt does not fit the context.
+            BudgetError: the budget is refused, or it allows none of the bundle's exits.
             InfeasibleError: no exit meets the target, and the budget asks for an error in that case.
+            BusyError: the replies in progress leave no time for it, or too many wait.
+            DeviceError: the device fails, or has too little memory.
             MissingDependencyError: a structure or tools need llguidance, which is not installed.
         """
         request = self._requests.of(prompt, sequence=sequence, trace=trace, **options)

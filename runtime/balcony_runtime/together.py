@@ -6,20 +6,18 @@ Owns the replies that are open and who asks for another token. The rounds are th
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
-from balcony_edge.budget import Budget
 from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.reply import Token, TokenStream
-from balcony_runtime.requests import Prompt, Request, Requests
+from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests
 from balcony_runtime.scheduling.stream import Stream
 
 
@@ -59,9 +57,7 @@ class Together(Closing):
         """Replies that have not ended."""
         return tuple(self._open)
 
-    def add(
-        self, prompt: Prompt, *, budget: Budget | str | os.PathLike[str] | None = None, **options: Any
-    ) -> TokenStream:
+    def add(self, prompt: Prompt, **options: Unpack[ReplyOptions]) -> TokenStream:
         """Begin a reply; arguments and errors are those of :meth:`LLM.stream`, except ``sequence`` and ``trace``.
 
         The stream that is returned gives the reply so far, takes another budget and can be cancelled; :meth:`step` iterates it.
@@ -69,7 +65,7 @@ class Together(Closing):
         Raises:
             BusyError: too many replies wait already.
         """
-        return self.begin(self.prepare(prompt, budget=budget, **options))
+        return self.begin(self.prepare(prompt, **options))
 
     def prepare(self, prompt: Prompt, **options: Any) -> Request:
         """A reply that :meth:`begin` begins later; arguments and errors as for :meth:`add`. Any thread may call it.

@@ -182,3 +182,5 @@ def test_an_engine_takes_the_best_number_and_names_it(monkeypatch: pytest.Monkey
     assert (checked_threads(None), checked_threads(8)) == (4, 8)
     with pytest.raises(InputError, match=r"this process may use 8 CPUs: give a whole number from 1 to 32; 4 is best"):
         checked_threads(33)
+    with pytest.raises(InputError, match="threads = True: "):
+        checked_threads(True)

@@ -140,6 +140,15 @@ def test_messages_that_cannot_be_leave_the_history(llm: LLM, bundle_copy: Any) -
     assert chat.messages == []
 
 
+def test_a_message_that_its_sender_fills_again_stays_in_the_history(llm: LLM) -> None:
+    chat, message = llm.chat(), {"role": "user", "content": ""}
+    for given in (message, [message]):
+        message["content"] = "the fox"
+        finish(chat.send(given, max_new_tokens=2, ignore_eos=True))
+        message["content"] = "why"
+        assert chat.messages[-2] == {"role": "user", "content": "the fox"}
+
+
 def test_cancelling_ends_before_the_next_token_and_keeps_what_was_said(llm: LLM) -> None:
     chat = llm.chat()
     stream = chat.send("the fox", max_new_tokens=100, ignore_eos=True)

@@ -61,9 +61,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
-    json_schema: Any = None
+    json_schema: Any = field(default=None, hash=False)
     regex: str | None = None
     grammar: str | None = None
 
@@ -123,15 +123,23 @@ class SamplingParams:
         }
         for name, (kind, in_range, allowed, cure) in checks.items():
             value: Any = getattr(self, name)
-            if not isinstance(value, kind) or not in_range(value) or (kind is Real and not _is_finite(value)):
+            wrong = isinstance(value, bool) or not isinstance(value, kind)  # seed=False would be the seed 0
+            if wrong or not in_range(value) or (kind is Real and not _is_finite(value)):
                 raise InputError(f"{name} = {shown(value)}: must be {allowed}: {cure}")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
         for token, bias in biases:
-            if not isinstance(token, Integral) or not isinstance(bias, Real) or not abs(bias) < LARGEST:
+            if (
+                isinstance(token, bool)
+                or isinstance(bias, bool)
+                or not isinstance(token, Integral)
+                or not isinstance(bias, Real)
+                or not abs(bias) < LARGEST
+            ):
                 raise InputError(
                     f"logit_bias = {shown(self.logit_bias)}: must give token ids a bias between ±{LARGEST:g} each; "
                     "use -100 to ban a token"
                 )
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # the caller may change the one that was checked
 
 
 def _is_finite(value: float) -> bool:

@@ -5,23 +5,26 @@ Whether there is time for one more stream, and who begins first, is decided in :
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
 from balcony_edge.bundle.manifest import Manifest
-from balcony_edge.errors import InputError
+from balcony_edge.errors import InputError, shown
 
 if TYPE_CHECKING:
     from balcony_runtime.scheduling.stream import Stream
 
 #: Time after which those that wait are looked at again if nobody has come or gone.
 LOOK_S = 0.1
+#: Most megabytes that may be asked for: far beyond every memory, and a number of bytes that a float still holds.
+MOST_MB = 1e12
 
 
 def row_bytes(manifest: Manifest) -> int:
@@ -75,7 +78,7 @@ class Bounds(NamedTuple):
         """
         if (bound := self.kv_bytes()) is None:
             return None
-        if rows > (most := int(bound) // row_bytes):
+        if rows > (most := int(min(bound, sys.maxsize)) // row_bytes):
             raise InputError(
                 f"kv_memory_mb: {rows} tokens do not fit, which has room for {most}: ask for fewer tokens or raise it"
             )
@@ -88,8 +91,10 @@ class Bounds(NamedTuple):
         """The bounds that a user asks for.
 
         Raises:
-            InputError: ``prefix_mb`` is negative, infinite or not a number.
+            InputError: ``prefix_mb`` is negative, too large or not a number.
         """
-        if not 0 <= prefix_mb < math.inf:
-            raise InputError(f"prefix_mb = {prefix_mb:g}: must be 0 or more: give megabytes, or 0 to keep nothing")
+        if isinstance(prefix_mb, bool) or not isinstance(prefix_mb, Real) or not 0 <= prefix_mb <= MOST_MB:
+            raise InputError(
+                f"prefix_mb = {shown(prefix_mb)}: must be a number from 0 to {MOST_MB:g}: give megabytes, or 0 to keep nothing"
+            )
         return cls(kv_bytes, int(1e6 * prefix_mb), None if prefix_directory is None else Path(prefix_directory))

@@ -486,6 +486,8 @@ def test_counts_may_be_integers_of_numpys_and_no_truth_values(llm: LLM) -> None:
     assert len(reply.tokens) == 127 and reply.finish_reason == "length"
     (token,) = llm.generate([1, 2, 3], max_new_tokens=1, logprobs=np.uint8(2), ignore_eos=True).tokens
     assert len(token.top_logprobs) == 2
+    logits = llm.engine.new_sequence().advance(5, [1] * 200, num_logits=np.int8(2))
+    assert logits.shape[:2] == (1, 2)
     for options in ({"logprobs": False}, {"max_new_tokens": True}):
         with pytest.raises(InputError, match="must be a whole number"):
             llm.stream([1, 2, 3], **options)

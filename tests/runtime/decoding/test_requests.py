@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import weakref
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
+from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.text import TextCodec
+from balcony_runtime.together import Together
 from tests.support.replies import all_at_once
 
 
@@ -89,6 +92,14 @@ def test_options_that_a_prompt_cannot_use_are_refused(llm: LLM) -> None:
         pytest.raises(InputError, match="sequence, trace: not for replies that run together"),
     ):
         replies.add([1], sequence=llm.engine.new_sequence(), trace=None)
+
+
+def test_a_misspelled_option_is_seen_by_type_checkers_wherever_a_reply_begins(llm: LLM) -> None:
+    for call in (LLM.stream, LLM.generate, Chat.send, Together.add):
+        assert inspect.signature(call).parameters["options"].annotation == "Unpack[ReplyOptions]", call
+    chat: Any = llm.chat()
+    with pytest.raises(InputError, match="sequence: a conversation has its own: leave it out"):
+        chat.send("hi", sequence=llm.engine.new_sequence())
 
 
 def test_two_threads_do_not_get_one_sequence(llm: LLM) -> None:

@@ -124,6 +124,11 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
         ({"presence_penalty": -1e308}, r"presence_penalty = -1e\+308: must be a number within ±1e\+06"),
         ({"logit_bias": {1: -1e39}}, r"between ±1e\+06 each; use -100"),
         ({"logit_bias": {1: 1e6}}, r"between ±1e\+06 each; use -100"),
+        ({"seed": False}, "seed = False: must be a whole number, 0 or more, or None"),
+        ({"top_k": True}, "top_k = True: must be a whole number"),
+        ({"temperature": True}, "temperature = True: must be a finite number"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias = .*: must give token ids a bias"),
+        ({"logit_bias": {1: True}}, "logit_bias = .*: must give token ids a bias"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, float], pattern: str) -> None:
@@ -192,6 +197,14 @@ def test_a_refused_value_is_named_with_what_is_allowed_and_what_to_do(
 def test_values_at_the_ends_of_their_ranges_are_taken(options: dict[str, Any]) -> None:
     params = SamplingParams(**options)
     assert {name: getattr(params, name) for name in options} == options
+
+
+def test_parameters_are_a_value_of_their_own() -> None:
+    bias: Any = {3: 1.0}
+    params = SamplingParams(logit_bias=bias, json_schema={"type": "object"})
+    bias["a"] = "much"
+    same = SamplingParams(logit_bias={3: 1.0}, json_schema={"type": "object"})
+    assert params == same and len({params, same}) == 1
 
 
 @pytest.mark.parametrize(

@@ -290,3 +290,12 @@ def test_a_reply_that_waited_begins_with_what_others_have_learned_meanwhile(llm:
             replies.step()
         decision = waits.reply.tokens[0].decision
         assert decision.predicted_ms > 5 * decision.price_ms > 0
+
+
+def test_a_bound_beyond_all_memory_bounds_nothing_and_one_that_is_no_number_is_refused(llm: LLM) -> None:
+    llm.budget = Budget(kv_memory_mb=1e303)
+    assert len(llm.generate([1], max_new_tokens=2, ignore_eos=True).tokens) == 2
+    given: Any
+    for given in (None, "256", True, -1, float("nan"), 1e303, 10**400):
+        with pytest.raises(InputError, match=r"^prefix_mb = .*: must be a number from 0 to 1e\+12: give megabytes"):
+            admission.Bounds.of(lambda: None, given, None)
