@@ -33,7 +33,7 @@ def told(
     # A named tuple's field costs two cold cache lines at each token, so they are read once, or all together.
     text, stop, watch, prompted, cancelled = asked.text, asked.stop, asked.watch, asked.prompted, asked.cancelled
     most, ends, logprobs = asked.max_new_tokens, asked.ends, asked.logprobs
-    marker = None if asked.box is None else asked.box.marker_id
+    marks: frozenset[int] = frozenset() if asked.box is None else asked.box.marks
     for count in range(1, most + 1):
         if cancelled.is_set():
             return
@@ -55,7 +55,7 @@ def told(
         piece, hit = stop.push(piece + (text.flush() if finish is not None else ""))
         if hit:
             finish = "stop"
-        elif finish is not None or token == marker:  # no stop string goes over a marker
+        elif finish is not None or token in marks:  # no stop string goes over the mark of a call
             piece += stop.flush()
         if finish is not None and budget.needs_sensors:  # the step's readings are of the time before it
             watch.saw(time.monotonic(), readings())

@@ -52,6 +52,8 @@ _OTHER_SCALES = (("gemma2", 46), ("gemma3", 62))
 _WITHOUT_BIASES = ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3")
 #: Names that llama.cpp gives to one way of splitting text: each digit by itself, then GPT-2's rule (``llama-vocab.cpp``).
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+#: Control token of all of Mistral's own tokenizers with more than 100,000 tokens (Tekken).
+_INSTRUCTION = "[INST]"
 #: Tensors of factors on the rotary frequencies: of Llama 3, and the two of Phi-3 with a context of 128k and Phi-4-mini.
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _GGUF_BIAS = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.bias$")
@@ -148,8 +150,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     wanted: dict[str, Any] = {**options, "mistral_format": False}
     with _explained(source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
-        if getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
-            # transformers has only warned that this file splits text in another way than Mistral's own tokenizer
+        suspected = getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False
+        if suspected and _INSTRUCTION in tokenizer.get_vocab():
+            # transformers has only warned that this file splits text in another way than Mistral's own tokenizer. It goes by
+            # config.json and the size of the vocabulary, so it also suspects other tokenizers, whose split is right.
             wanted["fix_mistral_regex"] = True
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

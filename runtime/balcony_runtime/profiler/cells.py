@@ -110,6 +110,8 @@ class Bench:
         self._filled: dict[tuple[str, int], TokenSequence] = {}
         #: Whether every sequence has the length of the engines' caches.
         self._whole = isinstance(llm.engine.backend, DeviceBackend)
+        #: Bytes of such a sequence. While the next one is filled, none is kept, and Ctrl-C or an error may come then.
+        self._whole_bytes = 0
 
     def cells(self) -> tuple[Cell, ...]:
         """The cells of the whole grid."""
@@ -177,8 +179,10 @@ class Bench:
 
         An accelerator allocates them for as many tokens as its engines take, however long the sequence is.
         """
+        if self._whole:
+            return self.llm.engine.max_length, self._whole_bytes
         sequence = max(self._filled.values(), key=lambda s: s.length)
-        return self.llm.engine.max_length if self._whole else sequence.length, sequence.state.memory_bytes
+        return sequence.length, sequence.state.memory_bytes
 
     def _prefill(self, exit_layer: int, length: int) -> Blocks:
         self.llm.budget = Budget(exit_layer=exit_layer)
@@ -239,4 +243,6 @@ class Bench:
                 sequence.advance(self.exits[-1], self._tokens(length))
                 sequence.catch_up()
             self._filled[key] = sequence
+            if self._whole:
+                self._whole_bytes = sequence.state.memory_bytes
         return self._filled[key]

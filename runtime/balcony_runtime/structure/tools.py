@@ -105,6 +105,12 @@ class Toolbox(NamedTuple):
         """Token of the format's marker; None if it is a text."""
         return self.tags.get(self.form.marker)
 
+    @property
+    def marks(self) -> frozenset[int]:
+        """Tokens of the marks of calls: the marker, and those at the ends."""
+        form = self.form
+        return frozenset(token for name, token in self.tags.items() if name in form.marker + form.tail + form.last)
+
     def structure(self, content: Structure | None) -> Structure:
         """The structure of the reply: calls, or a content instead unless a call is a must.
 

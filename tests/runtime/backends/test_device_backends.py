@@ -112,6 +112,25 @@ def test_a_profile_divides_the_memory_by_the_tokens_that_it_is_for(
         assert bench.state_bytes() == (256, sequence.state.memory_bytes)
 
 
+def test_a_profile_is_kept_if_it_is_interrupted_between_two_sequences(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is given back before the next is filled, which takes the time of a whole prompt."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with opened(gpu, engine_sets) as (engine, _):
+        llm: Any = SimpleNamespace(engine=engine, exit_layers=engine.exit_layers)
+        bench = Bench(llm, Grid.make(engine.max_length, quick=True))
+        bench._sequence("pass", 40, room=0)
+        found = bench.state_bytes()
+        monkeypatch.setattr("balcony_runtime.engine.TokenSequence.advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench._sequence("decode", 8, room=4)
+        assert bench.state_bytes() == found and found[1] > 0
+
+
 @pytest.mark.parametrize("target", ["rtx", "tensorrt"])
 def test_rows_that_engines_do_not_take_where_they_lie(
     gpu: cuda_runtime.Runtime, engine_sets: Bundle, target: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import balcony_edge
 from balcony_runtime.structure.calls import CallReader, read
 from balcony_runtime.structure.formats import formats
 from balcony_runtime.structure.grammar import Grammars
+from balcony_runtime.telling import told
+from balcony_runtime.text import StopStrings
 from tests.runtime.structure.test_tools import END, MARK_ID, TEMPLATES, TOOLS, box_of, function, texts_of, walk
 from tests.support.templates import write_template
 
@@ -92,3 +95,23 @@ def test_a_thought_ends_with_its_token_where_calls_have_none(tagged: str) -> Non
     tokens = walk(grammars, grammars.guide(box.structure(None)), np.random.default_rng(1), begin)
     found = read(box, texts_of(text, tokens))
     assert found.content == "So <think>a " and [call.name for call in found.calls] == ["stop"]
+
+
+@pytest.mark.parametrize(("shown", "stop"), [(True, ">>>"), (False, "\n\n")])
+def test_no_stop_string_goes_over_the_mark_of_a_call(shown: bool, stop: str) -> None:
+    """Text that may become a stop string comes with the mark after it, or the next call would not be found."""
+    box = box_of(formats()["hermes"], "auto", tools=[function("stop")])._replace(tags=TAGS)
+    begin, end = ((TAGS[name], name if shown else "") for name in ("<tool_call>", "</tool_call>"))
+    call = [begin, (7, '\n{"name": "stop", "arguments": {}}\n'), end]
+    said = [*call, (7, "\n"), *call]
+    texts = iter([text for _, text in said])
+    watch = SimpleNamespace(token=lambda *_, **__: None)
+    asked: Any = SimpleNamespace(
+        text=SimpleNamespace(push=lambda _: next(texts), flush=str), stop=StopStrings([stop]), watch=watch, box=box,
+        prompted=SimpleNamespace(), cancelled=SimpleNamespace(is_set=bool), max_new_tokens=99, ends=(), logprobs=None,
+    )  # fmt: skip
+    decision, budget = SimpleNamespace(exit_layer=3, predicted_ms=None), SimpleNamespace(needs_sensors=False)
+    steps: Any = [(np.array(token), None, decision, None, 1.0, 0, budget, (), 0.0, False) for token, _ in said]
+    decoder: Any = SimpleNamespace(kept_rows=0, pending_rows=0)
+    tokens = [(token.id, token.text) for token in told(iter(steps), decoder, asked, tuple)]
+    assert [call.name for call in read(box, tokens).calls] == ["stop", "stop"]
