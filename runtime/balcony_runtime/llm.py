@@ -308,9 +308,9 @@ class LLM(Closing):
 
     def generate(self, prompt: Prompt, **options: Unpack[ReplyOptions]) -> Reply:
         """Generate a whole reply; options and errors are those of :meth:`stream`."""
-        stream = self.stream(prompt, **options)
-        for _ in stream:
-            pass
+        with self.stream(prompt, **options) as stream:  # an interrupt between two tokens ends it as well
+            for _ in stream:
+                pass
         return stream.reply
 
     def generate_batch(

@@ -44,8 +44,14 @@ class SensorsOnDemand:
             if self._latest is None:
                 from balcony_runtime.sensors import Sensors, device_sources  # noqa: PLC0415 - few budgets need them
 
-                self._sensors = Sensors(device_sources()).start()
-                self._latest, self._settled_s = self._sensors.latest, time.monotonic() + FIRST_READINGS_S
+                sensors = Sensors(device_sources())
+                try:
+                    sensors.start()  # which waits for their first answers
+                except BaseException:  # nobody else could stop those that run already
+                    sensors.close()
+                    raise
+                self._sensors = sensors
+                self._latest, self._settled_s = sensors.latest, time.monotonic() + FIRST_READINGS_S
         return self._latest()
 
     def check(self, budget: Budget) -> None:

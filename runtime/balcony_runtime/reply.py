@@ -6,6 +6,7 @@ Owns these types and the ways to consume a stream: iteration, asynchronous itera
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections import Counter
@@ -306,9 +307,13 @@ class TokenStream(Closing, Iterator[Token]):
         self.request.cancelled.set()
 
     def close(self) -> None:
-        """End the stream and free its sequence; waits for a step that another thread is running."""
+        """End the stream and free its sequence; waits for a step that another thread is running.
+
+        In the middle of a step of this thread, as in the handler of a signal, the step ends the stream when it returns.
+        """
         self.cancel()
         with self._step:
             if self._finish_reason is None:
                 self._finish_reason = "cancelled"
-            self._source.close()
+            if inspect.getgeneratorstate(self._source) != inspect.GEN_RUNNING:
+                self._source.close()

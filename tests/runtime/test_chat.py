@@ -16,6 +16,7 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 
@@ -292,3 +293,32 @@ def test_a_bundle_without_a_template_has_no_chat(llm: LLM, monkeypatch: pytest.M
     monkeypatch.setattr(llm.codec, "_template", None)
     with pytest.raises(InputError, match="has no chat template"):
         llm.chat()
+
+
+def test_an_interrupt_between_two_tokens_ends_the_reply(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook keeps the traceback, whose frames hold the stream: its memory and its share of the time would stay."""
+    following = TokenStream.__next__
+
+    def interrupted(self: TokenStream) -> Any:
+        following(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
+        patch.setattr(TokenStream, "__next__", interrupted)
+        llm.generate([1, 2], max_new_tokens=9, ignore_eos=True)
+    assert kept.tb is not None and not llm._requests.scheduler._streams
+
+
+def test_a_stream_may_be_closed_in_the_middle_of_its_own_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler of a signal does that: Python runs it in the main thread, between two calls of the step."""
+    stream = llm.stream([1, 2], max_new_tokens=100, ignore_eos=True)
+    next(stream)
+    step = TokenSequence.step
+
+    def closing(self: TokenSequence, exit_layer: int, tokens: Any) -> Any:
+        stream.close()
+        return step(self, exit_layer, tokens)
+
+    monkeypatch.setattr(TokenSequence, "step", closing)
+    assert next(stream, None) is None
+    assert stream.reply.finish_reason == "cancelled" and not llm._requests.scheduler._streams

@@ -66,3 +66,19 @@ def test_what_is_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> 
         "power_w = 5, temperature_c = 70",
         "power_w = 6",  # of another rail
     ]
+
+
+def test_sensors_whose_start_is_interrupted_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their threads would read the device until the process ends, and the next budget would start others."""
+
+    class Interrupted(Late):
+        def start(self) -> Late:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("balcony_runtime.sensors.Sensors", Interrupted)
+    Late.closed = 0
+    sensors = SensorsOnDemand(None)
+    with pytest.raises(KeyboardInterrupt):
+        sensors.latest()
+    sensors.close()
+    assert Late.closed == 1

@@ -357,3 +357,14 @@ def test_a_saved_system_message_begins_conversations(bundle_copy: Path, tmp_path
         rows = llm.save_prefix([system], tmp_path / "system.session")
         reply = llm.generate([system, {"role": "user", "content": "why"}], max_new_tokens=1)
     assert reply.cached_tokens == rows > 40
+
+
+def test_a_program_may_close_at_its_end(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of ``atexit`` run after Python has ended its pools of threads: all that is kept is written even so."""
+    llm = balcony_edge.load(tiny.path, prefix_directory=tmp_path)
+    for first in (10, 100):
+        llm.generate(list(range(first, first + 60)), max_new_tokens=2, ignore_eos=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.thread._shutdown", True)
+        llm.close()
+    assert len(list(tmp_path.glob("prefix-*.session"))) == 2

@@ -108,8 +108,8 @@ class Scheduler:
         """The sequences that share passes; None if the engine cannot share passes."""
         with self._pool_lock:
             if not self._pool_made:
-                self._pool_made = True
                 self._pool = SequencePool.of(self._engine, MEMBERS, self.files, self._bounds.kept_bytes)
+                self._pool_made = True  # last: after an interrupt the next reply tries again
                 if self._pool is None and self.files is not None:
                     _log.warning("prefix_directory: replies of this engine share no rows, so nothing is kept there")
         return self._pool
@@ -174,12 +174,13 @@ class Scheduler:
 
     def _by_itself(self, stream: Stream, asked: bool = False) -> list[Step] | None:
         """Step the only stream, which goes on, with fewer calls than a round; None if one is due, or if it is answered."""
+        me = threading.get_ident()
         try:
             with self._lock:
                 others = len(self._streams) > 1 or not self._company <= stream.alone
                 if self._leader or others or stream.asks != asked or not stream.decoder.begun or stream.is_slow:
                     return None
-                self._leader, self._running, self._last = threading.get_ident(), (stream,), None
+                self._leader, self._running, self._last = me, (stream,), None
                 self._company = stream.alone  # who comes gathers with it
             if not asked:
                 return stream.decoder.step()
@@ -187,9 +188,9 @@ class Scheduler:
                 stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
             return None
         finally:
-            if self._leader == threading.get_ident():  # an interrupt may come as soon as it is set
+            if self._leader == me:  # no call comes before the lead is given back: an interrupt may come at each call
+                self._running, self._leader = (), None
                 with self._lock:
-                    self._leader, self._running = None, ()
                     if len(self._streams) > 1 or stream.left is not None:  # others have come meanwhile
                         self._turn.notify_all()
                     if stream.left is not None:
@@ -288,8 +289,8 @@ class Scheduler:
             admitted = [one for one in self._all if one.admitted]
             begins, others = [one for one in admitted if not one.decoder.begun], len(admitted) > 1
         self._running = asking
-        self._turn.release()
         try:
+            self._turn.release()  # an interrupt may come as it returns
             if begins:
                 self._look_again(begins)
                 begin_ns = time.perf_counter_ns()  # copies, and places made ready, are no part of the measurement

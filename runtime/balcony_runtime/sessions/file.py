@@ -325,7 +325,9 @@ class _Reader(Closing):
             return bool(_hash(self.array(name)) == self.notes.hashes.get(name))
 
         with ThreadPoolExecutor(2) as threads:
-            for name, right in zip(names, threads.map(matches, names), strict=True):
+            # At its end Python starts no thread, and ``atexit`` may close an LLM, which looks at each file that it writes.
+            found: Iterator[bool] = threads.map(matches, names) if len(names) > 1 else map(matches, names)
+            for name, right in zip(names, found, strict=True):
                 if not right:
                     raise self.damaged(f"{name} does not match its hash")
         if self.array("tokens").size:

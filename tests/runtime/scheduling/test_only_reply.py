@@ -77,3 +77,26 @@ def test_an_interrupt_as_it_takes_the_lead_gives_it_back(llm: LLM, monkeypatch: 
         while replies.open:
             replies.step()
     assert ids(stream.reply) == want
+
+
+def test_an_interrupt_as_it_gives_the_lead_back_leaves_nobody_waiting(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes as the end of a step takes the lock; every later reply would wait for this one's round for ever."""
+    scheduler, taken = llm._requests.scheduler, itertools.count()
+
+    class Lock:
+        def __enter__(self) -> None:
+            if next(taken) == 1:
+                raise KeyboardInterrupt
+            scheduler._turn.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            scheduler._turn.release()
+
+    stream = llm.stream([1, 2, 3], **OPTIONS)
+    next(stream)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scheduler, "_lock", Lock())
+        next(stream)
+    assert scheduler._leader is None and not scheduler._running and not scheduler._streams

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
 from tests.support.pools import MEMBERS, actions, check_step, new_pool, play
@@ -348,3 +349,13 @@ def test_a_file_whose_rows_are_there_takes_no_further_place(tiny_engine: Engine,
     with pytest.raises(InputError, match="is damaged"):  # its rows are in no place, and all places are taken
         pool.load(path)
     assert [pool.forget([*tokens, 1]) for tokens in (*others, more)] == [50, 50, 50]
+
+
+def test_an_interrupt_while_the_pool_is_made_leaves_it_to_the_next_reply(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it takes a while. Without a pool no reply would share passes or prefixes until the process ends."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SequencePool, "of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        llm.generate([1, 2], max_new_tokens=1)
+    assert llm.pool is not None
