@@ -77,6 +77,8 @@ SPIKE = 2.0
 #: A settled filter is at 0.012 (noise of 2 %). With a target of 1.10 times the full depth's own time, the full depth would
 #: otherwise never leave 5 % free (docs/LOG.md, "The way back in int4").
 UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
+#: Tokens of a reply until two of its steps were measured: the time of the prompt says nothing, and one step may be an outlier.
+UNMEASURED = 3
 
 
 #: Tokens since the last switch if there was none; more than any dwell in use.
@@ -349,6 +351,12 @@ class Controller:
         whose tokens are all in time. A deadline is out of reach only if the mean time is: chance may still help the tokens to
         come.
         """
+        slowdown = scene.slowdown
+        if scene.seen.made_tokens < UNMEASURED and slowdown.mean > 0:
+            # The load of earlier replies may have ended, and replies that are refused at once would never see that.
+            unloaded = slowdown._replace(mean=0.0, ratio_mean=min(slowdown.ratio_mean, 1.0))
+            scene = scene._replace(slowdown=unloaded)
+            outlook = self._outlook(scene)
         luck = scene.slowdown.luck(scene.plan.quantile)
         if scene.seen.deadline_runs:  # neither bad luck nor a load that has not begun nor a pace makes it infeasible
             outlook = self._outlook(scene, luck)

@@ -71,6 +71,7 @@ class Governor(NamedTuple):
         critical_c: degrees of the hottest sensor if they reach the critical temperature, else None.
         asked: ceilings of the last tick, which may have been for another budget.
         pace_tps: tokens a second that the share leaves at the shallowest exit.
+        begun_s: end of the last pause after which there were watts from before it.
     """
 
     ticked_s: float = -math.inf
@@ -90,6 +91,7 @@ class Governor(NamedTuple):
     critical_c: float | None = None
     asked: tuple[tuple[str, float], ...] = ()
     pace_tps: float = 0.0
+    begun_s: float = -math.inf
 
     def critical(self, budget: Budget) -> bool:
         """Whether the device has reached the critical temperature of this budget."""
@@ -167,7 +169,8 @@ def govern(before: Governor, demand: Demand) -> Governor:
     budget, now_s = demand.budget, demand.now_s
     rested = (demand.begins and now_s - before.ticked_s > PAUSE_S) or now_s < before.ticked_s
     if rested:  # after a pause, or with another clock
-        before = _rested(before)._replace(changed_s=min(before.changed_s, now_s - CEILING_DWELL_S))
+        begun_s = before.begun_s if before.power is None else now_s
+        before = _rested(before)._replace(changed_s=min(before.changed_s, now_s - CEILING_DWELL_S), begun_s=begun_s)
     before, power_share = _power(before, demand)
     cpu, cpu_share = _utilized(before.cpu, demand, "cpu", budget.cpu_utilization)
     gpu, gpu_share = _utilized(before.gpu, demand, "gpu", budget.gpu_utilization)
@@ -393,4 +396,6 @@ def _affordable(demand: Demand, before: Governor, share: float) -> int | None:
         busy = demand.step_s[index] / gap_s
         if power.at(busy) * gap_s <= within_j:
             return None if index == demand.highest else index
-    return demand.lowest - (power.least_at(busy) * gap_s > most_j)
+    # Watts from before a pause may be those of programs that have ended, and replies that are refused at once learn no others.
+    known = demand.now_s - before.begun_s >= SETTLING_S
+    return demand.lowest - (known and power.least_at(busy) * gap_s > most_j)

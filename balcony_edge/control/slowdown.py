@@ -140,8 +140,9 @@ class Slowdown(NamedTuple):
         ) = self
         if not -LOG_SLOWDOWN_LIMIT <= log_ratio <= LOG_SLOWDOWN_LIMIT:
             log_ratio = math.copysign(LOG_SLOWDOWN_LIMIT, log_ratio)
-        # Mean and variance of the plain ratio, exponentially weighted (West 1979).
-        surplus = math.exp(log_ratio) - ratio_mean
+        # Mean and variance of the plain ratio, exponentially weighted (West 1979). A step in which the process was stopped
+        # says nothing about other steps; deadlines would be held by the shallowest exit for 500 tokens.
+        surplus = math.exp(log_ratio) - ratio_mean if log_ratio < LOG_SLOWDOWN_LIMIT else 0.0
         step = RATIO_RATE * surplus
         ratio_mean += step
         ratio_variance = (1 - RATIO_RATE) * (ratio_variance + step * surplus)

@@ -81,10 +81,18 @@ class Watch:
         self._budget: Budget | None = None
         self._from_start, self._senses = True, False
         self._gaps_ms: list[float] = []
+        self._elapsed_s: float | None = None  # from the request to the last of the expected tokens
         self._seen: list[_Seen] = []
 
     def token(
-        self, budget: Budget, now_s: float, latency_ms: float, readings: Sequence[Reading], *, first: bool
+        self,
+        budget: Budget,
+        now_s: float,
+        latency_ms: float,
+        readings: Sequence[Reading],
+        *,
+        first: bool,
+        elapsed_s: float | None = None,
     ) -> None:
         """Record one token.
 
@@ -94,10 +102,13 @@ class Watch:
             latency_ms: gap to the previous token; for the first token, time since the request.
             readings: latest reading of every sensor; empty if the budget needs none.
             first: whether it is the first token of the reply.
+            elapsed_s: time since the request, with what the reader takes; None for the sum of the gaps.
         """
         if budget is not self._budget:
             self._budget, self._from_start, self._senses = budget, first, budget.needs_sensors
-            self._gaps_ms, self._seen = [], []
+            self._gaps_ms, self._elapsed_s, self._seen = [], None, []
+        if elapsed_s is not None and len(self._gaps_ms) < (budget.expected_tokens or 0):
+            self._elapsed_s = elapsed_s
         self._gaps_ms.append(latency_ms)
         if not readings and not self._senses:
             return
@@ -165,7 +176,8 @@ class Watch:
         if not self._from_start:
             return None, ""
         counted = self._gaps_ms[: budget.expected_tokens or None]
-        return sum(counted) / 1000, f"{len(counted)} tokens"
+        reached_s = sum(counted) / 1000 if self._elapsed_s is None else self._elapsed_s
+        return reached_s, f"{len(counted)} tokens"
 
     def _pace(self, _: Budget) -> tuple[float | None, str]:
         gaps = self._later_ms

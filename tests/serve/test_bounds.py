@@ -29,6 +29,7 @@ from balcony_runtime.serve.http.server import Server, Settings
 from balcony_runtime.serve.work import answers
 from balcony_runtime.serve.work.jobs import Channel, Ended, Job
 from balcony_runtime.serve.work.service import LARGE_BODY, Limits, Service
+from balcony_runtime.serve.work.shapes import Shapes
 from balcony_runtime.structure.asked import Structure
 from balcony_runtime.structure.grammar import Grammars
 from tests.serve.client import CHAT, HELLO, SLOW, is_free, until
@@ -109,6 +110,18 @@ def test_a_stream_that_waits_says_so_and_ends_at_the_time_limit(
     assert 3 <= 1 + comments.count(": waiting") <= 7  # 1.4 s are 7 times 0.2 s
     assert "took longer than 1.5 s" in rest and 1.4 < took_s < 10
     assert found.text.startswith(": waiting"), "clients take the first piece for the first token"
+    until(lambda: is_free(strict))
+
+
+def test_a_stream_of_tokens_that_show_nothing_says_so(strict: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies would close it, although tokens come: control tokens after ``ignore_eos`` have no text."""
+    monkeypatch.setattr(answers, "KEEPALIVE_S", 0.3)
+    monkeypatch.setattr(Shapes, "token", lambda *_: None)
+    headers = {"authorization": "Bearer secret"}
+    paced = SLOW | {"budget": {"max_pace_tps": 10}, "max_tokens": 10}
+    with httpx.Client(base_url=strict.url, headers=headers, timeout=20) as client:
+        found = client.post(CHAT, json=paced)
+    assert found.text.count(": waiting\n\n") >= 2  # 0.9 s
     until(lambda: is_free(strict))
 
 

@@ -32,7 +32,7 @@ from balcony_edge.control.company.goals import Goals
 from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.control.company.seen import Chunk, CompanyState, Move, Round, RoundSeen, StreamSeen, StreamState
 from balcony_edge.control.company.view import View, scale_of, targets_of, view_of
-from balcony_edge.control.controller import probability_of, quantile_of
+from balcony_edge.control.controller import UNMEASURED, probability_of, quantile_of
 from balcony_edge.control.decision import Decision, Measurement, device_words
 from balcony_edge.control.governor import (
     TICK_S,
@@ -164,6 +164,7 @@ class JointController:
                 for view in views
                 if (ceilings is not None or not view.met)
                 and view.stream.budget.may_end
+                and (ceilings is not None or not self._only_feared(views, slowdown))
                 and (why := self._decision(view, view.lowest, outcome).refusal(view.stream.budget)) is not None
             ),
             chunk=chunk,
@@ -314,6 +315,16 @@ class JointController:
             stops=governed and governor.critical(budget),
             unseen=governed and bool(other_rail or governor.unseen(budget)),
         )
+
+    def _only_feared(self, views: Sequence[View], slowdown: Slowdown) -> bool:
+        """Whether it is the load of earlier replies that the only stream cannot meet, and no step of its own was measured."""
+        view, prices = views[0], self._prices
+        if len(views) > 1 or view.stream.made_tokens >= UNMEASURED:
+            return False
+        eased, seen = math.exp(max(slowdown.mean, 0.0)), view.stream
+        first_ms = prices.work_ms(seen.stage_rows, view.lowest, seen.context_length) if view.first else 0.0
+        alone_ms = prices.steady_ms([(view.lowest, seen)])
+        return alone_ms <= view.period_ms * eased and first_ms <= view.room_ms * eased
 
     def _learn(self, state: CompanyState, last: Measurement | None) -> Slowdown:
         """The filter after the last round."""

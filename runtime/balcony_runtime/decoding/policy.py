@@ -42,9 +42,14 @@ class Probing:
         """Whether to plan: a plan that was not worth it is made again after ``PLAN_TOKENS``."""
         return self.tokens >= self._plan_at or self.tokens == PROBE_TOKENS
 
+    @property
+    def tries(self) -> bool:
+        """Whether a plan is used now that is not expected to pay."""
+        return self.tokens >= PROBE_TOKENS
+
     def is_worth(self, speedup: float | None) -> bool:
         """Whether to use a plan with this expected speed-up (None: there is no plan), or to try it after so many tokens."""
-        if speedup is not None and (speedup >= WORTH or self.tokens >= PROBE_TOKENS):
+        if speedup is not None and (speedup >= WORTH or self.tries):
             return True
         self._plan_at = self.tokens + PLAN_TOKENS
         return False

@@ -39,6 +39,8 @@ PRIOR_DRAFTS, MEMORY = 8.0, 0.97
 UNKNOWN_AGREEMENT = 0.5
 #: Share of a new sample in the ratios of measured to predicted times.
 RATIO_RATE = 0.1
+#: Largest sample, in present ratios: a step that hung, or in which the process was stopped, says nothing about the next ones.
+MOST_RATIO = 3.0
 
 
 class Standing(NamedTuple):
@@ -163,8 +165,10 @@ class Speculator:
                     again = (round(expected),) * len(self._exits)
                     price_ms += (1 - acceptance**drafts) * _further_ms(costs, again, context_length)
                 speedup = plain_ms * expected / (price_ms * self._round_ratio)
-                # most_ms is a time at slowdown 1, and the ratio of rounds to their prices has the slowdown in it
-                takes_ms = (pending_ms + behind_ms + price_ms) * max(self._round_ratio / slowdown, 1.0)
+                # most_ms is a time at slowdown 1, and the ratio of rounds to their prices has the slowdown in it. A
+                # trial goes by the price: rounds that a load made too long, and that never run, keep their ratio for ever.
+                longer = 1.0 if self._probing.tries else max(self._round_ratio / slowdown, 1.0)
+                takes_ms = (pending_ms + behind_ms + price_ms) * longer
                 if takes_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = DraftRound(exit_layer, drafts, price_ms, speedup)
         return found if self._probing.is_worth(None if found is None else found.speedup) else None
@@ -173,7 +177,7 @@ class Speculator:
         """Correct the price of plain steps, and count this step towards the next probe."""
         self._probing.tokens += 1
         self._since_plain = 0
-        self._plain_ratio += RATIO_RATE * (measured_ms / predicted_ms - self._plain_ratio)
+        self._plain_ratio = _corrected(self._plain_ratio, measured_ms / predicted_ms)
 
     def learn(self, planned: DraftRound, kept: int, measured_ms: float) -> None:
         """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony."""
@@ -182,7 +186,7 @@ class Speculator:
         before, judged = self._counts[planned.exit_layer]
         tried = min(kept + 1, planned.drafts)  # drafts after the first refused one were never judged
         self._counts[planned.exit_layer] = (MEMORY * before + kept, MEMORY * judged + tried)
-        self._round_ratio += RATIO_RATE * (measured_ms / planned.price_ms - self._round_ratio)
+        self._round_ratio = _corrected(self._round_ratio, measured_ms / planned.price_ms)
 
     def _check_ms(self, costs: CostModel, exit_layer: int, drafts: int, context_length: int) -> float:
         """Price of the full depth's pass over the last draft; the other rows are pending after the draft's exit."""
@@ -190,6 +194,11 @@ class Speculator:
         rows = (1,) * (index + 1) + (drafts + 1,) * (count - index - 1)
         whole_ms = costs.step_ms(self._exits[-1], rows, (1,) * count, context_length)
         return whole_ms + costs.head.pass_ms(drafts + 1, context_length) - costs.head.pass_ms(1, context_length)
+
+
+def _corrected(ratio: float, sample: float) -> float:
+    """A ratio of measured to predicted times after one more of them."""
+    return ratio + RATIO_RATE * (min(sample, MOST_RATIO * ratio) - ratio)
 
 
 def _further_ms(costs: CostModel, rows: tuple[int, ...], context_length: int) -> float:

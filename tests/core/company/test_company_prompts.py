@@ -94,6 +94,15 @@ def test_noise_that_is_not_known_yet_makes_no_first_token_infeasible() -> None:
     assert state.streams[1].met and not found.refused
 
 
+def test_a_load_of_earlier_replies_refuses_no_prompt_that_is_alone() -> None:
+    """At three times its price a step takes 15 ms at exit 4, and without the load 5."""
+    slow = SETTLED._replace(slowdown=SETTLED.slowdown._replace(mean=math.log(3)))
+    for tpot_ms, refused in ((10.0, []), (4.0, [1])):
+        budget = Budget(tpot_ms=tpot_ms, on_infeasible="error")
+        _, found = decided([stream(1, budget, started_s=10.0, **PROMPT)], slow)
+        assert [key for key, _ in found.refused] == refused
+
+
 def test_a_deadline_that_has_passed_next_to_a_prompt_that_is_due() -> None:
     """The first has no time left at all; it gives its target up, and the prompt's target is held."""
     over = stream(1, Budget(deadline_s=2.0, expected_tokens=50), started_s=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -268,6 +269,28 @@ def test_a_target_that_was_held_is_in_reach_after_a_pause(made_tokens: int) -> N
     seen = Observation(budget, 0, STEADY, STEADY, None, made_tokens=made_tokens)
     decision = Controller(SMALL).decide(state.for_next_reply(), seen)[1]
     assert decision.refusal(budget) is None
+
+
+@pytest.mark.parametrize(
+    "keys", [{"tpot_ms": 10.0}, {"deadline_s": 1.0, "expected_tokens": 100}], ids=["gap", "deadline"]
+)
+def test_the_load_of_an_earlier_reply_refuses_none(keys: dict[str, Any]) -> None:
+    """Where every reply is refused before its first step, nothing is measured, and no reply would ever begin again."""
+    budget, controller = Budget(**keys, on_infeasible="error"), Controller(SMALL)
+    state = settled(4, mean=math.log(3))  # 15 ms instead of 5 at the shallowest exit
+    state = state._replace(slowdown=state.slowdown._replace(ratio_mean=3.0)).for_next_reply()
+    for made in range(4):
+        last = Measurement(4, 5.0, 5.0) if made > 1 else None  # the load has ended
+        state, decision = controller.decide(state, Observation(budget, 0, STEADY, STEADY, last, made_tokens=made))
+        assert decision.refusal(budget) is None
+    assert state.slowdown.factor == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_load_that_goes_on_refuses_a_reply_after_two_measured_steps() -> None:
+    budget, state = Budget(tpot_ms=10.0, on_infeasible="error"), settled(4, mean=math.log(3)).for_next_reply()
+    seen = Observation(budget, 0, STEADY, STEADY, Measurement(4, 5.0, 15.0), made_tokens=2)
+    assert Controller(SMALL).decide(state, seen)[1].refusal(budget) is None
+    assert Controller(SMALL).decide(state, seen._replace(made_tokens=3))[1].refusal(budget) is not None
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,20 @@ def test_watts_that_are_not_known_yet_make_no_energy_infeasible() -> None:
     assert govern(state, seen(14.0, 8.0)).infeasible == ("energy_j_per_token",)
 
 
+def test_watts_from_before_a_pause_make_no_energy_infeasible_at_once() -> None:
+    """Other programs drew 10 W. Replies that are refused at their first token would never learn that they have ended."""
+    busy = Load(1.0, fits=(Fit(10.0, 6.0, 1e-4, 0.0, 1e-4),) * len(GAUGES))  # 0.192 J at the shallowest exit
+    before, budget = Governor(ticked_s=0.0, power=busy, rail="board"), Budget(energy_j_per_token=0.13)
+
+    def seen(now_s: float, watts: float) -> Demand:
+        board = (Reading("w", "board", now_s, watts=watts),)
+        return Demand(budget, now_s, now_s, board, STEPS_S, LOWEST, HIGHEST, 0.0, begins=now_s == 3600)
+
+    begun = govern(before, seen(3600.0, 2.0))
+    assert begun.infeasible == () and begun.ceiling == LOWEST
+    assert govern(begun, seen(3600.0 + SETTLING_S, 16.0)).infeasible == ("energy_j_per_token",)
+
+
 def test_energy_takes_no_depth_where_nothing_measures_power() -> None:
     after = tick(Budget(energy_j_per_token=0.01))
     assert after.ceiling == HIGHEST and after.lost == ("energy_j_per_token",)

@@ -144,6 +144,12 @@ def test_one_outlier_does_not_throw_the_filter(ratio: float) -> None:
     assert after.update(0, 0.0, 1.0).factor == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_step_in_which_the_process_was_stopped_is_no_part_of_the_mean() -> None:
+    before = learned(noise=0.03)
+    after = before.update(0, math.log(1e5), 1.0)  # half an hour instead of 20 ms
+    assert after.ratio_mean == before.ratio_mean and after.ratio_variance <= before.ratio_variance
+
+
 @pytest.mark.parametrize("ratio", [3.0, 1.3, 0.5])
 def test_two_surprises_in_a_row_are_a_change_of_load(ratio: float) -> None:
     slowdown = learned()

@@ -121,3 +121,14 @@ def test_two_threads_do_not_get_one_sequence(llm: LLM) -> None:
     assert sorted(all_at_once(*(lambda one=one: begins(one) for one in streams))) == [False, True]
     for stream in streams:
         stream.close()
+
+
+def test_a_deadline_runs_while_the_reader_is_at_a_token(llm: LLM) -> None:
+    """The controller counts from the request, and so does the verdict."""
+    budget = Budget(deadline_s=0.2, expected_tokens=5)
+    stream = llm.stream([1, 2, 3], budget=budget, max_new_tokens=7, ignore_eos=True)
+    begin_s = time.monotonic()
+    for _ in stream:
+        time.sleep(0.06)
+    (verdict,) = stream.reply.verdicts
+    assert verdict.held is False and 0.24 <= (verdict.reached or 0.0) <= time.monotonic() - begin_s - 2 * 0.06

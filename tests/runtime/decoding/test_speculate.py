@@ -369,6 +369,18 @@ def test_measured_times_correct_the_expected_speedup() -> None:
         assert found is not None and found.speedup == pytest.approx(wanted.speedup * factor)
 
 
+def test_a_step_in_which_the_process_was_stopped_says_little_about_the_next_ones() -> None:
+    """It would turn rounds on or off for thousands of tokens, because a probe every 512 corrects a tenth."""
+    fresh, stopped_step, stopped_round = (Speculator(EXITS, {2: 0.9, 3: 0.9}) for _ in range(3))
+    wanted = planned(fresh, costs())
+    assert wanted is not None
+    stopped_step.learn_plain(10.0, 60_000.0)
+    stopped_round.learn(DraftRound(3, 4, 10.0, 2.0), kept=0, measured_ms=60_000.0)
+    for speculator, factor in ((stopped_step, 1.2), (stopped_round, 1 / 1.2)):
+        found = planned(speculator, costs())
+        assert found is not None and found.speedup == pytest.approx(wanted.speedup * factor)
+
+
 def test_rounds_make_way_for_a_plain_step_now_and_then(llm: LLM) -> None:
     """Without one, a price of plain steps that is too high would keep rounds on for ever."""
     budget = Budget(policy="speculative")
@@ -419,6 +431,21 @@ def test_a_trial_is_due_after_many_plain_tokens_and_once() -> None:
         else:
             speculator.learn_plain(10.0, 10.0)
     assert chosen == [PROBE_TOKENS, 2 * PROBE_TOKENS + 1]
+
+
+def test_rounds_that_a_load_made_too_long_are_tried_again_under_a_target() -> None:
+    """Nothing but a round corrects their ratio: without a trial, a minute of load would end them for the whole process."""
+    speculator, standing = Speculator(EXITS, {2: 0.9, 3: 0.9}), Standing(50, 100, NONE)
+    found = planned(speculator, costs())
+    assert found is not None
+    most_ms = 1.5 * found.price_ms
+    while speculator.plan(costs(), standing, most_ms) is not None:
+        speculator.learn(found, found.drafts, 3 * found.price_ms)  # the load
+    for _ in range(PROBE_TOKENS):  # it has ended
+        assert speculator.plan(costs(), standing, most_ms) is None
+        speculator.learn_plain(10.0, 10.0)
+    tried = speculator.plan(costs(), standing, most_ms)
+    assert tried is not None and tried.price_ms <= most_ms
 
 
 def test_an_exit_that_was_never_evaluated_keeps_half_of_its_drafts() -> None:

@@ -124,14 +124,17 @@ class Answer:
             GoneError: the client has disconnected.
         """
         opened: set[Job] = set()
+        told_s = time.monotonic()
         try:
             while self._left:
                 found, self._first = self._first or await self._next(KEEPALIVE_S), None
-                if found is None:
-                    yield b": waiting\n\n"
+                pieces = [] if found is None else await self._pieces(found, opened)
+                # Tokens without a text come and show nothing: control tokens after ``ignore_eos``, text after a call.
+                if not pieces and time.monotonic() - told_s < KEEPALIVE_S:
                     continue
-                for piece in await self._pieces(found, opened):
-                    yield _event(piece)
+                told_s = time.monotonic()
+                for event in [_event(piece) for piece in pieces] or [b": waiting\n\n"]:
+                    yield event
         except RefusedError as refusal:
             yield _event(refusal.body) + _DONE
             return
