@@ -45,8 +45,12 @@ _CEILINGS = (
     *("power_w", "energy_j_per_token", "temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
     *("battery_floor_percent", "memory_mb"),
 )
-#: What has no evaluation, and how to get one, in the refusal of ``min_agreement``.
-_UNEVALUATED = "this bundle was not evaluated: run `balcony-edge eval` on it"
+#: What has no evaluation, and how to get one, in the refusal of ``min_agreement``. A profile has the evaluation that its
+#: bundle had when it was measured.
+UNEVALUATED_BUNDLE = "this bundle was not evaluated: run `balcony-edge eval` on it"
+UNEVALUATED_PROFILE = (
+    "this device profile has no evaluation: run `balcony-edge eval` on the bundle, then `balcony-edge profile` again"
+)
 _POSITIVE = "must be a finite number above 0"
 _SHARE = "must be above 0 and at most 1"
 _LAYER = "must be a whole number from 1 to 10000"
@@ -292,7 +296,7 @@ class Budget(BaseModel):
         return {key: value for key in _CEILINGS if (value := getattr(self, key)) is not None}
 
     def for_bundle(
-        self, agreement: Mapping[int, float | None], *, calibrated: bool = True, unevaluated: str = _UNEVALUATED
+        self, agreement: Mapping[int, float | None], *, calibrated: bool = True, unevaluated: str = UNEVALUATED_BUNDLE
     ) -> Budget:
         """The same budget with ``min_agreement`` as a bound of depth for one bundle.
 

@@ -81,7 +81,7 @@ class Watch:
         self._budget: Budget | None = None
         self._from_start, self._senses = True, False
         self._gaps_ms: list[float] = []
-        self._elapsed_s: float | None = None  # from the request to the last of the expected tokens
+        self._elapsed_s: list[float] = []
         self._seen: list[_Seen] = []
 
     def token(
@@ -102,13 +102,13 @@ class Watch:
             latency_ms: gap to the previous token; for the first token, time since the request.
             readings: latest reading of every sensor; empty if the budget needs none.
             first: whether it is the first token of the reply.
-            elapsed_s: time since the request, with what the reader takes; None for the sum of the gaps.
+            elapsed_s: time since the request, with what the reader took for tokens, which no gap has; None if it took none.
         """
         if budget is not self._budget:
             self._budget, self._from_start, self._senses = budget, first, budget.needs_sensors
-            self._gaps_ms, self._elapsed_s, self._seen = [], None, []
-        if elapsed_s is not None and len(self._gaps_ms) < (budget.expected_tokens or 0):
-            self._elapsed_s = elapsed_s
+            self._gaps_ms, self._elapsed_s, self._seen = [], [], []
+        if elapsed_s is not None:
+            self._elapsed_s.append(elapsed_s)
         self._gaps_ms.append(latency_ms)
         if not readings and not self._senses:
             return
@@ -132,7 +132,7 @@ class Watch:
             "ttft_ms": lambda _: (self._gaps_ms[0] if self._from_start else None, "first token"),
             "deadline_s": self._deadline,
             "min_pace_tps": self._pace,
-            "max_pace_tps": self._pace,
+            "max_pace_tps": self._most_pace,
             "power_w": lambda b: (self._most_w(b.power_window_s), f"highest mean of {b.power_window_s:g} s"),
             "energy_j_per_token": lambda _: (self._joules(), "mean"),
             "temperature_c": lambda _: (self._most("hottest_c"), "highest"),
@@ -176,12 +176,21 @@ class Watch:
         if not self._from_start:
             return None, ""
         counted = self._gaps_ms[: budget.expected_tokens or None]
-        reached_s = sum(counted) / 1000 if self._elapsed_s is None else self._elapsed_s
-        return reached_s, f"{len(counted)} tokens"
+        elapsed_s = self._elapsed_s[: len(counted)] or [sum(counted) / 1000]
+        return elapsed_s[-1], f"{len(counted)} tokens"
 
     def _pace(self, _: Budget) -> tuple[float | None, str]:
         gaps = self._later_ms
         return (1000 * len(gaps) / sum(gaps) if gaps and sum(gaps) else None), "mean"
+
+    def _most_pace(self, budget: Budget) -> tuple[float | None, str]:
+        reached, how = self._pace(budget)
+        if (
+            reached is not None and len(self._elapsed_s) > 1
+        ):  # a wait is from token to token: the reader's time is part of it
+            elapsed_s = self._elapsed_s[-1] - self._elapsed_s[0]
+            reached = min(reached, (len(self._elapsed_s) - 1) / max(elapsed_s, 1e-9))
+        return reached, how
 
     def _most(self, field: str) -> float | None:
         values: list[float] = [value for seen in self._seen if (value := getattr(seen, field)) is not None]

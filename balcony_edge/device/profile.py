@@ -219,12 +219,6 @@ class QualityFigure(_Frozen):
     stderr: Finite | None = None
 
 
-#: The same of a device profile, which has the evaluation that its bundle had when it was measured.
-UNEVALUATED = (
-    "this device profile has no evaluation: run `balcony-edge eval` on the bundle, then `balcony-edge profile` again"
-)
-
-
 def least_agreement(exits: tuple[int, ...], quality: tuple[QualityFigure, ...]) -> dict[int, float | None]:
     """Exit layer → agreement with the full depth on the text where it is least; None if it was not measured."""
     found: dict[int, float | None] = dict.fromkeys(exits)

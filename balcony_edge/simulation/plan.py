@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
-from balcony_edge.budget import Budget
+from balcony_edge.budget import UNEVALUATED_BUNDLE, UNEVALUATED_PROFILE, Budget
 from balcony_edge.control.deadline import BURST_TOKENS
-from balcony_edge.device.profile import UNEVALUATED, DeviceProfile, QualityFigure, least_agreement
+from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
 
@@ -115,10 +115,8 @@ def make_plan(
     """
     figures = profile.quality if quality is None else quality
     agreement = least_agreement(profile.costs.exits, figures)
-    if quality is None:
-        resolved = budget.for_bundle(agreement, unevaluated=UNEVALUATED)
-    else:
-        resolved = budget.for_bundle(agreement)
+    whose = UNEVALUATED_PROFILE if quality is None else UNEVALUATED_BUNDLE
+    resolved = budget.for_bundle(agreement, unevaluated=whose)
     allowed = resolved.allowed_exits(profile.costs.exits)
     tokens = budget.expected_tokens or REPLY_TOKENS
     planner = _Planner(profile, budget, prompt_tokens, tokens, figures)

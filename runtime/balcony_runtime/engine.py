@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
@@ -20,7 +21,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.closing import Closing
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State, closed, likeliest
+from balcony_runtime.backends.base import Array, Backend, FloatArray, IntArray, State, closed, forked, likeliest
 from balcony_runtime.backends.choose import DeviceName, open_backend
 from balcony_runtime.tokens import checked, common_length, whole
 
@@ -31,6 +32,8 @@ MAX_PASS_ROWS = 256
 #: Most bytes of attention scores of one pass: every head has one for each of its rows and each row that the caches can hold.
 #: Only the part for rows that are there takes memory.
 MAX_SCORE_BYTES = 1 << 30
+#: Engines of this process, which a fork of it must not use.
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -56,7 +59,8 @@ class Engine(Closing):
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.manifest: Manifest = backend.manifest
-        self._closed = False
+        self._refusal: Callable[[], InputError] | None = None  # why it cannot be used any more
+        _engines.add(self)
 
     @classmethod
     def open(
@@ -117,13 +121,23 @@ class Engine(Closing):
 
     def close(self) -> None:
         """Free the weights; sequences of a closed engine refuse to work."""
-        self._closed = True
-        self.backend.close()
+        if self._refusal is not forked:  # the threads that would have to end are in the other process
+            self._refusal = closed
+            self.backend.close()
 
     def refuse_closed(self) -> None:
-        """Raise InputError after :meth:`close`."""
-        if self._closed:
-            raise closed()
+        """Raise InputError after :meth:`close`, and in a process that was forked from the one that loaded the bundle."""
+        if self._refusal is not None:
+            raise self._refusal()
+
+
+def _refuse_forked() -> None:
+    for engine in _engines:
+        engine._refusal = forked
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_refuse_forked)
 
 
 def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable[Concatenate[TokenSequence, _P], _R]:

@@ -48,8 +48,9 @@ def told(
         if count == 1:
             prompted.cached = decoder.kept_rows
         prompted.told = count
-        # A deadline runs while the reader is at a token; the gaps do not have that time.
-        elapsed_s = None if budget.deadline_s is None else time.monotonic() - decoder.started_s
+        # A deadline and the wait for a pace run while the reader is at a token; the gaps do not have that time.
+        timed = budget.deadline_s is not None or budget.max_pace_tps is not None
+        elapsed_s = time.monotonic() - decoder.started_s if timed else None
         watch.token(budget, read_s, latency_ms, read, first=count == 1, elapsed_s=elapsed_s)
         token = ids.item()
         finish: FinishReason | None = "stop" if token in ends else "length" if count == most else None

@@ -18,7 +18,7 @@ from balcony_edge.errors import InputError
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
-from balcony_runtime.reply import Reply
+from balcony_runtime.reply import Reply, TokenStream
 
 
 def finish(stream: Any) -> Reply:

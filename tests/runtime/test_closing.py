@@ -1,7 +1,10 @@
-"""Engines that are closed twice, or while another thread runs a pass."""
+"""Engines that are closed twice, or while another thread runs a pass, or that a fork of the process would use."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -38,3 +41,29 @@ def test_an_engine_that_is_closed_during_a_pass_is_one_line(tiny: Any, monkeypat
     monkeypatch.setattr(onnxruntime_state, "bound_run", closing)
     with pytest.raises(InputError, match="this bundle was closed: load it again"):
         sequence.advance(5, [1, 2, 3])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_an_engine_in_a_forked_process_is_one_line(tiny: Any) -> None:
+    """The threads of ONNX Runtime, grammars and sensors stay in the other process: a structured reply would hang."""
+    program = f"""
+import os, balcony_edge
+with balcony_edge.load({str(tiny.path)!r}) as llm:
+    before = llm.generate([1, 2, 3], max_new_tokens=2)
+    child = os.fork()
+    if not child:
+        try:
+            llm.generate([1, 2, 3], max_new_tokens=2)
+        except balcony_edge.InputError as error:
+            print(error, flush=True)
+        llm.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert llm.generate([1, 2, 3], max_new_tokens=2).text == before.text
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]  # later Pythons warn of a fork with threads
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (
+        done.stdout
+        == "this bundle was loaded before this process was forked: load bundles after a fork only, or spawn\n"
+    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from balcony_edge.budget import Budget
+from balcony_edge.budget import UNEVALUATED_PROFILE, Budget
 from balcony_edge.cli.console import stderr, stdout
 from balcony_edge.cli.options import finite
 from balcony_edge.cli.show import say_doubts
@@ -88,7 +88,7 @@ def simulate(
     from balcony_edge.cli.budgets.budget import asked_budget, named_refusal
     from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.trace import TraceWriter
-    from balcony_edge.device.profile import UNEVALUATED, DeviceProfile
+    from balcony_edge.device.profile import DeviceProfile
     from balcony_edge.simulation import simulate as simulation
     from balcony_edge.simulation.plant import Plant
 
@@ -118,7 +118,7 @@ def simulate(
             show(figures, rows)
         return
     with named_refusal(files[0] if files else None):
-        resolved = asked.for_bundle(measured.agreement(), unevaluated=UNEVALUATED)
+        resolved = asked.for_bundle(measured.agreement(), unevaluated=UNEVALUATED_PROFILE)
     plant = Plant(
         costs, physics(device or [], measured, resolved), load(slowdowns), prompt_tokens=prompt_tokens, seed=seed
     )
@@ -152,7 +152,6 @@ def _company(
     from balcony_edge.cli.budgets.budget import named_refusal
     from balcony_edge.control.company.assignment import qualities
     from balcony_edge.control.company.ceilings import merged_ceilings
-    from balcony_edge.device.profile import UNEVALUATED
     from balcony_edge.simulation.company import Arrival, poisson, simulate_company
 
     agreement, (prompt_tokens, tokens, seconds) = profile.agreement(), sizes
@@ -164,7 +163,7 @@ def _company(
     named = {}
     for name, budget in classes(files, own).items():
         with named_refusal(name):
-            named[name] = budget.for_bundle(agreement, unevaluated=UNEVALUATED)
+            named[name] = budget.for_bundle(agreement, unevaluated=UNEVALUATED_PROFILE)
     asked = [Arrival(0.0, prompt_tokens, tokens, budget) for budget in named.values()]
     arrivals = poisson(arriving[0], seconds, asked, seed=seed, burst=arriving[1])
     ceilings = merged_ceilings(list(named.values()))  # the rail whose power is held

@@ -290,6 +290,11 @@ def closed() -> InputError:
     return InputError("this bundle was closed: load it again")
 
 
+def forked() -> InputError:
+    """The error for work in a forked process, which has none of the threads of ONNX Runtime, of grammars and of sensors."""
+    return InputError("this bundle was loaded before this process was forked: load bundles after a fork only, or spawn")
+
+
 class NotFiniteError(InputError):
     """Logits are NaN or infinite, so rows of the sequence may be, too."""
 

@@ -102,6 +102,12 @@ def test_a_misspelled_option_is_seen_by_type_checkers_wherever_a_reply_begins(ll
         chat.send("hi", sequence=llm.engine.new_sequence())
 
 
+def test_prices_of_another_type_are_refused(llm: LLM) -> None:
+    other: Any = "device.json"
+    with pytest.raises(InputError, match="costs of type str: give a CostModel"):
+        llm.costs = other
+
+
 def test_two_threads_do_not_get_one_sequence(llm: LLM) -> None:
     class Slow(weakref.WeakSet[Any]):
         def __contains__(self, item: object) -> bool:
@@ -121,6 +127,15 @@ def test_two_threads_do_not_get_one_sequence(llm: LLM) -> None:
     assert sorted(all_at_once(*(lambda one=one: begins(one) for one in streams))) == [False, True]
     for stream in streams:
         stream.close()
+
+
+def test_a_pace_is_held_next_to_a_slow_reader(llm: LLM) -> None:
+    """It counts from the token before: without what the reader takes of the wait, it would seem too fast."""
+    stream = llm.stream([1, 2, 3], budget=Budget(max_pace_tps=10), max_new_tokens=5, ignore_eos=True)
+    for _ in stream:
+        time.sleep(0.06)
+    (verdict,) = stream.reply.verdicts
+    assert verdict.held and 1.0 < (verdict.reached or 0.0) <= 10.1
 
 
 def test_a_deadline_runs_while_the_reader_is_at_a_token(llm: LLM) -> None:
