@@ -34,6 +34,7 @@ def told(
     text, stop, watch, prompted, cancelled = asked.text, asked.stop, asked.watch, asked.prompted, asked.cancelled
     most, ends, logprobs = asked.max_new_tokens, asked.ends, asked.logprobs
     marks: frozenset[int] = frozenset() if asked.box is None else asked.box.marks
+    known, timed = None, False
     for count in range(1, most + 1):
         if cancelled.is_set():
             return
@@ -48,8 +49,9 @@ def told(
         if count == 1:
             prompted.cached = decoder.kept_rows
         prompted.told = count
-        # A deadline and the wait for a pace run while the reader is at a token; the gaps do not have that time.
-        timed = budget.deadline_s is not None or budget.max_pace_tps is not None
+        if budget is not known:
+            # A deadline and the wait for a pace run while the reader is at a token; the gaps do not have that time.
+            known, timed = budget, budget.deadline_s is not None or budget.max_pace_tps is not None
         elapsed_s = time.monotonic() - decoder.started_s if timed else None
         watch.token(budget, read_s, latency_ms, read, first=count == 1, elapsed_s=elapsed_s)
         token = ids.item()
