@@ -122,6 +122,11 @@ def test_fingerprint_names_the_model_and_not_its_precision(
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1.05)
     assert fingerprint(model)["weights_sha256"] != base["weights_sha256"]
     assert fingerprint(model)["config_sha256"] == base["config_sha256"]
+    whole, real = (
+        fingerprint(make_tiny("llama", rope_parameters={"rope_theta": theta, "rope_type": "default"}))
+        for theta in (1_000_000, 1_000_000.0)
+    )
+    assert whole == real, "as in Qwen 3's config.json, and as read from a GGUF file"
     other = fingerprint(make_tiny("llama", rope_parameters={"rope_theta": 5000.0, "rope_type": "default"}))
     assert other["config_sha256"] != base["config_sha256"]
 

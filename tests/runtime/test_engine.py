@@ -279,7 +279,7 @@ def test_tables_that_differ_from_the_models_sizes_are_refused(bundle_copy: Any) 
     [
         (
             lambda value: setattr(value, "name", "past_key_77"),
-            r"cpu_stage_1\.onnx: the graph has (an unlisted|no) input past_key",
+            r"cpu_stage_1\.onnx: the graph has no input past_key_2:",
         ),
         (
             lambda value: setattr(value.type.tensor_type.shape.dim[1], "dim_value", 8),

@@ -147,9 +147,6 @@ def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
     for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    random.seed(0)  # the harness's own seeds: some tasks shuffle the choices when they are read
-    np.random.seed(1234)
-    torch.manual_seed(1234)
     with tempfile.TemporaryDirectory(prefix="balcony-eval-") as cache:
         specs = [_spec(task, data, Path(cache)) for task in tasks]
         yield _load(_manager(specs), dict(zip(tasks, specs, strict=True)))
@@ -301,6 +298,11 @@ def _load(manager: Any, specs: Mapping[str, str | dict[str, Any]]) -> Loaded:
     harness: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     leaves = {}
     for name, spec in specs.items():
+        # The harness's own seeds, for each name: some tasks shuffle the choices when they are read, and the examples of a
+        # task must not depend on the tasks before it.
+        random.seed(0)
+        np.random.seed(1234)
+        torch.manual_seed(1234)
         try:
             found = manager.load([spec])
         except InputError:

@@ -284,8 +284,11 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def _canonical(value: Any) -> Any:
-    """Values with floats at six significant digits: GGUF stores 1e-5 in float32 and returns 9.999999747e-06."""
-    if isinstance(value, float):
+    """Values with numbers at six significant digits: GGUF stores 1e-5 in float32 and returns 9.999999747e-06.
+
+    Whole ones as well: the rope of Qwen 3 has 1000000 in its config.json, and 1000000.0 in a GGUF file.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:.6g}"
     if isinstance(value, dict):
         return {str(key): _canonical(item) for key, item in sorted(value.items())}

@@ -378,7 +378,7 @@ def candidates(
     ids: IntArray | None = None  # all
     top_k = int(params.top_k)  # NumPy's integers without a sign have no negative
     if 0 < top_k < len(logits):
-        ids = np.argpartition(logits, -top_k)[-top_k:]
+        ids = _largest(logits, top_k)
         logits, in_place = logits[ids], True
     weights = np.subtract(logits, best, out=logits if in_place else None)
     with np.errstate(over="ignore"):  # with a temperature close to 0 only the likeliest token is left
@@ -391,6 +391,18 @@ def candidates(
         likely = np.flatnonzero(weights >= params.min_p)  # the likeliest token weighs 1
         ids, weights = likely if ids is None else ids[likely], weights[likely]
     return np.arange(len(weights)) if ids is None else ids, weights / weights.sum(dtype=np.float64)
+
+
+def _largest(values: FloatArray, count: int) -> IntArray:
+    """Places of the largest values, of equal ones the first, in ascending order.
+
+    A seed draws by this order. That of `argpartition` follows the processor, and the last bits of all values.
+    """
+    least = np.partition(values, -count)[-count]
+    places: IntArray = np.flatnonzero(values >= least)
+    if (surplus := len(places) - count) > 0:
+        places = np.delete(places, np.flatnonzero(values[places] == least)[-surplus:])
+    return places
 
 
 def _nucleus(weights: FloatArray, share: float) -> tuple[IntArray, FloatArray]:
@@ -437,9 +449,8 @@ def log_probabilities(
     own = (shifted[np.arange(len(tokens)), tokens] - totals).tolist()
     if not top:
         return own, [()] * len(own)
-    count = shifted.shape[-1]
-    kept = min(top, count)
-    ids = np.argpartition(shifted, count - kept, axis=-1)[:, count - kept :]
+    kept = min(top, shifted.shape[-1])
+    ids = np.array([_largest(row, kept) for row in shifted])
     values = np.take_along_axis(shifted, ids, axis=-1) - totals[:, None]
     likeliest = [
         tuple(sorted(zip(of_ids, of_values, strict=True), key=lambda pair: -pair[1]))

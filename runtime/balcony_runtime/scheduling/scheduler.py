@@ -418,13 +418,6 @@ class Scheduler:
         if found.wait_ms and not (found.moves or found.refused or found.chunk):
             self._idle_s = found.wait_ms / 1000  # nobody is due, and nothing has changed
             return
-        if self._trace is not None and self._priced is not None:
-            try:
-                self._trace.write(self._priced, self._quality, before, seen, found, ended)
-            except (InputError, TypeError, ValueError) as error:  # a full disk or an odd reading ends no reply
-                _log.warning("no rounds are recorded any more: %s", error)
-                self._recorded = None if self._recorded is self._trace else self._recorded
-                self._trace = None
         for key, why in found.refused:
             streams.pop(key).fail(InfeasibleError(why))
         work_ns, prepared = time.perf_counter_ns(), self._pool and self._pool.prepared
@@ -435,6 +428,15 @@ class Scheduler:
         unusual = any(not stream.decoder.begun for stream in logits) or prepared != (self._pool and self._pool.prepared)
         self._company, self._state, self._last = frozenset(moves) or self._company, state, None
         self._told = self._learned.follow(state.slowdown, state.governor)
+        if (
+            self._trace is not None and self._priced is not None
+        ):  # not before the step: an interrupted round is decided again
+            try:
+                self._trace.write(self._priced, self._quality, before, seen, found, ended)
+            except (InputError, TypeError, ValueError) as error:  # a full disk or an odd reading ends no reply
+                _log.warning("no rounds are recorded any more: %s", error)
+                self._recorded = None if self._recorded is self._trace else self._recorded
+                self._trace = None
         for stream, row in logits.items():
             with stream.isolated():
                 stream.decoder.take(row, moves[stream.key], stream.asked_s, (seen.readings, seen.now_s), state)

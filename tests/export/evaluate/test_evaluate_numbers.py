@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -296,3 +297,16 @@ def test_data_files_that_are_wrong(task: str, file: str, content: bytes, words: 
     (tmp_path / file).write_bytes(content)
     with pytest.raises(InputError, match=words):
         _spec(task, tmp_path, tmp_path / "cache")
+
+
+def test_the_examples_of_a_task_do_not_depend_on_the_tasks_before_it() -> None:
+    """Some tasks shuffle the choices when they are read, e.g. GPQA's."""
+
+    def read(specs: list[str]) -> dict[str, Any]:
+        return {"tasks": {specs[0]: SimpleNamespace(order=random.random(), aggregation=lambda: {"acc": np.mean})}}
+
+    both, alone = (
+        _load(SimpleNamespace(load=read), dict(zip(names, names, strict=True))).harness["tasks"]
+        for names in (("gpqa_diamond_zeroshot", "gpqa_main_zeroshot"), ("gpqa_main_zeroshot",))
+    )
+    assert both["gpqa_main_zeroshot"].order == alone["gpqa_main_zeroshot"].order

@@ -81,6 +81,14 @@ def test_the_filters_are_those_of_transformers(spread: float, options: dict[str,
     assert kept(logits, **options) == pytest.approx(want, rel=2e-5)
 
 
+def test_top_k_keeps_the_order_of_the_tokens() -> None:
+    """A seed draws by this order, so it may not follow the processor, nor the last bits of tokens that are not kept."""
+    random = np.random.default_rng(3)
+    for logits in (random.normal(size=1000), random.integers(0, 5, 1000)):  # the second with ties at the last place
+        ids, _ = candidates(logits.astype(np.float32), SamplingParams(temperature=1.0, top_k=40))
+        assert ids.tolist() == sorted(np.argsort(-logits, kind="stable")[:40].tolist())
+
+
 def test_draws_follow_the_distribution_and_the_seed() -> None:
     params = SamplingParams(temperature=1.0, seed=4)
     rows = np.repeat(LOGITS[None], 20_000, axis=0)
@@ -319,3 +327,10 @@ def test_log_probabilities_are_the_models_own() -> None:
     for odd in (np.nan, np.inf):
         with pytest.raises(InputError, match="NaN or infinity"):
             log_probabilities(np.where(np.arange(LOGITS.size) == 2, odd, LOGITS)[None], np.array([3]), 2)
+
+
+def test_of_equal_tokens_the_first_are_listed() -> None:
+    """As `argmax` takes the first: the token of a greedy reply heads its list. Logits of 16 bits are often equal."""
+    logits = np.random.default_rng(3).integers(0, 5, (8, 300)).astype(np.float32)
+    _, best = log_probabilities(logits, logits.argmax(-1), 5)
+    assert [[token for token, _ in row] for row in best] == np.argsort(-logits, kind="stable")[:, :5].tolist()

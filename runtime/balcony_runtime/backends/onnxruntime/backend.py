@@ -141,7 +141,7 @@ def check_io(path: Path, spec: GraphSpec, session: ort.InferenceSession) -> None
     ):
         actual = {value.name: (value.type, tuple(value.shape)) for value in found}
         wanted = {one.name: (f"tensor({one.dtype})".replace("float32", "float"), one.shape) for one in table}
-        for name in wanted.keys() ^ actual.keys():
+        for name in sorted(wanted.keys() ^ actual.keys()):
             side = "has no" if name in wanted else "has an unlisted"
             raise BundleError(f"{path}: the graph {side} {role} {name}: export the bundle again")
         for name, value in wanted.items():
