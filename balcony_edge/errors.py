@@ -4,6 +4,8 @@ Form of a message: what was given, what is allowed, what to do. The CLI prints t
 that is not a ``BalconyError`` is a bug and keeps its traceback.
 """
 
+import errno
+
 
 class BalconyError(Exception):
     """Base of the tree: a problem that its one-line message explains to the user."""
@@ -67,6 +69,8 @@ class MissingDependencyError(BalconyError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out. PyTorch's CPU allocator raises a plain RuntimeError, CUDA's a subclass of it."""
+    if isinstance(error, OSError):  # such as that of a file that cannot be mapped
+        return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory")

@@ -111,14 +111,15 @@ def reported(action: Callable[[], object]) -> None:
         cure = "this verb needs a workstation: pip install 'balcony-edge[export]'"
         print(f"balcony-edge: {package} {why}: {cure}", file=sys.stderr)  # noqa: T201 - likewise
         sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        cure = "free memory, or use less at once (train: --micro-rows, --seq-len; eval: --window; export: --no-verify)"
-        print(f"balcony-edge: out of memory: {cure}", file=sys.stderr)  # noqa: T201 - likewise
-        sys.exit(1)
-    except OSError as error:
-        if not _explain(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            less = "train: --micro-rows, --seq-len; eval: --window; export: --no-verify"
+            cure = f"free memory, or use less at once ({less})"
+            print(f"balcony-edge: out of memory: {cure}", file=sys.stderr)  # noqa: T201 - likewise
+        elif str(error) == "can't start new thread":
+            cure = "end other processes, or raise the limit (ulimit -u; a container's limit of processes)"
+            print(f"balcony-edge: no more threads can be started: {cure}", file=sys.stderr)  # noqa: T201 - likewise
+        elif not isinstance(error, OSError) or not _explain(error):
             raise
         sys.exit(1)
     except SystemExit as stop:
@@ -129,7 +130,7 @@ def reported(action: Callable[[], object]) -> None:
 
 def _explain(error: OSError) -> bool:
     """Print the line for a path that may not be used or a standard stream that fails; False for anything else."""
-    full = error.errno in (errno.EDQUOT, errno.EMFILE, errno.ENOSPC)
+    full = error.errno in (errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
     cure = "free space or files, or name another path" if full else "make it accessible, or name another path"
     line = f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}"
     known = full or error.errno in (errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)

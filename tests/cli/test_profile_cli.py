@@ -129,6 +129,7 @@ def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tiny: Any, tmp_path: P
     command = [sys.executable, "-W", "ignore", "-c", program, "profile", str(tiny.path), "-o", str(path), *GRID]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1 and "cannot be written" in done.stderr and "free space" in done.stderr, done.stderr
+    assert "time between tokens" in done.stdout, "what was measured is shown all the same"
     assert list(tmp_path.iterdir()) == []
 
 

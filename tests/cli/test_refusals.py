@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,23 @@ def test_a_workstations_package_that_is_missing_or_too_old_is_one_line(
         reported(fails)
     line = f"balcony-edge: {told}: this verb needs a workstation: pip install 'balcony-edge[export]'\n"
     assert (stop.value.code, capsys.readouterr().err) == (1, line)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("can't start new thread"), "no more threads can be started: end other processes"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory: free memory"),
+        (OSError(errno.ENFILE, "Too many", "w.bin"), "w.bin: cannot be used (Too many): free space or files"),
+    ],
+)
+def test_a_system_that_has_no_more_is_one_line(
+    error: Exception, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        reported(fails)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and line.startswith(f"balcony-edge: {told}")

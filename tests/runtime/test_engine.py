@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -362,6 +363,7 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
     shutil.rmtree(home)
     for leftover in (os.getpid(), "0a1b2c3d"):  # leftovers of killed writers
         (packed / f".{home.name}.partial-{leftover}").mkdir()
+    (packed / ".0123456789abcdef.partial-0a1b2c3d").mkdir()  # of a bundle that is gone
     with Engine.open(path, packed=packed):
         assert {file.name for file in home.iterdir()} == made.keys() and list(packed.iterdir()) == [home]
     weights = next(home.glob("*.weights"))
@@ -382,6 +384,20 @@ def test_packed_weights_give_the_same_bits_and_are_made_once(export_tiny: Callab
     blocked.write_text("")
     with pytest.raises(InputError, match="packed weights cannot be written"):
         Engine.open(path, packed=blocked / "packed")
+
+
+def test_packed_weights_of_another_user_are_not_called_damaged(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are whole, and who removes them would only have to make them again."""
+    Engine.open(tiny.path, packed=tmp_path).close()
+
+    def private(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("balcony_runtime.backends.graph_files.packed.sha256_file", private)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\): make them readable"):
+        Engine.open(tiny.path, packed=tmp_path)
 
 
 def test_threads_and_processes_that_pack_at_once_all_get_the_weights(tiny: Any, tmp_path: Path) -> None:

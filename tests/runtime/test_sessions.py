@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.sessions import file
+from balcony_runtime.sessions.prefixes import PrefixFiles
 from tests.support.properties import CHANCE, examples
 from tests.support.schedules import assert_equal, from_scratch
 from tests.support.templates import write_template
@@ -368,3 +370,22 @@ def test_a_program_may_close_at_its_end(tiny: Any, tmp_path: Path, monkeypatch: 
         patch.setattr("concurrent.futures.thread._shutdown", True)
         llm.close()
     assert len(list(tmp_path.glob("prefix-*.session"))) == 2
+
+
+def test_a_device_without_a_clock_of_its_own_keeps_what_was_used_last(
+    tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clock begins again in 1970 at every start: files of earlier starts are then from the future."""
+
+    def keep(files: PrefixFiles, first: int) -> None:
+        sequence = tiny_engine.new_sequence(max_length=64)
+        sequence.advance(5, np.arange(first, first + 50))
+        files.keep(sequence)
+
+    keep(PrefixFiles(tmp_path, tiny_engine, 1 << 30), 0)
+    (earlier,) = tmp_path.iterdir()
+    files = PrefixFiles(tmp_path, tiny_engine, 5 * earlier.stat().st_size // 2)  # room for two
+    monkeypatch.setattr(time, "time", lambda: 60.0)
+    for first in (60, 120):
+        keep(files, first)
+    assert not earlier.exists() and files.longest(np.arange(60, 110), 1e9)[1] == 50

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +23,11 @@ import httpx
 import pytest
 
 import balcony_edge
+from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import InputError
 from balcony_runtime.serve.bodies.asked import Asked
+from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.http import server as server_module
 from balcony_runtime.serve.http.app import SMALL_BODY
@@ -315,6 +321,30 @@ def test_a_process_that_may_open_no_more_files_keeps_its_watchdog(monkeypatch: p
     sockets = SimpleNamespace(socket=full, AF_UNIX=socket.AF_UNIX, SOCK_DGRAM=socket.SOCK_DGRAM)
     monkeypatch.setattr(server_module, "socket", sockets)
     server_module._notify("WATCHDOG=1")
+
+
+@pytest.mark.parametrize("call", ["stat", "list"])
+def test_budget_files_that_may_not_be_listed_stay_as_they_are(
+    call: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their directory, or one above it, became private."""
+    (tmp_path / "voice.toml").write_text("tpot_ms = 30\n")
+    names = Names("tiny", Budget(), Bundle.open(tiny.path).manifest, tmp_path)
+    before = names.budgets
+
+    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(path: Any = ".", *arguments: Any, **options: Any) -> Any:
+            if str(path) == str(tmp_path):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, *arguments, **options)
+
+        return asked
+
+    for name in ("scandir", "listdir") if call == "list" else ("stat",):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    with pytest.raises(InputError, match=r"^--budgets .*: cannot be read \(Permission denied\): make it readable$"):
+        names.read(Budget())
+    assert names.budgets is before and "tiny:voice" in before
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import one_line
+from balcony_edge.bundle.manifest import ConfidenceSpec, one_line
 from balcony_edge.cli.console import progress_bar, stdout
 from balcony_edge.cli.options import refuse_given
 from balcony_edge.errors import BundleError, InputError
@@ -67,13 +67,18 @@ def calibrate(
             documents = _documents(text, opened, tokens, engine.max_length)
         compared = compare_exits(engine, documents, lambda done: progress("comparing exits", done))
         found = learn(compared, one_line(text.name), *shares)
+    _show(found, opened.manifest.exit_layers, text, as_json=as_json)  # first: it is shown even if it cannot be kept
     record_confidence(bundle, found, opened.manifest.fingerprint)
+
+
+def _show(found: ConfidenceSpec, exit_layers: tuple[int, ...], text: Path, *, as_json: bool) -> None:
+    """Print the thresholds and their promise."""
     if as_json:
         print(json.dumps(found.model_dump(mode="json")))  # noqa: T201 - programs read this
         return
     promise = f"at most {_percent(found.max_disagreement)} of tokens, with {_percent(found.confidence)} confidence"
     table = Table("exit", f"least {found.measure}", "tokens that exit there", "other than the full depth's")
-    for exit_layer in opened.manifest.exit_layers[:-1]:
+    for exit_layer in exit_layers[:-1]:
         spec = found.thresholds.get(exit_layer)
         cells = ("none keeps it", "", "") if spec is None else (
             f"{spec.threshold:.4f}", f"{spec.exit_share:.1%}", f"{spec.disagreement:.2%}"

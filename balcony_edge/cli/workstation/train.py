@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -302,9 +302,9 @@ def _saved_at_interrupts(trainer: Trainer) -> Iterator[None]:
         if trainer.interrupted:
             raise KeyboardInterrupt
         trainer.interrupted = True
-        os.write(
-            2, b"the step ends and is saved; once more ends the run at once\n"
-        )  # rich may be in the middle of a line
+        # Not through rich, which may be in the middle of a line. Ctrl-C also ends a `tee` that reads stderr.
+        with suppress(OSError):
+            os.write(2, b"the step ends and is saved; once more ends the run at once\n")
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -148,7 +148,8 @@ def _reserve(path: Path, size: int) -> None:
                 os.posix_fallocate(file.fileno(), 0, size)
             file.truncate(size)
     except OSError as error:
-        os.truncate(path, before)
+        if path.is_file():  # it could be opened
+            os.truncate(path, before)
         raise TrainingError(
             f"{path}: no room for {size / 1e9:.1f} GB ({error.strerror}): lower --cache-gb or free space"
         ) from error

@@ -448,11 +448,12 @@ class Trainer:
                 progress = StepReport(self.step, self.done, loss, held_out, tokens_per_s, self._left_s(per_step_s))
                 if self.processes.writes:
                     log_step(self.work / METRICS, progress, tokens=self.tokens, factor=self.factor, wall_s=self.wall_s)
-                    report(progress)
                 self.stopped = self.stopped and self.done < 1
                 if due or judged or self.stopped:  # after the metrics, which a resumed run cuts off at the checkpoint
                     self.checkpoint(judged)
                     last_checkpoint = self.clock()
+                if self.processes.writes:
+                    report(progress)  # last: rich ends the process where the reader of a pipe has gone
                 if self.stopped:
                     return
             judged = judged or self.judged()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from balcony_edge.errors import BalconyError, InputError
-from balcony_edge.files import remove_leftovers, require_writable
+from balcony_edge.files import PARTIAL, remove_leftovers, require_writable
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.sessions import file
@@ -47,7 +47,8 @@ class PrefixFiles:
         self._lock = threading.Lock()
         self._known: dict[Path, tuple[IntArray, int]] = {}  # file → its tokens (n,), and its bytes
         with contextlib.suppress(OSError):  # the directory is not there yet
-            remove_leftovers(directory, f".{OWN}")
+            # Also of saves under a name: clients choose names, and nobody might ever write that one again.
+            remove_leftovers(directory, ".", f"{SUFFIX}{PARTIAL}")
         for path in sorted(directory.glob(f"*{SUFFIX}")):
             self.add(path)
 
@@ -89,7 +90,7 @@ class PrefixFiles:
             self.forget(path)
             raise
         with contextlib.suppress(OSError):
-            os.utime(path)
+            self._touch(path)
             self._know(path, session)  # another process may have written it anew
 
     def keep(self, sequence: TokenSequence, age: int = 0) -> None:
@@ -105,12 +106,12 @@ class PrefixFiles:
         tokens = sequence.tokens[0, : sequence.stage_cursor[0]]  # those of an end that was forced never ran
         path, shared = self.longest(tokens, self._most_bytes)  # larger files are never read
         if path is not None and shared == len(tokens) and path.exists():
-            _touch(path, age)
+            self._touch(path, age)
             return
         name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
         path = self.directory / f"{self._begin}{name}{SUFFIX}"
         file.save(path, self._engine, sequence, rows=len(tokens))
-        _touch(path, age)
+        self._touch(path, age)
         self.add(path)
         self._trim(path)
 
@@ -144,8 +145,11 @@ class PrefixFiles:
         """Bytes of this bundle's files that nobody named."""
         return sum(status.st_size for _, status in self._own())
 
+    def _touch(self, path: Path, age: int = 0) -> None:
+        """Note that a file was used; ``age`` others were used after it, each of which counts as a second.
 
-def _touch(path: Path, age: int) -> None:
-    """Note that a file was used; ``age`` others were used after it, each of which counts as a second."""
-    with contextlib.suppress(OSError):
-        os.utime(path, (time.time() - age,) * 2)
+        It is then not older than the others: a device without a clock of its own begins again in 1970 at every start.
+        """
+        with contextlib.suppress(OSError):
+            newest = max((status.st_mtime for other, status in self._own() if other != path), default=0.0)
+            os.utime(path, (max(time.time(), newest + 0.001) - age,) * 2)

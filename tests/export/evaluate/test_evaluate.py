@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,18 @@ def test_bad_text(tmp_path: Path, bundle_scorer: BundleScorer, monkeypatch: pyte
     assert [len(one) for one in judged] == [4, 2], "the rest of the file is not tokenized"
     refused("cannot be read", lambda: list(tokenized_documents(tmp_path / "absent.txt", bundle_scorer.tokenizer)))
     refused("takes 2 to 256", lambda: evaluate_text(bundle_scorer, documents(bundle_scorer.tokenizer), window=1000))
+
+
+def test_tasks_where_nothing_can_be_written_are_one_line(
+    bundle_scorer: BundleScorer, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose file systems are all read-only."""
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    refused("name one in TMPDIR", lambda: evaluate_tasks(bundle_scorer, ["arc_easy"], data=data))
 
 
 def test_bad_tasks_and_exits(tmp_path: Path, bundle_scorer: BundleScorer, tiny: Any, data: Path) -> None:

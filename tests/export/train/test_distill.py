@@ -17,7 +17,7 @@ from balcony_export.data.corpus import Corpus, Rows, build_corpus
 from balcony_export.data.documents import read_documents
 from balcony_export.model.averaging import average
 from balcony_export.model.balcony_files import is_whole, load_balconies, read_index, read_tensors
-from balcony_export.train.report import plot_curves
+from balcony_export.train.report import StepReport, plot_curves
 from balcony_export.train.run_files import END
 from balcony_export.train.trainer import METRICS
 from tests.export.train.distilling import SEQ_LEN, losses_of, trainer_of
@@ -322,3 +322,19 @@ def test_the_end_of_a_run_is_kept_where_its_start_was_better(
     ):
         assert torch.equal(start, kept) and not torch.equal(start, end)
         assert torch.allclose(mean, (start + end) / 2, rtol=1e-2, atol=1e-4)
+
+
+def test_a_report_that_ends_the_process_comes_after_the_checkpoint(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    """As rich does where nobody reads the pipe any more: `train 2>&1 | tee log`, whose tee was ended."""
+    trainer = trainer_of(make_tiny("llama"), corpus, tmp_path)
+
+    def report(progress: StepReport) -> None:
+        if progress.held_out is not None:
+            raise SystemExit(1)
+
+    with pytest.raises(SystemExit):
+        trainer.run(report)
+    again = trainer_of(make_tiny("llama"), corpus, tmp_path)
+    assert again.resume() and again.step == 6 and is_whole(tmp_path, 2)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +128,20 @@ def test_an_interrupt_saves_the_step(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     monkeypatch.setattr(Trainer, "run", run)
     assert trained(tiny_checkpoint, "2", text_file, tmp_path, "--steps", "40", "--resume")["steps"] == 40
+
+
+def test_an_interrupt_saves_the_step_where_nobody_reads_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C also ends the reader of `train 2>&1 | tee log`."""
+
+    def broken(*_: object) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    trainer: Any = SimpleNamespace(interrupted=False)
+    with verb._saved_at_interrupts(trainer):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", broken)
+            signal.raise_signal(signal.SIGINT)
+        assert trainer.interrupted, "the run ends after its step"
 
 
 def test_rows_that_come_again_are_said(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

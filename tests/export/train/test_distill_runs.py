@@ -27,6 +27,7 @@ from balcony_export.train import trainer as trainer_module
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.report import StepReport
 from balcony_export.train.run_files import log_step, read_state
+from balcony_export.train.states import _reserve
 from balcony_export.train.trainer import METRICS, Start, Trainer
 from tests.export.train.distilling import SEQ_LEN, losses_of, trainer_of
 from tests.support.command import unmeasured
@@ -444,6 +445,11 @@ def test_a_disk_that_fills_up_is_one_line(
     assert 0 < trainer.step < 2000
     with pytest.raises(TrainingError, match=r"states\.bin: no room for .* lower --cache-gb"):
         trainer_of(make_tiny("llama"), corpus, tmp_path / "out", work=small_disk, cache_gb=0.01).run()
+
+
+def test_a_cache_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"states\.bin: no room for .*\(No such file or directory\)"):
+        _reserve(tmp_path / "gone" / "states.bin", 1000)
 
 
 def test_a_run_goes_on_after_the_rows_of_its_start_also_when_it_resumes(

@@ -282,11 +282,11 @@ def test_bundles_share_a_directory(export_tiny: Callable[[str], Any], tmp_path: 
 
 
 def test_what_a_killed_process_left_is_removed(tiny: Any, tmp_path: Path) -> None:
-    left = tmp_path / ".prefix-0123-4567.session.partial-89ab"
-    left.mkdir()
-    (left / "part").write_bytes(b"x" * 1000)
+    for name in ("prefix-0123-4567", "talk"):  # the second was saved by its name
+        (left := tmp_path / f".{name}.session.partial-89ab").mkdir()
+        (left / "part").write_bytes(b"x" * 1000)
     with balcony_edge.load(tiny.path, prefix_directory=tmp_path):
-        assert not left.exists()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_another_process_wrote_anew_is_known_as_it_is(tiny: Any, tmp_path: Path) -> None:

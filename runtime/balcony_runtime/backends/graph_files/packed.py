@@ -24,7 +24,7 @@ from balcony_edge.bundle.bundle import Bundle, sha256_file
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.device.machine import cpu_name, text_of
 from balcony_edge.errors import BundleError, InputError
-from balcony_edge.files import locked, partial_directory, sync
+from balcony_edge.files import locked, partial_directory, remove_leftovers, sync
 from balcony_runtime.backends.graph_files.join import Part, join
 
 #: Name → size and SHA-256 of every other file of a directory of packed weights.
@@ -47,7 +47,7 @@ def packed_graphs(
 
     Raises:
         BundleError: existing files are damaged.
-        InputError: the directory cannot be written, or the disk is full.
+        InputError: the directory cannot be read or written, or the disk is full.
     """
     lowered = "lowered" if bundle.manifest.cpu else "portable"
     facts = (bundle.manifest.fingerprint, lowered, ort.__version__, cpu_name(), platform.machine(), _cpu_features())
@@ -59,6 +59,7 @@ def packed_graphs(
     else:
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(directory, ".")  # also of bundles and versions that nobody will pack again
             with locked(directory), partial_directory(home) as part:  # a second process waits and then finds the files
                 if not home.is_dir():
                     for file in graphs.values():
@@ -86,8 +87,12 @@ def _check(home: Path, verify_hashes: bool) -> None:
             (home / name).stat().st_size == size and (not verify_hashes or sha256_file(home / name) == digest)
             for name, (size, digest) in made.items()
         )
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
         intact = False
+    except OSError as error:  # those of another user may be whole
+        raise InputError(
+            f"{home}: the packed weights cannot be read ({error.strerror}): make them readable, or name another place"
+        ) from error
     if not intact:
         raise BundleError(f"{home}: the packed weights are damaged: remove it; the next load makes them again")
 

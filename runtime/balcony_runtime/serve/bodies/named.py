@@ -65,9 +65,15 @@ class Names:
     def _files(self) -> Sequence[Path]:
         if self._folder is None:
             return ()
-        if not self._folder.is_dir():
-            raise InputError(f"--budgets {self._folder}: is not a directory: give one with budget files (*.toml)")
-        return sorted(self._folder.glob("*.toml"))
+        try:
+            if not self._folder.is_dir():
+                raise InputError(f"--budgets {self._folder}: is not a directory: give one with budget files (*.toml)")
+            # glob() would find nothing in a directory that may not be read, and all names would be gone.
+            return sorted(path for path in self._folder.iterdir() if path.name.endswith(".toml"))
+        except OSError as error:
+            raise InputError(
+                f"--budgets {self._folder}: cannot be read ({error.strerror}): make it readable"
+            ) from error
 
     def budget(
         self, name: str | None, headers: Mapping[str, str], body: Any, most_tokens: int | None = None
