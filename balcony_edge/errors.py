@@ -1,7 +1,8 @@
 """Every error that Balcony Edge raises on purpose.
 
-Form of a message: what was given, what is allowed, what to do. The CLI prints that one line and exits 1; anything
-that is not a ``BalconyError`` is a bug and keeps its traceback.
+Form of a message: what was given, what is allowed, what to do. The CLI prints that one line and exits 1. It does
+the same where memory runs out, a file cannot be used or a package of the workstation is absent
+(:func:`balcony_edge.cli.reported`); any other exception is a bug and keeps its traceback.
 """
 
 import errno
@@ -36,7 +37,7 @@ class InfeasibleError(BudgetError):
 
 
 class BusyError(BalconyError):
-    """The replies in progress leave no time for another one with its targets; a later try may succeed."""
+    """The replies in progress leave no time, memory or place for another one; a later try may succeed."""
 
 
 class ProfileError(BalconyError):

@@ -206,6 +206,17 @@ def test_the_format_page_names_every_key() -> None:
     assert not [key for key in sorted(keys(Manifest.model_json_schema())) if not re.search(rf"\b{key}\b", text)]
 
 
+def test_the_manifest_and_the_format_page_list_the_same_files() -> None:
+    """Both show the files of a bundle as an indented block that begins with its directory."""
+
+    def files(text: str) -> set[str]:
+        (block,) = re.findall(r"^    bundle/\n((?:      .+\n)+)", text, re.MULTILINE)
+        return set(re.findall(r"[\w<>*]+\.(?:json|onnx|bin|jinja)\b|\btensorrt/<name>/", block))
+
+    page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    assert files(page) == files((ROOT / "balcony_edge" / "bundle" / "manifest.py").read_text(encoding="utf-8"))
+
+
 def test_the_format_page_has_the_graphs_of_a_real_bundle(tiny: Any) -> None:
     """Each graph of the set ``graphs`` has the inputs and outputs of its line in the table, no more and no fewer."""
     text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")

@@ -5,7 +5,8 @@ backend that opens a graph checks that its real inputs equal the tables below.
 
     bundle/
       bundle.json               this manifest
-      tokenizer.json  generation_config.json  chat_template.jinja (if the model has one)
+      tokenizer.json  generation_config.json
+      chat_template.jinja  special_tokens.json   if the model has a chat template
       backbone.onnx             the whole shared backbone, one hidden-state output per exit; not loaded by the runtime
       stage_<i>.onnx            its layers between two exits, with their KV cache
       balcony_<e>.onnx          decoder layer and norm of the exit below the full depth
@@ -15,8 +16,8 @@ backend that opens a graph checks that its real inputs equal the tables below.
       tensorrt/<name>/          graphs for TensorRT and engines, if `balcony-edge build` made them
 
 Up to two sets of graphs describe the same arithmetic: ``graphs`` in standard ONNX, which every engine can read, and ``cpu``
-in ONNX Runtime's own operators, which it runs faster. A float32 or float16 bundle has both, over the same weights; int8 and
-int4 have the second.
+in ONNX Runtime's own operators, which it runs faster. A float32 or float16 bundle has both, over the same weights, or only
+the first if the size of a head or of its rotated part is no multiple of 16; int8 and int4 have the second.
 
 I/O table (B batch, T rows of a pass, Q query rows, S rows of KV capacity, D hidden size, H kv heads, d head size,
 F = H × d, V vocabulary; ``float`` is float16 if ``precision`` is, otherwise float32):

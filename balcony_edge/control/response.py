@@ -38,7 +38,7 @@ ERROR_MEMORY, BETTER = 0.93, 0.6
 HELD_S = 0.9
 #: A value that has not changed for this time is really constant. No battery gauge is silent for longer.
 STILL_S = 12.0
-#: Length of the history of our busy seconds (the longest delay plus average), and the distance of its entries.
+#: Length of the history of our busy seconds (more than the longest delay plus average), and the distance of its entries.
 PAST_S, PAST_STEP_S = 13.0, 0.2
 #: Shortest span of a value that a gauge shows once in a while.
 INSTANT_S = 0.1

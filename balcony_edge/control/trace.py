@@ -69,7 +69,7 @@ class LinesWriter(Closing):
             elif Path(path).is_dir() or not os.access(path, os.W_OK):
                 raise InputError(f"{self._name}: not writable: name another place")
         except OSError as error:
-            raise self._full(error) from error
+            raise self._not_written(error) from error
 
     def _line(self, document: dict[str, Any]) -> None:
         if self._closed:
@@ -80,7 +80,7 @@ class LinesWriter(Closing):
                 self._file = Path(self._name).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
             self._file.write(json.dumps(document, allow_nan=False) + "\n")
         except OSError as error:
-            raise self._full(error) from error
+            raise self._not_written(error) from error
 
     def close(self) -> None:
         """Close the file.
@@ -94,9 +94,9 @@ class LinesWriter(Closing):
         try:
             self._file.close()
         except OSError as error:
-            raise self._full(error) from error
+            raise self._not_written(error) from error
 
-    def _full(self, error: OSError) -> InputError:
+    def _not_written(self, error: OSError) -> InputError:
         return InputError(f"{self._name}: writing failed ({error.strerror}): free space or name another place")
 
 

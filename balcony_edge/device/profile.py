@@ -210,7 +210,7 @@ class EngineFacts(_Frozen):
 
 
 class QualityFigure(_Frozen):
-    """One figure of the bundle's evaluation: ``agreement`` (share) or ``kl`` (nats) on a text, ``average`` of tasks."""
+    """One figure of an evaluation: ``agreement`` (share), ``kl`` (nats) or ``perplexity`` on a text, ``average`` of tasks."""
 
     exit_layer: Layer
     metric: Metric

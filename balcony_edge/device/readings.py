@@ -27,7 +27,7 @@ class Reading:
 
     Attributes:
         source: name of the source, unique on a device: ``nvml:0``, ``rapl:package-0``, ``ina3221:VDD_IN``,
-            ``thermal:cpu-thermal``, ``battery:BAT0``, ``psutil``.
+            ``thermal:cpu-thermal``, ``battery:BAT0``, ``psutil:cpu``.
         scope: part that the reading is about.
         time_s: time of the reading, on the clock of the run (``time.monotonic`` in a live one).
         watts: power at that moment, or averaged by the sensor.

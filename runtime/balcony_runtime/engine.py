@@ -26,7 +26,7 @@ from balcony_runtime.backends.choose import DeviceName, open_backend
 from balcony_runtime.tokens import checked, common_length, whole
 
 #: Most rows of one pass, so that a layer's working set stays in the second-level cache and the arena stays small.
-#: Measured: passes of 512 rows are 3 to 6 % slower in int4 and take 33 MB more; 128 rows are slower in float32
+#: Measured in int4: passes of 512 rows are 6 to 7 % slower and take 33 MB more, those of 128 are 2 to 4 % slower
 #: (docs/LOG.md, "Passes of 256 rows instead of 512").
 MAX_PASS_ROWS = 256
 #: Most bytes of attention scores of one pass: every head has one for each of its rows and each row that the caches can hold.

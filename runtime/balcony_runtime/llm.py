@@ -252,8 +252,8 @@ class LLM(Closing):
     ) -> bool:
         """Compile the structure that a reply will have, if any, so that no reply waits for it (up to 3 s).
 
-        The last 32 are kept. Returns whether there was nothing to compile; with ``only_look`` nothing is compiled. Other
-        arguments, and errors, are those of :meth:`stream`.
+        The last 32 are kept, or fewer if they are long. Returns whether there was nothing to compile; with
+        ``only_look`` nothing is compiled. Other arguments, and errors, are those of :meth:`stream`.
         """
         box = self._requests.box(tools, tool_choice, parallel_tool_calls)
         compiled = self._requests.is_compiled(sampling, box)

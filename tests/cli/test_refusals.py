@@ -85,9 +85,7 @@ def test_a_workstations_package_that_is_missing_or_too_old_is_one_line(
         (OSError(errno.ENFILE, "Too many", "w.bin"), "w.bin: cannot be used (Too many): free space or files"),
     ],
 )
-def test_a_system_that_has_no_more_is_one_line(
-    error: Exception, told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_system_that_has_no_more_is_one_line(error: Exception, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     def fails() -> None:
         raise error
 

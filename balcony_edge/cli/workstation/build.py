@@ -31,7 +31,7 @@ def build(
     ] = "rtx",
     precision: Annotated[
         Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"],
-        typer.Option(help="Precision of weights; activations are in half precision."),
+        typer.Option(help="Precision of weights; activations are in half precision, unless it is fp32."),
     ] = "fp16",
     operators: Annotated[
         Literal["fused", "plain"],

@@ -1,7 +1,8 @@
 """The joint controller: which streams get a token in the next round, at which exits, and which pending rows run next to it.
 
 Pure, like :mod:`balcony_edge.control.controller`: ``decide(state, seen) -> (state, round)`` has no clock, sensor or engine.
-One stream alone is decided by that controller; this one decides as soon as several ask.
+One stream alone is decided by that controller; this one decides as soon as several ask, or one has a long step (a long
+prompt, a slow pace).
 
 **Targets.** A stream with ``tpot_ms`` is due that long after its last token, one with a deadline after its share of the time
 left. A round must end before the first stream in it is due, and leave the streams that wait enough time for the round after it,

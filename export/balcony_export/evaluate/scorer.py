@@ -175,7 +175,9 @@ class BundleScorer:
 
 
 class TorchScorer:
-    """A model with its balconies in PyTorch: transformers' own modules, batches padded on the right, no cache.
+    """A model with its balconies in PyTorch: transformers' own modules, batches padded on the right.
+
+    Scores need no cache; greedy continuations have caches.
 
     Args:
         exits: The model, in eval mode, and its balconies, on one device.

@@ -147,7 +147,13 @@ def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
     for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory(prefix="balcony-eval-") as cache:
+    try:
+        place = tempfile.gettempdir()
+    except FileNotFoundError as error:  # all file systems are read-only or full
+        raise InputError(
+            "--tasks: there is no directory for temporary files that can be written: name one in TMPDIR"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="balcony-eval-", dir=place) as cache:
         specs = [_spec(task, data, Path(cache)) for task in tasks]
         yield _load(_manager(specs), dict(zip(tasks, specs, strict=True)))
 

@@ -24,7 +24,8 @@ from balcony_export.data.corpus import start_tokens
 from balcony_export.data.documents import read_documents, require_two_tokens
 from balcony_export.evaluate.scorer import Scorer, ScoringRequest, not_finite
 
-#: Tokens per window, unless the context is shorter: twice the rows that the shipped balconies were trained on.
+#: Tokens per window, unless the context is shorter: twice as many as in the texts that the shipped
+#: balconies were trained on.
 WINDOW = 1024
 #: Windows per call of the scorer: bounds the logits' bookkeeping, and progress is reported after each.
 _WINDOWS = 16

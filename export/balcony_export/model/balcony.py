@@ -68,7 +68,7 @@ class Balcony(nn.Module):
 
         Args:
             hidden: Backbone state after ``exit_layer`` layers  # (B, T, D)
-            layer_arguments: Arguments of the base model's last layer (mask, positions, rotary tables).
+            layer_arguments: Arguments of the base model's layer that it copies (mask, positions, rotary tables).
         """
         out = hidden if self.layer is None else self.layer(hidden, **layer_arguments)
         out = out[0] if isinstance(out, tuple) else out  # some architectures also return attention weights
@@ -81,7 +81,7 @@ class Balcony(nn.Module):
         Args:
             hidden: Backbone state after ``exit_layer`` layers  # (B, T, D)
             where: Flat indices of the positions  # (n,)
-            layer_arguments: Arguments of the base model's last layer (mask, positions, rotary tables).
+            layer_arguments: Arguments of the base model's layer that it copies (mask, positions, rotary tables).
 
         Returns:
             Normed hidden states  # (n, D)

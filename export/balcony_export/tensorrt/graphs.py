@@ -2,9 +2,10 @@
 
 Owns the rewrite from the set ``graphs`` (see :mod:`balcony_edge.bundle.manifest`) to the set of one engine directory: KV caches
 (B, H, S, d) with a fixed S, as TensorRT's cache update needs; ``Attention`` over heads with the explicit mask of the portable
-graphs (TensorRT's parser ignores ``nonpad_kv_seqlen``); activations in half precision, norms in float32; the token table as a
-graph; the most probable token next to the logits. Weights become integers in :mod:`.integers`; :mod:`.plain` replaces operators
-that TensorRT before 10.15 lacks. Needs no torch, because it works on files.
+graphs (TensorRT's parser ignores ``nonpad_kv_seqlen``); activations in half precision (``fp32``: in float32), norms in
+float32; the token table as a graph; the most probable token next to the logits. Weights become integers in
+:mod:`.integers`; :mod:`.plain` replaces operators that TensorRT before 10.15 lacks. Works on files, so that only rounding to
+``int4`` needs torch.
 """
 
 from __future__ import annotations

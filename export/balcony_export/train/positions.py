@@ -14,8 +14,8 @@ from balcony_export.data.corpus import Rows
 from balcony_export.train.loss import LossKind
 
 #: A position has a massive activation if its root mean square is more than this many times the row's median (demo model: 25,856
-#: in one channel of the first position, sometimes of the second; root mean square 1,005 instead of 6 to 9). It is an attention
-#: sink: the balcony attends to it, but it does not count in the loss.
+#: in one channel of the first position, sometimes of the second; root mean square above 1,000 instead of 6 to 9). It is an
+#: attention sink: the balcony attends to it, but it does not count in the loss.
 MASSIVE = 20.0
 
 

@@ -35,7 +35,7 @@ class State(Protocol):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of memory that row buffers, KV caches and logits currently take."""
+        """Bytes of memory that row buffers and KV caches currently take, and logits where a backend counts them."""
         ...
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:

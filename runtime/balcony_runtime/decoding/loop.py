@@ -44,8 +44,8 @@ class Step(NamedTuple):
 
     Attributes:
         ids: tokens, (B,).
-        logits: logits from which they were picked, (B, V); the next step overwrites them. None if they are not needed and the
-            engine picks tokens itself.
+        logits: logits from which they were picked, (B, V); the next step overwrites them. Can be None
+            if the environment does not keep logits, and always is for forced tokens.
         decision: decision of the controller.
         target_ms: ``tpot_ms`` of the budget at the time of the decision; for the first token, ``ttft_ms``.
         latency_ms: time from the request for the token to the token, waiting for its pace included.

@@ -105,7 +105,10 @@ class Policy(Protocol):
     """Another way to make full-depth tokens, used if it is measured to be faster."""
 
     def attempt(self, turn: Turn) -> Made | None:
-        """Make the tokens of this step, or return None without running anything if a plain step is as fast."""
+        """Make the tokens of this step, or return None: then a plain step makes them.
+
+        None if a plain step is as fast (nothing has run then), or if a round made nothing that can be used (it is undone).
+        """
         ...
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:

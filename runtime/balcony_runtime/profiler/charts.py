@@ -1,7 +1,7 @@
 """The charts of a profile's report, as Plotly figures.
 
-Owns the choice of the numbers, not the look: the page sets colours of text and grid for light and dark. All numbers are those
-of the profile; nothing is rounded.
+Owns the choice of the numbers, not the look: the page sets colours of text and grid for light and dark. All points are those
+of the profile, not rounded.
 """
 
 from __future__ import annotations

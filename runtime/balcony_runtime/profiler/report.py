@@ -1,7 +1,8 @@
 """A device profile as one HTML page: charts, tables, facts, and the profile itself. The page fetches nothing.
 
-Owns the page. It follows the reader's light or dark scheme and fits a phone. Every number is in a table cell with its exact
-value as ``data-value``, and the whole profile is in a script element, so that a program can check the page and read it back.
+Owns the page. It follows the reader's light or dark scheme and fits a phone. Times, energies and
+errors of prices are in table cells with their exact values as ``data-value``, and the whole profile is in a script
+element, so that a program can check the page and read it back.
 """
 
 from __future__ import annotations

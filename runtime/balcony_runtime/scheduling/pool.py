@@ -25,7 +25,7 @@ from balcony_runtime.sessions.prefixes import PrefixFiles
 
 _log = logging.getLogger(__name__)
 
-#: Bytes of ended sequences that are kept by default: about 4,500 rows of the demo model in float32.
+#: Bytes of ended sequences that are kept by default: about 4,100 rows of the demo model in float32.
 KEPT_BYTES = 256_000_000
 #: Rows from which a common prefix is worth looking for.
 LEAST_SHARED = 32

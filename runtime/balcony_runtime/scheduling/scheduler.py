@@ -2,8 +2,8 @@
 
 Owns the turns. Every consumer asks for its own next token; one of the waiting threads leads and runs a round for all that ask
 (:mod:`balcony_edge.control.company.joint` decides it), the others wait for what it brings them. So there is no thread between a
-stream and its consumer: a stream that is alone is stepped by its own decoder, as if there were no scheduler. A stream whose
-consumer does not ask is not stepped and holds nobody up.
+stream and its consumer: one that is alone is stepped by its own decoder, but in a round if its step would be long (a long
+prompt, a slow pace). A stream whose consumer does not ask is not stepped and holds nobody up.
 """
 
 from __future__ import annotations

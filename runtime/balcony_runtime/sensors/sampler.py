@@ -23,8 +23,8 @@ from balcony_runtime.sensors.plausible import Plausibility
 
 #: Highest sampling rate: that of the controller's slow loop (``governor.TICK_S``); most drivers average over 100 ms and more.
 MAX_RATE_HZ = 10.0
-#: Longest time between two discoveries. A source without readings is tried again after 2, 4, 8 periods, and then this often,
-#: because opening NVML without a driver starts a program that tries to load it.
+#: Longest time between two discoveries. A source without readings is tried again after 2, 4, 8, 16 … periods, and
+#: at last this often, because opening NVML without a driver starts a program that tries to load it.
 REDISCOVER_S = 10.0
 #: Longest pause between two readings, in seconds, after which a sum is shown at once, and over which it grows: the
 #: mean of both ends is an estimate, and a part may have been absent for hours.

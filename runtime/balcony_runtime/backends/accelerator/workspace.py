@@ -2,8 +2,9 @@
 
 Owns the regions (row buffers, KV caches, small inputs of a pass) and a sequence's decode step as one captured program per
 exit: token table, stages, balcony, head and the choice of the most likely token run without Python or the host in between.
-Each graph is captured once, when the memory is made, and not in a decode step; the programs of the exits share these
-captures. I/O tables: those of the set ``graphs`` in :mod:`balcony_edge.bundle.manifest`, but with caches (B, H, S, d) of fixed
+Each graph is captured when the memory is made, and not in a decode step; the programs of the exits share these captures.
+Where the caches have two sides that take turns, it is captured for each side, and every graph is launched for itself.
+I/O tables: those of the set ``graphs`` in :mod:`balcony_edge.bundle.manifest`, but with caches (B, H, S, d) of fixed
 S, a graph ``embed`` (``ids`` int64 (B, T) → ``hidden_0``), and a second output ``argmax`` int64 (B, Q) of ``lm_head``.
 """
 

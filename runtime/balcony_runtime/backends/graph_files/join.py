@@ -1,9 +1,9 @@
 """Several ONNX graphs joined into one, on a device without the ONNX library.
 
 A session's run costs some 100 µs besides its kernels when every pass sweeps the weights through the caches, and a decode step
-runs up to six sessions. The joined graph needs one run. The files are joined as protobuf messages: nodes, initializers and
-value infos are copied with unique names, and inputs and outputs of the parts are connected by name. Weights are not touched:
-external data, also in packed form, stay in the files of the parts.
+runs one session for each stage, the balcony and the head. The joined graph needs one run. The files are joined as protobuf
+messages: nodes, initializers and value infos are copied with unique names, and inputs and outputs of the parts are
+connected by name. Weights are not touched: external data, also in packed form, stay in the files of the parts.
 """
 
 from __future__ import annotations

@@ -461,8 +461,8 @@ def run_step(runs: Iterable[Callable[[], object]], what: str = "a decode step") 
 def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], object]:
     """A call that runs ONNX Runtime's inner session object, or the public call if a version keeps that object elsewhere.
 
-    The public ``InferenceSession.run_with_iobinding`` is a Python wrapper that handles WebGPU's graphs: with cold caches it
-    takes 20 to 40 µs of a decode step (docs/LOG.md, "ONNX Runtime's Python wrapper looks for WebGPU's graphs at every run").
+    The public ``InferenceSession.run_with_iobinding`` is a Python wrapper that handles WebGPU's graphs: it takes 16
+    to 70 µs of a decode step (docs/LOG.md, "ONNX Runtime's Python wrapper looks for WebGPU's graphs at every run").
     """
     run = getattr(getattr(session, "_sess", None), "run_with_iobinding", None)
     inner = getattr(binding, "_iobinding", None)

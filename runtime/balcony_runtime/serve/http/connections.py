@@ -29,7 +29,8 @@ def bounded(head_s: float, unread_s: float, most: int) -> type[Connection]:
     """The class of the connections of one server.
 
     Args:
-        head_s: longest time from the first moment without a request to the end of the next request's headers.
+        head_s: longest time to the end of a request's headers, from the connection on, or from the first byte on if the
+            connection has had a request (until that byte ``KEEP_ALIVE_S`` holds).
         unread_s: longest time for which a client may leave a full buffer unread.
         most: most connections. One more closes the connection that has waited longest for a request.
     """

@@ -1,7 +1,8 @@
 """The service behind the routes: one loaded bundle, its names, and the replies in progress.
 
 Owns the slots and the bound of the queue. Everything here runs in the event loop, except :meth:`Service.load`,
-``_prepare`` and ``_compile``, which run in threads.
+``_prepare`` and ``_compile``, which run in threads; ``slots``, ``waiting`` and what else the metrics ask for, which a
+thread reads at any time; and :meth:`Service.close`, which runs after the loop has ended.
 """
 
 from __future__ import annotations
