@@ -100,14 +100,14 @@ def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None
         verdicts = Table("budget", "asked", "reached", "free", "held")
         words: dict[bool | None, str] = {True: "[green]yes[/]", False: "[red]no[/]"}
         for one in reply.verdicts:
-            reached = "" if one.reached is None else f"{_reached(one.reached, one.asked)} ({one.how})"
+            reached = "" if one.reached is None else f"{reached_words(one.reached, one.asked)} ({one.how})"
             free = "" if one.margin is None else f"{one.margin:.0%}"
             unknown = "not measured" if one.reached is None else "unknown: the sensor has gone"
             verdicts.add_row(one.key, f"{one.asked:g}", reached, free, words.get(one.held, f"[yellow]{unknown}[/]"))
         console.print(verdicts)
 
 
-def _reached(value: float, asked: float) -> str:
+def reached_words(value: float, asked: float) -> str:
     """Four digits, or more if these would be the asked value itself, or a power of ten (12345.6 MB)."""
     shown = f"{value:.4g}"
     return f"{value:g}" if "e" in shown or float(shown) == asked else shown

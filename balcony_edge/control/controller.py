@@ -77,7 +77,8 @@ SPIKE = 2.0
 #: A settled filter is at 0.012 (noise of 2 %). With a target of 1.10 times the full depth's own time, the full depth would
 #: otherwise never leave 5 % free (docs/LOG.md, "The way back in int4").
 UNSURE, LEAST_HYSTERESIS = 0.02, 0.4
-#: Tokens of a reply until two of its steps were measured: the time of the prompt says nothing, and one step may be an outlier.
+#: Tokens of a reply, without forced ones, until two of its steps were measured: the time of the prompt says nothing, and one
+#: step may be an outlier.
 UNMEASURED = 3
 
 
@@ -352,7 +353,7 @@ class Controller:
         come.
         """
         slowdown = scene.slowdown
-        if scene.seen.made_tokens < UNMEASURED and slowdown.mean > 0:
+        if scene.seen.made_tokens - scene.seen.forced_tokens < UNMEASURED and slowdown.mean > 0:
             # The load of earlier replies may have ended, and replies that are refused at once would never see that.
             unloaded = slowdown._replace(mean=0.0, ratio_mean=min(slowdown.ratio_mean, 1.0))
             scene = scene._replace(slowdown=unloaded)

@@ -50,6 +50,7 @@ class Observation(NamedTuple):
         started_s, now_s: time of the request and present time, on one clock.
         busy_s: time that all replies so far have spent on steps and pending rows.
         readings: latest reading of every sensor.
+        forced_tokens: number of ``made_tokens`` that no step made, because the structure of the reply left no other.
     """
 
     budget: Budget
@@ -62,6 +63,7 @@ class Observation(NamedTuple):
     now_s: float = 0.0
     busy_s: float = 0.0
     readings: tuple[Reading, ...] = ()
+    forced_tokens: int = 0
 
     @property
     def deadline_runs(self) -> bool:
@@ -260,7 +262,7 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
     if seen.deadline_runs and budget.deadline_s is not None:
         # without the waits of a pace, which are cut when the time runs out
         all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * steady_ms) / 1000
-        takes = f"{budget.expected_tokens} tokens take {all_s:.3g} s"
+        takes = f"{budget.expected_tokens} tokens take {_shown(all_s, budget.deadline_s, '.3g', '.6g')} s"
         words.append((all_s > budget.deadline_s, f"deadline_s = {budget.deadline_s:g}: {takes}"))
     if seen.made_tokens == 0 and budget.ttft_ms is not None:
         first_ms = now_ms + 1000 * (seen.now_s - seen.started_s)
@@ -270,10 +272,10 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
     return " and ".join(missed or [text for _, text in words])
 
 
-def _shown(value_ms: float, asked_ms: float) -> str:
-    """One decimal, or three if one would hide that a target is missed, as 0.5 ms for 0.54 of 0.5."""
-    digits = 1 if (round(value_ms, 1) > asked_ms) == (value_ms > asked_ms) else 3
-    return f"{value_ms:.{digits}f}"
+def _shown(value: float, asked: float, usual: str = ".1f", exact: str = ".3f") -> str:
+    """A time in its usual form, or in the exact one if that would hide a missed target, as 0.5 ms for 0.54 of 0.5."""
+    shown = f"{value:{usual}}"
+    return shown if (float(shown) > asked) == (value > asked) else f"{value:{exact}}"
 
 
 def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[object, ...]:

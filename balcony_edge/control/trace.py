@@ -143,6 +143,7 @@ class TraceWriter(LinesWriter):
             "infeasible": decision.infeasible,
             "reason": decision.reason,
             "made_tokens": seen.made_tokens,
+            "forced_tokens": seen.forced_tokens,
             "started_s": seen.started_s,
             "busy_s": seen.busy_s,
             "context_length": seen.context_length,
@@ -221,6 +222,7 @@ class _Line(pydantic.BaseModel):
     busy_s: float
     context_length: _Count
     made_tokens: _Count
+    forced_tokens: _Count = 0
     stage_rows: tuple[_Count, ...]
     balcony_rows: tuple[_Count, ...]
     last: tuple[int, float, float] | None
@@ -241,6 +243,7 @@ def _observation(line: dict[str, Any], costs: CostModel, budget: Budget, reading
         seen.now_s,
         seen.busy_s,
         readings,
+        seen.forced_tokens,
     )
 
 

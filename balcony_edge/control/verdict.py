@@ -185,11 +185,9 @@ class Watch:
 
     def _most_pace(self, budget: Budget) -> tuple[float | None, str]:
         reached, how = self._pace(budget)
-        if (
-            reached is not None and len(self._elapsed_s) > 1
-        ):  # a wait is from token to token: the reader's time is part of it
-            elapsed_s = self._elapsed_s[-1] - self._elapsed_s[0]
-            reached = min(reached, (len(self._elapsed_s) - 1) / max(elapsed_s, 1e-9))
+        gaps = len(self._elapsed_s) - 1
+        if reached is not None and gaps > 0:  # a wait is from token to token: the reader's time is part of it
+            reached = min(reached, gaps / max(self._elapsed_s[-1] - self._elapsed_s[0], 1e-9))
         return reached, how
 
     def _most(self, field: str) -> float | None:

@@ -73,7 +73,7 @@ class Chat:
         self._end_open_work()
         stream = self._llm.stream([*self.messages, *new], sequence=self.sequence, trace=trace, **options)
         self._limits = stream.request.limits
-        self._open_reply = TokenStream(self._recorded(new, stream), stream.request)
+        self._open_reply = TokenStream(self._recorded(_own(new), stream), stream.request)
         return self._open_reply
 
     def _recorded(self, new: list[Message], stream: TokenStream) -> Generator[Token]:
@@ -183,13 +183,20 @@ class Chat:
 
 
 def _messages(given: str | Message | Sequence[Message]) -> list[Message]:
-    """What is sent, as messages of our own: the sender may fill the same mapping again for the next turn."""
+    """What is sent, as messages."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if isinstance(given, Mapping):
-        return [dict(given)]
+        return [given]
     if not isinstance(given, list | tuple):
         raise InputError(f"message of type {type(given).__name__}: give a text, a message or a list of messages")
     if not given:
         raise InputError("no messages were given: give a text, a message or a list of messages")
-    return [dict(one) if isinstance(one, Mapping) else one for one in given]  # encode() refuses the others
+    return list(given)
+
+
+def _own(value: Any) -> Any:
+    """A copy of messages that were encoded, with their parts: the sender may fill them again for the next turn."""
+    if isinstance(value, Mapping):
+        return {key: _own(one) for key, one in value.items()}
+    return [_own(one) for one in value] if isinstance(value, list | tuple) else value

@@ -236,8 +236,9 @@ class TokenStream(Closing, Iterator[Token]):
                     self._finish_reason = "cancelled"
                 raise
             self._tokens.append(token)
-            self._finish_reason = token.finish_reason
             if token.finish_reason is not None:
+                self._finish_reason = token.finish_reason
+            if self._finish_reason is not None:  # also of a stream that was closed in the middle of this step
                 self._source.close()  # nobody need ask again for its place and its share of the time to be free
             return token
 

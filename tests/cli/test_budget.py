@@ -394,6 +394,17 @@ def test_odds_that_miss_are_not_shown_as_those_asked_for(probability: float, met
     assert _words(Check("tpot_ms", 5.0, 4.9, probability, met)) == f"tpot_ms 5: {words}"
 
 
+@pytest.mark.parametrize(
+    ("check", "words"),
+    [
+        (Check("energy_j_per_token", 0.1, 0.10003, None, False), "energy_j_per_token 0.1: missed (0.10003)"),
+        (Check("memory_mb", 12000.0, 12345.6, None, False), "memory_mb 12000: missed (12345.6)"),
+    ],
+)
+def test_a_value_that_misses_is_not_shown_as_the_one_asked_for(check: Check, words: str) -> None:
+    assert _words(check) == words
+
+
 def test_joules_of_a_profile_are_shown_where_they_were_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """Watts are measured at the least context only: after 400 tokens a step takes longer, and more joules."""
     (short,) = profile().entries

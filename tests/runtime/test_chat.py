@@ -19,6 +19,7 @@ from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, TokenStream
+from balcony_runtime.text import StopStrings
 
 
 def finish(stream: Any) -> Reply:
@@ -148,6 +149,10 @@ def test_a_message_that_its_sender_fills_again_stays_in_the_history(llm: LLM) ->
         finish(chat.send(given, max_new_tokens=2, ignore_eos=True))
         message["content"] = "why"
         assert chat.messages[-2] == {"role": "user", "content": "the fox"}
+    chat, part = llm.chat(), {"type": "text", "text": "the fox"}
+    finish(chat.send({"role": "user", "content": [part]}, max_new_tokens=2, ignore_eos=True))
+    part["text"] = "why"
+    assert chat.messages[-2]["content"] == [{"type": "text", "text": "the fox"}]
 
 
 def test_cancelling_ends_before_the_next_token_and_keeps_what_was_said(llm: LLM) -> None:
@@ -322,3 +327,18 @@ def test_a_stream_may_be_closed_in_the_middle_of_its_own_step(llm: LLM, monkeypa
     monkeypatch.setattr(TokenSequence, "step", closing)
     assert next(stream, None) is None
     assert stream.reply.finish_reason == "cancelled" and not llm._requests.scheduler._streams
+
+
+def test_a_stream_may_be_closed_while_its_token_is_told(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler of a signal may come after the last look at whether the stream was cancelled."""
+    stream = llm.stream([1, 2], max_new_tokens=100, ignore_eos=True)
+    push = StopStrings.push
+
+    def closing(self: StopStrings, text: str) -> Any:
+        stream.close()
+        return push(self, text)
+
+    monkeypatch.setattr(StopStrings, "push", closing)
+    next(stream)
+    assert stream.reply.finish_reason == "cancelled" and not llm._requests.scheduler._streams
+    assert len(stream.reply.tokens) == 1 and next(stream, None) is None

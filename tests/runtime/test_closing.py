@@ -67,3 +67,19 @@ with balcony_edge.load({str(tiny.path)!r}) as llm:
         done.stdout
         == "this bundle was loaded before this process was forked: load bundles after a fork only, or spawn\n"
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_helpers_of_its_own() -> None:
+    """A bundle that it loads would wait for ever for a mask from the threads of the other process."""
+    program = """
+import os, time
+from balcony_runtime.structure.grammar import _helpers
+assert _helpers().submit(int).result(10) == 0
+time.sleep(0.5)  # until the thread is idle
+child = os.fork()
+if not child:
+    os._exit(_helpers().submit(int, "7").result(10))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=True)

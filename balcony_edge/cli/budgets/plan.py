@@ -13,7 +13,7 @@ from rich.table import Table
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli.console import depth_styles, stderr, stdout
-from balcony_edge.cli.show import say_doubts
+from balcony_edge.cli.show import reached_words, say_doubts
 from balcony_edge.errors import ContextLengthError
 
 if TYPE_CHECKING:
@@ -109,5 +109,5 @@ def _words(check: Check) -> str:
     answer = {True: "met", False: "missed", None: "unknown"}[check.met]
     # cut off: 0.8996 misses a probability of 0.9, and would be shown as that
     odds = "" if check.probability is None else f", p={math.floor(100 * check.probability + 1e-9) / 100:.2f}"
-    expected = "not measured" if check.expected is None else f"{check.expected:.4g}"
+    expected = "not measured" if check.expected is None else reached_words(check.expected, check.asked)
     return f"{check.target} {check.asked:g}: {answer} ({expected}{odds})"

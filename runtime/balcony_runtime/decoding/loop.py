@@ -149,7 +149,7 @@ class Decoder:
         self._read: Readings = (), 0.0
         #: Time of the request.
         self.started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
-        self._made = self._late = 0
+        self._made = self._late = self._forced = 0
         self._rows_run = sequence.rows_run  # at the last token
         #: Tokens that were made, and that nobody has taken yet: an interrupt may come in between, or while a token waits for
         #: its pace. The next step brings them. Who takes them empties the list.
@@ -300,6 +300,7 @@ class Decoder:
             now_s=now_s,
             busy_s=self._learned.busy_ns / 1e9,
             readings=self._read[0],
+            forced_tokens=self._forced,
         )
         return self._seen
 
@@ -403,6 +404,7 @@ class Decoder:
     def _forced_steps(self, forced: list[int], last: Step) -> list[Step]:
         """Steps of forced tokens, which came with another token."""
         self._made += len(forced)
+        self._forced += len(forced)
         decision, target_ms = last.decision._replace(drafted=0), self._budget.tpot_ms
         given = last._replace(
             logits=None, decision=decision, target_ms=target_ms, latency_ms=0.0, caught_up_rows=0, forced=True

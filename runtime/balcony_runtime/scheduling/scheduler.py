@@ -294,8 +294,7 @@ class Scheduler:
             if begins:
                 self._look_again(begins)
                 begin_ns = time.perf_counter_ns()  # copies, and places made ready, are no part of the measurement
-            for stream in [one for one in asking if one.asks and one.decoder.untold]:
-                # The tokens of a step that was interrupted after it had made them.
+            for stream in [one for one in asking if one.asks and one.decoder.untold]:  # after an interrupted step
                 stream.answer(stream.decoder.step())
             if not (asking := [one for one in asking if one.asks]):
                 return
@@ -428,10 +427,8 @@ class Scheduler:
         unusual = any(not stream.decoder.begun for stream in logits) or prepared != (self._pool and self._pool.prepared)
         self._company, self._state, self._last = frozenset(moves) or self._company, state, None
         self._told = self._learned.follow(state.slowdown, state.governor)
-        if (
-            self._trace is not None and self._priced is not None
-        ):  # not before the step: an interrupted round is decided again
-            try:
+        if self._trace is not None and self._priced is not None:
+            try:  # not before the step: an interrupted round is decided again
                 self._trace.write(self._priced, self._quality, before, seen, found, ended)
             except (InputError, TypeError, ValueError) as error:  # a full disk or an odd reading ends no reply
                 _log.warning("no rounds are recorded any more: %s", error)

@@ -8,6 +8,7 @@ exits or sampling.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -302,6 +303,10 @@ def _line(reason: str) -> str:
 @cache
 def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(HELPERS, thread_name_prefix="balcony-grammar")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of these threads, and the pool would start no others
+    os.register_at_fork(after_in_child=_helpers.cache_clear)
 
 
 def _llguidance() -> Any:

@@ -293,6 +293,14 @@ def test_a_load_that_goes_on_refuses_a_reply_after_two_measured_steps() -> None:
     assert Controller(SMALL).decide(state, seen._replace(made_tokens=3))[1].refusal(budget) is not None
 
 
+def test_forced_tokens_measure_nothing() -> None:
+    """A structure may force six tokens with the first: the reply then has no measured step, and nothing was learned."""
+    budget, state = Budget(tpot_ms=10.0, on_infeasible="error"), settled(4, mean=math.log(3)).for_next_reply()
+    seen = Observation(budget, 0, STEADY, STEADY, None, made_tokens=7, forced_tokens=6)
+    assert Controller(SMALL).decide(state, seen)[1].refusal(budget) is None
+    assert Controller(SMALL).decide(state, seen._replace(forced_tokens=4))[1].refusal(budget) is not None
+
+
 @pytest.mark.parametrize(
     ("budget", "infeasible"),
     [  # the prompt takes 755 ms at the shallowest exit, though a step takes 5

@@ -201,6 +201,7 @@ EVERY_TARGET = Budget(tpot_ms=20, ttft_ms=500, deadline_s=2, expected_tokens=50)
     [
         (Budget(tpot_ms=20), 1, 30.0, 25.04, "tpot_ms = 20: a step takes 25.0 ms"),
         (Budget(tpot_ms=0.5), 1, 0.54, 0.54, "tpot_ms = 0.5: a step takes 0.540 ms"),
+        (Budget(deadline_s=2, expected_tokens=50), 10, 42.0, 37.5, "deadline_s = 2: 50 tokens take 2.0045 s"),
         # 0.5 s have passed; 300 ms, then 49 × 20 ms
         (EVERY_TARGET, 0, 600.0, 15.0, "ttft_ms = 500: the first token takes 1100.0 ms"),
         (

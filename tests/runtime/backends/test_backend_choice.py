@@ -75,7 +75,13 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
             "tensorrt_rtx 1.8",
             "89",
             "built by tensorrt_rtx 1.7, but this machine has tensorrt_rtx 1.8: build again with `balcony-edge build BUNDLE "
-            "--target rtx --precision fp16`",
+            "--target rtx --precision fp16 --sm 86,89`",
+        ),
+        (  # it is built for all GPUs that TensorRT-RTX takes without being told
+            engine_set(compute_capabilities=()),
+            "tensorrt_rtx 1.8",
+            "89",
+            "build again with `balcony-edge build BUNDLE --target rtx --precision fp16`",
         ),
         (
             engine_set(),

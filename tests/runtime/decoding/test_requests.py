@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.control.trace import TraceWriter, read_trace
 from balcony_edge.errors import InputError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.sampling import SamplingParams
@@ -106,6 +108,17 @@ def test_prices_of_another_type_are_refused(llm: LLM) -> None:
     other: Any = "device.json"
     with pytest.raises(InputError, match="costs of type str: give a CostModel"):
         llm.costs = other
+
+
+def test_the_controller_is_told_which_tokens_were_forced(llm: LLM, tmp_path: Path) -> None:
+    """They are made, and no step was measured for them."""
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
+    with TraceWriter(tmp_path / "run.jsonl") as trace:
+        tokens = list(llm.stream([1, 2, 3], sampling=SamplingParams(json_schema=schema), trace=trace))
+    made = max(place for place, token in enumerate(tokens) if not token.forced)
+    seen = read_trace(tmp_path / "run.jsonl")[-1].seen
+    assert (seen.made_tokens, seen.forced_tokens) == (made, sum(token.forced for token in tokens[:made]))
+    assert seen.forced_tokens > 0
 
 
 def test_two_threads_do_not_get_one_sequence(llm: LLM) -> None:

@@ -234,10 +234,11 @@ def _refuse_misfits(directory: Path, engines: EngineSet, here: str, capability: 
 
 
 def _build(engines: EngineSet, sm: str = "") -> str:
-    """The command that builds a set; without these options it would build another one."""
+    """The command that builds a set; without these options it would build another one, or for other GPUs."""
     options = ["--target", engines.target, "--precision", engines.precision]
     options += ["--operators", "plain"] if engines.operators == "plain" else []
-    options += ["--sm", sm] if sm else []
+    if sm := sm or ",".join(engines.compute_capabilities if engines.target == "rtx" else ()):
+        options += ["--sm", sm]
     return f"`balcony-edge build BUNDLE {' '.join(options)}`"
 
 

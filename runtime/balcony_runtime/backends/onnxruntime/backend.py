@@ -123,7 +123,7 @@ def open_session(
 
 def _memory_ran_out(error: BaseException | None) -> bool:
     """Whether ONNX Runtime found no memory for a graph, whose file is then as good as before."""
-    words = ("bad_alloc", "failed to allocate memory")
+    words = ("bad_alloc", "bad allocation", "failed to allocate memory")  # the second is that of Windows
     return isinstance(error, MemoryError) or any(part in str(error).lower() for part in words)
 
 
