@@ -365,8 +365,8 @@ def load_budget(path: str | os.PathLike[str]) -> Budget:
         BudgetError: one line that names the file, and the key where one is wrong.
     """
     try:
-        with Path(path).open("rb") as file:
-            document = tomllib.load(file)
+        # editors on Windows begin a file with a byte order mark
+        document = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise BudgetError(
             f"{os.fspath(path)}: there is no such file; name a budget file such as profiles/interactive.toml"

@@ -16,7 +16,7 @@ import pytest
 from typer.main import get_command
 
 import balcony_edge
-from balcony_edge.bundle.manifest import MANIFEST, Manifest
+from balcony_edge.bundle.manifest import MANIFEST, BlockSpec, Manifest
 from balcony_edge.cli import app
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
@@ -215,6 +215,16 @@ def test_the_manifest_and_the_format_page_list_the_same_files() -> None:
 
     page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     assert files(page) == files((ROOT / "balcony_edge" / "bundle" / "manifest.py").read_text(encoding="utf-8"))
+
+
+def test_the_format_page_says_how_a_token_table_is_stored() -> None:
+    """A reader of another project has this page only."""
+    text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    _, _, rules = text.partition("\n## The token table\n")
+    rules, _, _ = rules.partition("\n## ")
+    keys = ("offset", "dtype", "scale", "blocks", *BlockSpec.model_fields)
+    assert not [key for key in keys if f"`{key}`" not in rules]
+    assert "little-endian" in rules and "low bits" in rules
 
 
 def test_the_format_page_has_the_graphs_of_a_real_bundle(tiny: Any) -> None:

@@ -134,7 +134,9 @@ def _explain(error: OSError) -> bool:
     cure = "free space or files, or name another path" if full else "make it accessible, or name another path"
     line = f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}"
     known = full or error.errno in (errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
-    if error.filename is None:  # an error of a standard stream
+    if error.filename is None and error.errno == errno.ENOENT:  # of os.getcwd, for a relative path
+        known, line = True, "balcony-edge: the current directory was removed: change to another one"
+    elif error.filename is None:  # an error of a standard stream
         line = f"balcony-edge: stdout: cannot be written ({error.strerror}): free space, or write to another place"
         known = error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)
         if known:

@@ -17,6 +17,14 @@ from rich.style import Style
 class _Screen(Console):
     """A console that shows control characters as symbols: texts from strangers' files must not command the terminal."""
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether its stream is a terminal.
+
+        rich takes every file for one with FORCE_COLOR, which many CI services set: a reply in a file would get colours.
+        """
+        return super().is_terminal and (bool(self._force_terminal) or self.file.isatty())
+
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
         parts = (part if part.control else Segment(visible(part.text), part.style) for part in buffer)
         return super()._render_buffer(parts)

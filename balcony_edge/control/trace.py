@@ -1,8 +1,9 @@
 """Traces: a run recorded as JSON lines, from which the same decisions can be made again.
 
 Owns the file format: a header (``{"trace": 1, "costs": ...}``), a line before the first token of every budget
-(``{"budget": ...}``), and a line per token with the controller's input and decision. The first line of a reply also has
-the controller's ``state``. Readings are written only when they changed. A trace holds neither text nor tokens.
+(``{"budget": ...}``), and a line per decision with its input: one for each token, or for all tokens of a round of drafts.
+The first line of a reply also has the controller's ``state``. Readings are written only when they changed. A trace holds
+neither text nor tokens.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class LinesWriter(Closing):
 
 
 class TraceWriter(LinesWriter):
-    """Writes the controller's input and decision, one line per token. A context manager that closes the file.
+    """Writes the controller's input and decision, one line per token or round of drafts. A context manager.
 
     Example:
         with TraceWriter("run.jsonl") as trace:
@@ -123,7 +124,7 @@ class TraceWriter(LinesWriter):
         self._start = state
 
     def write(self, costs: CostModel, seen: Observation, decision: Decision, latency_ms: float, pending: int) -> None:
-        """Add one token."""
+        """Add one decision."""
         if costs is not self._costs:
             self._costs, self._budget = costs, None
             self._line({"trace": VERSION, "costs": asdict(costs)})

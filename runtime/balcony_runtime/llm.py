@@ -274,7 +274,7 @@ class LLM(Closing):
         Args:
             prompt: text, chat messages, or token ids.
             sequence: sequence to continue; rows that its tokens share with the prompt are kept, the others rolled back.
-            trace: writer that records the controller's input and decision, one line per token.
+            trace: writer that records the controller's input and decision, one line per token or round of drafts.
             options: any of the following.
 
         Options:
@@ -395,13 +395,17 @@ class LLM(Closing):
         decoder = Decoder(sequence, rows, sampler, environment)
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        for _, step in zip(range(first.max_new_tokens), decoder.steps(), strict=False):
-            for member, token in enumerate(step.ids.tolist()):
-                ended[member] = ended[member] or token in first.ends
-                if not ended[member]:
-                    replies[member].append(token)
-            if all(ended):
-                break
+        slowdown = self._learned.state.slowdown
+        try:
+            for _, step in zip(range(first.max_new_tokens), decoder.steps(), strict=False):
+                for member, token in enumerate(step.ids.tolist()):
+                    ended[member] = ended[member] or token in first.ends
+                    if not ended[member]:
+                        replies[member].append(token)
+                if all(ended):
+                    break
+        finally:  # how long steps of several rows take says nothing about those of one
+            self._learned.state = self._learned.state._replace(slowdown=slowdown)
         texts = (request.text for request in requests)
         return ["".join(map(text.push, reply)) + text.flush() for text, reply in zip(texts, replies, strict=True)]
 

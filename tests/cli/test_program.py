@@ -22,6 +22,7 @@ from safetensors import safe_open
 from balcony_edge.budget import Budget
 from balcony_edge.cli.device.serve import JsonLines
 from balcony_edge.errors import InputError
+from balcony_export.data.documents import read_documents
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.serve.http.server import Settings
 from balcony_runtime.serve.work.service import Limits
@@ -76,6 +77,16 @@ def test_a_closed_stdout_is_not_an_error(tiny: Any, arguments: str) -> None:
     command = f"{sys.executable} -m balcony_edge {arguments.replace('BUNDLE', str(tiny.path))} >&-"
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("live", [(), ("--live",)])
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_reply_in_a_file_has_no_colours(tiny: Any, variable: str, live: tuple[str, ...]) -> None:
+    """FORCE_COLOR, which many CI services set, makes a terminal of every console of rich."""
+    options = ("the fox", "-n", "20", "--temperature", "3", "--seed", "1")
+    done = invoke("run", tiny.path, *options, *live, env={**os.environ, variable: "1", "TERM": "xterm"})
+    assert done.returncode == 0 and done.stdout == invoke("run", tiny.path, *options).stdout, done
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -138,6 +149,22 @@ def test_input_that_is_not_utf_8(tiny: Any, tmp_path: Path) -> None:
     file = tmp_path / "latin.txt"
     file.write_bytes("Käse".encode("latin-1"))
     refused_here(f"--file {file}: is not UTF-8 at byte 1", "run", tiny.path, "--file", file)
+
+
+def test_a_byte_order_mark_is_no_text(tiny: Any, tmp_path: Path) -> None:
+    """Editors on Windows begin files in UTF-8 with it."""
+    (prompt := tmp_path / "prompt.txt").write_text("the quick brown fox\n", encoding="utf-8-sig")
+    (budget := tmp_path / "b.toml").write_text("exit_layer = 2\n", encoding="utf-8-sig")
+    (schema := tmp_path / "s.json").write_text('{"enum": ["fox"]}', encoding="utf-8-sig")
+    common = ("run", tiny.path, "--json", "-n")
+    marked = json.loads(invoke_here(*common, "6", "--file", prompt, "--budget", budget).stdout)
+    plain = json.loads(invoke_here(*common, "6", "the quick brown fox", "--exit", "2").stdout)
+    assert [marked[key] for key in ("prompt_tokens", "text")] == [plain[key] for key in ("prompt_tokens", "text")]
+    assert json.loads(invoke_here(*common, "40", "fox", "--json-schema", schema).stdout)["text"] == '"fox"'
+    for name, text in (("a.txt", "the fox"), ("a.jsonl", '{"text": "the fox"}'), ("a.raw", " = The fox = \n")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        (document,) = read_documents(tmp_path / name)
+        assert document.text.strip(" =\n").lower() == "the fox"
 
 
 @pytest.mark.parametrize("verb", ["run", "inspect", "eval", "profile"])
@@ -413,3 +440,20 @@ def test_every_line_of_the_servers_log_is_json() -> None:
 def test_what_is_no_number_is_a_usage_error(tiny: Any, option: str) -> None:
     for value in ("nan", "inf"):
         refused_here(f"Invalid value for '{option}'", "serve", tiny.path, option, value, code=2)
+
+
+def test_run_names_the_budget_that_does_not_fit_the_bundle(tiny: Any, tmp_path: Path) -> None:
+    budget = tmp_path / "b.toml"
+    for text in ("exit_layer = 4", "min_exit = 9", "min_agreement = 0.5", "policy = 'confident'"):
+        budget.write_text(text)
+        refused_here(f"balcony-edge: {budget}: {text}", "run", tiny.path, "hi", "--budget", budget)
+
+
+def test_a_current_directory_that_was_removed_is_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    line = "balcony-edge: the current directory was removed: change to another one"
+    refused_here(line, "export", tiny_checkpoint, "--exits", "2", "-o", "out")

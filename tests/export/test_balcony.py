@@ -170,6 +170,11 @@ def _edit(key: str, value: Any) -> Callable[[Path], None]:
     return damage
 
 
+def _of_a_later_format(path: Path) -> None:
+    """It has no module, and its exits are a list."""
+    (path / "balconies.json").write_text(json.dumps({"format_version": 9, "exits": [2, 3]}))
+
+
 def _escape(path: Path) -> None:
     index = json.loads((path / "balconies.json").read_text())
     index["exits"]["3"]["file"] = "../outside.safetensors"
@@ -184,6 +189,7 @@ def _escape(path: Path) -> None:
         (_poison, r"balcony 3: norm\.weight has values that are not finite"),
         (_reshape, r"norm\.weight is \(8,\), the base model needs \(32,\)"),
         (_edit("format_version", 9), "format 9"),
+        (_of_a_later_format, "format 9"),
         (_edit("module", "lstm"), "module 'lstm'"),
         (_edit("exits", []), "is damaged"),
         (_escape, "is damaged"),

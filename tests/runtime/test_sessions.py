@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -310,7 +311,9 @@ def test_names_that_the_system_refuses_are_named(llm: LLM, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize(
-    "extra", [{"meta": object()}, {"meta": "\udcff"}, {5: "x"}], ids=["object", "surrogate", "key"]
+    "extra",
+    [{"meta": object()}, {"meta": "\udcff"}, {5: "x"}, {"meta": [{5: "x"}]}, {"meta": {"score": math.nan}}],
+    ids=["object", "surrogate", "key", "inner key", "nan"],
 )
 def test_messages_that_are_no_json_are_named(llm: LLM, tmp_path: Path, extra: dict[Any, Any]) -> None:
     talk = llm.chat()

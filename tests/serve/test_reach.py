@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from balcony_edge.errors import InputError
+from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.serve.http.server import Server, Settings
 from tests.serve.client import CHAT, HELLO
 from tests.serve.conftest import with_template
@@ -112,6 +112,14 @@ def test_a_name_with_several_addresses_is_listened_on_at_each(monkeypatch: pytes
 def test_a_name_that_is_none() -> None:
     with pytest.raises(InputError, match=r"--host a\.\.b: is not an address of this machine"):
         Server(lambda: pytest.fail("it must not load"), Settings(port=0, host="a..b"))
+
+
+def test_budget_files_are_read_before_the_bundle(tmp_path: Path) -> None:
+    (tmp_path / "chat.toml").write_text("tpot = 12\n", encoding="utf-8")
+    refusals = {tmp_path / "none": "none: is not a directory", tmp_path: r"chat\.toml: tpot = 12: no such key"}
+    for folder, why in refusals.items():
+        with pytest.raises(BalconyError, match=why):
+            Server(lambda: pytest.fail("it must not load"), Settings(port=0, budgets=folder))
 
 
 def test_any_page_without_a_key_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:

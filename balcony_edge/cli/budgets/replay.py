@@ -41,7 +41,7 @@ def replay(
 
 
 def _replay_tokens(trace: Path, as_json: bool) -> None:
-    """Decide about the tokens of one reply again."""
+    """Decide about the tokens of one reply again; a round of drafts is one decision."""
     from balcony_edge.control.trace import read_trace
     from balcony_edge.control.trace import replay as decide_again
 
@@ -57,7 +57,7 @@ def _replay_tokens(trace: Path, as_json: bool) -> None:
             differences.append({"token": number, "now_s": token.seen.now_s, "recorded": then, "again": now})
     shares = ", ".join(f"{count} at exit {layer}" for layer, count in sorted(exits.items(), reverse=True))
     facts = {"tokens": len(recorded), "exits": {str(e): n for e, n in sorted(exits.items())}}
-    _tell(facts, f"{len(recorded)} tokens: {shares}", differences, as_json)
+    _tell(facts, f"{len(recorded)} decisions: {shares}", differences, as_json)
 
 
 def _replay_rounds(trace: Path, as_json: bool) -> None:

@@ -99,6 +99,7 @@ def run(
     Only the reply goes to stdout; its cost goes to stderr.
     """
     import balcony_edge
+    from balcony_edge.cli.budgets.budget import named_refusal
     from balcony_edge.cli.device.chat import converse
     from balcony_edge.cli.device.live import show_live
     from balcony_edge.control.trace import TraceWriter
@@ -126,9 +127,13 @@ def run(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
     asked = _budget(tpot_ms, exit_layer, budget, policy)
     where: dict[str, Any] = {"threads": threads, "packed": packed, "device": device, "engines": engines}
-    with balcony_edge.load(bundle, budget=asked, profile=profile, **where) as llm:
+    # before the bundle: a place that cannot be written is refused now
+    recorder = nullcontext() if record is None else TraceWriter(record)
+    with named_refusal(None if policy else budget):  # of what does not fit this bundle
+        loaded = balcony_edge.load(bundle, budget=asked, profile=profile, **where)
+    with loaded as llm:
         styles = depth_styles(llm.exit_layers)
-        with nullcontext() if record is None else TraceWriter(record) as writer:
+        with recorder as writer:
             if text is None:
                 if not llm.codec.has_chat_template:
                     raise InputError(f"{bundle}: has no chat template: give a prompt, which it continues as a text")
@@ -171,8 +176,8 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
 
     def content() -> str:
         if file is not None and file != Path("-"):
-            return file.read_bytes().decode()
-        return "" if sys.stdin is None else sys.stdin.buffer.read().decode()  # None: stdin is closed
+            return file.read_bytes().decode("utf-8-sig")  # editors on Windows begin a file with this mark
+        return "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8-sig")  # None: stdin is closed
 
     where = "standard input" if file is None else f"--file {file}"
     return _read(where, content, "name a text file, or - for stdin").removesuffix("\n").removesuffix("\r")
@@ -182,7 +187,7 @@ def _text_of(option: str, file: Path | None) -> str | None:
     """Text of a file, or None without one."""
     if file is None:
         return None
-    return _read(f"{option} {file}", lambda: file.read_text(encoding="utf-8"), "name a text file")
+    return _read(f"{option} {file}", lambda: file.read_text(encoding="utf-8-sig"), "name a text file")
 
 
 def _read(where: str, content: Callable[[], str], cure: str) -> str:

@@ -46,7 +46,7 @@ def cut(
     from balcony_edge.device.machine import checked_threads
     from balcony_export.data.corpus import build_corpus
     from balcony_export.model.architecture import longest_context
-    from balcony_export.model.balcony_files import load_balconies
+    from balcony_export.model.balcony_files import load_balconies, refuse_missing
     from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.model.exits import ExitModel
     from balcony_export.output import refuse_existing
@@ -56,6 +56,7 @@ def cut(
 
     refuse_existing(output)
     scheme = _scheme(mlp, tune_steps, precision)
+    refuse_missing(balconies)
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
     with progress_bar() as progress:

@@ -97,7 +97,8 @@ def evaluate(
     if is_bundle and balconies is not None:
         raise InputError(f"{subject} is a bundle, which has its own balconies: leave --balconies out")
     if not is_bundle:
-        _refuse_for_a_model(subject, model, device, engines)
+        _refuse_for_a_model(subject, model, device, engines, balconies)
+    _refuse_unknown(names, data)
     with progress_bar() as progress:
         progress("loading", 0.0)
         scorer = (
@@ -116,11 +117,24 @@ def evaluate(
         _keep(Path(subject), keeper, report)
 
 
-def _refuse_for_a_model(subject: str, model: str | None, device: str, engines: str | None) -> None:
+def _refuse_unknown(tasks: list[str], data: Path | None) -> None:
+    """Refuse names and files of tasks before a model is loaded, which may take minutes."""
+    if tasks:
+        from balcony_export.evaluate.tasks import refuse_unknown
+
+        refuse_unknown(tasks, data)
+
+
+def _refuse_for_a_model(
+    subject: str, model: str | None, device: str, engines: str | None, balconies: Path | None
+) -> None:
+    from balcony_export.model.balcony_files import refuse_missing
+
     if model is not None:
         raise InputError(f"{subject} is a model, which is compared with its own full depth: leave --model out")
     if device != "cpu" or engines is not None:
         raise InputError(f"{subject} is a model, which runs in PyTorch: leave --device and --engines out")
+    refuse_missing(balconies)
 
 
 def _keep(bundle: Path, before: Manifest, report: Report) -> None:

@@ -69,13 +69,14 @@ def export(
 ) -> None:
     """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
     from balcony_export.export import ExportOptions, export_bundle
+    from balcony_export.model.architecture import describe
     from balcony_export.model.balcony import parse_exits
+    from balcony_export.model.balcony_files import refuse_missing
     from balcony_export.model.checkpoint import load_model, load_tokenizer, model_name
     from balcony_export.model.exits import ExitModel
     from balcony_export.output import refuse_existing
-    from balcony_export.precision import Judge, QualityBudget, export_within, parse_budget, read_judged_texts
+    from balcony_export.precision import Judge, QualityBudget, export_within, parse_budget
     from balcony_export.quantize.blocks import parse_precision
-    from balcony_export.quantize.gptq import calibration_rows
     from balcony_export.verify import ParityCheck, require_all_passed, verify
 
     refuse_existing(output)
@@ -86,19 +87,22 @@ def export(
         _refuse_engines(scheme, quality_budget)
     kl = None if quality_budget is None else parse_budget(quality_budget)
     _refuse_mismatches(kl, scheme, calibration, evaluate)
+    refuse_missing(balconies)
     with progress_bar() as progress:
+        rows, texts = _read_texts(model, calibration, evaluate)  # first, because loading may take minutes
         progress("loading the model", 0.0)
         # running the model needs float32; only writing it needs the checkpoint's own type, half the memory
         loaded = load_model(model, keep_dtype=not (check or calibration or evaluate))
         tokenizer = load_tokenizer(model)
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
+        if tensorrt is not None and describe(loaded, "", context_length).recurrent:
+            raise InputError("--tensorrt: the model has recurrent layers, for which there are no graphs: leave it out")
         opened = ExitModel.open(loaded, layers, balconies, exit_module or "decoder")
-        rows = calibration_rows(calibration, tokenizer) if calibration else []
         # an early exit through the model's own norm has nothing of its own to train
         trained = balconies is not None or exit_module == "none"
         checks: list[ParityCheck] = []
         label = one_line(name) if name else model_name(model)
-        judge = Judge(opened, tokenizer, read_judged_texts(evaluate, tokenizer), name=label) if evaluate else None
+        judge = Judge(opened, tokenizer, texts, name=label) if evaluate else None
 
         def verified(directory: Path) -> None:
             if judge is not None and kl is None:
@@ -120,6 +124,21 @@ def export(
         from balcony_edge.cli.workstation.build import BuildOptions, build_into, default_context
 
         build_into(output, BuildOptions("rtx", tensorrt, "fused", default_context(output)), {})
+
+
+def _read_texts(
+    model: str, calibration: list[Path] | None, evaluate: list[Path] | None
+) -> tuple[list[list[int]], dict[str, list[tuple[int, ...]]]]:
+    """Tokens of the text to round by, and of each text to measure on."""
+    from balcony_export.model.checkpoint import load_tokenizer
+    from balcony_export.precision import read_judged_texts
+    from balcony_export.quantize.gptq import calibration_rows
+
+    if not calibration and not evaluate:
+        return [], {}
+    tokenizer = load_tokenizer(model)
+    rows = calibration_rows(calibration, tokenizer) if calibration else []
+    return rows, read_judged_texts(evaluate or [], tokenizer)
 
 
 def _refuse_mismatches(

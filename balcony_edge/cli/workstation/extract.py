@@ -30,6 +30,7 @@ def extract(
     Weights keep the checkpoint's type; those of a GGUF file become float32.
     """
     from balcony_export.model.balcony import parse_exits
+    from balcony_export.model.balcony_files import refuse_missing
     from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.model.exits import ExitModel
     from balcony_export.output import refuse_existing
@@ -37,6 +38,7 @@ def extract(
     from balcony_export.variants.extract import layout_warning
 
     refuse_existing(output)
+    refuse_missing(balconies)
     loaded = load_model(model, keep_dtype=True)
     exits = parse_exits(exit_, loaded.config.num_hidden_layers, "--exit")
     if len(exits) != 1:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -134,16 +135,8 @@ def train(
         torch.set_num_threads(checked_threads(threads))
     if steps is None and minutes is None:
         raise InputError("the length of the run is missing: give --tokens, --steps or --minutes")
-    # before Processes joins them: after that, under FSDP, transformers would load weights in the first one only
-    loaded = load_trainable(model, seq_len)
-    uncut = None if teacher is None else _load_teacher(teacher, model, seq_len, loss)
-    layers = parse_exits(exits, loaded.config.num_hidden_layers)
-    _refuse_trained(output, layers, start)
-    _refuse_checkpoint(run_directory(output, layers), resume)
-    begun = None if start is None or resume else load_balconies(start, loaded, layers)  # a checkpoint has the weights
-    begins_as, kind = _start(context, init, exit_module, start)
     config = TrainConfig(
-        exits=layers,
+        exits=(),  # these follow with the model: what is wrong of the rest is said before it is loaded
         steps=steps,
         minutes=minutes,
         seq_len=seq_len,
@@ -161,8 +154,6 @@ def train(
         clip=clip,
         average=average,
         precision=precision,
-        start=begins_as,
-        module=kind,
         loss=loss,
         seed=seed,
         evaluate_every=evaluate_every,
@@ -170,8 +161,18 @@ def train(
         cache_gb=cache_gb,
     )
     config.check()
+    shares = _shares(mix or [])
+    # before Processes joins them: after that, under FSDP, transformers would load weights in the first one only
+    loaded = load_trainable(model, seq_len)
+    uncut = None if teacher is None else _load_teacher(teacher, model, seq_len, loss)
+    layers = parse_exits(exits, loaded.config.num_hidden_layers)
+    _refuse_trained(output, layers, start)
+    _refuse_checkpoint(run_directory(output, layers), resume)
+    begun = None if start is None or resume else load_balconies(start, loaded, layers)  # a checkpoint has the weights
+    begins_as, kind = _start(context, init, exit_module, start)
+    config = replace(config, exits=layers, start=begins_as, module=kind)
     config.check_processes(Processes().count)
-    packing = {"seq_len": seq_len, "seed": seed, "held_out_rows": held_out_rows, "mix": _shares(mix or [])}
+    packing = {"seq_len": seq_len, "seed": seed, "held_out_rows": held_out_rows, "mix": shares}
     text = PackedText(run_directory(output, layers) / PACKED, data, load_tokenizer(model), **packing)
     begin = None
     if begun is not None and start is not None:

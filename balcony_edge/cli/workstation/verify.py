@@ -21,6 +21,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compare logits of every exit with PyTorch: prefill, decode, and backbone.onnx. Exit code 1 if a bound is exceeded."""
+    from balcony_export.model.balcony_files import refuse_missing
     from balcony_export.model.checkpoint import load_model, load_tokenizer
     from balcony_export.model.exits import ExitModel
     from balcony_export.verify import require_all_passed
@@ -28,6 +29,7 @@ def verify(
 
     manifest = Bundle.open(bundle).manifest
     layers, kind = manifest.exit_layers[:-1], manifest.exits[0].module
+    refuse_missing(balconies)
     with progress_bar() as progress:
         progress("loading the model", 0.1)
         exits = ExitModel.open(load_model(against), layers, balconies, kind)

@@ -105,7 +105,9 @@ def read_records(path: Path, forms: str) -> Iterator[tuple[str, Any]]:
     empty = True
     for number, given in enumerate(_lines(path, forms), start=1):
         try:
-            line = given.decode()
+            line = given.decode(
+                "utf-8-sig" if number == 1 else "utf-8"
+            )  # editors on Windows begin a file with this mark
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{path}:{number}: is not UTF-8 (byte {error.start} of the line): convert it first"
@@ -144,7 +146,7 @@ def _lines(path: Path, forms: str) -> Iterator[bytes]:
 
 def _content(path: Path, forms: str) -> str:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 (byte {error.start}): convert it first") from error
     except OSError as error:

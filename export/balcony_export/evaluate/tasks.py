@@ -139,6 +139,12 @@ def evaluate_model(lm: Any, tasks: Sequence[str], *, data: Path | None = None, l
         return _evaluate(lm, loaded, limit)
 
 
+def refuse_unknown(tasks: Sequence[str], data: Path | None) -> None:
+    """Refuse what :func:`evaluate_tasks` would without a look at the examples of the harness: names, and files of ``data``."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _manager([_spec(task, data, Path()) for task in tasks])
+
+
 @contextlib.contextmanager
 def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
     """The tasks; the readers' copies of their files are removed at the end."""

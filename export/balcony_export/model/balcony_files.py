@@ -297,6 +297,12 @@ def _canonical(value: Any) -> Any:
     return value if value is None or isinstance(value, bool) else str(value)
 
 
+def refuse_missing(balconies: Path | None) -> None:
+    """Refuse a directory without balconies now, and not after the minutes that loading a model may take."""
+    if balconies is not None:
+        read_index(balconies)
+
+
 def read_index(path: Path) -> dict[str, Any]:
     """The index of a directory of balconies.
 
@@ -312,21 +318,12 @@ def read_index(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}): make it readable") from error
     try:
         index = json.loads(content)
-        version, module, layer = index["format_version"], index["module"], index.get("layer")
-        known = layer is None if module == "none" else type(layer) is int and 0 <= layer < index["base"]["num_layers"]
-        complete = (
-            isinstance(index["base"], dict)
-            and known
-            and all(
-                re.fullmatch(r"[1-9][0-9]{0,3}", key)
-                and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", entry["file"])
-                and isinstance(entry["sha256"], str)
-                for key, entry in index["exits"].items()
-            )
-        )
+        version, module = index["format_version"], index.get("module")
+        known = version == FORMAT_VERSION and module in KINDS
+        complete = known and _is_complete(index)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: is damaged: copy it again, or train again") from error
-    if version != FORMAT_VERSION or module not in KINDS:
+    if not known:
         raise CheckpointError(
             f"{file}: has format {repr(version)[:20]} and module {repr(module)[:20]}: this version reads format "
             f"{FORMAT_VERSION} and modules {', '.join(KINDS)}: use the version of Balcony Edge that wrote it"
@@ -335,6 +332,23 @@ def read_index(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is damaged: copy it again, or train again")
     assert isinstance(index, dict)
     return index
+
+
+def _is_complete(index: dict[str, Any]) -> bool:
+    """Whether an index of this format has all its entries; one that is missing may also be a KeyError."""
+    layer = index.get("layer")
+    none = index["module"] == "none"
+    known = layer is None if none else type(layer) is int and 0 <= layer < index["base"]["num_layers"]
+    return (
+        isinstance(index["base"], dict)
+        and known
+        and all(
+            re.fullmatch(r"[1-9][0-9]{0,3}", key)
+            and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", entry["file"])
+            and isinstance(entry["sha256"], str)
+            for key, entry in index["exits"].items()
+        )
+    )
 
 
 def _check_base(path: Path, index: dict[str, Any], described: dict[str, Any]) -> None:

@@ -193,8 +193,9 @@ class Trainer:
 
     def _open_cache(self) -> StateCache | None:
         shape = (len(self.config.exits) + 1, self.config.seq_len, self.exits.model.config.hidden_size)
-        of = [self.base_facts, self.teacher_facts, list(self.config.exits), self.corpus.digest]
-        key = json.dumps([3, *of])  # 3: a teacher or none
+        # the precision of the passes, too: where the residual sum is float32, the states of both have that type
+        of = [self.base_facts, self.teacher_facts, self.config.precision, list(self.config.exits), self.corpus.digest]
+        key = json.dumps([4, *of])  # 3: a teacher or none; 4: the precision
         most = len(self.corpus.train.tokens)
         dtype = self._held_out_states()[0][0].dtype  # some backbones keep their residual sum in float32
         return StateCache.within(self.config.cache_gb, self.work / "states.bin", most, shape, dtype, key)

@@ -13,12 +13,14 @@ as plain full-depth tokens; the share of tokens that exit there is learned onlin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec
+from balcony_edge.control.controller import SPIKE
 from balcony_edge.device.costs import CostModel
 from balcony_runtime.decoding.policy import Made, Probing, Turn
 from balcony_runtime.decoding.thresholds import binomial_tail, measured
@@ -160,9 +162,18 @@ class EarlyExits:
 
     def attempt(self, turn: Turn) -> Made | None:
         """Make one token at the trial's exit if its balcony is sure, else at the full depth. None without a trial."""
-        sequence, costs = turn.sequence, turn.costs
+        sequence, costs, most_ms = turn.sequence, turn.costs, turn.most_ms
+        full = costs.exits[-1]
+        if turn.budget.has_target and turn.budget.tpot_ms is None:  # then the controller has a bound of its own
+            most_ms = SPIKE * costs.steady_ms(full, sequence.length)
+        if most_ms < math.inf:
+            # An early token leaves a row. If the next full step had no time for all of them, the controller would leave the
+            # full depth, and take tokens of which no balcony is sure.
+            stage_rows, balcony_rows = sequence.rows_due(2)
+            if costs.step_ms(full, (1, *stage_rows[1:]), balcony_rows, sequence.length + 1) > most_ms:
+                return None
         allowed = turn.budget.allowed_exits(costs.exits)
-        trial = self._confident.plan(costs, sequence.length, sequence.rows_due(1), allowed, turn.most_ms)
+        trial = self._confident.plan(costs, sequence.length, sequence.rows_due(1), allowed, most_ms)
         return None if trial is None else self._run(turn, trial)
 
     def learn_plain(self, predicted_ms: float, measured_ms: float) -> None:

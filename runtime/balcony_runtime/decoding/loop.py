@@ -394,7 +394,8 @@ class Decoder:
         if sequence.batch_size > 1 or self._environment.keep_logits or budget.max_pace_tps is not None:
             self._sampler.prepare()
             return []
-        forced = self._sampler.forced(sequence.max_length - sequence.length - 1)
+        room, most = sequence.max_length - sequence.length - 1, self._environment.max_new_tokens
+        forced = self._sampler.forced(room if most is None else min(room, most - self._made - 1))
         if forced:
             sequence.append([int(ids[0]), *forced[:-1]])
             self._ids = np.array(forced[-1:], np.int64)

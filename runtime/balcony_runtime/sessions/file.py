@@ -107,9 +107,10 @@ def save(
         InputError: the file cannot be written, or the engine's rows are of a type that has no name in the format, or the
             messages are not JSON.
     """
-    if not all(isinstance(key, str) for message in messages or () for key in message):
+    if not _survives(messages or []):
         raise InputError(
-            "the messages cannot be saved as JSON (a key is not a text): leave out what is not text or numbers"
+            "the messages cannot be saved as JSON (a key is not a text, or a number is NaN or infinite): "
+            "leave out what is not text or numbers"
         )
     with sequence.lock:
         rows = sequence.length if rows is None else rows
@@ -355,6 +356,18 @@ def _typed(values: Array, dtype: np.dtype[Any]) -> Array:
         return values.astype(dtype, copy=False)
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def _survives(value: Any) -> bool:
+    """Whether JSON keeps a value: it makes texts of keys, and null of NaN and infinity."""
+    try:
+        if isinstance(value, Mapping):
+            return all(isinstance(key, str) and _survives(one) for key, one in value.items())
+        if isinstance(value, list | tuple):
+            return all(map(_survives, value))
+    except RecursionError:  # the writer says that it is nested too deeply
+        return True
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _header(notes: Notes, tensors: _Tensors) -> bytes:

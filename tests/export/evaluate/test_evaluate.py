@@ -492,3 +492,16 @@ def test_command_refuses(command: Any, tiny: Any, tiny_checkpoint: Path, tmp_pat
     for message, arguments in cases.items():
         code, _, error = command("eval", *arguments)
         assert code == 1 and message in error and "\n" not in error, error
+
+
+def test_command_looks_for_tasks_before_it_loads_a_model(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "_open_bundle", lambda *_: pytest.fail("the model was loaded"))
+    cases: dict[str, tuple[Any, ...]] = {
+        "has no task 'arc_eazy'": ("arc_eazy",),
+        "arc_easy/test.jsonl: is missing": ("arc_easy", "--data", tmp_path),
+    }
+    for message, arguments in cases.items():
+        code, _, error = command("eval", tiny.path, "--no-record", "--tasks", *arguments)
+        assert code == 1 and message in error, error

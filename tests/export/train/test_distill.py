@@ -299,6 +299,9 @@ def test_states_of_a_residual_sum_in_float32_are_cached(
     trainer.run()
     assert trainer.states.cache is not None and trainer.states.cache.dtype == torch.float32
     assert trainer.states.cache.filled.any()
+    other = trainer_of(make_tiny("mamba2", residual_in_fp32=True), corpus, tmp_path, precision="fp32", cache_gb=0.1)
+    cache = other._open_cache()
+    assert cache is not None and not cache.filled.any(), "passes in another precision give other states"
 
 
 def test_the_end_of_a_run_is_kept_where_its_start_was_better(

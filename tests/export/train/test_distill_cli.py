@@ -200,3 +200,25 @@ def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> No
         given = launch_command_parser().parse_args(shlex.split(command))
         checked, *_ = _validate_launch_command(given)
         assert getattr(checked, flag) and checked.num_processes == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--steps", "5", "--minutes", "5"), "a run needs exactly one of them: give one"),
+        (("--steps", "5", "--rate", "nan"), "rate = nan: must be a positive number"),
+        (
+            ("--steps", "5", "--batch-rows", "4", "--micro-rows", "3"),
+            "4 rows a step in passes of 3: must be a multiple",
+        ),
+        (("--steps", "5", "--mix", "a.jsonl"), "--mix a.jsonl: expected FILE=SHARE"),
+    ],
+)
+def test_options_are_refused_before_a_model_is_loaded(
+    options: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("balcony_export.model.checkpoint.load_trainable", loaded)
+    refused(InputError, words, tmp_path, "2", tmp_path / "t.txt", tmp_path / "out", *options)

@@ -42,6 +42,7 @@ SUITE = (
     "test_precisions.py",
     "scheduling/test_pool.py",
     "test_engine.py",
+    "test_packed.py",
     "backends/test_onnxruntime_state.py",
     "decoding/test_token_sequence.py",
     "scheduling/test_scheduler.py",

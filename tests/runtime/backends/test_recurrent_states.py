@@ -94,6 +94,17 @@ def test_a_rollback_runs_about_as_many_rows_again_as_it_takes_back() -> None:
             assert again <= (0 if distance <= 1 else max(distance, SPACING - 1)), (distance, marked)
 
 
+def test_a_round_keeps_the_copy_that_it_goes_back_to() -> None:
+    """Also the longest one, where states are so large that there is one copy: else all rows would run again."""
+    layer = Layer(most_copies=1)
+    layer.run([1] * 50)
+    layer.states.copy(50)
+    layer.run([1] * 9)  # what the round before has left, and the token before the drafts
+    for _ in range(8):
+        layer.run([1])
+    assert layer.rollback(60) == 10
+
+
 def test_copies_are_spaced_from_the_mark_before_them() -> None:
     """A mark at 130 once left no copy up to 256, and going back by 3 rows from 257 ran 124 again."""
     for passes in (

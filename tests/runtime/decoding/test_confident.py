@@ -327,3 +327,16 @@ def test_trials_teach_the_slowdown(tiny: Any, tmp_path: Path) -> None:
         learned = llm._requests._learned.state.slowdown
     assert exits == {2, 5}
     assert learned.factor < 0.5, "the tiny model is much faster than these prices"
+
+
+def test_early_tokens_do_not_make_the_full_depth_too_dear(tiny: Any, tmp_path: Path) -> None:
+    """Without ``tpot_ms`` a step costs at most two full ones: beyond that the controller takes a shallower exit."""
+    bundle = Path(shutil.copytree(tiny.path, tmp_path / "b"))
+    record_confidence(bundle, spec(threshold=0.0, share=0.99), read_manifest(bundle).fingerprint)
+    with balcony_edge.load(bundle) as llm:
+        dear = [replace(unit, marginal_row_ms=unit.first_row_ms / 2) for unit in COSTS.stages]
+        llm.costs = replace(COSTS, stages=tuple(dear))
+        llm.budget = Budget(policy="confident", ttft_ms=1e6)
+        tokens = list(llm.stream([1, 2], max_new_tokens=40, ignore_eos=True))
+    assert {token.exit_layer for token in tokens} == {2, 5}
+    assert all("sure at 2, asked" in token.reason for token in tokens if token.exit_layer == 2)

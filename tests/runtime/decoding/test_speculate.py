@@ -30,6 +30,7 @@ from balcony_runtime.decoding.speculate import (
     run_round,
 )
 from balcony_runtime.llm import LLM
+from tests.support.command import invoke_here
 
 EXITS = (2, 3, 5)
 
@@ -259,6 +260,10 @@ def test_a_trace_of_rounds_replays(llm: LLM, tmp_path: Path) -> None:
         tokens = list(llm.stream(PROMPTS[2], max_new_tokens=30, ignore_eos=True, trace=trace))
     recorded = read_trace(tmp_path / "t.jsonl")
     assert 5 < len(recorded) <= len(tokens)
+    said = invoke_here("replay", tmp_path / "t.jsonl").stdout
+    assert said.startswith(f"{len(recorded)} decisions: "), (
+        "a round of drafts is one decision, and makes several tokens"
+    )
     assert [d.exit_layer for d in replay(recorded)] == [t.line["exit_layer"] for t in recorded]
     assert any(
         "drafted" in json.loads(line).get("reason", "") for line in (tmp_path / "t.jsonl").read_text().splitlines()
@@ -395,10 +400,12 @@ def test_rounds_make_way_for_a_plain_step_now_and_then(llm: LLM) -> None:
 def test_a_batch_in_lockstep_teaches_nothing(llm: LLM) -> None:
     """Its steps have as many rows as it has members."""
     llm.costs = costs()
-    members = [llm._requests.of(ids, budget=Budget(policy="speculative"), max_new_tokens=8) for ids in ([1, 2], [3, 4])]
+    budget, slowdown = Budget(policy="speculative", tpot_ms=1000.0), llm._learned.state.slowdown
+    members = [llm._requests.of(ids, budget=budget, max_new_tokens=8) for ids in ([1, 2], [3, 4])]
     assert len(llm._in_lockstep(members, None)) == 2
     speculator = llm._learned.speculator
     assert (speculator._plain_ratio, speculator._round_ratio) == (1.0, 1.0)
+    assert llm._learned.state.slowdown == slowdown, "the next reply would begin too shallow"
 
 
 def test_all_drafts_that_were_kept_were_judged() -> None:

@@ -297,6 +297,10 @@ def test_the_limit_cuts_a_structure_as_any_reply(llm: LLM) -> None:
         assert [token.id for token in reply.tokens] == whole[:most] and reply.finish_reason == "length"
     sequence = llm.engine.new_sequence(max_length=len(PROMPT) + 4)  # a sequence without room for all that is forced
     assert ids(llm, params, sequence=sequence) == whole[:4]
+    sequence = llm.engine.new_sequence()  # one with room: tokens after the last one are not made
+    with llm.stream(PROMPT, sampling=params, max_new_tokens=2, sequence=sequence) as stream:
+        next(stream)
+        assert sequence.length <= len(PROMPT) + 1
 
 
 def test_log_probabilities_are_the_models_own(llm: LLM) -> None:

@@ -46,7 +46,7 @@ def packed_graphs(
         verify_hashes: whether existing files are hashed; their sizes are always compared.
 
     Raises:
-        BundleError: existing files are damaged.
+        BundleError: existing files are damaged, or those of the bundle are and nothing is packed yet.
         InputError: the directory cannot be read or written, or the disk is full.
     """
     lowered = "lowered" if bundle.manifest.cpu else "portable"
@@ -62,6 +62,8 @@ def packed_graphs(
             remove_leftovers(directory, ".")  # also of bundles and versions that nobody will pack again
             with locked(directory), partial_directory(home) as part:  # a second process waits and then finds the files
                 if not home.is_dir():
+                    # What damaged weights give has hashes of its own, and would still be used once they are repaired.
+                    Bundle.open(bundle.path)
                     for file in graphs.values():
                         pack(bundle.file(file), part / file)
                     for layer in bundle.manifest.exit_layers:

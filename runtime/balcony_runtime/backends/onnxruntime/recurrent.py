@@ -18,8 +18,8 @@ from balcony_edge.bundle.manifest import GraphSpec, is_state
 
 #: Rows between two copies that decode steps make; passes of as many rows or more end with a copy.
 SPACING = 64
-#: Most rows of a round of drafts.
-ROUND = 16
+#: Most rows of a round of drafts: 8 that the round before has left, the token before the drafts, and 8 drafts.
+ROUND = 17
 #: Most copies of one graph, and most bytes that the copies of all graphs of a sequence may take.
 MOST_COPIES, COPY_BYTES = 8, 256 << 20
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,25 @@ HEADERS = {
     "x-llm-d-slo-ttft-ms": "ttft_ms",
     "x-llm-d-slo-tpot-ms": "tpot_ms",
 }
+
+
+def budget_files(folder: Path | None) -> dict[Path, Budget]:
+    """Path → budget of each budget file of a directory; none without a directory.
+
+    Raises:
+        BudgetError: a file is refused.
+        InputError: the directory cannot be read.
+    """
+    if folder is None:
+        return {}
+    try:
+        if not folder.is_dir():
+            raise InputError(f"--budgets {folder}: is not a directory: give one with budget files (*.toml)")
+        # glob() would find nothing in a directory that may not be read, and all names would be gone.
+        files = sorted(path for path in folder.iterdir() if path.name.endswith(".toml"))
+    except OSError as error:
+        raise InputError(f"--budgets {folder}: cannot be read ({error.strerror}): make it readable") from error
+    return {path: load_budget(path) for path in files}
 
 
 class Names:
@@ -52,8 +71,7 @@ class Names:
         found = {f"exit-{layer}": Budget(exit_layer=layer) for layer in self._manifest.exit_layers}
         found["lossless"] = Budget(policy="lossless")
         calibrated = self._manifest.confidence is not None
-        for path in self._files():
-            budget = load_budget(path)
+        for path, budget in budget_files(self._folder).items():
             try:
                 budget.for_bundle(self._manifest.agreement, calibrated=calibrated)
             except BudgetError as error:
@@ -61,19 +79,6 @@ class Names:
                 continue
             found[path.stem] = budget
         self.budgets = {self.name: own, **{f"{self.name}:{key}": budget for key, budget in found.items()}}
-
-    def _files(self) -> Sequence[Path]:
-        if self._folder is None:
-            return ()
-        try:
-            if not self._folder.is_dir():
-                raise InputError(f"--budgets {self._folder}: is not a directory: give one with budget files (*.toml)")
-            # glob() would find nothing in a directory that may not be read, and all names would be gone.
-            return sorted(path for path in self._folder.iterdir() if path.name.endswith(".toml"))
-        except OSError as error:
-            raise InputError(
-                f"--budgets {self._folder}: cannot be read ({error.strerror}): make it readable"
-            ) from error
 
     def budget(
         self, name: str | None, headers: Mapping[str, str], body: Any, most_tokens: int | None = None

@@ -27,6 +27,7 @@ import uvicorn
 
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.llm import LLM
+from balcony_runtime.serve.bodies.named import budget_files
 from balcony_runtime.serve.http.app import make_app
 from balcony_runtime.serve.http.connections import KEEP_ALIVE_S, Connection, bounded
 from balcony_runtime.serve.http.guard import is_loopback
@@ -82,7 +83,8 @@ class Server:
         settings: where and how to serve.
 
     Raises:
-        InputError: the address cannot be used, or a key without a certificate was given.
+        InputError: the address or the directory of budgets cannot be used, or a key without a certificate was given.
+        BudgetError: a file of that directory is refused.
     """
 
     def __init__(self, open_llm: Callable[[], LLM], settings: Settings) -> None:
@@ -92,6 +94,7 @@ class Server:
         _refuse_wrong_origins(settings.origins)
         if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
             _refuse_wrong_files(settings.ssl_certfile, settings.ssl_keyfile)
+        budget_files(settings.budgets)  # refuses them now, and not when the bundle is loaded
         self._sockets = _listen(settings.host, settings.port)
         self.service = Service(settings.name, settings.budget, settings.budgets, settings.limits)
         self._uvicorn = _Uvicorn(self._config(), self)

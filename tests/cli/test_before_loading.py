@@ -1,0 +1,58 @@
+"""What is wrong is said before the minutes that a model takes to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.command import refused as refused_here
+
+
+def test_run_refuses_a_place_for_its_trace_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balcony_edge.load", lambda *_, **__: pytest.fail("the bundle was loaded"))
+    refused_here(f"{tmp_path}: not writable: name another place", "run", tmp_path, "hi", "--record", tmp_path)
+
+
+@pytest.mark.parametrize("options", [("--precision", "int4", "--calibration"), ("--evaluate",)], ids=" ".join)
+def test_export_reads_texts_before_it_loads_the_model(
+    tiny_checkpoint: Path, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("balcony_export.model.checkpoint.load_model", loaded)
+    common = ("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "b")
+    refused_here("absent.jsonl: cannot be read (No such file", *common, *options, tmp_path / "absent.jsonl")
+
+
+def test_engines_of_recurrent_layers_are_refused_before_the_export(
+    tiny: Any, make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny("granite-hybrid").save_pretrained(tmp_path / "model")
+    tiny.tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("balcony_runtime.backends.accelerator.tensorrt_builder.import_tensorrt", lambda _: None)
+    command = ("export", tmp_path / "model", "--exits", "2", "-o", tmp_path / "x", "--no-verify", "--tensorrt", "fp16")
+    refused_here("--tensorrt: the model has recurrent layers", *command)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("verb", ["export", "verify", "extract", "eval", "cut"])
+def test_balconies_are_looked_for_before_the_model_is_loaded(
+    tiny: Any, tiny_checkpoint: Path, text_file: Path, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("balcony_export.model.checkpoint.load_model", loaded)
+    out = ("-o", tmp_path / "out")
+    options: dict[str, tuple[Any, ...]] = {
+        "export": (tiny_checkpoint, "--exits", "2", *out),
+        "verify": (tiny.path, "--against", tiny_checkpoint),
+        "extract": (tiny_checkpoint, "--exit", "2", *out),
+        "eval": (tiny_checkpoint, "--text", text_file),
+        "cut": (tiny_checkpoint, "--calibration", text_file, "--mlp", "8", *out),
+    }
+    typo = tmp_path / "balconeis"
+    refused_here(f"{typo}: has no balconies.json", verb, *options[verb], "--balconies", typo)
