@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.model.averaging import average
 from balcony_export.model.balcony import KINDS, BalconyKind, init_balconies, parse_exits
-from balcony_export.model.balcony_files import fingerprint, load_balconies, rows_seen, save_balconies
+from balcony_export.model.balcony_files import fingerprint, load_balconies, rows_seen, save_balconies, trained_exits
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from tests.support.command import invoke_here
@@ -308,7 +308,7 @@ def test_the_mean_of_runs(tmp_path: Path, make_tiny: Callable[..., Any]) -> None
         for value in itertools.chain.from_iterable(one.state_dict().values() for one in balconies.values()):
             value.mul_(factor)
         runs.append(tmp_path / f"run{number}")
-        save_balconies(runs[-1], balconies, base, record | {"rows": (7, 9, 8)[number]})
+        save_balconies(runs[-1], balconies, base, record | {"rows": (7, 9, 8)[number], "step": (7, 2, 0)[number]})
     done = invoke_here("average", *runs, "-o", tmp_path / "mean")
     assert done.returncode == 0 and "means of 3 runs for exits 2, 3" in done.stdout
     found = load_balconies(tmp_path / "mean", model)
@@ -318,6 +318,7 @@ def test_the_mean_of_runs(tmp_path: Path, make_tiny: Callable[..., Any]) -> None
     training = json.loads((tmp_path / "mean/balconies.json").read_text())["exits"]["2"]["training"]
     assert "held_out_kl" not in training and len(set(training["mean_of"])) == 3
     assert rows_seen(tmp_path / "mean", (2, 3), "digest") == 9, "a run that starts from it goes on after them"
+    assert trained_exits(tmp_path / "mean") == (2, 3), "not replaced unasked, though its last run kept its start"
 
 
 @pytest.mark.parametrize(

@@ -364,8 +364,8 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
         return
     table = Table("exit", "held-out KL before", "after", "change", "top-1 agreement", title=escape(str(trainer.output)))
     for exit_layer, (kl, hits) in results.items():
-        was = before.get(exit_layer)  # None in a resumed run
-        start = ("", "") if was is None else (f"{was:.3f}", f"{kl / was - 1:+.1%}")
+        was = before.get(exit_layer)  # None in a resumed run; 0 where a copy of the last layer makes the full model
+        start = ("", "") if was is None else (f"{was:.3f}", f"{kl / was - 1:+.1%}" if was else "")
         table.add_row(str(exit_layer), start[0], f"{kl:.3f}", start[1], f"{100 * hits:.1f} %")
     stdout.print(table)
     costs = Table("cost", "this run", title="Training cost (the paper's Table 2)")

@@ -95,7 +95,7 @@ def build_corpus(
         seq_len: Tokens per row.
         seed: Seed of the order of the rows.
         held_out_rows: Approximate number of rows of documents to keep out of training. Every file gives documents in
-            proportion to its tokens, the first by a hash of their text.
+            proportion to its tokens, the first by a hash of their text; files of one document count as one file together.
         mix: File name → share of its documents to use, above 0 and up to 1, the first by a hash of their text. Files that are
             not in it are used whole.
 
@@ -114,7 +114,7 @@ def build_corpus(
     begin = start_tokens(tokenizer)
     learned: list[_KeyedDocument] = []
     held: list[_KeyedDocument] = []
-    for _, given in read.values():
+    for given in _together(documents for _, documents in read.values()):
         tokens = sum(len(document.tokens) for document in given)
         held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10), begin)
         learned += held_of_file[0]
@@ -174,6 +174,21 @@ def _read(
     if absent := sorted(mix.keys() - used):
         raise InputError(f"--mix {absent[0]}: is not a file of --data: name one of {', '.join(read)}")
     return read
+
+
+def _together(files: Iterable[list[_KeyedDocument]]) -> Iterator[list[_KeyedDocument]]:
+    """The documents of each file, but those of all files of one document together.
+
+    The part of such a file in the held-out rows may be a few tokens of its document, or none.
+    """
+    alone: list[_KeyedDocument] = []
+    for documents in files:
+        if len(documents) > 1:
+            yield documents
+        else:
+            alone += documents
+    if alone:
+        yield sorted(alone, key=lambda document: document.key)
 
 
 def _held_out(

@@ -270,12 +270,15 @@ def rows_seen(directory: Path, exits: tuple[int, ...], corpus: str) -> int | Non
 
 
 def trained_exits(directory: Path) -> tuple[int, ...]:
-    """Exits whose balconies lie in a directory, without those that a run has only copied there before its first step."""
+    """Exits whose balconies lie in a directory, without those that a run has only copied there before its first step.
+
+    A mean has the record of its last run. It is no copy, even if that run kept its start.
+    """
     if not (directory / INDEX).exists():
         names = (re.fullmatch(r"balcony_(\d+)\.safetensors", file.name) for file in directory.glob("balcony_*"))
         return tuple(int(name[1]) for name in names if name is not None)
-    entries = read_index(directory)["exits"]
-    return tuple(int(e) for e, facts in entries.items() if (facts.get("training") or {}).get("step") != 0)
+    records = {int(e): facts.get("training") or {} for e, facts in read_index(directory)["exits"].items()}
+    return tuple(e for e, record in records.items() if record.get("step") != 0 or "mean_of" in record)
 
 
 def write_file(path: Path, content: bytes) -> None:

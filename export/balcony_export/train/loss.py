@@ -192,8 +192,9 @@ class HeadLoss:
         size = chunk_size(full.device.type, total, len(part.weight))
         for start in range(0, total, size):
             count = min(size, total - start)
-            # the same shape for every chunk, or the compiler would run for every length of the last one
-            padding = (0, 0, 0, size - count if total > size else 0)
+            # the same shape for every chunk, or the compiler would run for every length of the last one or of a short pass
+            alike = total > size or self.kernel is not _kl_kernel
+            padding = (0, 0, 0, size - count if alike else 0)
             targets = self.full.logits(nn.functional.pad(full[start : start + count], padding), part.full)
             for student, kl_parts, other_parts in zip(students, kls, others, strict=True):
                 logits = self.head.logits(nn.functional.pad(student[start : start + count], padding), part.weight)

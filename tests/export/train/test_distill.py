@@ -17,6 +17,7 @@ from balcony_export.data.corpus import Corpus, Rows, build_corpus
 from balcony_export.data.documents import read_documents
 from balcony_export.model.averaging import average
 from balcony_export.model.balcony_files import is_whole, load_balconies, read_index, read_tensors
+from balcony_export.train.loss import CHUNK, Head, HeadLoss
 from balcony_export.train.report import StepReport, plot_curves
 from balcony_export.train.run_files import END
 from balcony_export.train.trainer import METRICS
@@ -104,6 +105,27 @@ def test_the_label_of_a_position_is_the_next_token(
     trainer.train_step()
     rows = zip(corpus.train.tokens[which], corpus.train.lengths[which], strict=True)
     assert backward.call_args.args[2].tolist() == [int(token) for row, length in rows for token in row[2:length]]
+
+
+def test_a_compiled_loss_sees_one_shape() -> None:
+    """Passes of few positions differ in their number, and after eight shapes the compiler gives up."""
+    generator = torch.Generator().manual_seed(6)
+    head = HeadLoss(Head(torch.randn(50, 16, generator=generator)), dtype=torch.float32, compiled=False)
+    states, plain = torch.randn(2, CHUNK + 7, 16, generator=generator), head.kernel
+    shapes: set[tuple[int, ...]] = set()
+
+    def compiled(full: torch.Tensor, student: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shapes.add(tuple(full.shape))
+        return plain(full, student, offset)
+
+    for count in (5, 90, CHUNK, CHUNK + 7):
+        full, student = states[:, :count]
+        head.kernel = plain
+        wanted = head.kl(full, [student])[0]
+        head.kernel = compiled
+        for ours, theirs in zip(head.kl(full, [student])[0], wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert shapes == {(CHUNK, 50)}
 
 
 def test_a_step_compares_its_own_part_of_the_vocabulary(
@@ -266,6 +288,19 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, make_tokenizer:
     whole = build_corpus([tmp_path], make_tokenizer(), seq_len=16)
     twice = build_corpus([tmp_path, tmp_path / "a.jsonl", tmp_path / "a.jsonl"], make_tokenizer(), seq_len=16)
     assert (whole.digest, list(whole.sources)) == (twice.digest, list(twice.sources))
+
+
+@pytest.mark.parametrize("count", [10, 60])
+def test_many_small_files_keep_their_beginnings(count: int, tmp_path: Path, make_tokenizer: Callable[[], Any]) -> None:
+    """The held-out part of each would be its first three tokens (10 files), or none, which was refused (60 files)."""
+    for number in range(count):
+        text = " ".join([f"the quick brown fox {number} jumps over the lazy dog"] * 3)
+        (tmp_path / f"{number}.txt").write_text(text)
+    tokenizer = make_tokenizer()
+    corpus = build_corpus([tmp_path], tokenizer, seq_len=64, held_out_rows=1)
+    first = tokenizer("the")["input_ids"][0]
+    for rows in (corpus.train, corpus.held_out):
+        assert len(rows.tokens) and (rows.tokens[:, 0] == first).all()
 
 
 def test_a_chat_comes_before_a_text_that_repeats_it(tmp_path: Path) -> None:

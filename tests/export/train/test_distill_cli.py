@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from accelerate.commands.launch import (
     _validate_launch_command,
@@ -28,7 +30,7 @@ from balcony_edge.cli.workstation import train as verb
 from balcony_edge.errors import BalconyError, InputError, TrainingError, UnsupportedModelError
 from balcony_export.train.report import StepReport
 from balcony_export.train.run_files import CHECKPOINT, read_state
-from balcony_export.train.trainer import Trainer
+from balcony_export.train.trainer import METRICS, Trainer
 
 RECIPE = ("--seq-len", "24", "--held-out-rows", "4", "--json", "--positions", "8", "--no-compile")
 
@@ -142,6 +144,17 @@ def test_an_interrupt_saves_the_step_where_nobody_reads_stderr(monkeypatch: pyte
             patch.setattr(os, "write", broken)
             signal.raise_signal(signal.SIGINT)
         assert trainer.interrupted, "the run ends after its step"
+
+
+def test_an_exit_that_began_as_the_full_model_has_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the last layer after all layers before it: its KL is exactly 0 in Mamba in float32."""
+    screen, facts = io.StringIO(), {"work": tmp_path, "output": tmp_path, "config": SimpleNamespace(loss="kl")}
+    trainer: Any = SimpleNamespace(best={2: (0.0, 1.0)}, balconies={2: torch.nn.Linear(2, 2)}, tokens=48, **facts)
+    (tmp_path / METRICS).touch()
+    monkeypatch.setattr("balcony_export.train.report.plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr(verb, "stdout", Console(file=screen, width=120))
+    verb._finish(trainer, "tiny", None, {2: 0.0}, as_json=False)
+    assert "100.0 %" in screen.getvalue()
 
 
 def test_rows_that_come_again_are_said(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import balcony_edge
+from balcony_edge.budget import Budget
 from balcony_runtime.structure.calls import CallReader, read
 from balcony_runtime.structure.formats import formats
 from balcony_runtime.structure.grammar import Grammars
@@ -110,7 +111,7 @@ def test_no_stop_string_goes_over_the_mark_of_a_call(shown: bool, stop: str) -> 
         text=SimpleNamespace(push=lambda _: next(texts), flush=str), stop=StopStrings([stop]), watch=watch, box=box,
         prompted=SimpleNamespace(), cancelled=SimpleNamespace(is_set=bool), max_new_tokens=99, ends=(), logprobs=None,
     )  # fmt: skip
-    decision, budget = SimpleNamespace(exit_layer=3, predicted_ms=None), SimpleNamespace(needs_sensors=False)
+    decision, budget = SimpleNamespace(exit_layer=3, predicted_ms=None), Budget()
     steps: Any = [(np.array(token), None, decision, None, 1.0, 0, budget, (), 0.0, False) for token, _ in said]
     decoder: Any = SimpleNamespace(kept_rows=0, pending_rows=0)
     tokens = [(token.id, token.text) for token in told(iter(steps), decoder, asked, tuple)]
