@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -278,3 +279,29 @@ def test_the_command_line_page_has_every_option() -> None:
         option for leaf in leaves(get_command(app)) for one in leaf.params for option in one.opts if option[:2] == "--"
     ]
     assert len(options) > 100 and not [option for option in options if option not in text]
+
+
+def test_the_page_of_quantization_knows_the_gptq_of_onnx_runtime() -> None:
+    """It comes with the package, without a module of its own to install."""
+    (home,) = importlib.util.find_spec("onnxruntime").submodule_search_locations  # type: ignore[union-attr,misc]
+    assert "def gptq_quantize" in Path(home, "quantization/neural_compressor/weight_only.py").read_text(
+        encoding="utf-8"
+    )
+    assert "Runtime brings a copy of neural-compressor's" in (ROOT / "docs/quantization.md").read_text(encoding="utf-8")
+
+
+def test_no_optimizer_is_called_that_of_the_paper() -> None:
+    """Its section 4.1 gives a rate and a cosine, and names no optimizer and no warm-up (docs/training.md)."""
+    files = [*PAGES, *(ROOT / "benchmarks" / "paper").glob("*.py")]
+    for file in files:
+        text = re.sub(r"\s+", " ", file.read_text(encoding="utf-8"))
+        assert not re.search(r"paper's optimizer|AdamW[^.:]*, as in the paper", text), file
+
+
+def test_the_model_card_adds_up() -> None:
+    """Tokens of all runs, and their share of the pretraining as `train` prints it."""
+    text = (ROOT / "balconies" / "smollm2-135m-instruct" / "README.md").read_text(encoding="utf-8")
+    (runs, total) = re.findall(r"^\| Training cost in tokens \| (.+) = ([\d.]+)M \|$", text, re.MULTILINE)[0]
+    assert round(sum(map(float, re.findall(r"[\d.]+", runs))), 1) == float(total)
+    (share,) = re.findall(r"^\| Percentage of pretraining tokens \| (\S+) % \|$", text, re.MULTILINE)
+    assert share == f"{100 * float(total) / 2e6:.2g}"  # 2 T tokens: the model card of SmolLM2-135M

@@ -115,7 +115,7 @@ def pieces(directory: Path) -> tuple[Piece, ...]:
         Piece("engines", "engines of the demo model", ((*here, "--build", str(demo)),), ("bundle",)),
         Piece(
             "table-3",
-            "Table 3 of the paper on the demo model, with and without CUDA graphs",
+            "Table 3 of the paper on the demo model, for one sequence of 1,024 tokens, with and without CUDA graphs",
             ((*PYTHON, "benchmarks.nvidia.gpu", str(demo), "--graphs", "on", "off", "--tokens", "1024"),),
             ("engines",),
         ),
@@ -144,7 +144,7 @@ def pieces(directory: Path) -> tuple[Piece, ...]:
         Piece("big-engines", "its engines", ((*here, "--build", str(big)),), ("big-bundle",), 530, 36),
         Piece(
             "big-table-3",
-            "Table 3 of the paper on that shape",
+            "Table 3 of the paper on that shape, for one sequence of 512 tokens",
             ((*PYTHON, "benchmarks.nvidia.gpu", str(big), "--tokens", "512", "--rounds", "1"),),
             ("big-engines",),
             530,

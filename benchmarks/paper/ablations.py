@@ -94,7 +94,7 @@ def joint(
 def distilled(
     base: PreTrainedModel, corpus: Corpus, steps: int, balconies: dict[int, Balcony] | None = None, **changes: Any
 ) -> Scores:
-    """Balconies on the frozen base model: the paper's optimizer, at a rate that suits a small model.
+    """Balconies on the frozen base model: AdamW and the paper's cosine, at a rate that suits a small model.
 
     Args:
         base: The base model, which stays as it is.

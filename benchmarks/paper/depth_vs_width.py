@@ -4,7 +4,7 @@
 
 Speed (figure 2): random models of the demo model's shape are exported in float32 as bundles of the full depth alone. They
 decode after 32 tokens in interleaved rounds. A cut in depth removes layers. A cut in width reduces the MLP's inner size to
-the hidden size, then the number of heads (the dimensions that Flextron and MatFormer nest). Parameters are those that a
+the hidden size, then the number of heads (Flextron nests both, MatFormer the MLPs only). Parameters are those that a
 token reads, the LM head included.
 
 Quality (figure 4, with ``--text``): KL and top-1 agreement to the full model on held-out documents, for five methods:

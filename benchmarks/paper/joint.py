@@ -52,7 +52,7 @@ BASE = "model"
 
 @dataclass(frozen=True)
 class JointConfig:
-    """The recipe: AdamW with a warm-up of a twentieth of the steps and a cosine to zero, as in the paper (section 4.1)."""
+    """The recipe: a cosine, as in the paper (section 4.1). AdamW and the warm-up of a twentieth of the steps are our choice."""
 
     exits: tuple[int, ...]
     objective: Objective

@@ -2,11 +2,11 @@
 
     python benchmarks/paper/recipes.py --data TEXT [--tokens 200000 | --minutes M] [--only NAME ...] [--work DIR]
 
-The name of each trial says how it differs from the shipped recipe; ``paper`` is the paper's optimizer (AdamW at 5e-4, a
-cosine; section 4.1) on this budget. Rows, their order and the held-out rows are the same for all trials with the same
-data, and they share the frozen backbone's states. A trial that was run before with the same recipe, tokens and text is
-read from ``--work``. With ``--minutes`` trials are compared at equal time, compilation left out: each makes its own passes
-through the backbone, and its rate follows the time.
+The name of each trial says how it differs from the shipped recipe; ``paper`` is the paper's rate of 5e-4 and cosine
+(section 4.1) on this budget, with AdamW: the paper names no optimizer. Rows, their order and the held-out rows are the same
+for all trials with the same data, and they share the frozen backbone's states. A trial that was run before with the same
+recipe, tokens and text is read from ``--work``. With ``--minutes`` trials are compared at equal time, compilation left out:
+each makes its own passes through the backbone, and its rate follows the time.
 
 The last line is JSON: ``tokens``, ``minutes``, ``rows_held_out``, ``trials`` (name → ``kl`` and ``agreement`` per exit,
 ``kl_sum``, ``tokens``, ``seconds``), ``against_paper`` (1 - shipped ``kl_sum`` / the paper's) and ``winner``.
@@ -164,7 +164,7 @@ TRIALS: dict[str, Trial] = {
             "vocabulary": 0,
         }
     ),
-    "paper's optimizer, 2 rows": Trial({"optimizer": "adamw", "rate": 5e-4, "vector_rate": 5e-4, "schedule": "cosine"}),
+    "paper's schedule, 2 rows": Trial({"optimizer": "adamw", "rate": 5e-4, "vector_rate": 5e-4, "schedule": "cosine"}),
     "AdamW 5e-3": Trial({"optimizer": "adamw", "rate": 5e-3, "vector_rate": 5e-3}),
     "AdamW 2.5e-3": Trial({"optimizer": "adamw", "rate": 2.5e-3, "vector_rate": 2.5e-3}),
     "1 row a step": Trial({"batch_rows": 1, "micro_rows": 1}),

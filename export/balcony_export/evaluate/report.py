@@ -127,8 +127,9 @@ def markdown(report: Report) -> str:
         lines = [_line(table.header), _line(["---"] * len(table.header)), *(_line(row) for row in table.rows)]
         parts.append(f"**{table.title}**\n\n" + "\n".join(lines))
     notes = [
-        "# params: parameters that a token reads, without token table and LM head. ±: standard error (text: over "
-        "documents, or windows if few documents hold nearly all tokens; tasks: over examples; drop and retention: over pairs)."
+        "# params: parameters of the layers that run, without token table and LM head; of a mixture of experts, all. ±: "
+        "standard error (text: over documents, or windows if few documents hold nearly all tokens; tasks: over examples; "
+        "drop and retention: over pairs)."
     ]
     if any(exit_.quality.summary for exit_ in report.exits):
         paper = ", ".join(f"{kept} % at {share}×" for share, kept in PAPER_LLM_1B.items())

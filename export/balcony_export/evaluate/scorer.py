@@ -63,7 +63,7 @@ class Scorer(Protocol):
     vocab_size: int
     #: Tokens that end a text; instruction models have several.
     eos_ids: frozenset[int]
-    #: Exit layer → parameters that one token reads, without LM head and token table (the paper's Table 1).
+    #: Exit layer → parameters of what runs, all experts included, without LM head and token table (the paper's Table 1).
     parameters: dict[int, int]
     #: Exit layer → layers that one token reads: those of the backbone and of the balcony.
     layers: dict[int, int]

@@ -1,8 +1,9 @@
 """Balconies: one decoder layer (or a part of one) and one norm per exit, and their initialization.
 
-Owns the module and how it begins (paper, section 3: as the last decoder layer, or the last that attends, and the final norm of
-the base model). Their files are :mod:`.balcony_files`, training is :mod:`balcony_export.train.trainer`, tracing is
-:mod:`balcony_export.graph.trace`. An exit layer ``e`` is the hidden state after exactly ``e`` backbone layers.
+Owns the module and how it begins: the layer as the last decoder layer (paper, section 3), or the last that attends, and the
+norm as the base model's final norm (our choice). Their files are :mod:`.balcony_files`, training is
+:mod:`balcony_export.train.trainer`, tracing is :mod:`balcony_export.graph.trace`. An exit layer ``e`` is the hidden state after
+exactly ``e`` backbone layers.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def init_balconies(
     layer: int | None = None,
     random: int | None = None,
 ) -> dict[int, Balcony]:
-    """Make untrained balconies: deep copies of a decoder layer and the final norm (paper, section 3).
+    """Make untrained balconies: deep copies of a decoder layer (paper, section 3) and of the final norm.
 
     The layer is the last one, or the last that attends (in a window or to all rows) if others do not. A copy keeps its
     ``layer_idx``, so that attention type, window and rotary table are those of the copied layer.

@@ -117,9 +117,9 @@ class ExitModel:
         return float(getattr(config, "logits_scaling", None) or 1.0) / float(getattr(config, "lm_head_multiplier", 1.0))
 
     def parameters_read(self, exit_layer: int) -> int:
-        """Parameters that one token at an exit reads, without the token table and the LM head (the paper's Table 1).
+        """Parameters of the layers and the norm that run at an exit, without token table and LM head (the paper's Table 1).
 
-        In a mixture of experts these are the parameters of all experts.
+        In a mixture of experts they include all experts, of which one token reads a part.
         """
         last = self.parts.norm if exit_layer == self.depth else self.balconies[exit_layer]
         return sum(p.numel() for module in (*self.parts.layers[:exit_layer], last) for p in module.parameters())

@@ -3,8 +3,7 @@
 Owns the choice of the exit to try, the online checks, and what is learned from both. When the full depth runs for an
 unsure token, the pending rows of tokens that exited early run with it. So checking those tokens costs only the LM head.
 The checks are counted and reported as quality telemetry. They raise the threshold of an exit whose disagreement rises
-above the promise of :mod:`.thresholds` (CALM: Schuster et al., NeurIPS 2022; the paper names confidence exits as future
-work).
+above the promise of :mod:`.thresholds` (after CALM: Schuster et al., NeurIPS 2022; the paper names such exits in section 6).
 
 The choice follows from prices, as in self-speculation. An exit is tried if it is expected to be ``policy.WORTH`` times as fast
 as plain full-depth tokens; the share of tokens that exit there is learned online. If no exit is expected to pay, one token in

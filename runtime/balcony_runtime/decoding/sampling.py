@@ -291,7 +291,7 @@ class Sampler:
     def judge(self, logits: FloatArray, proposal: Proposal) -> int:
         """Pick the next token from logits (V,): the proposal's if possible, with the same distribution as :meth:`pick`.
 
-        Accept the proposal with min(1, p / q); else draw from what p has more than q (Leviathan et al., 2023, theorem 1).
+        Accept the proposal with min(1, p / q); else draw from what p has more than q (Leviathan et al., 2023, appendix A.1).
         """
         if proposal.distribution is None:
             return int(self.pick(logits[None])[0])

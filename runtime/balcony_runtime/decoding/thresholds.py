@@ -1,8 +1,8 @@
 """Thresholds of confidence exits, with a promise: learned on text and tested on other text of the same kind.
 
-Owns the measures of confidence, the test and the calibration of a bundle. The promise is CALM's (Schuster et al., NeurIPS
-2022): with the asked confidence, at most ``max_disagreement`` of all tokens exit early with another token than the full
-depth's.
+Owns the measures of confidence, the test and the calibration of a bundle. The promise: with the asked confidence, at most
+``max_disagreement`` of all tokens exit early with another token than the full depth's, each given the same text before it.
+CALM (Schuster et al., NeurIPS 2022), whose method this is, bounds the difference of whole replies instead.
 
 The method is learn-then-test. Half of the text is used to choose the measure and the candidate thresholds. On the other
 half the candidates are tested by the exact binomial tail, beginning with the strictest. The last one before the first that

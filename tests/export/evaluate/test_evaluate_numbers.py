@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,8 @@ from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TaskSum
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.cli.workstation.eval import _dropped
 from balcony_edge.errors import BundleError, InputError
-from balcony_export.evaluate.report import ExitReport, Report, _task_row
-from balcony_export.evaluate.tasks import TaskRun, _load, _run, _spec
+from balcony_export.evaluate.report import _TITLES, PAPER_LLM_1B, ExitReport, Report, _task_row, markdown
+from balcony_export.evaluate.tasks import TaskRun, _load, _run, _spec, offline_tasks
 from balcony_export.evaluate.text import ratio_of_sums
 
 ONE = Estimate(value=1.0)
@@ -310,3 +311,23 @@ def test_the_examples_of_a_task_do_not_depend_on_the_tasks_before_it() -> None:
         for names in (("gpqa_diamond_zeroshot", "gpqa_main_zeroshot"), ("gpqa_main_zeroshot",))
     )
     assert both["gpqa_main_zeroshot"].order == alone["gpqa_main_zeroshot"].order
+
+
+def test_the_page_names_the_tasks_of_the_paper_that_have_no_files() -> None:
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text(encoding="utf-8")
+    fetched = sorted(_TITLES.keys() - set(offline_tasks()), reverse=True)
+    assert f"Of its ten tasks {' and '.join(f'`{task}`' for task in fetched)} have no files here" in page
+
+
+def test_the_notes_do_not_say_that_a_token_reads_all_experts() -> None:
+    quality = Quality(reference="full", tasks={"t": TaskQuality(metric="acc", examples=3, metrics={"acc": ONE})})
+    notes = markdown(Report("mixtral", "full", (ExitReport(2, 1.0, 46_700_000_000, quality),)))
+    assert "that a token reads" not in notes and "of a mixture of experts, all" in notes
+
+
+def test_the_page_and_the_report_have_the_same_figures_of_the_paper() -> None:
+    """Table 4's averages on a frozen base, whose shares of the full model `eval` prints."""
+    page = (Path(__file__).parents[3] / "docs/variants.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| balconies on a frozen base \| (.+) \|$", page, re.MULTILINE)
+    *exits, full = map(float, row.split(" | "))
+    assert [round(100 * exit_ / full, 1) for exit_ in exits] == [PAPER_LLM_1B[share] for share in sorted(PAPER_LLM_1B)]

@@ -244,3 +244,13 @@ def test_ceilings_on_a_gpu(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mean_over_time_weighs_by_it() -> None:
     assert gpu_limits.over_time([(0.0, 10.0), (1.0, 0.0), (4.0, 99.0)]) == 2.5
     assert gpu_limits.over_time([(0.0, 10.0)]) == 10.0
+
+
+def test_a_piece_says_where_it_is_shorter_than_the_papers_table() -> None:
+    """The paper decodes 2,048 tokens."""
+    tables = [piece for piece in gpu_report.pieces(Path("d")) if "Table 3" in piece.about]
+    assert len(tables) == 2
+    for piece in tables:
+        (command,) = piece.commands
+        tokens = int(command[command.index("--tokens") + 1])
+        assert tokens == 2048 or f"{tokens:,} tokens" in piece.about
