@@ -163,6 +163,17 @@ def test_the_readme_stays_a_page() -> None:
     assert text.count("\n") <= 150 and len(text.encode()) <= 9_000, "move details from README.md to docs/"
 
 
+def test_pages_tell_the_speed_of_int4_as_the_readme_measured_it() -> None:
+    row = re.search(
+        r"\| ms a token[^|]*\| [\d., ]*?([\d.]+); int4 [\d., ]*?([\d.]+) \|",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+    )
+    assert row
+    for page in ("README.md", "first-ten-minutes.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert f"{float(row[1]) / float(row[2]):.1f} times as fast" in text, page
+
+
 def test_every_page_is_linked() -> None:
     linked = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for page in ROOT.glob("docs/[!R]*.md"):  # docs/README.md is the index
@@ -305,3 +316,12 @@ def test_the_model_card_adds_up() -> None:
     assert round(sum(map(float, re.findall(r"[\d.]+", runs))), 1) == float(total)
     (share,) = re.findall(r"^\| Percentage of pretraining tokens \| (\S+) % \|$", text, re.MULTILINE)
     assert share == f"{100 * float(total) / 2e6:.2g}"  # 2 T tokens: the model card of SmolLM2-135M
+
+
+def test_the_page_of_tensorrt_names_the_architectures_that_are_built() -> None:
+    """The builder was given no others."""
+    tests = (ROOT / "tests" / "export" / "graph" / "test_tensorrt.py").read_text(encoding="utf-8")
+    (built,) = re.findall(r"^ARCHITECTURES = (\(.*\))$", tests, re.MULTILINE)
+    text = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    told = re.findall(r"`(\w+)`", text.split("tiny models of", 1)[1].split("No other architecture", 1)[0])
+    assert set(told) == {name.partition("-")[0] for name in ast.literal_eval(built)}

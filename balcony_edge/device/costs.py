@@ -94,7 +94,7 @@ class UnitCost:
 
     Attributes:
         first_row_ms: price of a pass of one row without attention; it includes the reading of the weights.
-        marginal_row_ms: price of every further row of the same pass (about 4 % of the first in float32, 18 to 50 % in int4).
+        marginal_row_ms: price of every further row of the same pass (4 to 16 % of the first in float32, 18 to 50 % in int4).
         context_ms_per_1k: price of attention of one query row over 1,000 rows of context.
         marginal_context_ms_per_1k: the same for every further query row; keys are read once for all query rows. None: as for
             the first.

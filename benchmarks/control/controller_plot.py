@@ -15,7 +15,7 @@ from balcony_edge.simulation.simulate import SimulatedToken, simulate
 from benchmarks.control.controller import COSTS, DEVICE, SETTLING_S, TARGET_MS, oracle
 
 SQUARE = "square:high=1.7,period_s=6"
-POWER_W, LIMIT_C = 4.4, 55.0
+POWER_W, LIMIT_C, WINDOW_S = 4.4, 55.0, 5.0
 
 
 def plot(path: Path) -> None:
@@ -31,7 +31,8 @@ def plot(path: Path) -> None:
     times = [token.time_s for token in run]
     upper[1].plot(times, _mean_watts(run), color="C0", label="watts, mean of 5 s")
     upper[1].axhline(POWER_W, color="0.3", linestyle="--", label="budget")
-    upper[1].axvspan(0, SETTLING_S, color="0.9", label="settling, not counted")
+    # A mean is drawn at its end, so the first one that counts is a window later than the settling.
+    upper[1].axvspan(0, SETTLING_S + WINDOW_S, color="0.9", label="settling, not counted")
     upper[1].set_ylim(bottom=0)
     upper[1].set_title(f"power_w = {POWER_W:g}, load {load}", fontsize=9)
     budget = Budget(temperature_c=LIMIT_C, min_pace_tps=20)
@@ -72,7 +73,7 @@ def _exits(axes: Any, run: list[SimulatedToken]) -> None:
     axes.set_ylabel("exit layer")
 
 
-def _mean_watts(run: list[SimulatedToken], window_s: float = 5.0) -> list[float]:
+def _mean_watts(run: list[SimulatedToken], window_s: float = WINDOW_S) -> list[float]:
     values, joules, seconds, begin = [], 0.0, 0.0, 0
     for token in run:
         joules, seconds = joules + token.watts * token.latency_ms / 1000, seconds + token.latency_ms / 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,23 @@ def test_targets_count_by_class() -> None:
 def test_the_document_names_the_time_after_which_a_request_is_given_up() -> None:
     text = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert f"no whole answer within {GIVE_UP_S:.0f} seconds" in text
+
+
+def test_the_readme_marks_the_bar_that_its_figures_miss() -> None:
+    """The page's own table, judged by the bar that was set before: at the load where llama.cpp falls below 50 %."""
+    root, load = Path(__file__).parents[2], 0.0
+    points: list[dict[str, Any]] = []
+    page = (root / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| ([\d.]*) ?\| (ours|llama\.cpp, \d slots?) \| \**(\d+) %", page, re.MULTILINE)
+    for given, who, percent in lines:
+        load, name = float(given or load), "balcony-edge" if who == "ours" else who
+        point = {"server": name, "load": load, "attained": int(percent) / 100, "mean_depth": 30.0, "same_alone": None}
+        points.append(point)
+    missed = [name for name, held in bars(points, 30).items() if not held["holds"]]
+    (told,) = re.findall(
+        r"^\|.*`benchmarks\.serving\.attainment`", (root / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert len(points) == 15 and ("**missed**" in told) is bool(missed)
 
 
 def test_figures_of_a_server() -> None:

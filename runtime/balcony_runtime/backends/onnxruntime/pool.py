@@ -50,7 +50,7 @@ class _Program(NamedTuple):
 class OnnxRuntimePool:
     """Memory of several members; implements :class:`balcony_runtime.backends.base.Pool`."""
 
-    #: A further row costs 4 % (float32) to 25 % (int4) of the first.
+    #: A further row costs 4 to 16 % (float32) or 25 to 50 % (int4) of the first.
     most_dead = 3
     prepared = 0
 
