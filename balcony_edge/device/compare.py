@@ -44,14 +44,17 @@ class Comparison:
 def compare_profiles(first: DeviceProfile, second: DeviceProfile) -> tuple[Comparison, ...]:
     """Compare every quantity that both profiles measured, in the order of the first.
 
+    Stages that end at the same exit but begin at others have different layers, and are not compared.
+
     Raises:
         ProfileError: the profiles have no quantity in common.
     """
-    other = {entry.key: entry for entry in second.entries}
+    other = {(entry.key, _begin(second, entry)): entry for entry in second.entries}
+    pairs = [(entry, other.get((entry.key, _begin(first, entry)))) for entry in first.entries]
     found = tuple(
-        _compared(entry, other[entry.key])
-        for entry in first.entries
-        if entry.key in other and entry.timing.p50_ms > 0 and other[entry.key].timing.p50_ms > 0
+        _compared(entry, same)
+        for entry, same in pairs
+        if same is not None and entry.timing.p50_ms > 0 and same.timing.p50_ms > 0
     )
     if not found:
         exits = [", ".join(map(str, profile.bundle.exit_layers)) for profile in (first, second)]
@@ -60,6 +63,12 @@ def compare_profiles(first: DeviceProfile, second: DeviceProfile) -> tuple[Compa
             "measure both with the same -p, -n, -d and --pending"
         )
     return found
+
+
+def _begin(profile: DeviceProfile, entry: Entry) -> int:
+    """Layers before those of a stage's pass; 0 for all other quantities."""
+    before = [layer for layer in profile.bundle.exit_layers if layer < entry.exit_layer]
+    return max(before, default=0) if entry.kind == "catch_up" else 0
 
 
 def _compared(first: Entry, second: Entry) -> Comparison:

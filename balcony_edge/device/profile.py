@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -163,6 +163,12 @@ class MemoryUse(_Frozen):
     loaded_bytes: int | None
     peak_bytes: int | None
     per_1k_tokens_bytes: Count
+
+    def simulated(self, stages: int) -> dict[str, Any]:
+        """Constants of a simulated device with this memory; none if it is unknown. A row of each stage has an equal part."""
+        if self.loaded_bytes is None:
+            return {}
+        return {"base_memory_bytes": self.loaded_bytes, "row_bytes": round(self.per_1k_tokens_bytes / 1000 / stages)}
 
 
 class Conditions(_Frozen):

@@ -103,6 +103,11 @@ class CompanyPlant(SimulatedDevice):
         total = stream.length + (1 if stream.exits else 0)
         return [total - cursor for cursor in stream.stages], [*(total - cursor for cursor in stream.balconies), 1]
 
+    @staticmethod
+    def context(stream: SimulatedStream) -> int:
+        """Rows before the last one that the stream's next token runs; a prompt has its last row already."""
+        return stream.length if stream.exits else stream.length - 1
+
     def run_chunk(self, stream: SimulatedStream, chunk: Chunk) -> None:
         """Run pending rows of a stream. Asking for rows that are not ready is a bug."""
         _, stage, rows, balcony = chunk
@@ -113,14 +118,14 @@ class CompanyPlant(SimulatedDevice):
             unit = f"{'balcony' if balcony else 'stage'} {stage}"
             raise AssertionError(f"{chunk.rows} rows of {unit} asked for, none is ready")
         cursors[stage] += rows
-        self.work(units[stage].pass_ms(rows, stream.length, 1 if balcony else None))
+        self.work(units[stage].pass_ms(rows, cursors[stage] - 1, 1 if balcony else None))
 
     def step(self, moves: Sequence[tuple[SimulatedStream, int]]) -> None:
         """Make a token of each of some streams at an exit index."""
         entries = []
         for stream, index in moves:
             stages, balconies = self.rows_due(stream)
-            entries.append(RoundEntry(index, stages, balconies, stream.length))
+            entries.append(RoundEntry(index, stages, balconies, self.context(stream)))
         self.work(self._prices.round_ms(entries))
         for stream, index in moves:
             stream.length += 1 if stream.exits else 0
@@ -251,12 +256,11 @@ def _admit(
 
 def _seen(plant: CompanyPlant, stream: SimulatedStream) -> StreamSeen:
     stages, balconies = plant.rows_due(stream)
-    context = stream.length if stream.exits else stream.length - 1
     arrival = stream.arrival
     return StreamSeen(
         stream.key,
         arrival.budget,
-        context,
+        plant.context(stream),
         stages,
         balconies,
         len(stream.exits),
@@ -290,5 +294,5 @@ def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Seque
         "mean_agreement": sum(agreement[layer] for layer in exits) / max(len(exits), 1),
         "switches": 100 * switches / max(len(exits), 1),
         "longest_gap_ms": max((gap for stream in lax for gap in stream.gaps_ms[1:]), default=0.0),
-        "ttft_p95_ms": firsts[int(0.95 * (len(firsts) - 1))] if firsts else math.nan,
+        "ttft_p95_ms": firsts[math.ceil(0.95 * len(firsts) - 1e-9) - 1] if firsts else math.nan,
     }

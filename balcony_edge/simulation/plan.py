@@ -213,12 +213,15 @@ class _Planner:
         power = profile.powered(self.rail)
         known = {"on_infeasible": "shallowest"} if budget.on_infeasible == "error" else {}
         unknown = dict.fromkeys(_UNKNOWN)
-        physics = Physics(noise=profile.spread, throttle_c=math.inf)
+        memory = profile.memory.simulated(len(profile.costs.exits))
+        if not memory:
+            unknown["memory_mb"] = None
+        physics = replace(Physics(noise=profile.spread, throttle_c=math.inf), **memory)
         if power is None:
             unknown |= {"power_w": None, "energy_j_per_token": None}
         else:
             physics = replace(physics, idle_w=power[0], busy_w=power[1], rail=self.rail)
-        measurable = budget.model_copy(update={**unknown, "memory_mb": None, **known})
+        measurable = budget.model_copy(update={**unknown, **known})
         plant = Plant(profile.costs, physics, lambda _: 1.0, prompt_tokens=self.prompt_tokens)
         tokens = simulate(profile.costs, plant, measurable, tokens=max(self.tokens, 2))
         later = tokens[1:]

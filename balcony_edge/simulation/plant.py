@@ -274,7 +274,7 @@ class Plant(SimulatedDevice):
         self.work(price_ms)
         step_ms = (self.now_s - begin_s) * 1000
         due_s = self.emitted_s + period_ms / 1000
-        self._work_off(min(due_s, self.now_s + idle_ms / 1000))
+        self._work_off(min(due_s, self.now_s + idle_ms / 1000), step_ms / 1000)
         self.wait(due_s - self.now_s)
         gap_ms, self.emitted_s = (self.now_s - self.emitted_s) * 1000, self.now_s
         return gap_ms, step_ms
@@ -290,18 +290,23 @@ class Plant(SimulatedDevice):
         unit = (self.costs.balconies if balcony else self.costs.stages)[stage]
         return unit.pass_ms(rows, self.length, 1 if balcony else None)
 
-    def _work_off(self, until_s: float) -> None:
-        """Run portions of the backlog, shallowest stage first and balconies last, while there is time for a whole one."""
-        while self.now_s < until_s:
-            waiting = [(i, self._stages[i - 1] - self._stages[i], False) for i in range(1, len(self._stages))]
-            waiting += [(i, self._stages[i] - done, True) for i, done in enumerate(self._balconies)]
-            portion = next(((i, min(rows, IDLE_ROWS), balcony) for i, rows, balcony in waiting if rows), None)
-            if portion is None:
-                return
-            index, rows, balcony = portion
-            seconds = self._slowed(self._run(index, rows, balcony=balcony)) / 1000
-            if self.now_s + seconds > until_s:
-                (self._balconies if balcony else self._stages)[index] -= rows
-                self.rows_run -= 0 if balcony else rows
-                return
-            self._pass(seconds, busy=True)
+    def _work_off(self, until_s: float, portion_s: float) -> None:
+        """Run portions of the backlog as the decode loop does: each if there is time for one as long as the one before.
+
+        ``portion_s`` is the time that the first counts as: that of the step.
+        """
+        while self.now_s + portion_s <= until_s and (price_ms := self._portion()):
+            begin_s = self.now_s
+            self.work(price_ms)
+            portion_s = self.now_s - begin_s
+
+    def _portion(self) -> float:
+        """Run at most ``IDLE_ROWS`` pending rows, shallowest stage first and balconies last, and return their price."""
+        left, price_ms = IDLE_ROWS, 0.0
+        for balcony, cursors in ((False, self._stages), (True, self._balconies)):
+            for index, done in enumerate(cursors):
+                ready = self._stages[index] if balcony else self._stages[index - 1] if index else self.length
+                if rows := min(ready - done, left):
+                    price_ms += self._run(index, rows, balcony=balcony)
+                    left -= rows
+        return price_ms

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from balcony_edge.budget import Budget
 from balcony_edge.cli import app
 from balcony_edge.cli.budgets.compare import differences
 from balcony_edge.cli.budgets.plan import _words
-from balcony_edge.cli.budgets.simulate import load
+from balcony_edge.cli.budgets.simulate import load, physics
 from balcony_edge.cli.device.profile import _show
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
@@ -162,6 +163,21 @@ def test_simulate_takes_watts_from_the_profile_and_physics_from_the_line(tmp_pat
     common = ["simulate", "--profile", "p.json", "--budget", budget, "-n", "100", "--json"]
     assert json.loads(invoke(*common))["mean_w"] == pytest.approx(9.0)
     assert json.loads(invoke(*common, "--device", "busy_w=1"))["mean_w"] == pytest.approx(4.0)
+
+
+def test_simulate_is_as_noisy_as_the_profile_and_a_plan() -> None:
+    noisy = profile(spread=0.17)
+    assert physics([], noisy, Budget()).noise == 0.17
+    assert physics(["noise=0.05"], noisy, Budget()).noise == 0.05
+    assert physics([], profile(spread=5.0), Budget()).noise == 2.0, "the most that a simulated device takes"
+
+
+def test_simulate_takes_memory_from_the_profile(tmp_path: Path) -> None:
+    """1 GB once loaded: a ceiling of 900 MB is out of reach from the first token on, and one of 2 GB is not."""
+    for mb, infeasible in ((900, 20), (2000, 0)):
+        (tmp_path / "b.toml").write_text(f"memory_mb = {mb}\n")
+        found = json.loads(invoke("simulate", "--profile", "p.json", "--budget", "b.toml", "-n", "20", "--json"))
+        assert found["infeasible_tokens"] == infeasible
 
 
 def test_simulate_with_arrivals_tells_what_each_class_got(tmp_path: Path) -> None:

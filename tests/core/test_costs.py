@@ -74,6 +74,17 @@ def test_further_rows_of_a_mixture_read_ever_fewer_further_experts() -> None:
             ExpertCost(share, all_ms)
 
 
+def test_streams_that_share_a_pass_pay_for_its_bends() -> None:
+    """Five rows are one, one more at 0.5 ms, and three at 0.25; the bends of a balcony are for keys and values alone."""
+    stage = UnitCost(2.0, 0.5, 1.0, bends=(Bend(2, 0.25, 0.5),))
+    one_stage = CostModel(exits=(1,), stages=(stage,), balconies=(UnitCost(0.0),), head=UnitCost(0.0))
+    together = [RoundEntry(0, (1,), (1,), 0)] * 5
+    assert RoundPrices(one_stage).round_ms(together) == pytest.approx(stage.pass_ms(5, 0))
+    two = CostModel((1, 2), (UnitCost(0.0),) * 2, (stage, UnitCost(0.0)), UnitCost(0.0))
+    shallow = [RoundEntry(0, (1, 1), (1, 1), 0)] * 5
+    assert RoundPrices(two).round_ms(shallow) == pytest.approx(2.0 + 4 * 0.5)
+
+
 def test_rows_within_when_further_rows_are_free() -> None:
     assert UnitCost(1.0).rows_within(1.0, limit=10**9, context_length=10**6) == 10**9
     assert UnitCost(1.0).rows_within(2.0, limit=0, context_length=0) == 0

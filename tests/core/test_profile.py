@@ -292,6 +292,18 @@ def test_compare_tells_chance_from_difference() -> None:
         compare_profiles(first, make_profile(entries=(entry("decode", 4, 1.0, context=1),)))
 
 
+def test_stages_of_other_layers_are_not_compared() -> None:
+    """To exit 8 a stage runs four layers in one bundle and all eight in the other: that is no slower device."""
+    first = make_profile(entries=(entry("decode", 8, 26.0), entry("catch_up", 8, 10.0)))
+    second = make_profile(
+        bundle=first.bundle.model_copy(update={"exit_layers": (8,)}),
+        costs=CostModel((8,), (STAGE,), (UnitCost(1.0),), UnitCost(4.0)),
+        entries=(entry("decode", 8, 26.0), entry("catch_up", 8, 20.0)),
+    )
+    assert [one.entry.kind for one in compare_profiles(first, second)] == ["decode"]
+    assert [one.entry.kind for one in compare_profiles(first, first)] == ["decode", "catch_up"]
+
+
 def test_tables_hold_the_same_numbers() -> None:
     profile = make_profile()
     lines = [json.loads(line) for line in render(profile, "jsonl").splitlines()]
@@ -345,6 +357,14 @@ def test_plan_counts_the_memory_of_a_reply() -> None:
     checks = [plan.exits[0].checks[0] for plan in plans]
     assert [check.expected for check in checks] == [pytest.approx(1001.92)] * 2
     assert [check.met for check in checks] == [False, True]
+
+
+def test_a_plan_takes_depth_for_memory_as_the_controller_does() -> None:
+    """1 GB of 1,015 MB leaves less than a third of the last 5 %: the reply fits, at the shallower of two exits."""
+    plan = make_plan(make_profile(), Budget(memory_mb=1015), prompt_tokens=64)
+    assert plan.feasible and plan.shares == {4: 1.0}
+    unknown = make_profile(memory=MemoryUse(loaded_bytes=None, peak_bytes=None, per_1k_tokens_bytes=0))
+    assert make_plan(unknown, Budget(memory_mb=100), prompt_tokens=64).shares == {8: 1.0}
 
 
 def test_joules_of_a_plan_grow_with_the_context() -> None:

@@ -233,7 +233,7 @@ def load(text: str) -> Load:
 
 
 def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics:
-    """Constants of the simulated device: the profile's watts of the budget's rail, and those given as ``key=value``.
+    """Constants of the simulated device: the profile's noise, memory and watts of the budget's rail, and those given.
 
     With watts of a real device it does not throttle unless ``throttle_c`` is given: its heat sink is unknown, so the defaults
     would make it throttle or not by chance.
@@ -244,7 +244,8 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
     from balcony_edge.simulation.plant import RANGES, Physics
 
     rail = profile.rail_of(budget)
-    values: dict[str, Any] = {"rail": rail}
+    values: dict[str, Any] = {"rail": rail, "noise": min(profile.spread, RANGES["noise"][1])}
+    values |= profile.memory.simulated(len(profile.costs.exits))
     measured = profile.powered(rail)
     if measured is not None:
         idle_w, busy_w = measured

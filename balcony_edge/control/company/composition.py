@@ -248,7 +248,8 @@ class Composer:
         for stage in stages:
             # The last row of a prompt runs with its first token.
             ready = seen.stage_rows[stage] - (seen.stage_rows[stage - 1] if stage else 1)
-            most = self._costs.stages[stage].rows_within(slack_ms, max(ready, PLENTY), seen.context_length)
+            before, limit = _before(seen.context_length, seen.stage_rows[stage]), max(ready, PLENTY)
+            most = self._costs.stages[stage].rows_within(slack_ms, limit, before + limit - 1)
             if ready >= least and most and min(ready / most, 1.0) > fullest:
                 fullest, best = min(ready / most, 1.0), Chunk(seen.key, stage, min(ready, most))
         return best
@@ -269,12 +270,15 @@ class Composer:
         """Rows that wait in front of the balcony of its goal, as many as fit."""
         seen, index = view.stream, view.goal
         kept = seen.balcony_rows[index] - seen.stage_rows[index]
-        rows = self._costs.balconies[index].rows_within(slack_ms, kept, seen.context_length, 1)
+        before = _before(seen.context_length, seen.balcony_rows[index])
+        rows = self._costs.balconies[index].rows_within(slack_ms, kept, before + kept - 1, 1)
         return Chunk(seen.key, index, rows, balcony=True) if rows else None
 
     def _chunk_ms(self, view: View, chunk: Chunk) -> float:
-        unit = (self._costs.balconies if chunk.balcony else self._costs.stages)[chunk.stage]
-        return unit.pass_ms(chunk.rows, view.stream.context_length, 1 if chunk.balcony else None)
+        seen, costs = view.stream, self._costs
+        units, due = (costs.balconies, seen.balcony_rows) if chunk.balcony else (costs.stages, seen.stage_rows)
+        before = _before(seen.context_length, due[chunk.stage])
+        return units[chunk.stage].pass_ms(chunk.rows, before + chunk.rows - 1, 1 if chunk.balcony else None)
 
     def _price(self, chosen: Sequence[tuple[View, int]]) -> float:
         return self._prices.sum_ms([self._token(view, index) for view, index in chosen])
@@ -287,3 +291,8 @@ class Composer:
             _, _, context, stage_rows, balcony_rows, _, _, _, shares, _ = view.stream
             found = self._tokens[place] = self._prices.token(index, stage_rows, balcony_rows, context, shares)
         return found
+
+
+def _before(context: int, due: int) -> int:
+    """Number of rows that a graph has taken in: the first rows of a long prompt do not pay for the keys of its last."""
+    return max(context + 1 - due, 0)

@@ -58,6 +58,11 @@ class RoundPrices:
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs
         self._units = (*costs.stages, *costs.balconies, costs.head)
+        # The bends of a balcony are those of rows that only leave keys and values, which no stream's own row is.
+        self._shared = [
+            *map(_without_attention, costs.stages),
+            *(replace(_without_attention(unit), bends=()) for unit in self._units[len(costs.stages) :]),
+        ]
         self._kept: dict[int, float] = {}  # tokens of every pass → price of the passes
         self._steady = [self._at(index) for index in range(len(costs.exits))]
 
@@ -118,10 +123,9 @@ class RoundPrices:
 
     def _passes_ms(self, passes: int) -> float:
         total_ms = self.costs.overhead_ms if passes else 0.0
-        for unit in self._units:
+        for unit in self._shared:
             if tokens := passes & ((1 << COUNT_BITS) - 1):
-                total_ms += unit.first_row_ms - unit.marginal_row_ms
-                total_ms += 0.0 if unit.experts is None else unit.experts.pass_ms(tokens)
+                total_ms += unit.pass_ms(tokens, 0) - tokens * unit.marginal_row_ms
             passes >>= COUNT_BITS
         return total_ms
 
@@ -144,3 +148,9 @@ class RoundPrices:
     def work_ms(self, stage_rows: Sequence[int], index: int, context: int) -> float:
         """Price of running the rows that are due at each stage on the way to exit ``index``, in one pass of each."""
         return sum(self.costs.stages[stage].pass_ms(stage_rows[stage], context) for stage in range(index + 1))
+
+
+def _without_attention(unit: UnitCost) -> UnitCost:
+    """Prices of a graph's rows without their attention; one pass takes all tokens of a round."""
+    bends = tuple(replace(bend, marginal_context_ms_per_1k=0.0) for bend in unit.bends)
+    return replace(unit, context_ms_per_1k=0.0, marginal_context_ms_per_1k=0.0, pass_rows=None, bends=bends)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.company.seen import Chunk, StreamState
+from balcony_edge.control.company.joint import JointController
+from balcony_edge.control.company.seen import Chunk, RoundSeen, StreamState
 from balcony_edge.control.slowdown import Slowdown
-from tests.support.company import SETTLED, decided, exits, stream
+from balcony_edge.simulation.company import Arrival, CompanyPlant
+from balcony_edge.simulation.plant import Physics
+from tests.support.company import QUALITY, SETTLED, decided, exits, stream
 from tests.support.prices import SMALL
 
 #: A prompt of 200 rows: 53 ms of work at exit 4, or 25 rounds next to a stream at 10 ms.
@@ -42,6 +46,21 @@ def test_a_prompt_runs_in_chunks_between_the_tokens_of_others() -> None:
     rest = prompt._replace(stage_rows=(3, 3, 3), balcony_rows=(3, 3, 1))
     _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), rest])
     assert set(exits(found)) == {0, 1} and found.chunk is None
+
+
+def test_the_first_rows_of_a_prompt_do_not_pay_for_the_keys_of_the_last() -> None:
+    """Of 2,000 rows the first ones attend to one another only, in the decision and on the simulated device."""
+    costs = replace(SMALL, stages=tuple(replace(unit, context_ms_per_1k=0.05) for unit in SMALL.stages))
+    rows: dict[str, Any] = {"stage_rows": (2000,) * 3, "balcony_rows": (2000, 2000, 1), "context_length": 1999}
+    prompt = stream(1, Budget(), made_tokens=0, **rows)
+    seen = RoundSeen((stream(0, Budget(tpot_ms=25.0)), prompt), now_s=10.0)
+    _, found = JointController(costs, QUALITY).decide(SETTLED, seen)
+    assert found.chunk is not None and found.chunk.stage == 0
+    chunk_ms = costs.stages[0].pass_ms(found.chunk.rows, found.chunk.rows - 1)
+    assert found.price_ms == pytest.approx(costs.steady_ms(exits(found)[0], 0) + chunk_ms)
+    plant = CompanyPlant(costs, Physics(noise=0.0), lambda _: 1.0)
+    plant.run_chunk(plant.stream(Arrival(0.0, 2000, 1, Budget()), 1), found.chunk)
+    assert 1000 * plant.now_s == pytest.approx(chunk_ms)
 
 
 def test_a_prompt_leaves_time_for_who_waits() -> None:

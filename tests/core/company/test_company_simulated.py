@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -94,6 +95,14 @@ def test_chunks_name_rows_that_exist() -> None:
     assert one.stages == [5, 5, 0, 0] and one.balconies == [2, 0, 0]
 
 
+def test_a_prompt_attends_to_its_own_rows() -> None:
+    """128 rows fill one bucket of keys; a row more would bind two."""
+    costs = replace(DEMO, stages=tuple(replace(unit, key_bucket=128) for unit in DEMO.stages))
+    plant = CompanyPlant(costs, Physics(noise=0.0), lambda _: 1.0)
+    plant.step([(plant.stream(Arrival(0.0, 128, 1, Budget())), 3)])
+    assert 1000 * plant.now_s == pytest.approx(costs.prefill_ms(30, 128))
+
+
 def test_who_there_is_no_time_for_waits_or_is_refused() -> None:
     """Six ask for a gap that three can have at once; one of them does not want to wait, and one counts more than the others."""
     asked = [Budget(tpot_ms=8.0)] * 4 + [Budget(tpot_ms=8.0, on_infeasible="error"), Budget(tpot_ms=8.0, weight=9)]
@@ -144,3 +153,13 @@ def test_missed_deadlines_are_counted() -> None:
         one.exits, one.gaps_ms = [30] * 3, [50.0, 40.0, 20.0]
     assert [one.missed_deadline for one in streams] == [False, True, False]
     assert summary(streams, DEMO, QUALITY)["deadlines_missed"] == 0.5
+
+
+def test_the_95th_percentile_is_not_exceeded_by_95_of_100() -> None:
+    """Of ten first tokens nine come within 9 ms: 90 %, so the percentile is the tenth; of twenty it is the nineteenth."""
+    plant = CompanyPlant(DEMO, Physics(), lambda _: 1.0)
+    for count, expected_ms in ((1, 1.0), (10, 10.0), (20, 19.0)):
+        streams = [plant.stream(Arrival(0.0, 4, 1, Budget())) for _ in range(count)]
+        for number, one in enumerate(streams, start=1):
+            one.exits, one.gaps_ms = [30], [float(number)]
+        assert summary(streams, DEMO, QUALITY)["ttft_p95_ms"] == expected_ms

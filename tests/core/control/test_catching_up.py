@@ -18,7 +18,7 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
-from tests.support.prices import MARGIN, SETTLED_DEVIATION
+from tests.support.prices import DEMO, MARGIN, SETTLED_DEVIATION
 
 PROFILE = Path(__file__).parents[3] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
 # Steady prices 10, 14 and 21 ms; a further row costs a fourth of the first, as in int4.
@@ -384,3 +384,13 @@ def test_a_sprint_goes_to_a_nearer_goal_if_the_far_one_is_lost() -> None:
 )
 def test_the_way_in_words(way_of: Way, words: str) -> None:
     assert way_of.words(STEEP.exits) == words
+
+
+def test_rows_run_in_a_wait_only_if_it_has_time_for_a_step_as_on_a_device() -> None:
+    """A step at exit 14 takes 12 ms. A wait of 7.5 has time for rows of stage 1, but the decode loop does not know that."""
+    plant = Plant(DEMO, Physics(noise=0.0), lambda _: 1.0, prompt_tokens=40)
+    plant.step(14)
+    plant.step(14, period_ms=20.0, idle_ms=7.5)
+    assert plant.rows_due()[0] == [1, 42, 42, 42]
+    plant.step(14, period_ms=40.0, idle_ms=27.0)
+    assert plant.rows_due()[0][1] < 42
