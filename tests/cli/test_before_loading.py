@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,18 @@ def test_balconies_are_looked_for_before_the_model_is_loaded(
     }
     typo = tmp_path / "balconeis"
     refused_here(f"{typo}: has no balconies.json", verb, *options[verb], "--balconies", typo)
+
+
+@pytest.mark.parametrize(("verb", "option"), [("train", "--data"), ("train", "--start"), ("cut", "--calibration")])
+def test_files_to_train_from_are_looked_for_before_the_model_is_loaded(
+    tiny_checkpoint: Path, text_file: Path, verb: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        pytest.fail("the model was loaded")
+
+    for name in ("load_model", "load_trainable"):
+        monkeypatch.setattr(f"balcony_export.model.checkpoint.{name}", loaded)
+    options = {"train": {"--exits": "2", "--steps": "5", "--data": text_file}, "cut": {"--mlp": "8"}}
+    given = {**options[verb], "-o": tmp_path / "out", option: tmp_path / "absent"}
+    words = "absent: has no balconies.json" if option == "--start" else "absent: cannot be read (No such file"
+    refused_here(words, verb, tiny_checkpoint, *itertools.chain.from_iterable(given.items()))

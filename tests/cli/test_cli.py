@@ -303,7 +303,7 @@ def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
     golden = Path(__file__).parents[1] / "core" / "control" / "golden.jsonl"
     done = invoke_here("replay", golden, "--json")
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["tokens"] == sum(found["exits"].values()) == 120, done
+    assert done.returncode == 0 and found["decisions"] == sum(found["exits"].values()) == 120, done
     assert found["differences"] == []
     changed = tmp_path / "changed.jsonl"
     lines = golden.read_text().splitlines()
@@ -313,7 +313,7 @@ def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
     done = invoke_here("replay", changed, "--json")
     assert done.returncode == 1
     (difference,) = json.loads(done.stdout)["differences"]
-    assert difference["token"] == 119 and difference["recorded"]["reason"] == "because it was so"
+    assert difference["decision"] == 119 and difference["recorded"]["reason"] == "because it was so"
     assert difference["again"]["exit_layer"] == last["exit_layer"]
     done = invoke_here("replay", changed)
     text = " ".join(done.stdout.split())

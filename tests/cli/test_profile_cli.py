@@ -133,6 +133,21 @@ def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tiny: Any, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_profile_is_kept_where_nobody_reads_what_is_shown(
+    measured: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `profile -o p.json | less`, which was left while the device was measured: rich then ends the process."""
+
+    def left(_: DeviceProfile) -> None:
+        raise SystemExit(1)
+
+    whole = DeviceProfile.load(measured)
+    monkeypatch.setattr("balcony_runtime.profiler.run.measure_profile", lambda *_, **__: whole)
+    monkeypatch.setattr("balcony_edge.cli.device.profile._show", left)
+    done = invoke_here("profile", tiny.path, "-o", tmp_path / "p.json")
+    assert done.returncode == 1 and DeviceProfile.load(tmp_path / "p.json") == whole
+
+
 def test_ctrl_c_writes_what_is_measured(tiny: Any, tmp_path: Path, interruptible: Any) -> None:
     path = tmp_path / "p.json"
     arguments = ["profile", str(tiny.path), "-o", str(path), *GRID[:-4], "--threads", "1", "--sustain", "200s"]

@@ -20,6 +20,7 @@ import transformers
 from safetensors import safe_open
 
 from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli.device.serve import JsonLines
 from balcony_edge.errors import InputError
 from balcony_export.data.documents import read_documents
@@ -165,6 +166,23 @@ def test_a_byte_order_mark_is_no_text(tiny: Any, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         (document,) = read_documents(tmp_path / name)
         assert document.text.strip(" =\n").lower() == "the fox"
+
+
+def test_results_are_kept_where_nobody_reads_what_is_shown(
+    bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich ends the process where the reader of a pipe has gone, such as a pager that was left."""
+
+    def left(*_: Any, **__: Any) -> None:
+        raise SystemExit(1)
+
+    (text := tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    for verb, options in (("device.calibrate", ("--max-disagreement", "90%")), ("workstation.eval", ("--limit", "1"))):
+        monkeypatch.setattr(f"balcony_edge.cli.{verb}._show", left)
+        done = invoke_here(verb.rpartition(".")[2], bundle_copy, "--text", text, *options)
+        assert done.returncode == 1, done
+    manifest = Bundle.open(bundle_copy).manifest
+    assert manifest.confidence is not None and manifest.exits[0].quality is not None
 
 
 @pytest.mark.parametrize("verb", ["run", "inspect", "eval", "profile"])

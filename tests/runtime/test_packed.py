@@ -85,6 +85,22 @@ def test_packed_weights_of_another_user_are_not_called_damaged(
         Engine.open(tiny.path, packed=tmp_path)
 
 
+def test_packed_weights_in_a_private_directory_are_one_line(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python up to 3.13 lets `is_dir` fail there."""
+    is_dir = Path.is_dir
+
+    def private(path: Path) -> bool:
+        if path.parent == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", private)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\): make them readable"):
+        Engine.open(tiny.path, packed=tmp_path)
+
+
 def test_damaged_weights_are_not_packed(bundle_copy: Path, tmp_path: Path) -> None:
     """What they give would pass every later check: it is compared with hashes of its own only."""
     weights, packed = bundle_copy / "weights.bin", tmp_path / "packed"

@@ -54,9 +54,9 @@ def _replay_tokens(trace: Path, as_json: bool) -> None:
         catch_up = None if decision.catch_up is None else list(decision.catch_up)
         now = {**{key: getattr(decision, key) for key in (*_COMPARED, "reason")}, "catch_up": catch_up}
         if any(then[key] != now[key] for key in _COMPARED):
-            differences.append({"token": number, "now_s": token.seen.now_s, "recorded": then, "again": now})
+            differences.append({"decision": number, "now_s": token.seen.now_s, "recorded": then, "again": now})
     shares = ", ".join(f"{count} at exit {layer}" for layer, count in sorted(exits.items(), reverse=True))
-    facts = {"tokens": len(recorded), "exits": {str(e): n for e, n in sorted(exits.items())}}
+    facts = {"decisions": len(recorded), "exits": {str(e): n for e, n in sorted(exits.items())}}
     _tell(facts, f"{len(recorded)} decisions: {shares}", differences, as_json)
 
 

@@ -67,8 +67,10 @@ def calibrate(
             documents = _documents(text, opened, tokens, engine.max_length)
         compared = compare_exits(engine, documents, lambda done: progress("comparing exits", done))
         found = learn(compared, one_line(text.name), *shares)
-    _show(found, opened.manifest.exit_layers, text, as_json=as_json)  # first: it is shown even if it cannot be kept
-    record_confidence(bundle, found, opened.manifest.fingerprint)
+    try:
+        _show(found, opened.manifest.exit_layers, text, as_json=as_json)  # first: it is shown even if it cannot be kept
+    finally:  # it is kept even if nobody reads stdout any more
+        record_confidence(bundle, found, opened.manifest.fingerprint)
 
 
 def _show(found: ConfidenceSpec, exit_layers: tuple[int, ...], text: Path, *, as_json: bool) -> None:

@@ -77,13 +77,13 @@ def profile(
         )  # a path may be no UTF-8
         with Sensors(device_sources()) as sensors, progress_bar() as progress:
             measured = measure_profile(llm, sensors, grid, progress, sustain_s=seconds, command=command)
-    if all(path is not None for _, path in targets):
-        _show(measured)  # first: results are shown even if they cannot be kept
-    with ExitStack() as files:  # the others are written also after one that cannot be
+    with ExitStack() as files:  # all are written, also after one that cannot be, or where nobody reads stdout any more
         if report is not None:
             files.callback(write_report, measured, report)
         for form, path in reversed(targets):
             files.callback(write_output, render(measured, form), path)
+        if all(path is not None for _, path in targets):
+            _show(measured)  # first: results are shown even if they cannot be kept
     for note in measured.conditions.notes:
         stderr.print(note, style="yellow", markup=False, soft_wrap=True)  # may have what an engine said
     if measured.power_reason is not None:

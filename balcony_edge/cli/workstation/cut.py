@@ -45,6 +45,7 @@ def cut(
 
     from balcony_edge.device.machine import checked_threads
     from balcony_export.data.corpus import build_corpus
+    from balcony_export.data.documents import refuse_unreadable
     from balcony_export.model.architecture import longest_context
     from balcony_export.model.balcony_files import load_balconies, refuse_missing
     from balcony_export.model.checkpoint import load_model, load_tokenizer
@@ -57,6 +58,7 @@ def cut(
     refuse_existing(output)
     scheme = _scheme(mlp, tune_steps, precision)
     refuse_missing(balconies)
+    refuse_unreadable(calibration)
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
     with progress_bar() as progress:

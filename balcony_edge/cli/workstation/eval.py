@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,11 +110,12 @@ def evaluate(
             stderr.print("[yellow]The exits are untrained copies of the last layer: give --balconies.[/]")
         compare_with = None if model is None else partial(_open_model, model, None, None, threads)
         report = _measure(scorer, compare_with, _Sources(texts, names, data, limit, window), progress)
-    _show(report, as_json)  # first: results are shown even if they cannot be kept
-    if output is not None:
-        write_report(report, output)
-    if keeper is not None:
-        _keep(Path(subject), keeper, report)
+    with ExitStack() as kept:  # each is kept, also after one that cannot be, or where nobody reads stdout any more
+        if keeper is not None:
+            kept.callback(_keep, Path(subject), keeper, report)
+        if output is not None:
+            kept.callback(write_report, report, output)
+        _show(report, as_json)  # first: results are shown even if they cannot be kept
 
 
 def _refuse_unknown(tasks: list[str], data: Path | None) -> None:

@@ -136,7 +136,7 @@ def train(
     if steps is None and minutes is None:
         raise InputError("the length of the run is missing: give --tokens, --steps or --minutes")
     config = TrainConfig(
-        exits=(),  # these follow with the model: what is wrong of the rest is said before it is loaded
+        exits=(),  # they need the number of layers; all else is checked before the model is loaded
         steps=steps,
         minutes=minutes,
         seq_len=seq_len,
@@ -162,6 +162,7 @@ def train(
     )
     config.check()
     shares = _shares(mix or [])
+    _refuse_unreadable(data, start)
     # before Processes joins them: after that, under FSDP, transformers would load weights in the first one only
     loaded = load_trainable(model, seq_len)
     uncut = None if teacher is None else _load_teacher(teacher, model, seq_len, loss)
@@ -172,8 +173,15 @@ def train(
     begins_as, kind = _start(context, init, exit_module, start)
     config = replace(config, exits=layers, start=begins_as, module=kind)
     config.check_processes(Processes().count)
-    packing = {"seq_len": seq_len, "seed": seed, "held_out_rows": held_out_rows, "mix": shares}
-    text = PackedText(run_directory(output, layers) / PACKED, data, load_tokenizer(model), **packing)
+    text = PackedText(
+        run_directory(output, layers) / PACKED,
+        data,
+        load_tokenizer(model),
+        seq_len=seq_len,
+        seed=seed,
+        held_out_rows=held_out_rows,
+        mix=shares,
+    )
     begin = None
     if begun is not None and start is not None:
         begin = Start(begun, _rows_seen(start, layers, text.corpus), start.resolve())
@@ -192,6 +200,15 @@ def train(
         stderr.print(f"{trainer.work}: step {trainer.step} is saved: continue with --resume", markup=False)
         raise typer.Exit(130)
     _finish(trainer, model, pretraining_tokens, before, as_json)
+
+
+def _refuse_unreadable(data: list[Path], start: Path | None) -> None:
+    """Refuse files that cannot be read before a model is loaded, which may take minutes."""
+    from balcony_export.data.documents import refuse_unreadable
+    from balcony_export.model.balcony_files import refuse_missing
+
+    refuse_missing(start)
+    refuse_unreadable(data)
 
 
 def _refuse_checkpoint(work: Path, resume: bool) -> None:

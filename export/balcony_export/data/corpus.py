@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +95,8 @@ def build_corpus(
         seq_len: Tokens per row.
         seed: Seed of the order of the rows.
         held_out_rows: Approximate number of rows of documents to keep out of training. Every file gives documents in
-            proportion to its tokens, the first by a hash of their text; files of one document count as one file together.
+            proportion to its tokens, the first by a hash of their text. Files of one document count as one file if the part of
+            each is less than a row.
         mix: File name → share of its documents to use, above 0 and up to 1, the first by a hash of their text. Files that are
             not in it are used whole.
 
@@ -114,9 +115,13 @@ def build_corpus(
     begin = start_tokens(tokenizer)
     learned: list[_KeyedDocument] = []
     held: list[_KeyedDocument] = []
-    for given in _together(documents for _, documents in read.values()):
+
+    def target(given: list[_KeyedDocument]) -> int:
         tokens = sum(len(document.tokens) for document in given)
-        held_of_file = _held_out(given, min(held_out_rows * seq_len * tokens // total, tokens // 10), begin)
+        return min(held_out_rows * seq_len * tokens // total, tokens // 10)
+
+    for given in _together((documents for _, documents in read.values()), lambda given: target(given) >= seq_len):
+        held_of_file = _held_out(given, target(given), begin)
         learned += held_of_file[0]
         held += held_of_file[1]
     # the same text may occur twice, in one file or in two
@@ -176,14 +181,17 @@ def _read(
     return read
 
 
-def _together(files: Iterable[list[_KeyedDocument]]) -> Iterator[list[_KeyedDocument]]:
-    """The documents of each file, but those of all files of one document together.
+def _together(
+    files: Iterable[list[_KeyedDocument]], is_enough: Callable[[list[_KeyedDocument]], bool]
+) -> Iterator[list[_KeyedDocument]]:
+    """The documents of each file, but those of all small files of one document together.
 
-    The part of such a file in the held-out rows may be a few tokens of its document, or none.
+    The part of such a file in the held-out rows may be a few tokens of its document, or none. A large file stays alone:
+    next to it the smallest one would be all that is held out.
     """
     alone: list[_KeyedDocument] = []
     for documents in files:
-        if len(documents) > 1:
+        if len(documents) > 1 or is_enough(documents):
             yield documents
         else:
             alone += documents

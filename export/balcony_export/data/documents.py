@@ -92,6 +92,12 @@ def read_documents(path: Path, *, chats: bool = False) -> Iterator[Document]:
                 raise InputError(f'{where}: has no "text"{" and no chat" if chats else ""}: give {forms}')
 
 
+def refuse_unreadable(paths: Sequence[Path]) -> None:
+    """Refuse files without a document to train on now, and not after the minutes that loading a model may take."""
+    for path in files_in(paths):
+        next(read_documents(path, chats=True))
+
+
 def read_records(path: Path, forms: str) -> Iterator[tuple[str, Any]]:
     """Read JSON Lines: ``(file and line, value)`` of each line that is not blank.
 

@@ -191,7 +191,7 @@ class Decoder:
         if first:
             sequence.checkpoint()  # the end of the prompt, to which the next reply may go back
         self._ids = made.ids[-1]
-        forced = self._force(self._ids) if self._sampler.guided else []
+        forced = self._force(self._ids, len(made.ids)) if self._sampler.guided else []
         done_ns = time.perf_counter_ns()
         self._last, took_ms = None, (done_ns - begin_ns) / 1e6
         if not first and attempted is None:  # the time of a prompt says nothing about the slowdown of the next step
@@ -384,8 +384,8 @@ class Decoder:
         self.untold[0] = step._replace(latency_ms=latency_ms)
         return self.untold
 
-    def _force(self, ids: IntArray) -> list[int]:
-        """Take over the tokens that the reply's structure leaves no choice about after the last one, and return them.
+    def _force(self, ids: IntArray, new: int = 1) -> list[int]:
+        """Take over the tokens that the structure leaves no choice about after the last of ``new`` ones, and return them.
 
         All of them except the last become pending rows at once, which run when logits are next asked for. Log-probabilities
         need the model's opinion of each token, and a pace needs them one by one: they are then made like all others.
@@ -395,7 +395,7 @@ class Decoder:
             self._sampler.prepare()
             return []
         room, most = sequence.max_length - sequence.length - 1, self._environment.max_new_tokens
-        forced = self._sampler.forced(room if most is None else min(room, most - self._made - 1))
+        forced = self._sampler.forced(room if most is None else min(room, most - self._made - new))
         if forced:
             sequence.append([int(ids[0]), *forced[:-1]])
             self._ids = np.array(forced[-1:], np.int64)

@@ -25,7 +25,7 @@ from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.engine import Engine
 
 MEASURES: tuple[ConfidenceMeasure, ...] = get_args(ConfidenceMeasure)
-#: Candidate thresholds are quantiles of the observed confidence, so many steps down from the strictest.
+#: Number of steps from the strictest candidate threshold to the loosest; candidates are quantiles of the confidence.
 CANDIDATES = 200
 #: Number of rows whose logits are in memory at once.
 _CHUNK = 64

@@ -303,6 +303,14 @@ def test_many_small_files_keep_their_beginnings(count: int, tmp_path: Path, make
         assert len(rows.tokens) and (rows.tokens[:, 0] == first).all()
 
 
+def test_a_short_file_is_not_all_that_is_held_out(tmp_path: Path, make_tokenizer: Callable[[], Any]) -> None:
+    """A note of three words next to a book: a run would be judged on these three."""
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog " * 400)
+    (tmp_path / "note.txt").write_text("the lazy fox")
+    corpus = build_corpus([tmp_path], make_tokenizer(), seq_len=16, held_out_rows=4)
+    assert corpus.held_out.lengths.sum() > 48
+
+
 def test_a_chat_comes_before_a_text_that_repeats_it(tmp_path: Path) -> None:
     """Alpaca's rows have both: the text is in a template of its own."""
     row = {"instruction": "Name a fox.", "response": "Red.", "text": "### Instruction: Name a fox. ### Response: Red."}

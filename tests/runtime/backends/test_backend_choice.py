@@ -77,6 +77,13 @@ def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
             "built by tensorrt_rtx 1.7, but this machine has tensorrt_rtx 1.8: build again with `balcony-edge build BUNDLE "
             "--target rtx --precision fp16 --sm 86,89`",
         ),
+        (  # built again with its own options, it would be refused on this GPU
+            engine_set(),
+            "tensorrt_rtx 1.8",
+            "120",
+            "built for compute capability 86, 89, but this GPU has 120: build with `balcony-edge build BUNDLE --target rtx "
+            "--precision fp16 --sm 120`",
+        ),
         (  # it is built for all GPUs that TensorRT-RTX takes without being told
             engine_set(compute_capabilities=()),
             "tensorrt_rtx 1.8",

@@ -26,6 +26,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.confident import Trial
+from balcony_runtime.decoding.policy import Made, Turn
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
@@ -301,6 +302,28 @@ def test_the_limit_cuts_a_structure_as_any_reply(llm: LLM) -> None:
     with llm.stream(PROMPT, sampling=params, max_new_tokens=2, sequence=sequence) as stream:
         next(stream)
         assert sequence.length <= len(PROMPT) + 1
+
+
+def test_tokens_after_the_last_one_are_not_made_after_several_at_once(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two(turn: Turn) -> Made | None:
+        """A round whose only draft is kept."""
+        if turn.left < 2:
+            return None
+        found = [turn.ids]
+        for _ in range(2):
+            found.append(turn.sampler.pick(turn.sequence.step(5, found[-1])))
+        return Made(found[1:], [None, None], 5)
+
+    monkeypatch.setattr(llm._learned.speculator, "attempt", two)
+    params, budget = SamplingParams(json_schema=PERSON), Budget(policy="lossless")
+    for most in range(2, len(ids(llm, params))):
+        sequence = llm.engine.new_sequence()
+        with llm.stream(PROMPT, sampling=params, max_new_tokens=most, budget=budget, sequence=sequence) as stream:
+            for _ in range(most - 1):
+                next(stream)
+            assert sequence.length <= len(PROMPT) + most - 1
 
 
 def test_log_probabilities_are_the_models_own(llm: LLM) -> None:

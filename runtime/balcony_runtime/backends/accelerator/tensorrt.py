@@ -218,11 +218,13 @@ def open_backend(bundle: Bundle, engines: str, *, capture: bool = True, verify_h
 def _refuse_misfits(directory: Path, engines: EngineSet, here: str, capability: str) -> None:
     if not engines.engines:
         raise BundleError(f"{directory}: has graphs but no engines: build them with {_build(engines)}")
-    if engines.builder != here:
+    gpus = gpus_of(engines)
+    fits = not gpus or capability in gpus
+    if engines.builder != here and (fits or engines.target != "rtx"):  # built again, an rtx set is for the same GPUs
         raise BundleError(
             f"{directory}: built by {engines.builder}, but this machine has {here}: build again with {_build(engines)}"
         )
-    if (gpus := gpus_of(engines)) and capability not in gpus:
+    if not fits:
         cure = f"build with {_build(engines, sm=capability)}, or with --target tensorrt on this machine"
         if engines.precision == "fp8" and int(capability) < 89:  # no such GPU has products in fp8
             cure = "build with another --precision"

@@ -54,7 +54,11 @@ def packed_graphs(
     home = directory / hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     graphs = {name: spec.file for name, spec in bundle.manifest.runnable.items() if name != "backbone"}
     paths = {f"path_{layer}": f"path_{layer}.onnx" for layer in bundle.manifest.exit_layers}
-    if home.is_dir():
+    try:
+        packed = home.is_dir()
+    except OSError as error:  # a private directory
+        raise _unreadable(home, error) from error
+    if packed:
         _check(home, verify_hashes)
     else:
         try:
@@ -92,11 +96,14 @@ def _check(home: Path, verify_hashes: bool) -> None:
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         intact = False
     except OSError as error:  # those of another user may be whole
-        raise InputError(
-            f"{home}: the packed weights cannot be read ({error.strerror}): make them readable, or name another place"
-        ) from error
+        raise _unreadable(home, error) from error
     if not intact:
         raise BundleError(f"{home}: the packed weights are damaged: remove it; the next load makes them again")
+
+
+def _unreadable(home: Path, error: OSError) -> InputError:
+    cure = "make them readable, or name another place"
+    return InputError(f"{home}: the packed weights cannot be read ({error.strerror}): {cure}")
 
 
 def _cpu_features() -> str:

@@ -37,10 +37,10 @@ def budget_files(folder: Path | None) -> dict[Path, Budget]:
     if folder is None:
         return {}
     try:
-        if not folder.is_dir():
-            raise InputError(f"--budgets {folder}: is not a directory: give one with budget files (*.toml)")
         # glob() would find nothing in a directory that may not be read, and all names would be gone.
         files = sorted(path for path in folder.iterdir() if path.name.endswith(".toml"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"--budgets {folder}: is not a directory: give one with budget files (*.toml)") from error
     except OSError as error:
         raise InputError(f"--budgets {folder}: cannot be read ({error.strerror}): make it readable") from error
     return {path: load_budget(path) for path in files}

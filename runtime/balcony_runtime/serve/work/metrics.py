@@ -1,7 +1,7 @@
 """Metrics for Prometheus, in a registry of their own; names of OpenTelemetry's GenAI conventions where there are any.
 
 Owns the names and the buckets. Counting happens in the event loop. :meth:`Metrics.text`, and with it every function
-that gives a value, runs in a thread: what these read must bear that.
+that gives a value, runs in a thread, while the event loop may change what these functions read.
 """
 
 from __future__ import annotations
