@@ -309,7 +309,8 @@ class Quantization(_Frozen):
     """Quantization of the weights: in blocks along the inputs, to the nearest values or by GPTQ on calibration text.
 
     ``accuracy_level`` 4 also rounds activations to int8 in the products; 1 leaves them in float32. ``kv_bits`` 8 keeps keys and
-    values as int8, each channel with a scale of its own from calibration text. ``down_block_size`` is the block size of the
+    values as int8 with scales from calibration text: one for each channel, and the same for two channels of a key that are
+    rotated together. ``down_block_size`` is the block size of the
     MLPs' down projections if it differs; ``positive`` means that all scales are above 0.
     """
 

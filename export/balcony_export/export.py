@@ -33,6 +33,7 @@ from balcony_export.model.exits import ExitModel
 from balcony_export.model.experts import mixture
 from balcony_export.output import fresh_directory
 from balcony_export.quantize.blocks import Blocks, Quantizer, Scheme, quantize_graph
+from balcony_export.quantize.experts import SMALLEST_BLOCK, can_round_experts
 from balcony_export.quantize.gptq import second_moments
 from balcony_export.quantize.kv_cache import cache_scales, quantize_caches
 from balcony_runtime.backends.installed import installed_packages, refuse_too_old
@@ -334,6 +335,11 @@ def _refuse_misfits(exits: ExitModel, spec: ModelSpec, scheme: Scheme | None, *,
         raise InputError(
             f"--precision {scheme}: ONNX Runtime rounds the inputs of 8-bit experts to int8 at every level: give level=4, "
             "or int4 with level=1"
+        )
+    if not can_round_experts(exits.model):
+        raise InputError(
+            f"--precision {scheme}: ONNX Runtime's quantized experts take widths that are multiples of {SMALLEST_BLOCK}, and "
+            "those of the model have others: export with fp32"
         )
     # Without a check, only the ranges of an int8 cache are measured, with float caches.
     if checked or scheme.kv_bits == 8:

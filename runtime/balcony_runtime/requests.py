@@ -34,8 +34,8 @@ from balcony_runtime.structure.formats import CallFormat
 from balcony_runtime.structure.grammar import Grammars, Guide
 from balcony_runtime.structure.marks import THOUGHT
 from balcony_runtime.structure.tools import Toolbox, toolbox
-from balcony_runtime.telling import told
-from balcony_runtime.text import Message, StopStrings, TextCodec, TextStream
+from balcony_runtime.telling import StopStrings, told
+from balcony_runtime.text import Message, TextCodec, TextStream
 from balcony_runtime.tokens import common_length, refuse_foreign, whole
 
 if TYPE_CHECKING:

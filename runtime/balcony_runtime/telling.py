@@ -6,17 +6,55 @@ Owns what ends a reply and what a :class:`~balcony_runtime.reply.Token` says. It
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import InfeasibleError
+from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.decoding.sampling import log_probabilities
 from balcony_runtime.reply import FinishReason, Token
+from balcony_runtime.structure.marks import overlap
 
 if TYPE_CHECKING:
     from balcony_runtime.requests import Request
+
+
+class StopStrings:
+    """Finds stop strings in streamed text and holds back text that may become one.
+
+    Args:
+        stops: strings that end the text; may be empty.
+
+    Raises:
+        InputError: a stop string is empty; it would end every text at once.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        listed = isinstance(stops, Iterable) and not isinstance(stops, str)
+        self._stops = tuple(stops) if listed else ()
+        if not listed or any(not isinstance(stop, str) or not stop for stop in self._stops):
+            raise InputError(f"stop = {stops!r}: must be a list of non-empty strings: give e.g. ['\\n']")
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """``(text that is safe to show, whether a stop string was met)``; text after a stop string is dropped."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max(overlap(self._held, stop) for stop in self._stops)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def flush(self) -> str:
+        """Text that was held back, at the end of the stream."""
+        held, self._held = self._held, ""
+        return held
 
 
 def told(

@@ -1,20 +1,19 @@
 """Text in and out of a bundle: prompts to tokens, and tokens to a stream of text without broken characters.
 
-The tokenizers library does the work; this module owns the meaning of the bundle's files, and stop strings. Chat templates are
-:mod:`.template`.
+The tokenizers library does the work; this module owns the meaning of the bundle's files. Chat templates are :mod:`.template`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 import jinja2
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 from tokenizers.decoders import ByteLevel, DecodeStream
 
 from balcony_edge.bundle.bundle import Bundle
@@ -32,8 +31,7 @@ from balcony_runtime.structure.marks import THOUGHT, ThoughtReader, overlap
 from balcony_runtime.template import ChatTemplate
 
 Message = Mapping[str, Any]
-#: Letter → byte, in the alphabet of byte-level tokenizers (GPT-2): a byte that can be printed is its own letter, the others
-#: follow from U+0100 on.
+#: Letter → byte of byte-level tokenizers (GPT-2): a byte that can be printed is its own letter, others follow from U+0100 on.
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(byte): byte for byte in _PRINTED} | {
     chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))
@@ -49,6 +47,8 @@ RECENT_TEXTS = 1024
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+#: Marks of turns: some tokenizers do not have them as special tokens (DeepSeek's for users and the assistant).
+_TURN = re.compile(r"\W.*(user|assistant|system).*\W", re.IGNORECASE)
 #: Kind of a content part → its key with the text; clients send answers back as they got them, also those of other services.
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 #: Variables of a template that have parameters of their own.
@@ -68,8 +68,7 @@ class TextCodec:
         except Exception as error:  # the library raises a plain Exception for any damage
             raise BundleError(f"{path}: not readable as a tokenizer ({error}): export the bundle again") from error
         self._names: dict[int, str] = {}
-        # Byte-level decoders join the bytes of tokens, so a token that begins with a character has one text everywhere. Others
-        # look at the tokens before it.
+        # Byte-level decoders join bytes: a token that begins with a character has one text. Others look at those before it.
         self._texts: dict[int, str] | None = {} if isinstance(self._tokenizer.decoder, ByteLevel) else None
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
@@ -81,6 +80,9 @@ class TextCodec:
                 source = template.read_text(encoding="utf-8")
                 self._template = ChatTemplate(source)
                 self._knows_developer, self._thinks = "developer" in source, THOUGHT[1] in source
+                added = self._tokenizer.get_added_tokens_decoder().values()
+                marks = [one for one in added if _TURN.fullmatch(one.content) and one.content in source]
+                self._tokenizer.add_special_tokens(marks)
                 if "tools" in self._template.variables:
                     self._call_format = format_of(source)
             except (jinja2.TemplateError, ValueError) as error:
@@ -201,16 +203,19 @@ class TextCodec:
         if not names:
             return self._ids(self._tokenizer, self._render(messages, variables))
         for role in {_MARKS.sub("", message["role"]) for message in messages} - _ROLES:
-            if any(role in name for name in names):
+            if any(role in name or overlap(role, name) or overlap(name, role) for name in names):
                 raise InputError(
                     f"role = {shown(role)}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"
                 )
         spelled = re.compile("|".join(map(re.escape, names)))
+        # Also how a name begins: SmolLM3's template cuts words out of the system message, and the rest may be a name.
+        parts = [*names, *sorted({name[:2] for name in names if name[1:2] == "|"})]
+        given = re.compile("|".join(map(re.escape, parts)))
 
         def hidden(value: Any) -> Any:
             """A value whose texts have placeholders for control tokens."""
             if isinstance(value, str):
-                return spelled.sub(lambda found: f"{_OPEN}{names.index(found[0])}{_CLOSE}", _MARKS.sub("", value))
+                return given.sub(lambda found: f"{_OPEN}{parts.index(found[0])}{_CLOSE}", _MARKS.sub("", value))
             if isinstance(value, Mapping):
                 return {hidden(key): hidden(one) for key, one in value.items()}
             return [hidden(one) for one in value] if isinstance(value, list | tuple) else value
@@ -221,7 +226,7 @@ class TextCodec:
         # In one piece: many tokenizers put a space before the first word of each text that they are given.
         tokenizer, own = self._aliased
         text = spelled.sub(lambda found: f"{_ALIAS}{names.index(found[0])}{_CLOSE}", text)
-        text = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: names[int(found[1])], text)
+        text = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: parts[int(found[1])], text)
         return [own.get(token, token) for token in self._ids(tokenizer, text)]
 
     def _ids(self, tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
@@ -253,7 +258,15 @@ class TextCodec:
     @cached_property
     def _literal(self) -> Tokenizer:
         """A copy of the tokenizer that treats names of control tokens as plain text."""
-        literal = Tokenizer.from_str(self._tokenizer.to_str())
+        text, names = self._tokenizer.to_str(), set(self._control_tokens)
+        if isinstance(
+            self._tokenizer.model, models.Unigram
+        ):  # the names are among its pieces, with the best of all scores
+            document = json.loads(text)
+            pieces = document["model"]["vocab"]
+            document["model"]["vocab"] = [[piece, -1e6 if piece in names else score] for piece, score in pieces]
+            text = json.dumps(document)
+        literal = Tokenizer.from_str(text)
         literal.encode_special_tokens = True
         return literal
 
@@ -458,40 +471,3 @@ class TextStream:
     def flush(self) -> str:
         """Remaining text at the end, if the last character was never completed."""
         return str(self._tokenizer.decode(self._open, skip_special_tokens=True)) if self._open else ""
-
-
-class StopStrings:
-    """Finds stop strings in streamed text and holds back text that may become one.
-
-    Args:
-        stops: strings that end the text; may be empty.
-
-    Raises:
-        InputError: a stop string is empty; it would end every text at once.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        listed = isinstance(stops, Iterable) and not isinstance(stops, str)
-        self._stops = tuple(stops) if listed else ()
-        if not listed or any(not isinstance(stop, str) or not stop for stop in self._stops):
-            raise InputError(f"stop = {stops!r}: must be a list of non-empty strings: give e.g. ['\\n']")
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """``(text that is safe to show, whether a stop string was met)``; text after a stop string is dropped."""
-        if not self._stops:
-            return text, False
-        self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            shown, self._held = self._held[: min(found)], ""
-            return shown, True
-        keep = max(overlap(self._held, stop) for stop in self._stops)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown, False
-
-    def flush(self) -> str:
-        """Text that was held back, at the end of the stream."""
-        held, self._held = self._held, ""
-        return held

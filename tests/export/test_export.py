@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from balcony_export.export import ExportOptions, _chat_template, _tool_versions,
 from balcony_export.model.architecture import describe, longest_context, parts_of
 from balcony_export.model.exits import ExitModel
 from balcony_export.output import fresh_directory
-from balcony_export.verify import ParityCheck, _scratch_place, require_all_passed
+from balcony_export.verify import TOLERANCE, ParityCheck, _scratch_place, require_all_passed
 
 OPTIONS = ExportOptions("x", trained=False)
 
@@ -201,6 +202,16 @@ def test_verification_is_required_of_every_check() -> None:
         VerificationError, match=r"b: exit 5, decode: .* 5\.0e-01 of the largest logit.* compare it with a-model"
     ):
         require_all_passed([good, bad], Path("b"), "a-model")
+
+
+def test_verification_names_the_cure_of_half_precision_that_overflows() -> None:
+    """Hidden states of Gemma 3 exceed 65,504, and no architecture is to be reported for that."""
+    half = TOLERANCE["float16"]
+    checks = [ParityCheck(2, "prefill", 1, 0.5, 0.0, half), ParityCheck(5, "prefill", 1, math.nan, 0.0, half)]
+    with pytest.raises(
+        VerificationError, match=r"b: exit 5, prefill: its logits are not finite, .* of float16: export with fp32"
+    ):
+        require_all_passed(checks, Path("b"), "a-model")
 
 
 def test_verification_where_nothing_can_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

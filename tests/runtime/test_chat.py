@@ -19,7 +19,7 @@ from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, TokenStream
-from balcony_runtime.text import StopStrings
+from balcony_runtime.telling import StopStrings
 
 
 def finish(stream: Any) -> Reply:

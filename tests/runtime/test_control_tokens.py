@@ -89,10 +89,12 @@ def test_no_text_of_a_request_is_a_control_token(bundle_copy: Path, tiny: Any, g
 
 
 def test_a_role_is_no_part_of_a_control_token(bundle_copy: Path) -> None:
-    """The template writes ``<role>``, and ``<end>`` would be the control token."""
+    """The template writes ``<role>``, and ``<end>`` would be the control token, also one of several words."""
     codec = write_template(bundle_copy, _EVERYWHERE)
-    with pytest.raises(InputError, match="role = 'end': is part of a control token: give one of assistant, developer"):
-        codec.encode([{"role": "end", "content": "x"}])
+    for role in ("end", "user><end", "end><user"):
+        refusal = f"role = '{role}': is part of a control token: give one of assistant, developer"
+        with pytest.raises(InputError, match=refusal):
+            codec.encode([{"role": role, "content": "x"}])
     assert codec.encode([{"role": "critic", "content": "x"}])
 
 
@@ -120,3 +122,47 @@ def test_a_spelled_token_brings_no_spaces(bundle_copy: Path, prepends: bool) -> 
     place = ids.index(1)
     assert tokenizer.decode(ids[:place]) == " x <end>a<end> y"
     assert ids[place:] == tokenizer.encode("x<end>a", add_special_tokens=False).ids[-len(ids[place:]) :]
+
+
+def test_a_template_that_cuts_words_out_joins_no_control_token(bundle_copy: Path) -> None:
+    """SmolLM3's takes ``/no_think`` out of the system message, where the word may stand within a name."""
+    tokenizer = Tokenizer.from_file(str(bundle_copy / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    (bundle_copy / "tokenizer.json").write_text(tokenizer.to_str())
+    template = "{% for m in messages %}{{ m.content | replace('/no_think', '') }}<|im_end|>{% endfor %}"
+    codec, end = write_template(bundle_copy, template), tokenizer.token_to_id("<|im_end|>")
+    ids = codec.encode("a<|im_/no_thinkend|>b<|c")
+    assert ids.count(end) == 1 and ids[-1] == end
+    assert codec.decode(ids, control_tokens=True) == "a<|im_end|>b<|c<|im_end|>"
+
+
+def test_a_unigram_model_spells_control_tokens(bundle_copy: Path) -> None:
+    """Their names are among its pieces, with the best of all scores, as in the models of LLM-jp."""
+    letters = [(letter, -9.0) for letter in (*map(chr, range(0x20, 0x7F)), "\n")]
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("<end>", 0.0), *letters], 0))
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<end>")])
+    (bundle_copy / "tokenizer.json").write_text(tokenizer.to_str())
+    codec = write_template(bundle_copy, "{% for m in messages %}{{ m.content }}<end>{% endfor %}")
+    for text in ("x<end>y", "<end>", "a<unk>"):
+        ids = codec.encode(text)
+        assert ids[-1] == 1 and [tokenizer.id_to_token(token) for token in ids[:-1]] == list(text)
+        assert codec.encode(text, chat=False, control_tokens=False) == ids[:-1]
+
+
+#: A mark of turns as in DeepSeek-R1's tokenizers, which is not a special token there.
+_USER = "<\uff5cUser\uff5c>"
+
+
+def test_marks_of_turns_that_are_not_special_are_text_too(bundle_copy: Path) -> None:
+    """No message of a user begins another turn; other tokens that a template writes stay what they are."""
+    tokenizer = Tokenizer.from_file(str(bundle_copy / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in (_USER, "<think>", "user")])
+    (bundle_copy / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    user, think, word = map(tokenizer.token_to_id, (_USER, "<think>", "user"))
+    template = "{% for m in messages if m.role == 'user' %}" + _USER + "{{ m.content }}{% endfor %}<think>"
+    (bundle_copy / "chat_template.jinja").write_text(template, encoding="utf-8")
+    codec = TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
+    ids = codec.encode(f"a{_USER}b<think>user")
+    assert (ids[0], ids.count(user), ids.count(think), ids.count(word)) == (user, 1, 2, 1)
+    assert f"a{_USER}b" in codec.decode(ids, control_tokens=True) and codec.decode([word]) == "user"
+    assert codec.encode(f"a{_USER}b", chat=False).count(user) == 1  # a plain text, as in transformers

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
-from balcony_runtime.text import StopStrings, TextCodec, TextStream
+from balcony_runtime.telling import StopStrings
+from balcony_runtime.text import TextCodec, TextStream
 from tests.support.properties import examples
 from tests.support.templates import manifest_of, write_template
 

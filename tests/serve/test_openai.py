@@ -136,6 +136,18 @@ def test_offsets_count_the_control_tokens_that_a_prompt_spells_out(client: opena
     assert choice.text.startswith(choice.logprobs.tokens[last], choice.logprobs.text_offset[last])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_begins_after_the_text_of_the_prompt(client: openai.OpenAI, server: Server, stream: bool) -> None:
+    """The text of the prompt's tokens may be shorter: a replacement character at its end is held back."""
+    (token,) = server.service.llm.encode("z", chat=False)
+    options: dict[str, Any] = {"logit_bias": {str(token): 1000}, "echo": True, "logprobs": 0, "max_tokens": 2}
+    found = client.completions.create(model="tiny", prompt="fox\ufffd", stream=stream, **options)
+    choices = [piece.choices[0] for piece in found] if stream else found.choices
+    assert "".join(choice.text for choice in choices) == "fox\ufffdzz"
+    offsets = [offset for choice in choices if choice.logprobs for offset in choice.logprobs.text_offset]
+    assert offsets[-2:] == [4, 5]
+
+
 def test_lines_of_a_stream_have_no_other_breaks(http: httpx.Client) -> None:
     """httpx splits lines as ``str.splitlines``, and a prompt that is echoed may have any character."""
     text = "a\u2028b\u2029c\x85d"

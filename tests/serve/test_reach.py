@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import httpx
 import openai
 import pytest
 
+import balcony_edge
+from balcony_edge.budget import Budget
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.serve.http.server import Server, Settings
-from tests.serve.client import CHAT, HELLO
+from tests.serve.client import CHAT, HELLO, until
 from tests.serve.conftest import with_template
 
 PAGE = "app://obsidian.md"
@@ -164,3 +167,24 @@ def test_thoughts_in_pieces(thinker: httpx.Client) -> None:
         deltas = [piece.choices[0].delta for piece in pieces]
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == whole["reasoning_content"]
     assert "".join(delta.content or "" for delta in deltas) == ""
+
+
+def test_a_budget_file_that_changes_while_the_model_loads(tiny: Any, tmp_path: Path) -> None:
+    """The load has read it, and the SIGHUP of that time is not lost."""
+    own = tmp_path / "own.toml"
+    own.write_text("exit_layer = 3\n", encoding="utf-8")
+
+    def open_llm() -> balcony_edge.LLM:
+        llm = balcony_edge.load(tiny.path, budget=own)
+        own.write_text("exit_layer = 2\n", encoding="utf-8")
+        server.reload()
+        return llm
+
+    server = Server(open_llm, Settings(port=0, budget=own))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.ready and server.service.llm.budget == Budget(exit_layer=2))
+    finally:
+        server.stop()
+        thread.join(60)

@@ -47,6 +47,13 @@ REFUSALS = [
     Case(CHAT, {"messages": ["hello"]}, 400, "invalid_value", "messages = 'hello': each must be an object"),
     Case(CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "must be a mapping with 'role' and 'content'"),
     Case(CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, "invalid_value", "must be a text or a list"),
+    Case(
+        CHAT,
+        {"messages": [*HELLO["messages"], {"role": "assistant", "content": None, "function_call": {"name": "a"}}]},
+        400,
+        "invalid_value",
+        "function_call is not supported here; give the call as tool_calls",
+    ),
     Case(CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_value", "not valid UTF-8"),
     Case(CHAT, HELLO | {"model": "x\ud800"}, 404, "model_not_found", "there is no such model"),
     Case(CHAT, HELLO | {"model": 7}, 400, "invalid_value", "model = 7: must be a text"),
@@ -188,6 +195,12 @@ def test_a_field_that_would_change_the_answer_is_refused(name: str) -> None:
             read_asked(json.dumps(body | {name: 7.5}).encode(), chat=chat)
         for nothing in (None, *FOREIGN[name]):
             read_asked(json.dumps(body | {name: nothing}).encode(), chat=chat)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "n_predict"])
+def test_llama_cpps_minus_one_is_no_bound(name: str) -> None:
+    assert read_asked(json.dumps({"prompt": "the fox", name: -1}).encode(), chat=False).max_tokens is None
+    assert read_asked(json.dumps(FOX | {"n_predict": -1}).encode(), chat=False).max_tokens == 2
 
 
 @pytest.mark.parametrize(("chat", "body"), [(True, HELLO), (False, FOX)], ids=["chat", "completion"])

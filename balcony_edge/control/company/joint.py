@@ -23,7 +23,7 @@ would miss ``ttft_ms`` in this way runs at once and whole, if all others have to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
@@ -130,13 +130,14 @@ class JointController:
             BudgetError: a budget allows none of the exits.
         """
         state = _with_learned_alone(state, seen)
-        slowdown = self._learn(state, seen.last)
+        slowdown = self._learn(state, None if _has_rested(state, seen) else seen.last)
         if (unchanged := self._unchanged(state, seen, slowdown)) is not None:
             return unchanged
         facts = [self._facts(stream.budget) for stream in seen.streams]
         senses = any(one.senses for one in facts)
         ceilings = merged_ceilings([stream.budget for stream in seen.streams]) if senses else None
-        governor = self._tick(state.governor, ceilings, slowdown, seen)
+        given_up = {key for key, one in state.streams.items() if not one.met}
+        governor = self._tick(state.governor, ceilings, slowdown, seen, given_up)
         share = _prompt_share(state, seen.now_s)
         ceiling = len(self._costs.exits) if ceilings is None else governor.ceiling
         views = self._views(seen.streams, facts, state, slowdown, seen.now_s, ceiling)
@@ -165,13 +166,12 @@ class JointController:
                 for view in views
                 if (ceilings is not None or not view.met)
                 and view.stream.budget.may_end
-                and (ceilings is not None or not self._only_feared(views, slowdown))
-                and (why := self._decision(view, view.lowest, outcome).refusal(view.stream.budget)) is not None
+                and (why := self._refusal(view, views, slowdown, outcome)) is not None
             ),
             chunk=chunk,
             price_ms=price_ms,
             predicted_ms=predicted_ms,
-            wait_ms=idle_ms if not chosen and chunk is None else _wait_ms(outcome, seen),
+            wait_ms=idle_ms if not chosen and chunk is None else _wait_ms(outcome, seen, given_up),
             deepest=deepest,
         )
         streams = _streams_after(state.streams, views, chosen)
@@ -317,6 +317,11 @@ class JointController:
             unseen=governed and bool(other_rail or governor.unseen(budget)),
         )
 
+    def _refusal(self, view: View, views: Sequence[View], slowdown: Slowdown, outcome: _Outcome) -> str | None:
+        """Why a stream is refused, or None; a target that misses only a load of the past is none of the reasons."""
+        judged = view if view.met or not self._only_feared(views, slowdown) else view._replace(met=True)
+        return self._decision(judged, view.lowest, outcome).refusal(view.stream.budget)
+
     def _only_feared(self, views: Sequence[View], slowdown: Slowdown) -> bool:
         """Whether it is the load of earlier replies that the only stream cannot meet, and no step of its own was measured."""
         view, prices = views[0], self._prices
@@ -334,7 +339,14 @@ class JointController:
             return slowdown
         return slowdown.update(WITH_CATCH_UP if state.caught_up else self._index[last.exit_layer], log_ratio, 1.0)
 
-    def _tick(self, governor: Governor, ceilings: Budget | None, slowdown: Slowdown, seen: RoundSeen) -> Governor:
+    def _tick(
+        self,
+        governor: Governor,
+        ceilings: Budget | None,
+        slowdown: Slowdown,
+        seen: RoundSeen,
+        given_up: Collection[int],
+    ) -> Governor:
         """The slow loop, for the ceilings of all streams together."""
         if ceilings is None:
             return governor  # what it has learned is for the next stream with ceilings
@@ -354,10 +366,15 @@ class JointController:
                 ],
                 lowest=min(one.lowest for one in known),
                 highest=max(one.highest for one in known),
-                pace_tps=_needed_tps(seen),
+                pace_tps=_needed_tps(seen, given_up),
                 begins=any(stream.made_tokens == 0 for stream in seen.streams),
             ),
         )
+
+
+def _has_rested(state: CompanyState, seen: RoundSeen) -> bool:
+    """Whether streams have stepped by themselves only for a while: the last round then says little about the next."""
+    return seen.learned is not None and seen.now_s - state.decided_s > LONGEST_ROUND_S
 
 
 def _with_learned_alone(state: CompanyState, seen: RoundSeen) -> CompanyState:
@@ -368,8 +385,7 @@ def _with_learned_alone(state: CompanyState, seen: RoundSeen) -> CompanyState:
     """
     if (learned := seen.learned) is None:
         return state
-    rested = seen.now_s - state.decided_s > LONGEST_ROUND_S
-    slowdown = state.slowdown.moved(learned.slowdown) if rested else state.slowdown
+    slowdown = state.slowdown.moved(learned.slowdown) if _has_rested(state, seen) else state.slowdown
     return state._replace(slowdown=slowdown, governor=learned.governor)
 
 
@@ -394,17 +410,21 @@ def _entering(view: View) -> RoundEntry:
     return RoundEntry(view.goal, rows, balcony_rows, seen.context_length, seen.shares)
 
 
-def _needed_tps(seen: RoundSeen) -> float:
-    """Tokens a second that the stream with the shortest target needs; 0 without any."""
-    streams, now_s = seen.streams, seen.now_s
-    return max((needed_tps(one.budget, one.made_tokens, now_s - one.started_s) for one in streams), default=0.0)
+def _needed_tps(seen: RoundSeen, given_up: Collection[int]) -> float:
+    """Tokens a second that the stream with the shortest target needs; 0 without any.
+
+    A target that was given up (``given_up``: their streams) takes neither depth nor time from the others.
+    """
+    held, now_s = [one for one in seen.streams if one.key not in given_up], seen.now_s
+    needs = (needed_tps(one.budget, one.made_tokens, now_s - one.started_s) for one in held or seen.streams)
+    return max(needs, default=0.0)
 
 
-def _wait_ms(outcome: _Outcome, seen: RoundSeen) -> float:
+def _wait_ms(outcome: _Outcome, seen: RoundSeen, given_up: Collection[int]) -> float:
     """Time to wait after the round, for the pace that the ceilings leave."""
     if (ceilings := outcome.ceilings) is None:
         return 0.0
-    period_ms = paced_ms(ceilings, outcome.governor.share, outcome.predicted_ms, _needed_tps(seen))
+    period_ms = paced_ms(ceilings, outcome.governor.share, outcome.predicted_ms, _needed_tps(seen, given_up))
     return max(period_ms - outcome.predicted_ms, 0.0)
 
 

@@ -62,7 +62,7 @@ class RoundSeen(NamedTuple):
         busy_s: time that all replies so far have spent on steps and pending rows.
         readings: latest reading of every sensor.
         learned: what streams have learned by themselves since the last round; None if all steps were rounds.
-        absent_ms: longest time for rows next to a round, for streams of the last round with tokens that do not ask yet.
+        absent_ms: longest time for rows next to a round, for streams with tokens that do not ask yet and will in a moment.
     """
 
     streams: tuple[StreamSeen, ...]

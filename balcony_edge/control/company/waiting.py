@@ -29,8 +29,13 @@ _W = TypeVar("_W", bound=Waiting)
 
 
 def in_order(waiting: Iterable[_W], weight: Callable[[_W], float]) -> list[_W]:
-    """The order in which they begin: first those that were overtaken too often, then by weight, then by their requests."""
-    return sorted(waiting, key=lambda one: (one.overtaken < MOST_OVERTAKEN, -weight(one), one.key))
+    """The order in which they begin: first those that were overtaken too often, the oldest first, then by weight and age."""
+
+    def place(one: _W) -> tuple[bool, float, int]:
+        enough = one.overtaken >= MOST_OVERTAKEN  # then a weight would let later ones overtake again
+        return not enough, 0.0 if enough else -weight(one), one.key
+
+    return sorted(waiting, key=place)
 
 
 def overtakes(one: Waiting, others: Iterable[Waiting]) -> None:

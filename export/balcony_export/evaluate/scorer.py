@@ -49,7 +49,10 @@ class Block:
 
 def not_finite(name: str, exit_layer: int) -> VerificationError:
     """The error for NaN or infinite logits of a scorer's exit."""
-    return VerificationError(f"{name}: exit {exit_layer} gives logits that are not finite: train its balcony again")
+    return VerificationError(
+        f"{name}: exit {exit_layer} gives logits that are not finite: if they come from fp16, export with fp32, otherwise "
+        "train its balcony again"
+    )
 
 
 class Scorer(Protocol):

@@ -144,9 +144,12 @@ def graph_spec(stem: str, traced: ir.Model) -> dict[str, Any]:
         if value is not None and value.const_value is not None
     }
     products = [node.attributes for node in traced.graph if node.op_type == "MatMulNBits"]
-    # packed weights, and scales of caches
-    no_parameters = (".blocks", ".scales", ".zeros", ".scale", ".least", ".most")
-    floats = [tensor.size for name, tensor in tensors.items() if not name.endswith(no_parameters)]
+    # packed weights, and scales and bounds of caches (a gated norm also has a ".scale", which is a weight)
+    floats = [
+        tensor.size
+        for name, tensor in tensors.items()
+        if not name.endswith((".blocks", ".scales", ".zeros")) and not name.startswith("past_")
+    ]
     packed = [
         tensors[str(node.inputs[place].name)].nbytes * 8 // node.attributes["expert_weight_bits"].as_int()  # type: ignore[union-attr]
         for node in traced.graph

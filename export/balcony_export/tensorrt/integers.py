@@ -80,6 +80,7 @@ def _int4(
     """Integers (N, K) and scales above 0 (N, K / block), to the nearest on the grid of least squared error."""
     import torch  # noqa: PLC0415 - a device builds engines from existing graphs without torch
 
+    from balcony_export.graph.widen import row_pieces  # noqa: PLC0415 - likewise
     from balcony_export.quantize.blocks import quantize  # noqa: PLC0415 - likewise
     from balcony_runtime.backends.token_table import unpacked  # noqa: PLC0415 - likewise
 
@@ -88,6 +89,12 @@ def _int4(
             f"{name}: {rows.shape[1]} inputs are not a multiple of --block {block_size}, and TensorRT takes only whole blocks: "
             "give another block size or precision"
         )
-    blocks = quantize(torch.from_numpy(np.ascontiguousarray(rows)), 4, block_size, symmetric=True, positive=True)
-    values = unpacked(blocks.packed, 4).reshape(rows.shape).astype(np.int8) - 8
-    return values, blocks.scales
+    values = np.empty(rows.shape, np.int8)
+    scales = np.empty((len(rows), rows.shape[1] // block_size), np.float32)
+    done = 0
+    for piece in row_pieces(ir.tensor(rows)):  # rounding takes several times the size of what it is given
+        blocks = quantize(torch.tensor(piece), 4, block_size, symmetric=True, positive=True)
+        part = slice(done, done + len(piece))
+        values[part], scales[part] = unpacked(blocks.packed, 4).reshape(piece.shape) - 8, blocks.scales
+        done = part.stop
+    return values, scales

@@ -33,7 +33,7 @@ from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.admission import Bounds, Looks, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
-from balcony_runtime.scheduling.stream import Stream, Undoable, absent_ms
+from balcony_runtime.scheduling.stream import Stream, Undoable, absent_ms, readers
 from balcony_runtime.sessions.prefixes import PrefixFiles
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class Scheduler:
                 others = len(self._streams) > 1 or not self._company <= stream.alone
                 if self._leader or others or stream.asks != asked or not stream.decoder.begun or stream.is_slow:
                     return None
-                self._leader, self._running, self._last = me, (stream,), None
+                self._leader, self._running = me, (stream,)
                 self._company = stream.alone  # who comes gathers with it
             if not asked:
                 return stream.decoder.step()
@@ -385,17 +385,18 @@ class Scheduler:
     def _makes_way(self, stream: Stream, others: bool) -> bool:
         """Whether the only stream that asks takes a round, so that one that asks meanwhile need not wait for all of its step.
 
-        Its prompt then runs in portions, or it waits for its pace. ``others``: whether other replies are in progress.
+        Its prompt or backlog then runs in portions, or it waits for its pace. ``others``: whether others are in progress.
         """
         decoder = stream.decoder
         if decoder.begun:
             waits = decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors
+            waits = waits or (decoder.rows_due > 1 and bool(readers(self._all, self._company, time.monotonic())))
             return stream.is_slow or (others and waits)
         long = others or (decoder.rows_due > LONG_PROMPT and decoder.budget.ttft_ms is None)
         return long and self._costs() is not None
 
     def _step_alone(self, stream: Stream) -> None:
-        self._company, self._last = stream.alone, None
+        self._company = stream.alone
         stream.answer(stream.decoder.step(1000 * (time.monotonic() - stream.asked_s)))
 
     def _round(self, asking: Sequence[Stream], begin_ns: int) -> None:
@@ -470,7 +471,7 @@ class Scheduler:
             for key in senses:
                 streams[key].fail(error)
             return self._seen([one for one in asking if one.asks])
-        late_ms = absent_ms(one for one in self._all if one.key in self._company and not one.asks)
+        late_ms = absent_ms(readers(self._all, self._company, now_s))
         return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, self._learned_alone(), late_ms)
 
     def _learned_alone(self) -> LearnedAlone | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.seen import Chunk
@@ -139,8 +139,24 @@ class Stream:
         return isinstance(error, Exception)
 
 
+def readers(streams: Iterable[Stream], company: Collection[int], now_s: float) -> list[Stream]:
+    """Streams with ``tpot_ms`` whose readers are at their tokens.
+
+    Those are streams of ``company``, the last round with tokens, and others whose last question is less than two of their
+    ``tpot_ms`` ago: who reads for longer than the gap that it asks for holds nobody up.
+    """
+    found = []
+    for one in streams:
+        tpot_ms = one.decoder.budget.tpot_ms
+        if tpot_ms is None or one.asks or not one.decoder.begun:
+            continue
+        if one.key in company or 1000 * (now_s - one.asked_s) < 2 * tpot_ms:
+            found.append(one)
+    return found
+
+
 def absent_ms(streams: Iterable[Stream]) -> float:
-    """Half the shortest ``tpot_ms`` of streams whose readers are at their tokens: their own steps take the other half."""
+    """Half the shortest ``tpot_ms`` of :func:`readers`: their own steps take the other half."""
     return min((one.decoder.budget.tpot_ms or math.inf for one in streams), default=math.inf) / 2
 
 

@@ -12,6 +12,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+from balcony_edge.errors import InputError
+
 #: Format that a model is told whose template has none of the table's.
 DEFAULT = "hermes"
 _INSTRUCTION = """\
@@ -81,7 +83,7 @@ def plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mappin
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
         found.append(rest | {"content": "\n".join(filter(None, [message["content"], *calls]))})
     if tools:
-        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        listed = "\n".join(_json(tool["function"]) for tool in tools)
         instruction = _INSTRUCTION.format(tools=listed)
         if found[0]["role"] in ("system", "developer"):
             found[0] = found[0] | {"content": f"{found[0]['content']}\n\n{instruction}"}
@@ -118,5 +120,13 @@ def _joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _written(function: Mapping[str, Any]) -> str:
     form = formats()[DEFAULT]
-    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    arguments = _json(function["arguments"])
     return f"{form.marker}{form.head}{function['name']}{form.middle}{arguments}{form.tail}"
+
+
+def _json(value: Any) -> str:
+    """A value of a caller as JSON; Python has values that JSON does not have."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"tools, tool_calls: not JSON ({error}): give texts, numbers, lists and mappings") from None

@@ -344,3 +344,13 @@ def test_a_controller_that_has_decided_before_decides_like_a_new_one() -> None:
         decided_again = JointController(SMALL, QUALITY).decide(state, seen)
         assert repr(controller.decide(state, seen)) == repr(decided_again)
         state = decided_again[0]
+
+
+def test_a_backlog_leaves_time_for_who_will_ask_in_a_moment() -> None:
+    """Nobody who asks has a target, but a reader with one is at its token: 15 ms are left, and the rows take 54."""
+    behind = stream(0, stage_rows=(1, 100, 100), balcony_rows=(1, 100, 1), context_length=200)
+    known = SETTLED._replace(streams={0: StreamState(0, 2, 50)})
+    _, found = decided([behind], known)
+    assert exits(found) == {0: 8} and found.chunk is None, "whole, if nobody is there"
+    _, found = decided([behind], known, absent_ms=15.0)
+    assert exits(found) == {0: 4} and found.chunk is not None and found.price_ms <= 5.0 + 15.0

@@ -40,7 +40,10 @@ def test_the_strictest_ceilings_hold_for_all() -> None:
 
 def test_joules_keep_their_rail() -> None:
     graphics = Budget(energy_j_per_token=0.5, power_rail="gpu")
-    assert merged_ceilings([graphics, Budget(energy_j_per_token=2.0)]) == graphics
+    board = Budget(energy_j_per_token=2.0)
+    assert merged_ceilings([graphics, board]) == board, "joules of two rails are no numbers to compare"
+    assert merged_ceilings([graphics, Budget(energy_j_per_token=0.9, power_rail="gpu")]) == graphics
+    assert merged_ceilings([Budget(power_w=3.0, power_rail="gpu"), board]) == board
     watts = Budget(power_w=8.0)
     assert merged_ceilings([graphics, watts]) == watts, "one rail is judged"
     assert merged_ceilings([Budget(energy_j_per_token=0.5), watts]) == Budget(power_w=8.0, energy_j_per_token=0.5)
@@ -214,3 +217,13 @@ def test_a_token_a_second_is_left_also_where_nobody_names_it() -> None:
     assert longest_pause_s([slow, plain], [slow, plain]) == longest_pause_s([slow, plain], [plain]) == 1.0
     assert longest_pause_s([slow, plain], [slow]) == 20.0, "the other one is paused, or waits"
     assert longest_pause_s([plain], [Budget(max_pace_tps=0.1)]) == 0.0, "no ceiling, no pause"
+
+
+@pytest.mark.parametrize("lost", [Budget(tpot_ms=1.0), Budget(deadline_s=2.0, expected_tokens=50)])
+def test_a_target_that_was_given_up_takes_no_depth_under_a_ceiling(lost: Budget) -> None:
+    """A quarter of the time leaves rounds of two the exit 6 at 40 ms; nothing would leave a token a millisecond."""
+    pair = [stream(0, Budget(power_w=8.0, tpot_ms=40.0)), stream(1, lost)]
+    before = SETTLED._replace(governor=Governor(share=0.15), streams={1: StreamState(0, 0, 9, met=False)})
+    state, found = decided(pair, before)
+    assert not state.streams[1].met and state.governor.share == pytest.approx(0.25)
+    assert exits(found)[0] == 6

@@ -116,8 +116,10 @@ def test_noise_that_is_not_known_yet_makes_no_first_token_infeasible() -> None:
 def test_a_load_of_earlier_replies_refuses_no_prompt_that_is_alone() -> None:
     """At three times its price a step takes 15 ms at exit 4, and without the load 5."""
     slow = SETTLED._replace(slowdown=SETTLED.slowdown._replace(mean=math.log(3)))
-    for tpot_ms, refused in ((10.0, []), (4.0, [1])):
-        budget = Budget(tpot_ms=tpot_ms, on_infeasible="error")
+    strict: dict[str, Any] = {"on_infeasible": "error"}
+    hot = {**strict, "temperature_c": 90.0}  # ceilings change nothing in that
+    for keys, tpot_ms, refused in ((strict, 10.0, []), (strict, 4.0, [1]), (hot, 10.0, []), (hot, 4.0, [1])):
+        budget = Budget(tpot_ms=tpot_ms, **keys)
         _, found = decided([stream(1, budget, started_s=10.0, **PROMPT)], slow)
         assert [key for key, _ in found.refused] == refused
 

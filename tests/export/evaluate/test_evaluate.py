@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,7 +121,7 @@ def test_bundle_and_pytorch_agree_at_every_exit(
 def test_logits_that_are_not_finite_are_refused(tiny: Any) -> None:
     exits = tiny.exits.copy()
     next(exits.balconies[3].layer.parameters()).data[0, 0] = math.nan
-    with pytest.raises(VerificationError, match="exit 3 gives logits that are not finite"):
+    with pytest.raises(VerificationError, match=r"exit 3 gives logits that are not finite: .*fp16, export with fp32"):
         evaluate_text(TorchScorer(exits, tiny.tokenizer), documents(tiny.tokenizer)[:1])
 
 
@@ -370,18 +368,6 @@ def test_bad_text(tmp_path: Path, bundle_scorer: BundleScorer, monkeypatch: pyte
     assert [len(one) for one in judged] == [4, 2], "the rest of the file is not tokenized"
     refused("cannot be read", lambda: list(tokenized_documents(tmp_path / "absent.txt", bundle_scorer.tokenizer)))
     refused("takes 2 to 256", lambda: evaluate_text(bundle_scorer, documents(bundle_scorer.tokenizer), window=1000))
-
-
-def test_tasks_where_nothing_can_be_written_are_one_line(
-    bundle_scorer: BundleScorer, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in a container whose file systems are all read-only."""
-
-    def nowhere() -> str:
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
-
-    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    refused("name one in TMPDIR", lambda: evaluate_tasks(bundle_scorer, ["arc_easy"], data=data))
 
 
 def test_bad_tasks_and_exits(tmp_path: Path, bundle_scorer: BundleScorer, tiny: Any, data: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+from balcony_export.evaluate.scorer import BundleScorer
 
 pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip install 'balcony-edge[eval]'")
 
@@ -21,7 +25,7 @@ from balcony_edge.bundle.quality import record_quality
 from balcony_edge.cli.workstation.eval import _dropped
 from balcony_edge.errors import BundleError, InputError
 from balcony_export.evaluate.report import _TITLES, PAPER_LLM_1B, ExitReport, Report, _task_row, markdown
-from balcony_export.evaluate.tasks import TaskRun, _load, _run, _spec, offline_tasks
+from balcony_export.evaluate.tasks import TaskRun, _load, _run, _spec, evaluate_tasks, offline_tasks
 from balcony_export.evaluate.text import ratio_of_sums
 
 ONE = Estimate(value=1.0)
@@ -331,3 +335,16 @@ def test_the_page_and_the_report_have_the_same_figures_of_the_paper() -> None:
     (row,) = re.findall(r"^\| balconies on a frozen base \| (.+) \|$", page, re.MULTILINE)
     *exits, full = map(float, row.split(" | "))
     assert [round(100 * exit_ / full, 1) for exit_ in exits] == [PAPER_LLM_1B[share] for share in sorted(PAPER_LLM_1B)]
+
+
+def test_tasks_where_nothing_can_be_written_are_one_line(
+    bundle_scorer: BundleScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose file systems are all read-only."""
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    with pytest.raises(InputError, match="name one in TMPDIR"):
+        evaluate_tasks(bundle_scorer, ["arc_easy"])

@@ -166,6 +166,15 @@ def test_what_quantized_experts_cannot_be_is_refused(mixture: Callable[[str], Ex
     assert not (tmp_path / "b").exists()
 
 
+def test_experts_that_cannot_be_rounded_are_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration runs every expert on all of its text."""
+    monkeypatch.setattr("balcony_export.export.second_moments", lambda *_: pytest.fail("late"))
+    exits = ExitModel(tiny_mixture("mixtral", intermediate_size=24))
+    options = ExportOptions("m", trained=True, precision=parse_precision("int4"), calibration=[[1, 2, 3]])
+    with pytest.raises(InputError, match=r"--precision int4.*multiples of 16, .* export with fp32"):
+        export_bundle(exits, tiny_tokenizer(), tmp_path / "b", options)
+
+
 def test_gptq_measures_each_expert_on_its_own_rows() -> None:
     exits = mixture_exits("mixtral")
     random = np.random.default_rng(5)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from balcony_export.graph.ir_tools import graph_spec
 from balcony_export.graph.passes import WINDOW, collapse_reshapes, cut, name_weights, note_windows, strip_metadata
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -149,3 +150,10 @@ def test_no_path_of_the_exporting_machine_is_left() -> None:
     strip_metadata(graph)
     assert not relu.metadata_props and not graph.metadata_props and not graph.graph.metadata_props
     assert (graph.producer_name, graph.producer_version) == ("balcony-edge", None)
+
+
+def test_a_gated_norms_scale_is_a_parameter_and_a_caches_is_not() -> None:
+    x, y, out = (value(name, "rows", 4) for name in ("x", "y", "out"))
+    norm, cache = weight("layers.0.mamba.norm.scale", 4), weight("past_key_0.scale", 4)
+    graph = model([x], [out], [node("Mul", [x, norm], y), node("Div", [y, cache], out)], [norm, cache])
+    assert graph_spec("graph", graph)["parameters"] == 4

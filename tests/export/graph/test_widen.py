@@ -19,7 +19,9 @@ from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
+from balcony_export.quantize import blocks
 from balcony_export.quantize.blocks import parse_precision
+from balcony_export.tensorrt.integers import _int4
 
 
 def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str, bytes]:
@@ -112,3 +114,22 @@ def test_multipliers_of_balconies_that_are_loaded_in_half_precision_are_not_roun
     loaded = load_balconies(tmp_path, model)[2].layer.mamba
     assert loaded.in_proj.weight.dtype == torch.bfloat16 and loaded.mup_vector.dtype == torch.float32
     assert torch.equal(loaded.mup_vector, parts_of(model).layers[-1].mamba.mup_vector)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_engines_round_a_large_matrix_in_pieces(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding takes several times the size of what it is given, and a head of 128,256 x 4,096 has 2 GB."""
+    array = np.random.default_rng(4).normal(size=(64, 64)).astype(np.float32)
+    rows, sizes, quantize = array.T if turned else array, [], blocks.quantize
+    whole = _int4("w", rows, 32)
+
+    def counted(weight: torch.Tensor, *given: Any, **options: Any) -> Any:
+        sizes.append(len(weight))
+        return quantize(weight, *given, **options)
+
+    monkeypatch.setattr(blocks, "quantize", counted)
+    monkeypatch.setattr(widen, "PIECE_BYTES", 20 * 64 * 4)
+    pieces = _int4("w", rows, 32)
+    assert sizes == [20, 20, 20, 4]
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.dtype == other.dtype and np.array_equal(one, other)

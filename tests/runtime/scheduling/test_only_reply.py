@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from balcony_edge.budget import Budget
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.stream import Stream
-from tests.support.replies import ids
+from tests.support.replies import PRICES, ids
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
 
@@ -100,3 +101,22 @@ def test_an_interrupt_as_it_gives_the_lead_back_leaves_nobody_waiting(
         patch.setattr(scheduler, "_lock", Lock())
         next(stream)
     assert scheduler._leader is None and not scheduler._running and not scheduler._streams
+
+
+def test_its_pending_rows_make_way_for_a_reader_at_its_token(llm: LLM) -> None:
+    """Whole, they could take a second; they run in portions until the other one asks."""
+    llm.costs = PRICES
+    scheduler, options = llm._requests.scheduler, {**OPTIONS, "max_new_tokens": 60}
+    with llm.together() as replies:
+        reader = replies.add([1], budget=Budget(tpot_ms=1000.0), **options)
+        behind = replies.add([2], budget=Budget(exit_layer=2), **options)
+        for _ in range(8):
+            replies.step()
+        replies.pause(reader)
+        replies.step()
+        (stream,) = (one for one in scheduler._streams.values() if one.asks)
+        assert not scheduler._makes_way(stream, others=True), "it stays at its exit"
+        behind.budget = Budget()
+        assert stream.decoder.rows_due > 5 and scheduler._makes_way(stream, others=True)
+        replies.resume(reader)
+        assert not scheduler._makes_way(stream, others=True), "nobody is at a token"

@@ -16,8 +16,7 @@ from balcony_edge.budget import Budget
 from balcony_runtime.structure.calls import CallReader, read
 from balcony_runtime.structure.formats import formats
 from balcony_runtime.structure.grammar import Grammars
-from balcony_runtime.telling import told
-from balcony_runtime.text import StopStrings
+from balcony_runtime.telling import StopStrings, told
 from tests.runtime.structure.test_tools import END, MARK_ID, TEMPLATES, TOOLS, box_of, function, texts_of, walk
 from tests.support.templates import write_template
 

@@ -487,3 +487,12 @@ def test_a_tool_that_is_not_strict_may_have_what_no_grammar_enforces(llm: LLM) -
 def test_calls_in_a_prompt_that_are_none(llm: LLM, calls: Any) -> None:
     with pytest.raises(InputError, match=r"message tool_calls: .*: must have a function with a name"):
         llm.encode([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}])
+
+
+def test_calls_and_tools_that_json_does_not_have(llm: LLM) -> None:
+    call = {"function": {"name": "f", "arguments": {"days": {1, 2}}}}
+    with pytest.raises(InputError, match=r"tools, tool_calls: not JSON \(.*set"):
+        llm.encode([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}])
+    tool = {"type": "function", "function": {"name": "f", "description": b"To do f."}}
+    with pytest.raises(InputError, match=r"tools, tool_calls: not JSON \(.*bytes"):
+        llm.encode("a", tools=[tool])

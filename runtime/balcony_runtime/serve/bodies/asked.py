@@ -171,13 +171,15 @@ def messages_of(value: Any) -> list[Any]:
     """A conversation; :class:`.TextCodec` checks the contents.
 
     Raises:
-        RefusedError: it is not a list of objects with a role.
+        RefusedError: it is not a list of objects with a role, or one has a call in OpenAI's old form.
     """
     if not isinstance(value, list) or not value:
         raise bad("messages", value, "must be a list of messages, e.g. [{'role': 'user', 'content': 'Hello'}]")
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise bad("messages", message, "each must be an object with a text 'role' and a 'content'")
+        if message.get("function_call") is not None:  # templates know tool_calls only: the call would be lost
+            raise bad("messages", message, "function_call is not supported here; give the call as tool_calls")
     return value
 
 
@@ -199,7 +201,8 @@ def _max_tokens(fields: Fields, chat: bool, echo: bool) -> int | None:
             if value == 0 and not echo:
                 raise bad(name, value, "must be a whole number above 0; 0 needs echo in a completion")
             return None if value < 0 else value  # llama.cpp's and Ollama's ways to ask for no bound
-    return None if chat else COMPLETION_TOKENS
+    # Of llama.cpp's n_predict only -1 comes so far, and it is no bound there.
+    return None if chat or fields.get("n_predict") is not None else COMPLETION_TOKENS
 
 
 def _stop(value: Any) -> tuple[str, ...]:

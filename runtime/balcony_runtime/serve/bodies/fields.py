@@ -170,7 +170,7 @@ _COMMON: Table = {
     ),
     "stream": _truth("Whether the answer comes token by token, as server-sent events."),
     "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
-    "timings_per_token": _truth("Whether every piece of a stream carries timings and balcony."),
+    "timings_per_token": _truth("Whether every piece of a token in a stream carries timings and balcony."),
     "response_format": {
         "type": "object",
         "required": ["type"],

@@ -102,6 +102,7 @@ class Server:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watched: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._stale = False  # whether a SIGHUP came while the bundle was loading
 
     @property
     def url(self) -> str:
@@ -156,6 +157,7 @@ class Server:
     def reload(self) -> None:
         """Read the budget files again; if one is refused, the log says so and all stay as they are."""
         if not self.service.ready:
+            self._stale = True  # the load may have read its files before they changed
             return
         _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
@@ -212,6 +214,8 @@ class Server:
             return
         _log.info("ready after %.1f s on %s", time.monotonic() - begin, self.url)
         _notify("READY=1\nSTATUS=Serving " + self.url)
+        if self._stale:
+            self.reload()
         self._watched = asyncio.create_task(self._tell_watchdog())
 
     async def _tell_watchdog(self) -> None:

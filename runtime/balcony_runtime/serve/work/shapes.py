@@ -154,7 +154,10 @@ class Shapes:
         """Log-probabilities of the tokens of an echoed prompt; None if they were not asked for."""
         if scores is None:
             return None
-        return self._listed(job, list(zip(job.ids, scores.logprobs, scores.best, strict=True)))
+        listed = self._listed(job, list(zip(job.ids, scores.logprobs, scores.best, strict=True)))
+        # The reply begins after the text of the prompt, which may differ from that of its tokens: many tokenizers normalize.
+        self._texts[job], self._offsets[job.index] = self._codec.stream(job.ids), len(self._prompts[job.index])
+        return listed
 
     def _listed(self, job: Job, tokens: Sequence[tuple[int, float | None, Best]]) -> dict[str, Any]:
         names, offsets, best = [], [], []

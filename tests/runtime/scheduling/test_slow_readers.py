@@ -1,0 +1,59 @@
+"""Replies whose readers are slower than those of others, so that rounds and steps of one reply come by turns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from balcony_edge.budget import Budget
+from balcony_edge.control.company.joint import JointController
+from balcony_runtime.llm import LLM
+from tests.support.replies import PRICES
+
+TIMED: dict[str, Any] = {"budget": Budget(tpot_ms=1000.0), "max_new_tokens": 200, "ignore_eos": True}
+
+
+def test_rounds_teach_also_if_no_two_of_them_follow_one_another(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each round the quick reader's reply makes a token by itself."""
+    llm.costs = PRICES
+    decide, last = JointController.decide, []  # type: Any, list[Any]
+    monkeypatch.setattr(JointController, "decide", lambda *of: (last.append(of[2].last), decide(*of))[1])
+    with llm.together() as replies:
+        quick, slow = (replies.add([key], **TIMED) for key in (1, 2))
+        for _ in range(8):
+            replies.step()
+        last.clear()
+        for _ in range(6):
+            before = len(quick.reply.tokens), len(slow.reply.tokens)
+            replies.pause(slow)
+            replies.step()  # both: its token was on the way
+            replies.step()  # the quick one alone
+            replies.resume(slow)
+            assert (len(quick.reply.tokens), len(slow.reply.tokens)) == (before[0] + 2, before[1] + 1)
+        assert len(last) == 6 and any(one is not None for one in last[1:])
+
+
+@pytest.mark.parametrize(("tpot_ms", "absent_ms"), [(60_000.0, 30_000.0), (0.001, math.inf)])
+def test_a_reader_is_waited_for_as_long_as_the_gap_that_it_asks_for(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, tpot_ms: float, absent_ms: float
+) -> None:
+    """Also after a token of another reply that came without it."""
+    llm.costs = PRICES
+    decide, seen = JointController.decide, []  # type: Any, list[float]
+    monkeypatch.setattr(JointController, "decide", lambda *of: (seen.append(of[2].absent_ms), decide(*of))[1])
+    options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True}
+    with llm.together() as replies:
+        reader, other = replies.add([1], budget=Budget(tpot_ms=tpot_ms), **options), replies.add([2], **options)
+        for _ in range(8):
+            replies.step()
+        replies.pause(reader)
+        replies.step()  # the token that was on the way
+        before = len(other.reply.tokens)
+        while len(other.reply.tokens) < before + 6:  # most of them without the reader
+            replies.step()
+        seen.clear()
+        replies.add(list(range(1, 60)), **options)
+        replies.step()
+        assert seen and set(seen) == {absent_ms}
