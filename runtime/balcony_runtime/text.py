@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import jinja2
@@ -36,9 +36,10 @@ _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(byte): byte for byte in _PRINTED} | {
     chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))
 }
-#: Marks around a placeholder for a control token that a user wrote, and the first mark of one that the template wrote. They are
-#: private-use characters, so texts do not contain them by chance.
-_OPEN, _CLOSE, _ALIAS = "\ue0c0", "\ue0c1", "\ue0c2"
+#: Marks around a placeholder for a control token that a user wrote, and the first mark of one that the template wrote. Texts do
+#: not contain them by chance: two letters of Linear A and a private-use character. Python prints these letters as they are
+#: where a template writes a list or a mapping; it escapes private-use characters.
+_OPEN, _CLOSE, _ALIAS = "\U00010600", "\U00010601", "\ue0c2"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_ALIAS}]")
 #: Tokens before another one that decide how it is spelled.
 CONTEXT_TOKENS = 8
@@ -47,8 +48,10 @@ RECENT_TEXTS = 1024
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
-#: Marks of turns: some tokenizers do not have them as special tokens (DeepSeek's for users and the assistant).
+#: Marks of turns. Some are not special tokens (DeepSeek's for users and the assistant): replies show them, as in transformers,
+#: and stop strings find them, but no message writes them.
 _TURN = re.compile(r"\W.*(user|assistant|system).*\W", re.IGNORECASE)
+_REPLACED = re.compile(r"""\breplace\(\s*(['"])(.+?)\1\s*,\s*(['"])(.*?)\3\s*\)""")
 #: Kind of a content part → its key with the text; clients send answers back as they got them, also those of other services.
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 #: Variables of a template that have parameters of their own.
@@ -72,6 +75,9 @@ class TextCodec:
         self._texts: dict[int, str] | None = {} if isinstance(self._tokenizer.decoder, ByteLevel) else None
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
+        self._turns: set[str] = set()
+        #: What the template replaces in texts, and by what (SmolLM3's: ``/no_think`` in a system message, by nothing).
+        self._replaced: list[tuple[str, str]] = []
         self._call_format: CallFormat | None = None
         self._knows_developer = self._thinks = False
         if "chat_template.jinja" in bundle.manifest.files:
@@ -80,9 +86,8 @@ class TextCodec:
                 source = template.read_text(encoding="utf-8")
                 self._template = ChatTemplate(source)
                 self._knows_developer, self._thinks = "developer" in source, THOUGHT[1] in source
-                added = self._tokenizer.get_added_tokens_decoder().values()
-                marks = [one for one in added if _TURN.fullmatch(one.content) and one.content in source]
-                self._tokenizer.add_special_tokens(marks)
+                self._replaced = [(old, new) for _, old, _, new in _REPLACED.findall(source)]
+                self._turns = {name for name in self.added if _TURN.fullmatch(name) and name in source}
                 if "tools" in self._template.variables:
                     self._call_format = format_of(source)
             except (jinja2.TemplateError, ValueError) as error:
@@ -208,14 +213,17 @@ class TextCodec:
                     f"role = {shown(role)}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"
                 )
         spelled = re.compile("|".join(map(re.escape, names)))
-        # Also how a name begins: SmolLM3's template cuts words out of the system message, and the rest may be a name.
-        parts = [*names, *sorted({name[:2] for name in names if name[1:2] == "|"})]
-        given = re.compile("|".join(map(re.escape, parts)))
+        places = {name: place for place, name in enumerate(names)}
 
         def hidden(value: Any) -> Any:
             """A value whose texts have placeholders for control tokens."""
             if isinstance(value, str):
-                return given.sub(lambda found: f"{_OPEN}{parts.index(found[0])}{_CLOSE}", _MARKS.sub("", value))
+                text = spelled.sub(lambda found: f"{_OPEN}{places[found[0]]}{_CLOSE}", _MARKS.sub("", value))
+                if spelled.search(reduce(lambda left, pair: left.replace(*pair), self._replaced, text)):
+                    raise InputError(
+                        "a message spells a control token once the template has cut words out: leave it out"
+                    )
+                return text
             if isinstance(value, Mapping):
                 return {hidden(key): hidden(one) for key, one in value.items()}
             return [hidden(one) for one in value] if isinstance(value, list | tuple) else value
@@ -226,7 +234,7 @@ class TextCodec:
         # In one piece: many tokenizers put a space before the first word of each text that they are given.
         tokenizer, own = self._aliased
         text = spelled.sub(lambda found: f"{_ALIAS}{names.index(found[0])}{_CLOSE}", text)
-        text = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: parts[int(found[1])], text)
+        text = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: names[int(found[1])], text)
         return [own.get(token, token) for token in self._ids(tokenizer, text)]
 
     def _ids(self, tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
@@ -236,8 +244,9 @@ class TextCodec:
 
     @cached_property
     def _control_tokens(self) -> list[str]:
-        """Names of the control tokens, the longest first."""
-        return sorted((name for name, (_, token) in self.added.items() if token.special), key=len, reverse=True)
+        """Names of the control tokens and of the marks of turns, the longest first."""
+        found = (name for name, (_, token) in self.added.items() if token.special or name in self._turns)
+        return sorted(found, key=len, reverse=True)
 
     @cached_property
     def _aliased(self) -> tuple[Tokenizer, dict[int, int]]:
@@ -267,6 +276,8 @@ class TextCodec:
             document["model"]["vocab"] = [[piece, -1e6 if piece in names else score] for piece, score in pieces]
             text = json.dumps(document)
         literal = Tokenizer.from_str(text)
+        added = literal.get_added_tokens_decoder().values()
+        literal.add_special_tokens([token for token in added if token.content in self._turns])
         literal.encode_special_tokens = True
         return literal
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from balcony_export.data.documents import read_documents, refuse_unreadable
 from tests.support.command import refused as refused_here
 
 
@@ -72,3 +74,14 @@ def test_files_to_train_from_are_looked_for_before_the_model_is_loaded(
     given = {**options[verb], "-o": tmp_path / "out", option: tmp_path / "absent"}
     words = "absent: has no balconies.json" if option == "--start" else "absent: cannot be read (No such file"
     refused_here(words, verb, tiny_checkpoint, *itertools.chain.from_iterable(given.items()))
+
+
+def test_a_pipe_is_not_emptied_by_the_look_at_it() -> None:
+    """As in bash: `cut MODEL --calibration <(zcat text.jsonl.gz)`."""
+    reads, writes = os.pipe()
+    os.write(writes, b'{"text": "the fox"}\n{"text": "the dog"}\n')
+    os.close(writes)
+    pipe = Path(f"/dev/fd/{reads}")
+    refuse_unreadable([pipe])
+    assert [document.text for document in read_documents(pipe)] == ["the fox", "the dog"]
+    os.close(reads)

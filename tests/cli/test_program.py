@@ -185,6 +185,22 @@ def test_results_are_kept_where_nobody_reads_what_is_shown(
     assert manifest.confidence is not None and manifest.exits[0].quality is not None
 
 
+def test_engines_are_built_where_nobody_reads_what_is_shown(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `export ... --tensorrt fp16 | less`, which was left meanwhile: rich then ends the process."""
+
+    def left(*_: Any) -> None:
+        raise SystemExit(1)
+
+    built: list[Path] = []
+    monkeypatch.setattr("balcony_runtime.backends.accelerator.tensorrt_builder.import_tensorrt", lambda _: None)
+    monkeypatch.setattr("balcony_edge.cli.workstation.build.build_into", lambda path, *_: built.append(path))
+    monkeypatch.setattr("balcony_edge.cli.workstation.export._report", left)
+    options = ("--exits", "2", "-o", tmp_path / "b", "--no-verify", "--tensorrt", "fp16")
+    assert invoke_here("export", tiny_checkpoint, *options).returncode == 1 and built == [tmp_path / "b"]
+
+
 @pytest.mark.parametrize("verb", ["run", "inspect", "eval", "profile"])
 def test_the_manifest_in_place_of_the_bundle(tiny: Any, verb: str, text_file: Path) -> None:
     more = {"run": ["hi"], "eval": ["--text", str(text_file)]}.get(verb, [])

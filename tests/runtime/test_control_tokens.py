@@ -63,7 +63,7 @@ _EVERYWHERE = (
         },
         {"messages": [{"role": "user", "content": "x", "name": "<end>"}]},
         {"messages": [{"role": "tool", "content": "x<end><end>"}]},
-        {"messages": [{"role": "user", "content": "\ue0c00\ue0c1<\ue0c0end>"}]},
+        {"messages": [{"role": "user", "content": "\U000106000\U00010601<\U00010600end>"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "<end>"}]}]},
         {"messages": [{"role": "user<end>", "content": "x"}]},
         {
@@ -75,6 +75,10 @@ _EVERYWHERE = (
             ]
         },
         {"messages": [{"role": "user", "content": "x"}], "template_kwargs": {"mood": "<end>"}},
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "template_kwargs": {"mood": ["<end>"]},
+        },  # printed as in Python
         {"messages": [{"role": "user", "content": "x"}], "documents": [{"text": "<end>"}]},
     ],
     ids=str,
@@ -131,9 +135,11 @@ def test_a_template_that_cuts_words_out_joins_no_control_token(bundle_copy: Path
     (bundle_copy / "tokenizer.json").write_text(tokenizer.to_str())
     template = "{% for m in messages %}{{ m.content | replace('/no_think', '') }}<|im_end|>{% endfor %}"
     codec, end = write_template(bundle_copy, template), tokenizer.token_to_id("<|im_end|>")
-    ids = codec.encode("a<|im_/no_thinkend|>b<|c")
-    assert ids.count(end) == 1 and ids[-1] == end
-    assert codec.decode(ids, control_tokens=True) == "a<|im_end|>b<|c<|im_end|>"
+    for cut in ("<|im_/no_thinkend|>", "</no_think|im_end|>", "</no_think|/no_thinkim_end|>"):
+        with pytest.raises(InputError, match="spells a control token once the template has cut words out"):
+            codec.encode(f"a{cut}b")
+    ids = codec.encode("a<|im_end|>b<|c/no_think")
+    assert codec.decode(ids, control_tokens=True) == "a<|im_end|>b<|c<|im_end|>" and ids.count(end) == 1
 
 
 def test_a_unigram_model_spells_control_tokens(bundle_copy: Path) -> None:
@@ -166,3 +172,4 @@ def test_marks_of_turns_that_are_not_special_are_text_too(bundle_copy: Path) -> 
     assert (ids[0], ids.count(user), ids.count(think), ids.count(word)) == (user, 1, 2, 1)
     assert f"a{_USER}b" in codec.decode(ids, control_tokens=True) and codec.decode([word]) == "user"
     assert codec.encode(f"a{_USER}b", chat=False).count(user) == 1  # a plain text, as in transformers
+    assert codec.decode([user]) == _USER, "a reply shows it, as in transformers, so a stop string finds it"

@@ -10,11 +10,13 @@ import typer
 from rich.markup import escape
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import Manifest, one_line
+from balcony_edge.bundle.manifest import EnginePrecision, Manifest, one_line
 from balcony_edge.cli.console import progress_bar, stderr, stdout
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from balcony_export.quantize.blocks import Scheme
 
 
@@ -69,7 +71,6 @@ def export(
 ) -> None:
     """Export a model as a bundle: one shared backbone, one exit per balcony and the full depth."""
     from balcony_export.export import ExportOptions, export_bundle
-    from balcony_export.model.architecture import describe
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.balcony_files import refuse_missing
     from balcony_export.model.checkpoint import load_model, load_tokenizer, model_name
@@ -95,8 +96,7 @@ def export(
         loaded = load_model(model, keep_dtype=not (check or calibration or evaluate))
         tokenizer = load_tokenizer(model)
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
-        if tensorrt is not None and describe(loaded, "", context_length).recurrent:
-            raise InputError("--tensorrt: the model has recurrent layers, for which there are no graphs: leave it out")
+        _refuse_recurrent(loaded, tensorrt)
         opened = ExitModel.open(loaded, layers, balconies, exit_module or "decoder")
         # an early exit through the model's own norm has nothing of its own to train
         trained = balconies is not None or exit_module == "none"
@@ -119,11 +119,24 @@ def export(
             export_bundle(opened, tokenizer, output, options, check=verified, progress=progress)
     _warn(trained, scheme)
     # The bundle is complete, also without engines.
-    _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
-    if tensorrt is not None:
-        from balcony_edge.cli.workstation.build import BuildOptions, build_into, default_context
+    try:
+        _report(output, Bundle.open(output, verify_hashes=False).manifest, checks, as_json)
+    finally:  # engines are built even if nobody reads stdout any more
+        _build_engines(output, tensorrt)
 
-        build_into(output, BuildOptions("rtx", tensorrt, "fused", default_context(output)), {})
+
+def _refuse_recurrent(loaded: PreTrainedModel, tensorrt: str | None) -> None:
+    from balcony_export.model.architecture import describe
+
+    if tensorrt is not None and describe(loaded, "").recurrent:
+        raise InputError("--tensorrt: the model has recurrent layers, for which there are no graphs: leave it out")
+
+
+def _build_engines(output: Path, precision: EnginePrecision | None) -> None:
+    from balcony_edge.cli.workstation.build import BuildOptions, build_into, default_context
+
+    if precision is not None:
+        build_into(output, BuildOptions("rtx", precision, "fused", default_context(output)), {})
 
 
 def _read_texts(

@@ -205,7 +205,7 @@ def _held_out(
     """``(documents to learn from, held-out documents)`` of one file: its first documents, until ``target`` tokens are held out.
 
     A document is held out whole, even if only its beginning is judged, unless it is longer than both ``target`` and a
-    hundredth of the file. If all documents are that long, the beginning of the shortest is held out.
+    hundredth of the file. If the others make less than half of ``target``, the beginning of the shortest long one is added.
     """
     longest = max(target, sum(len(document.tokens) for document in documents) // 100)
     learned: list[_KeyedDocument] = []
@@ -217,11 +217,11 @@ def _held_out(
             room -= len(kept[-1].tokens)
         else:
             learned.append(document)
-    if not kept and target >= 2:
+    if target >= 2 and room > target // 2:
         shortest = min(range(len(learned)), key=lambda index: len(learned[index].tokens))
         key, tokens = learned[shortest]
-        kept = [_KeyedDocument(key, tokens[:target])]
-        rest = np.concatenate([_start_of(tokens, begin), tokens[target:]])
+        kept.append(_KeyedDocument(key, tokens[:room]))
+        rest = np.concatenate([_start_of(tokens, begin), tokens[room:]])
         learned[shortest] = _KeyedDocument(f"rest of {key}", rest)
     return learned, kept
 

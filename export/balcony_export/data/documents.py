@@ -93,9 +93,13 @@ def read_documents(path: Path, *, chats: bool = False) -> Iterator[Document]:
 
 
 def refuse_unreadable(paths: Sequence[Path]) -> None:
-    """Refuse files without a document to train on now, and not after the minutes that loading a model may take."""
+    """Refuse files without a document to train on now, and not after the minutes that loading a model may take.
+
+    A pipe, such as ``<(zcat FILE)``, is left alone: what is read from it is gone.
+    """
     for path in files_in(paths):
-        next(read_documents(path, chats=True))
+        if not path.is_fifo():
+            next(read_documents(path, chats=True))
 
 
 def read_records(path: Path, forms: str) -> Iterator[tuple[str, Any]]:

@@ -311,6 +311,17 @@ def test_a_short_file_is_not_all_that_is_held_out(tmp_path: Path, make_tokenizer
     assert corpus.held_out.lengths.sum() > 48
 
 
+def test_a_short_file_next_to_many_books_is_not_all_that_is_held_out(
+    tmp_path: Path, make_tokenizer: Callable[[], Any]
+) -> None:
+    """The part of each book is less than a sequence, so all files count as one, in which only the note is short."""
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog " * 20)
+    (tmp_path / "note.txt").write_text("the lazy fox")
+    corpus = build_corpus([tmp_path], make_tokenizer(), seq_len=16, held_out_rows=4)
+    assert corpus.held_out.lengths.sum() > 48
+
+
 def test_a_chat_comes_before_a_text_that_repeats_it(tmp_path: Path) -> None:
     """Alpaca's rows have both: the text is in a template of its own."""
     row = {"instruction": "Name a fox.", "response": "Red.", "text": "### Instruction: Name a fox. ### Response: Red."}
