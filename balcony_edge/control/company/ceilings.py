@@ -14,15 +14,15 @@ from balcony_edge.control.governor import slowest_tps
 
 #: Ceilings of which the lowest holds.
 _LOWEST = ("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization", "memory_mb")
-#: Rails in the order in which their watts and joules count: the board's include those of its parts.
+#: Rails in the order in which their watts count: the board's include those of its parts.
 _RAILS: tuple[Rail, ...] = ("board", "cpu", "gpu")
 
 
 def merged_ceilings(budgets: Sequence[Budget]) -> Budget:
     """One budget with the strictest ceilings of several, of which some have any, and what else of them governs the device.
 
-    Of several rails the board counts, or else the CPU, or the GPU: its lowest ``power_w``, with its window, and its lowest
-    ``energy_j_per_token``. Watts and joules of other rails are then not held (:func:`left_out`).
+    The lowest ``power_w`` of the board counts, or else of the CPU, or of the GPU, with its window; without watts, joules do by
+    the same order. Watts and joules of other rails are then not held (:func:`left_out`).
     No token is delayed if one budget forbids it; else the highest ``min_pace_tps`` is left, and the latency targets, too, if
     one budget has them before its ceilings.
     """
@@ -39,18 +39,16 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
     floors = [budget.battery_floor_percent for budget in budgets if budget.battery_floor_percent is not None]
     if floors:
         kept["battery_floor_percent"] = max(floors)
-    measured = [budget for budget in budgets if budget.power_w is not None or budget.energy_j_per_token is not None]
-    if measured:
-        rail = min((budget.power_rail for budget in measured), key=_RAILS.index)
-        held = [budget for budget in measured if budget.power_rail == rail]
-        kept["power_rail"] = rail
-        powered = [budget for budget in held if budget.power_w is not None]
-        if powered:
-            strictest = min(powered, key=lambda one: (one.power_w, one.power_window_s))
-            kept |= {key: getattr(strictest, key) for key in ("power_w", "power_window_s")}
-        joules = [budget.energy_j_per_token for budget in held if budget.energy_j_per_token is not None]
-        if joules:
-            kept["energy_j_per_token"] = min(joules)
+    powered = [budget for budget in budgets if budget.power_w is not None]
+    frugal = [budget for budget in budgets if budget.energy_j_per_token is not None]
+    if powered:
+        strictest = min(powered, key=lambda one: (_RAILS.index(one.power_rail), one.power_w, one.power_window_s))
+        kept |= {key: getattr(strictest, key) for key in ("power_w", "power_rail", "power_window_s")}
+    elif frugal:
+        kept["power_rail"] = min((budget.power_rail for budget in frugal), key=_RAILS.index)
+    joules = [budget.energy_j_per_token or 0.0 for budget in frugal if budget.power_rail == kept["power_rail"]]
+    if joules:
+        kept["energy_j_per_token"] = min(joules)
     hottest, critical = kept.get("temperature_c"), kept.get("critical_temperature_c")
     if isinstance(hottest, float) and isinstance(critical, float) and hottest >= critical:
         del kept["temperature_c"]  # the critical temperature of another budget is below it and acts first

@@ -14,6 +14,7 @@ from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.company.view import View
 from balcony_edge.control.slowdown import WITH_CATCH_UP, Slowdown
+from balcony_edge.device.costs import UnitCost
 
 #: Longest round in milliseconds with rows of a prompt next to it, or of a prompt alone: who comes meanwhile waits so long.
 CALM_MS = 250.0
@@ -250,8 +251,8 @@ class Composer:
         for stage in stages:
             # The last row of a prompt runs with its first token.
             ready = seen.stage_rows[stage] - (seen.stage_rows[stage - 1] if stage else 1)
-            before, limit = _before(seen.context_length, seen.stage_rows[stage]), max(ready, PLENTY)
-            most = self._costs.stages[stage].rows_within(slack_ms, limit, before + limit - 1)
+            before = _before(seen.context_length, seen.stage_rows[stage])
+            most = _rows_within(self._costs.stages[stage], slack_ms, max(ready, PLENTY), before)
             if ready >= least and most and min(ready / most, 1.0) > fullest:
                 fullest, best = min(ready / most, 1.0), Chunk(seen.key, stage, min(ready, most))
         return best
@@ -273,7 +274,7 @@ class Composer:
         seen, index = view.stream, view.goal
         kept = seen.balcony_rows[index] - seen.stage_rows[index]
         before = _before(seen.context_length, seen.balcony_rows[index])
-        rows = self._costs.balconies[index].rows_within(slack_ms, kept, before + kept - 1, 1)
+        rows = _rows_within(self._costs.balconies[index], slack_ms, kept, before, 1)
         return Chunk(seen.key, index, rows, balcony=True) if rows else None
 
     def _chunk_ms(self, view: View, chunk: Chunk) -> float:
@@ -298,3 +299,12 @@ class Composer:
 def _before(context: int, due: int) -> int:
     """Number of rows that a graph has taken in: the first rows of a long prompt do not pay for the keys of its last."""
     return max(context + 1 - due, 0)
+
+
+def _rows_within(unit: UnitCost, slack_ms: float, most: int, before: int, queries: int | None = None) -> int:
+    """Number of rows after ``before`` others, at most ``most``, that fit into some time.
+
+    They are counted without their own keys, and then with those of as many rows: at most a little fewer than would fit.
+    """
+    rows = unit.rows_within(slack_ms, most, before, queries)
+    return unit.rows_within(slack_ms, rows, before + rows - 1, queries)

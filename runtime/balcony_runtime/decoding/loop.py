@@ -129,7 +129,8 @@ class Decoder:
         self.kept_rows = sequence.stage_cursor[0]
         self._ids = prompt[:, -1]  # the last token of each member, (B,)
         self._last: Measurement | None = None
-        self._emitted_ns = 0
+        #: Time of the last token, on ``time.perf_counter_ns``.
+        self.emitted_ns = 0
         self._learned = environment.learned or Learned(sequence.exits, {})
         self._picks_inside = sequence.picks_inside and sampler.greedy and not environment.keep_logits
         self._early_exits = EarlyExits(self._learned.confident)
@@ -204,7 +205,7 @@ class Decoder:
         learned.busy_ns += done_ns - begin_ns
         try:  # wait after the step, so that a slow step shortens the wait
             if period_ms:
-                learned.busy_ns += self._wait(decision, self._emitted_ns + int(period_ms * 1e6))
+                learned.busy_ns += self._wait(decision, self.emitted_ns + int(period_ms * 1e6))
         finally:  # the token is made: an interrupt ends its wait only
             steps = self._told(made, decision, forced, new_rows, waited_ms - begin_ns / 1e6)
         return steps
@@ -222,8 +223,8 @@ class Decoder:
 
     def _told(self, made: Made, decision: Decision, forced: list[int], new_rows: int, since_ms: float) -> list[Step]:
         """The steps of tokens that are due now, with so many new rows; ``since_ms`` is added to the time for their latency."""
-        self._emitted_ns = time.perf_counter_ns()
-        latency_ms = since_ms + self._emitted_ns / 1e6
+        self.emitted_ns = time.perf_counter_ns()
+        latency_ms = since_ms + self.emitted_ns / 1e6
         ids_made, logits_made, exit_layer, words, drafted, _ = made
         given = decision
         if words:  # of a policy
@@ -372,7 +373,7 @@ class Decoder:
         step = Step(ids, kept, decision, target_ms, latency_ms, caught_up, self._budget, *read)
         self._ids = ids
         forced = self._force(ids) if self._sampler.guided else []
-        self._last, self._emitted_ns = None, time.perf_counter_ns()
+        self._last, self.emitted_ns = None, time.perf_counter_ns()
         self._made += 1
         self.untold = [step, *self._forced_steps(forced, step)] if forced else [step]
         self._followed, self._decision = (decision.exit_layer, company.slowdown, company.governor), None

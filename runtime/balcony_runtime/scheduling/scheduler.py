@@ -385,12 +385,12 @@ class Scheduler:
     def _makes_way(self, stream: Stream, others: bool) -> bool:
         """Whether the only stream that asks takes a round, so that one that asks meanwhile need not wait for all of its step.
 
-        Its prompt or backlog then runs in portions, or it waits for its pace. ``others``: whether others are in progress.
+        Its prompt or pending rows then run in portions, or it waits for its pace. ``others``: whether others are in progress.
         """
         decoder = stream.decoder
         if decoder.begun:
             waits = decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors
-            waits = waits or (decoder.rows_due > 1 and bool(readers(self._all, self._company, time.monotonic())))
+            waits = waits or (decoder.rows_due > 1 and bool(readers(self._all)))
             return stream.is_slow or (others and waits)
         long = others or (decoder.rows_due > LONG_PROMPT and decoder.budget.ttft_ms is None)
         return long and self._costs() is not None
@@ -471,7 +471,7 @@ class Scheduler:
             for key in senses:
                 streams[key].fail(error)
             return self._seen([one for one in asking if one.asks])
-        late_ms = absent_ms(readers(self._all, self._company, now_s))
+        late_ms = absent_ms(readers(self._all))
         return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, self._learned_alone(), late_ms)
 
     def _learned_alone(self) -> LearnedAlone | None:

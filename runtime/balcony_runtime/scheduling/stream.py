@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.seen import Chunk
@@ -139,18 +140,18 @@ class Stream:
         return isinstance(error, Exception)
 
 
-def readers(streams: Iterable[Stream], company: Collection[int], now_s: float) -> list[Stream]:
+def readers(streams: Iterable[Stream]) -> list[Stream]:
     """Streams with ``tpot_ms`` whose readers are at their tokens.
 
-    Those are streams of ``company``, the last round with tokens, and others whose last question is less than two of their
-    ``tpot_ms`` ago: who reads for longer than the gap that it asks for holds nobody up.
+    Those are streams whose last token is less than two of their ``tpot_ms`` old: who reads for longer holds nobody up, also if
+    there have been no tokens since, but portions of a prompt.
     """
-    found = []
+    found, now_ns = [], time.perf_counter_ns()
     for one in streams:
-        tpot_ms = one.decoder.budget.tpot_ms
-        if tpot_ms is None or one.asks or not one.decoder.begun:
+        if one.asks or not one.decoder.begun:  # first: as a rule all ask, and a budget takes calls
             continue
-        if one.key in company or 1000 * (now_s - one.asked_s) < 2 * tpot_ms:
+        tpot_ms = one.decoder.budget.tpot_ms
+        if tpot_ms is not None and now_ns - one.decoder.emitted_ns < 2e6 * tpot_ms:
             found.append(one)
     return found
 

@@ -43,7 +43,8 @@ def test_joules_keep_their_rail() -> None:
     board = Budget(energy_j_per_token=2.0)
     assert merged_ceilings([graphics, board]) == board, "joules of two rails are no numbers to compare"
     assert merged_ceilings([graphics, Budget(energy_j_per_token=0.9, power_rail="gpu")]) == graphics
-    assert merged_ceilings([Budget(power_w=3.0, power_rail="gpu"), board]) == board
+    measured = Budget(power_w=3.0, power_rail="gpu")
+    assert merged_ceilings([measured, board]) == measured, "watts are measured, a rail with joules alone may be not"
     watts = Budget(power_w=8.0)
     assert merged_ceilings([graphics, watts]) == watts, "one rail is judged"
     assert merged_ceilings([Budget(energy_j_per_token=0.5), watts]) == Budget(power_w=8.0, energy_j_per_token=0.5)
@@ -124,6 +125,8 @@ def test_who_waits_for_a_pace_works_off_pending_rows() -> None:
     _, found = decided([behind], known)
     assert not found.moves and found.chunk is not None and found.wait_ms == 0
     assert found.chunk.stage == 1 and found.chunk.rows == 29, "the newest row runs with the token"
+    _, found = decided([behind], known, absent_ms=5.0)
+    assert found.chunk is not None and found.price_ms <= 5.0, "a reader is at its token, and will ask in a moment"
     _, found = decided([stream(0, Budget(max_pace_tps=5.0))], known)
     assert found.chunk is None and found.wait_ms > 0
     _, found = decided([behind._replace(budget=Budget(max_pace_tps=5.0, energy_j_per_token=9.0))], known)

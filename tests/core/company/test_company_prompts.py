@@ -15,7 +15,7 @@ from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.simulation.company import Arrival, CompanyPlant
 from balcony_edge.simulation.plant import Physics
 from tests.support.company import QUALITY, SETTLED, decided, exits, stream
-from tests.support.prices import SMALL
+from tests.support.prices import MARGIN, SMALL
 
 #: A prompt of 200 rows: 53 ms of work at exit 4, or 25 rounds next to a stream at 10 ms.
 PROMPT: dict[str, Any] = {
@@ -58,6 +58,9 @@ def test_the_first_rows_of_a_prompt_do_not_pay_for_the_keys_of_the_last() -> Non
     assert found.chunk is not None and found.chunk.stage == 0
     chunk_ms = costs.stages[0].pass_ms(found.chunk.rows, found.chunk.rows - 1)
     assert found.price_ms == pytest.approx(costs.steady_ms(exits(found)[0], 0) + chunk_ms)
+    longer, others_ms = 21 * found.chunk.rows // 20, costs.steady_ms(exits(found)[0], 0)
+    more_ms = others_ms + costs.stages[0].pass_ms(longer, longer - 1)
+    assert found.price_ms <= 25.0 * MARGIN < more_ms, "nearly as many rows as fit"
     plant = CompanyPlant(costs, Physics(noise=0.0), lambda _: 1.0)
     plant.run_chunk(plant.stream(Arrival(0.0, 2000, 1, Budget()), 1), found.chunk)
     assert 1000 * plant.now_s == pytest.approx(chunk_ms)

@@ -57,3 +57,20 @@ def test_a_reader_is_waited_for_as_long_as_the_gap_that_it_asks_for(
         replies.add(list(range(1, 60)), **options)
         replies.step()
         assert seen and set(seen) == {absent_ms}
+
+
+def test_a_reader_that_has_gone_holds_no_prompt_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its token was the last one of all: portions of a prompt bring none."""
+    llm.costs = PRICES
+    decide, seen = JointController.decide, []  # type: Any, list[float]
+    monkeypatch.setattr(JointController, "decide", lambda *of: (seen.append(of[2].absent_ms), decide(*of))[1])
+    with llm.together() as replies:
+        reader = replies.add([1], budget=Budget(tpot_ms=0.001), max_new_tokens=60, ignore_eos=True)
+        for _ in range(4):
+            replies.step()
+        replies.pause(reader)
+        replies.step()  # the token that was on the way
+        seen.clear()
+        replies.add(list(range(1, 60)), max_new_tokens=2, ignore_eos=True)
+        replies.step()
+        assert seen and set(seen) == {math.inf}
