@@ -51,7 +51,8 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "functio
 #: Marks of turns. Some are not special tokens (DeepSeek's for users and the assistant): replies show them, as in transformers,
 #: and stop strings find them, but no message writes them.
 _TURN = re.compile(r"\W.*(user|assistant|system).*\W", re.IGNORECASE)
-_REPLACED = re.compile(r"""\breplace\(\s*(['"])(.+?)\1\s*,\s*(['"])(.*?)\3\s*\)""")
+#: What a template cuts out of texts.
+_CUT = re.compile(r"""\breplace\(\s*(['"])(.+?)\1\s*,\s*(?:''|"")\s*\)""")
 #: Kind of a content part → its key with the text; clients send answers back as they got them, also those of other services.
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 #: Variables of a template that have parameters of their own.
@@ -76,8 +77,7 @@ class TextCodec:
         self._template: ChatTemplate | None = None
         self._special: dict[str, str] = {}
         self._turns: set[str] = set()
-        #: What the template replaces in texts, and by what (SmolLM3's: ``/no_think`` in a system message, by nothing).
-        self._replaced: list[tuple[str, str]] = []
+        self._cut: list[str] = []  # as SmolLM3's does with ``/no_think`` in a system message
         self._call_format: CallFormat | None = None
         self._knows_developer = self._thinks = False
         if "chat_template.jinja" in bundle.manifest.files:
@@ -86,7 +86,7 @@ class TextCodec:
                 source = template.read_text(encoding="utf-8")
                 self._template = ChatTemplate(source)
                 self._knows_developer, self._thinks = "developer" in source, THOUGHT[1] in source
-                self._replaced = [(old, new) for _, old, _, new in _REPLACED.findall(source)]
+                self._cut = [word for _, word in _CUT.findall(source)]
                 self._turns = {name for name in self.added if _TURN.fullmatch(name) and name in source}
                 if "tools" in self._template.variables:
                     self._call_format = format_of(source)
@@ -219,7 +219,7 @@ class TextCodec:
             """A value whose texts have placeholders for control tokens."""
             if isinstance(value, str):
                 text = spelled.sub(lambda found: f"{_OPEN}{places[found[0]]}{_CLOSE}", _MARKS.sub("", value))
-                if spelled.search(reduce(lambda left, pair: left.replace(*pair), self._replaced, text)):
+                if spelled.search(reduce(lambda left, word: left.replace(word, ""), self._cut, text)):
                     raise InputError(
                         "a message spells a control token once the template has cut words out: leave it out"
                     )
@@ -268,9 +268,8 @@ class TextCodec:
     def _literal(self) -> Tokenizer:
         """A copy of the tokenizer that treats names of control tokens as plain text."""
         text, names = self._tokenizer.to_str(), set(self._control_tokens)
-        if isinstance(
-            self._tokenizer.model, models.Unigram
-        ):  # the names are among its pieces, with the best of all scores
+        if isinstance(self._tokenizer.model, models.Unigram):
+            # The names are among its pieces, with the best of all scores.
             document = json.loads(text)
             pieces = document["model"]["vocab"]
             document["model"]["vocab"] = [[piece, -1e6 if piece in names else score] for piece, score in pieces]

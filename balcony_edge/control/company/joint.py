@@ -151,10 +151,8 @@ class JointController:
         if ready:
             chosen, chunk, price_ms = self._composer.compose(ready, waiting, slowdown, seen.absent_ms)
         elif ceilings is None or ceilings.energy_j_per_token is None:  # everybody waits for a pace
-            chosen, (chunk, price_ms) = (
-                [],
-                self._composer.catch_up(views, min(idle_ms, seen.absent_ms) / slowdown.factor),
-            )
+            left_ms = min(idle_ms, seen.absent_ms)
+            chosen, (chunk, price_ms) = [], self._composer.catch_up(views, left_ms / slowdown.factor)
         else:  # rows in a wait take joules: the slow loop has allowed a depth for idle waits
             chosen, chunk, price_ms = [], None, 0.0
         deepest = max((index for _, index in chosen), default=0)
