@@ -322,7 +322,7 @@ def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
     changed.write_text("\n".join(lines) + "\n")
     (difference,) = json.loads(invoke_here("replay", changed, "--json").stdout)["differences"]
     assert (difference["recorded"]["catch_up"], difference["again"]["catch_up"]) == ([0, 3, False], last["catch_up"])
-    assert "infeasible =" in " ".join(invoke_here("replay", changed).stdout.split())
+    assert invoke_here("replay", changed).stdout.count("infeasible") >= 2, "both sides name what differs"
     lines[-1] = json.dumps({**last, "exit_layer": 999, "reason": "[/b]"})  # no markup of the table
     changed.write_text("\n".join(lines) + "\n")
     assert "[/b]" in invoke_here("replay", changed).stdout

@@ -16,6 +16,7 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.control.observed import watts
 from balcony_edge.device.costs import Bend, ExpertCost, UnitCost, further_experts
+from balcony_edge.device.profile import Power
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime.decoding.prices import split_experts
@@ -413,13 +414,12 @@ class Unplugged(NoPower):
 
 def test_a_rail_that_vanishes_is_named_and_not_half_there(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     source, grid = Unplugged(), dataclasses.replace(Grid.make(256, **SMALL), power_s=0.3)
-    power_at = run.power_at
 
-    def then_unplugged(*given: Any) -> Any:
+    def then_unplugged(**given: Any) -> Any:
         source.there = False
-        return power_at(*given)
+        return Power(**given)
 
-    monkeypatch.setattr(run, "power_at", then_unplugged)
+    monkeypatch.setattr(run, "Power", then_unplugged)
     with Sensors([source], rate_hz=10) as sensors:
         profile = measure_profile(llm, sensors, grid, lambda *_: None)
     assert [power.rail for power in profile.power] == ["cpu"] * 3 and profile.power_reason is None
