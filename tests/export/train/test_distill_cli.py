@@ -200,8 +200,8 @@ def test_models_and_rows_that_cannot_be_are_refused_before_the_training(
     refused(InputError, r"--seq-len 100000: this model's context holds \d+ tokens", tiny_checkpoint, "2", *too_long)
     assert not out.exists()
     (tmp_path / "file").write_text("x")
-    (tmp_path / "empty.jsonl").touch()  # a text that would be refused, if it were read
-    unwritable = (tmp_path / "empty.jsonl", tmp_path / "file", "--steps", "1")
+    (tmp_path / "odd.jsonl").write_text('{"text": "x"}\nodd\n')  # a text that would be refused, if all of it were read
+    unwritable = (tmp_path / "odd.jsonl", tmp_path / "file", "--steps", "1")
     refused(TrainingError, "file: cannot be written", tiny_checkpoint, "2", *unwritable)
 
 
