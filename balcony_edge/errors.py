@@ -68,14 +68,15 @@ class MissingDependencyError(BalconyError):
     """A package that this action needs is not installed; the message names the cure."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. PyTorch's CPU allocator raises a plain RuntimeError, CUDA's a subclass of it."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out. PyTorch's CPU allocator raises a plain RuntimeError, ONNX Runtime classes of its own."""
     if isinstance(error, OSError):  # such as that of a file that cannot be mapped
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in words)
+    words = ["out of memory", "can't allocate memory", "not enough memory", "failed to allocate memory"]
+    words += ["bad_alloc", "bad allocation"]  # of C++; the second is that of Windows
+    return any(part in str(error).lower() for part in words)
 
 
 def shown(value: object) -> str:

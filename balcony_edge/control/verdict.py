@@ -62,6 +62,11 @@ class Verdict(NamedTuple):
         return self._asdict()
 
 
+def nearest_rank(ascending: Sequence[float], share: float) -> float:
+    """The smallest of some values that a share of them does not exceed."""
+    return ascending[max(math.ceil(share * len(ascending) - 1e-9), 1) - 1]  # 0.9 x 10 must be 9, also rounded
+
+
 class _Seen(NamedTuple):
     """Readings of the sensors at one time."""
 
@@ -167,10 +172,7 @@ class Watch:
         gaps = sorted(self._later_ms)
         if not gaps:
             return None, ""
-        # The smallest gap that the asked share of all gaps does not exceed. Subtracting 1e-9 absorbs rounding: 0.9 x 10
-        # must be 9.
-        place = max(math.ceil(budget.probability * len(gaps) - 1e-9), 1) - 1
-        return gaps[place], f"{budget.probability * 100:g} % of the gaps within"
+        return nearest_rank(gaps, budget.probability), f"{budget.probability * 100:g} % of the gaps within"
 
     def _deadline(self, budget: Budget) -> tuple[float | None, str]:
         if not self._from_start:

@@ -351,8 +351,13 @@ class DeviceProfile(_Frozen):
         """Measured power of a rail while decoding at an exit; None if no sensor measures this rail."""
         return next((one for one in self.power if (one.exit_layer, one.rail) == (exit_layer, rail)), None)
 
+    @property
+    def least_context(self) -> int:
+        """Least context of the decode steps, at which watts are measured; 0 without any."""
+        return min((entry.context for entry in self.select("decode")), default=0)
+
     def joules_per_token(self, exit_layer: int, rail: Rail) -> float | None:
-        """Measured energy of one token at an exit; None if no sensor measures this rail."""
+        """Measured energy of one token at an exit, at :attr:`least_context`; None if no sensor measures this rail."""
         found = self.power_at(exit_layer, rail)
         return None if found is None else found.joules_per_token
 

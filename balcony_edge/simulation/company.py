@@ -21,6 +21,7 @@ from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen
 from balcony_edge.control.company.waiting import MOST_OVERTAKEN, in_order, overtakes
 from balcony_edge.control.decision import Measurement
+from balcony_edge.control.verdict import nearest_rank
 from balcony_edge.device.costs import CostModel
 from balcony_edge.simulation.plant import Physics, SimulatedDevice
 
@@ -294,5 +295,5 @@ def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Seque
         "mean_agreement": sum(agreement[layer] for layer in exits) / max(len(exits), 1),
         "switches": 100 * switches / max(len(exits), 1),
         "longest_gap_ms": max((gap for stream in lax for gap in stream.gaps_ms[1:]), default=0.0),
-        "ttft_p95_ms": firsts[math.ceil(0.95 * len(firsts) - 1e-9) - 1] if firsts else math.nan,
+        "ttft_p95_ms": nearest_rank(firsts, 0.95) if firsts else math.nan,
     }

@@ -283,10 +283,9 @@ class _Planner:
         return None if power is None else step_j + power[0] * wait_s
 
     def _step_j(self, exit_layer: int) -> float | None:
-        """Energy of a step at the planned context; it was measured at the least context of the decode steps."""
+        """Energy of a step at the planned context, which takes longer than the one that was measured."""
         measured_j, costs = self.profile.joules_per_token(exit_layer, self.rail), self.profile.costs
-        least = min((entry.context for entry in self.profile.select("decode")), default=0)
-        longer = costs.steady_ms(exit_layer, self.context) / costs.steady_ms(exit_layer, least)
+        longer = costs.steady_ms(exit_layer, self.context) / costs.steady_ms(exit_layer, self.profile.least_context)
         return None if measured_j is None else measured_j * longer
 
     def _odds(self, target: str, limit: float, expected: float) -> float:

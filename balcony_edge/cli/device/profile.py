@@ -111,9 +111,8 @@ def _show(measured: DeviceProfile) -> None:
     stdout.print(f"[bold]{escape(bundle.model)}[/] ({escape(bundle.precision)}) on {escape(measured.device.title)}")
     energy = "J/token" if not measured.power else f"J/token ({measured.rail})"
     table = Table("exit", "after", "ms", "±", "p95", "p99", "tokens/s", "priced", energy, title="time between tokens")
-    decode = measured.select("decode")
-    least = min((entry.context for entry in decode), default=0)  # the one at which watts are measured
-    for entry in decode:
+    least = measured.least_context
+    for entry in measured.select("decode"):
         timing, joules = entry.timing, measured.joules_per_token(entry.exit_layer, measured.rail)
         table.add_row(
             str(entry.exit_layer),

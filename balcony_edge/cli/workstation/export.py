@@ -15,7 +15,7 @@ from balcony_edge.cli.console import progress_bar, stderr, stdout
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from balcony_export.quantize.blocks import Scheme
 
@@ -90,11 +90,11 @@ def export(
     _refuse_mismatches(kl, scheme, calibration, evaluate)
     refuse_missing(balconies)
     with progress_bar() as progress:
-        rows, texts = _read_texts(model, calibration, evaluate)  # first, because loading may take minutes
+        tokenizer = load_tokenizer(model)
+        rows, texts = _read_texts(tokenizer, calibration, evaluate)  # first, because loading may take minutes
         progress("loading the model", 0.0)
         # running the model needs float32; only writing it needs the checkpoint's own type, half the memory
         loaded = load_model(model, keep_dtype=not (check or calibration or evaluate))
-        tokenizer = load_tokenizer(model)
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
         _refuse_recurrent(loaded, tensorrt)
         opened = ExitModel.open(loaded, layers, balconies, exit_module or "decoder")
@@ -140,16 +140,12 @@ def _build_engines(output: Path, precision: EnginePrecision | None) -> None:
 
 
 def _read_texts(
-    model: str, calibration: list[Path] | None, evaluate: list[Path] | None
+    tokenizer: PreTrainedTokenizerBase, calibration: list[Path] | None, evaluate: list[Path] | None
 ) -> tuple[list[list[int]], dict[str, list[tuple[int, ...]]]]:
     """Tokens of the text to round by, and of each text to measure on."""
-    from balcony_export.model.checkpoint import load_tokenizer
     from balcony_export.precision import read_judged_texts
     from balcony_export.quantize.gptq import calibration_rows
 
-    if not calibration and not evaluate:
-        return [], {}
-    tokenizer = load_tokenizer(model)
     rows = calibration_rows(calibration, tokenizer) if calibration else []
     return rows, read_judged_texts(evaluate or [], tokenizer)
 

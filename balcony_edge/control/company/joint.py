@@ -23,7 +23,7 @@ would miss ``ttft_ms`` in this way runs at once and whole, if all others have to
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
@@ -136,8 +136,7 @@ class JointController:
         facts = [self._facts(stream.budget) for stream in seen.streams]
         senses = any(one.senses for one in facts)
         ceilings = merged_ceilings([stream.budget for stream in seen.streams]) if senses else None
-        given_up = {key for key, one in state.streams.items() if not one.met}
-        governor = self._tick(state.governor, ceilings, slowdown, seen, given_up)
+        governor = self._tick(state, ceilings, slowdown, seen)
         share = _prompt_share(state, seen.now_s)
         ceiling = len(self._costs.exits) if ceilings is None else governor.ceiling
         views = self._views(seen.streams, facts, state, slowdown, seen.now_s, ceiling)
@@ -172,7 +171,7 @@ class JointController:
             chunk=chunk,
             price_ms=price_ms,
             predicted_ms=predicted_ms,
-            wait_ms=idle_ms if not chosen and chunk is None else _wait_ms(outcome, seen, given_up),
+            wait_ms=idle_ms if not chosen and chunk is None else _wait_ms(outcome, state, seen),
             deepest=deepest,
         )
         streams = _streams_after(state.streams, views, chosen)
@@ -340,15 +339,9 @@ class JointController:
             return slowdown
         return slowdown.update(WITH_CATCH_UP if state.caught_up else self._index[last.exit_layer], log_ratio, 1.0)
 
-    def _tick(
-        self,
-        governor: Governor,
-        ceilings: Budget | None,
-        slowdown: Slowdown,
-        seen: RoundSeen,
-        given_up: Collection[int],
-    ) -> Governor:
+    def _tick(self, state: CompanyState, ceilings: Budget | None, slowdown: Slowdown, seen: RoundSeen) -> Governor:
         """The slow loop, for the ceilings of all streams together."""
+        governor = state.governor
         if ceilings is None:
             return governor  # what it has learned is for the next stream with ceilings
         if 0 <= seen.now_s - governor.ticked_s < TICK_S:
@@ -367,7 +360,7 @@ class JointController:
                 ],
                 lowest=min(one.lowest for one in known),
                 highest=max(one.highest for one in known),
-                pace_tps=_needed_tps(seen, given_up),
+                pace_tps=_needed_tps(state, seen),
                 begins=any(stream.made_tokens == 0 for stream in seen.streams),
             ),
         )
@@ -411,21 +404,22 @@ def _entering(view: View) -> RoundEntry:
     return RoundEntry(view.goal, rows, balcony_rows, seen.context_length, seen.shares)
 
 
-def _needed_tps(seen: RoundSeen, given_up: Collection[int]) -> float:
+def _needed_tps(state: CompanyState, seen: RoundSeen) -> float:
     """Tokens a second that the stream with the shortest target needs; 0 without any.
 
-    A target that was given up (``given_up``: their streams) takes neither depth nor time from the others.
+    A target that was given up takes neither depth nor time from the others.
     """
-    held, now_s = [one for one in seen.streams if one.key not in given_up], seen.now_s
+    given_up, now_s = {key for key, one in state.streams.items() if not one.met}, seen.now_s
+    held = [one for one in seen.streams if one.key not in given_up]
     needs = (needed_tps(one.budget, one.made_tokens, now_s - one.started_s) for one in held or seen.streams)
     return max(needs, default=0.0)
 
 
-def _wait_ms(outcome: _Outcome, seen: RoundSeen, given_up: Collection[int]) -> float:
+def _wait_ms(outcome: _Outcome, state: CompanyState, seen: RoundSeen) -> float:
     """Time to wait after the round, for the pace that the ceilings leave."""
     if (ceilings := outcome.ceilings) is None:
         return 0.0
-    period_ms = paced_ms(ceilings, outcome.governor.share, outcome.predicted_ms, _needed_tps(seen, given_up))
+    period_ms = paced_ms(ceilings, outcome.governor.share, outcome.predicted_ms, _needed_tps(state, seen))
     return max(period_ms - outcome.predicted_ms, 0.0)
 
 

@@ -115,9 +115,8 @@ def read_records(path: Path, forms: str) -> Iterator[tuple[str, Any]]:
     empty = True
     for number, given in enumerate(_lines(path, forms), start=1):
         try:
-            line = given.decode(
-                "utf-8-sig" if number == 1 else "utf-8"
-            )  # editors on Windows begin a file with this mark
+            # editors on Windows begin a file with a mark
+            line = given.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{path}:{number}: is not UTF-8 (byte {error.start} of the line): convert it first"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import glob
 import io
 import logging
@@ -289,10 +290,16 @@ def _with_shots(path: Path, shots: Mapping[str, Any], answers: Sequence[str]) ->
     return process
 
 
+@functools.cache
+def _index(whole: bool) -> Any:
+    """The harness's task index; its own thousands of tasks take seconds to read."""
+    return TaskManager(include_defaults=whole)
+
+
 def _manager(specs: Sequence[str | dict[str, Any]]) -> Any:
-    """The harness's task index; its own thousands of tasks are read only if one of them is named."""
+    """The harness's task index, with its own tasks only if one of them is named."""
     named = [spec for spec in specs if isinstance(spec, str)]
-    manager = TaskManager(include_defaults=bool(named))
+    manager = _index(bool(named))
     known = set(manager.all_tasks)
     for name in named:
         if name not in known:

@@ -140,8 +140,7 @@ def _by_length(go: Any, profile: DeviceProfile, kind: Any) -> Chart | None:
 
 def _parts(go: Any, profile: DeviceProfile) -> Chart:
     """Prices of one token at every exit, split into parts."""
-    costs, exits = profile.costs, profile.bundle.exit_layers
-    context = min((entry.context for entry in profile.select("decode")), default=0)
+    costs, exits, context = profile.costs, profile.bundle.exit_layers, profile.least_context
     figure = _figure(go, "ms a token", "exit")
     names = [f"exit {layer}" for layer in exits]
     parts: list[tuple[str, list[float]]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -123,3 +124,27 @@ def test_a_class_without_a_schema_is_named(model: type[pydantic.BaseModel]) -> N
     with pytest.raises(InputError, match=f"json_schema: {model.__name__} has no JSON schema") as caught:
         structure_of(json_schema=model)
     assert "\n" not in str(caught.value)
+
+
+def test_a_structure_that_is_being_compiled_holds_up_no_other(grammars: Grammars, monkeypatch: Any) -> None:
+    """Also two threads that ask for one new structure compile it once."""
+    known, begun, go = Structure("regex", "known"), threading.Event(), threading.Event()
+    grammars.guide(known)
+    compile_, compiled = Grammars._compile, []
+
+    def slow(self: Grammars, asked: Structure) -> Any:
+        compiled.append(asked)
+        begun.set()
+        assert go.wait(30)
+        return compile_(self, asked)
+
+    monkeypatch.setattr(Grammars, "_compile", slow)
+    threads = [threading.Thread(target=grammars.guide, args=(Structure("regex", "new"),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    grammars.guide(known)  # would wait for ever
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert compiled == [Structure("regex", "new")]

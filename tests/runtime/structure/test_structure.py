@@ -483,30 +483,6 @@ def test_a_structure_is_compiled_once(tiny: Any, monkeypatch: Any) -> None:
         assert len(compiled) == 35
 
 
-def test_a_structure_that_is_being_compiled_holds_up_no_other(grammars: Grammars, monkeypatch: Any) -> None:
-    """Also two threads that ask for one new structure compile it once."""
-    known, begun, go = Structure("regex", "known"), threading.Event(), threading.Event()
-    grammars.guide(known)
-    compile_, compiled = Grammars._compile, []
-
-    def slow(self: Grammars, asked: Structure) -> Any:
-        compiled.append(asked)
-        begun.set()
-        assert go.wait(30)
-        return compile_(self, asked)
-
-    monkeypatch.setattr(Grammars, "_compile", slow)
-    threads = [threading.Thread(target=grammars.guide, args=(Structure("regex", "new"),)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    assert begun.wait(30)
-    grammars.guide(known)  # would wait for ever
-    go.set()
-    for thread in threads:
-        thread.join(30)
-    assert compiled == [Structure("regex", "new")]
-
-
 def test_a_missing_package_is_named(tiny: Any) -> None:
     program = (
         "import sys; sys.modules['llguidance'] = None\n"

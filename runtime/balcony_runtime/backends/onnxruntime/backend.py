@@ -24,7 +24,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import GraphSpec, Manifest
 from balcony_edge.closing import Closing
 from balcony_edge.device.machine import best_threads, checked_threads
-from balcony_edge.errors import BundleError
+from balcony_edge.errors import BundleError, is_out_of_memory
 from balcony_runtime.backends.installed import checked_onnxruntime, first_line, refuse_too_old
 
 if checked_onnxruntime():  # refuses an unusable installation before the modules below import it
@@ -117,14 +117,8 @@ def open_session(
         return _quiet_session(graph, options, providers)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
         name = "a graph in memory" if isinstance(graph, bytes) else graph
-        cure = "free memory" if _memory_ran_out(error) else "export it again"
+        cure = "free memory" if is_out_of_memory(error) else "export it again"
         raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line(error)}): {cure}") from error
-
-
-def _memory_ran_out(error: BaseException | None) -> bool:
-    """Whether ONNX Runtime found no memory for a graph, whose file is then as good as before."""
-    words = ("bad_alloc", "bad allocation", "failed to allocate memory")  # the second is that of Windows
-    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in words)
 
 
 def _quiet_session(graph: Path | bytes, options: Any, providers: Sequence[Any]) -> ort.InferenceSession:
@@ -245,7 +239,7 @@ def _open(path: Path, packed: Path | None, **options: Any) -> ort.InferenceSessi
     try:
         return open_session(path, **options)
     except BundleError as error:
-        if packed is None or _memory_ran_out(error.__cause__):
+        if packed is None or is_out_of_memory(error.__cause__):
             raise
         raise BundleError(
             f"{packed}: the packed weights are damaged: remove it; the next load makes them again"
