@@ -249,12 +249,11 @@ class Composer:
         """
         seen, best, fullest = view.stream, None, 0.0
         for stage in stages:
-            # The last row of a prompt runs with its first token.
-            ready = seen.stage_rows[stage] - (seen.stage_rows[stage - 1] if stage else 1)
+            unit, ready = self._costs.stages[stage], _ready(view, stage)
             before = _before(seen.context_length, seen.stage_rows[stage])
-            most = _rows_within(self._costs.stages[stage], slack_ms, max(ready, PLENTY), before)
+            most = _rows_within(unit, slack_ms, max(ready, PLENTY), before)
             if ready >= least and most and min(ready / most, 1.0) > fullest:
-                fullest, best = min(ready / most, 1.0), Chunk(seen.key, stage, min(ready, most))
+                fullest, best = min(ready / most, 1.0), Chunk(seen.key, stage, _in_passes(unit, ready, most))
         return best
 
     def _backlog(self, view: View, slack_ms: float) -> Chunk | None:
@@ -272,7 +271,7 @@ class Composer:
     def _kept(self, view: View, slack_ms: float) -> Chunk | None:
         """Rows that wait in front of the balcony of its goal, as many as fit."""
         seen, index = view.stream, view.goal
-        kept = seen.balcony_rows[index] - seen.stage_rows[index]
+        kept = seen.balcony_rows[index] - max(seen.stage_rows[index], 1)
         before = _before(seen.context_length, seen.balcony_rows[index])
         rows = _rows_within(self._costs.balconies[index], slack_ms, kept, before, 1)
         return Chunk(seen.key, index, rows, balcony=True) if rows else None
@@ -299,6 +298,26 @@ class Composer:
 def _before(context: int, due: int) -> int:
     """Number of rows that a graph has taken in: the first rows of a long prompt do not pay for the keys of its last."""
     return max(context + 1 - due, 0)
+
+
+def _ready(view: View, stage: int) -> int:
+    """Rows that a stage can run before the stream's next token: those that the stage above has run, or of the first one all.
+
+    A token needs a row that runs with it: a row of its own, and of a prompt one at the last stage.
+    """
+    rows = view.stream.stage_rows
+    runs_all = view.first and stage < len(rows) - 1
+    return rows[stage] - max(rows[stage - 1] if stage else 0, 0 if runs_all else 1)
+
+
+def _in_passes(unit: UnitCost, ready: int, most: int) -> int:
+    """As many of the rows that are ready as fit; whole passes if not all do.
+
+    The rows of a prompt then share passes as they do if it runs at once, and so have the same last bits.
+    """
+    if ready <= most or unit.pass_rows is None or most < unit.pass_rows:
+        return min(ready, most)
+    return most - most % unit.pass_rows
 
 
 def _rows_within(unit: UnitCost, slack_ms: float, most: int, before: int, queries: int | None = None) -> int:

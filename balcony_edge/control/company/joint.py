@@ -207,7 +207,7 @@ class JointController:
             at, goal, tokens, met = known
             if at != goal or not met or not lowest <= goal <= highest:
                 return None
-            if sum(stage_rows[: goal + 1]) != goal + 1 or balcony_rows[goal] > 1:
+            if stage_rows[goal] != 1 or balcony_rows[goal] > 1:
                 return None
             own_ms, shared = prices.steady(goal, context, shares)
             price_ms += own_ms

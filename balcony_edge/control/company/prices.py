@@ -93,7 +93,7 @@ class RoundPrices:
 
         As in a step of one stream, pending rows cost ``switch_ms`` besides.
         """
-        if sum(stage_rows[: index + 1]) == index + 1 and balcony_rows[index] <= 1:
+        if stage_rows[0] == stage_rows[index] == 1 and balcony_rows[index] <= 1:  # deeper stages have no fewer
             return self.steady(index, context, shares)
         own_ms, passes = self.steady(index, context)
         costs = self.costs

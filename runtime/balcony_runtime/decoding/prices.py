@@ -19,7 +19,7 @@ from balcony_edge.device.costs import CostModel, ExpertCost, UnitCost, further_e
 from balcony_edge.device.machine import this_device
 from balcony_edge.errors import ProfileError
 from balcony_runtime.backends.base import State
-from balcony_runtime.engine import Engine
+from balcony_runtime.engine import MAX_PASS_ROWS, Engine
 
 _log = logging.getLogger(__name__)
 #: Repetitions of each pass, after a first one that is discarded because it packs weights and touches memory.
@@ -85,6 +85,7 @@ def measure_prices(engine: Engine) -> CostModel:
             marginal_row_ms=marginal_ms,
             experts=experts,
             context_ms_per_1k=max(deep_ms - one_ms, 0.0) * 1000 / context,
+            pass_rows=MAX_PASS_ROWS,
         )
 
     return CostModel(

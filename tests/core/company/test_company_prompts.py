@@ -10,9 +10,9 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.seen import Chunk, RoundSeen, StreamState
+from balcony_edge.control.company.seen import Chunk, Round, RoundSeen, StreamState
 from balcony_edge.control.slowdown import Slowdown
-from balcony_edge.simulation.company import Arrival, CompanyPlant
+from balcony_edge.simulation.company import Arrival, CompanyPlant, simulate_company
 from balcony_edge.simulation.plant import Physics
 from tests.support.company import QUALITY, SETTLED, decided, exits, stream
 from tests.support.prices import MARGIN, SMALL
@@ -36,16 +36,40 @@ def test_a_prompt_runs_in_chunks_between_the_tokens_of_others() -> None:
     unit = SMALL.stages[0]
     longer_ms = found.price_ms + unit.pass_ms(found.chunk.rows + 1, 39) - unit.pass_ms(found.chunk.rows, 39)
     assert longer_ms > 0.974 * limit_ms, "one more row would be late"
-    # stage 0 keeps the last row for the first token; the next stage takes what the one before has run
+    # the next stage takes what the one before has run
     _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), prompt._replace(stage_rows=(1, 140, 140))])
     assert found.chunk is not None and found.chunk.stage == 1
     short = prompt._replace(stage_rows=(30,) * 3, balcony_rows=(30, 30, 1))
     _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), short])
-    assert found.chunk == Chunk(1, 0, 29)
+    assert found.chunk == Chunk(1, 0, 30)
+    # the last stage keeps a row for the first token
+    for rows in (1, 2, 20):
+        last = prompt._replace(budget=Budget(exit_layer=8), stage_rows=(0, 0, rows))
+        chunks = [decided([stream(0, Budget(tpot_ms=4.0 + ms / 4)), last])[1].chunk for ms in range(80)]
+        assert {chunk.rows for chunk in chunks if chunk is not None} <= set(range(rows))
+    assert chunks.count(None) < 80
     # the last rows bring the first token
     rest = prompt._replace(stage_rows=(3, 3, 3), balcony_rows=(3, 3, 1))
     _, found = decided([stream(0, Budget(tpot_ms=limit_ms)), rest])
     assert set(exits(found)) == {0, 1} and found.chunk is None
+
+
+def test_portions_of_a_prompt_end_where_its_passes_end() -> None:
+    """Its rows have the same last bits then as if it ran at once."""
+    costs = replace(SMALL, stages=tuple(replace(unit, pass_rows=256) for unit in SMALL.stages))
+    cursors, portions = [0, 0, 0], 0
+
+    def followed(_: float, found: Round) -> None:
+        nonlocal portions
+        if found.chunk is not None:
+            portions += 1
+            cursors[found.chunk.stage] += found.chunk.rows
+            ends = [*range(256, 2000, 256), *([2000] if found.chunk.stage < 2 else [])]
+            assert not found.chunk.balcony and cursors[found.chunk.stage] in ends
+
+    arrival = Arrival(0.0, 2000, 1, Budget())
+    simulate_company(costs, [arrival], quality=QUALITY, physics=Physics(noise=0.0), log=followed)
+    assert portions > 3 and cursors[:2] == [2000, 2000] and 2000 - cursors[2] > 1
 
 
 def test_the_first_rows_of_a_prompt_do_not_pay_for_the_keys_of_the_last() -> None:
@@ -239,7 +263,7 @@ def test_a_prompt_whose_time_has_passed_goes_before_one_that_has_no_time() -> No
 
 def test_rows_of_a_prompt_in_front_of_its_balcony_come_in_portions_too() -> None:
     """They are the last that its first token needs; whole, they would not fit next to a stream with a target."""
-    waits = stream(1, made_tokens=0, stage_rows=(1, 200, 200), balcony_rows=(200, 200, 1), context_length=199)
+    waits = stream(1, made_tokens=0, stage_rows=(0, 200, 200), balcony_rows=(200, 200, 1), context_length=199)
     _, found = decided([stream(0, Budget(tpot_ms=10.0)), waits._replace(budget=Budget(max_exit=4))])
     assert set(exits(found)) == {0} and found.price_ms <= 0.976 * 10.0
     assert found.chunk is not None and found.chunk.rows > 1
