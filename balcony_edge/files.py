@@ -84,10 +84,7 @@ def remove_leftovers(directory: Path, prefix: str, part: str = PARTIAL) -> None:
 
 def expanded(path: str | Path) -> Path:
     """The path with the home directory for its ``~``; as in a shell, ``~name`` of no user stays as it is."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # likewise for a user without a home
-        return Path(path)
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - that of Path raises an error for no user
 
 
 def require_writable(directory: Path, given: str, error_class: type[BalconyError], cure: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.main import get_command
@@ -19,10 +20,12 @@ from typer.main import get_command
 import balcony_edge
 from balcony_edge.bundle.manifest import MANIFEST, BlockSpec, Manifest
 from balcony_edge.cli import app
+from balcony_edge.cli.options import OnDevice
+from balcony_runtime.backends.choose import DeviceName
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
-from balcony_runtime.serve.bodies.fields import FOREIGN
+from balcony_runtime.serve.bodies.fields import COMPLETION, FOREIGN
 from balcony_runtime.serve.bodies.refusal import _KINDS
 from balcony_runtime.serve.http.connections import KEEP_ALIVE_S
 from balcony_runtime.serve.work.metrics import Metrics
@@ -158,6 +161,12 @@ def test_python_in_pages_compiles(page: Path) -> None:
             json.loads(code)
 
 
+def test_pages_for_contributors_run_the_python_of_make() -> None:
+    """Nothing tells them to activate `.venv`, and another Python lacks the packages."""
+    for page in ("CONTRIBUTING.md", "docs/mutation.md", ".github/pull_request_template.md"):
+        assert not re.search(r"(?<!/)\bpython \w+/", (ROOT / page).read_text(encoding="utf-8")), page
+
+
 def test_the_readme_stays_a_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 150 and len(text.encode()) <= 9_000, "move details from README.md to docs/"
@@ -174,6 +183,12 @@ def test_pages_tell_the_speed_of_int4_as_the_readme_measured_it() -> None:
         assert f"{float(row[1]) / float(row[2]):.1f} times as fast" in text, page
 
 
+def test_terms_that_the_architecture_uses_are_in_its_table() -> None:
+    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n## Terms\n", 1)[1].split("\n## ", 1)[0]
+    terms = {term for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for term in row.split(", ")}
+    assert terms >= {"prices", "slowdown", "pace", "round", "member", "portable set", "lowered set"}
+
+
 def test_every_page_is_linked() -> None:
     linked = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for page in ROOT.glob("docs/[!R]*.md"):  # docs/README.md is the index
@@ -187,6 +202,28 @@ def test_the_api_page_names_everything() -> None:
         members = {*vars(kind), *getattr(kind, "__annotations__", {})}
         names += [kind.__name__, *(name for name in members if not name.startswith("_"))]
     assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
+
+
+def test_the_architecture_names_every_module_of_the_decisions() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    folder = ROOT / "balcony_edge" / "control"
+    modules = [path.name for path in (*folder.glob("[!_]*.py"), *folder.glob("company/[!_]*.py"))]
+    assert not [name for name in modules if f"/{name}`" not in text and f"`{name}`" not in text]
+
+
+def test_a_name_that_has_several_places_is_in_all_of_them() -> None:
+    """Devices and sampling parameters are named again on the command line and by the server."""
+    assert get_args(get_args(OnDevice)[0]) == get_args(DeviceName)
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert names - {"logit_bias"} <= {option.name for option in get_command(app).commands["run"].params}
+    assert names - {"regex"} <= COMPLETION.keys()  # guided_regex
+
+
+def test_the_page_of_sensors_lists_the_sources_in_order_of_trust(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "sensors.md").read_text(encoding="utf-8")
+    table = text.split("\n## Sources\n", 1)[1].split("\n###", 1)[0]
+    told = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert told == [source.name for source in balcony_edge.device_sources(tmp_path)]
 
 
 def test_the_errors_of_a_reply_are_named() -> None:
@@ -321,7 +358,7 @@ def test_the_model_card_adds_up() -> None:
 def test_the_page_of_tensorrt_names_the_architectures_that_are_built() -> None:
     """The builder was given no others."""
     tests = (ROOT / "tests" / "export" / "graph" / "test_tensorrt.py").read_text(encoding="utf-8")
-    (built,) = re.findall(r"^ARCHITECTURES = (\(.*\))$", tests, re.MULTILINE)
+    (built,) = re.findall(r"^ARCHITECTURES = (\([^()]*\))$", tests, re.MULTILINE)
     text = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
     told = re.findall(r"`(\w+)`", text.split("tiny models of", 1)[1].split("No other architecture", 1)[0])
     assert set(told) == {name.partition("-")[0] for name in ast.literal_eval(built)}

@@ -146,6 +146,21 @@ def test_make_takes_a_checkout_whose_path_has_a_space(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"{place}/.cache/webgpu\n"), done.stderr
 
 
+@pytest.mark.parametrize("program", ["mutation", "mutants"])
+def test_mutation_tests_of_a_file_that_is_not_listed_do_not_pass(program: str) -> None:
+    """Of 0 mutants all are found."""
+    code = """
+import runpy, sys
+from unittest.mock import Mock
+sys.modules.update(dict.fromkeys(("mutmut", "mutmut.mutation", "mutmut.mutation.file_mutation"), Mock()))
+sys.path.insert(0, "tests/mutation")
+runpy.run_path(f"tests/mutation/{sys.argv.pop(1)}.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", code, program, "--only", "sensors/no_such_file"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"--only sensors/no_such_file: {program}.toml has no" in done.stderr, done.stderr
+
+
 def test_the_sdist_builds_the_same_and_has_the_tests(built: Path, wheel: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:

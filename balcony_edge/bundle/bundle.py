@@ -347,14 +347,9 @@ def write_manifest(directory: Path, document: dict[str, Any]) -> Manifest:
         directory: the bundle under construction; every file in it becomes part of the bundle.
         document: all keys of :class:`Manifest` except ``schema_version``, ``files`` and ``fingerprint``.
     """
-    files = {}
-    for path in sorted(directory.iterdir()):
-        if path.name != MANIFEST:
-            files[path.name] = file_spec(path).model_dump()
-    draft = {"schema_version": SCHEMA_VERSION, **document, "files": files, "fingerprint": ""}
-    dumped = Manifest.model_validate(draft).model_dump(mode="json")
-    dumped["fingerprint"] = fingerprint(dumped)
-    manifest = Manifest.model_validate(dumped)
+    files = {path.name: file_spec(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
+    draft = Manifest.model_validate({"schema_version": SCHEMA_VERSION, **document, "files": files, "fingerprint": ""})
+    manifest = draft.model_copy(update={"fingerprint": fingerprint(draft.model_dump(mode="json"))})
     replace_manifest(directory, manifest)
     return manifest
 

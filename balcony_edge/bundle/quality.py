@@ -14,7 +14,7 @@ from balcony_edge.bundle.manifest import ConfidenceSpec, Manifest, Quality, Text
 from balcony_edge.errors import BundleError
 
 
-def record_confidence(directory: Path, found: ConfidenceSpec, fingerprint: str) -> Manifest:
+def record_confidence(directory: Path, found: ConfidenceSpec, fingerprint: str) -> None:
     """Write the thresholds of confidence exits to ``bundle.json``.
 
     Args:
@@ -26,9 +26,8 @@ def record_confidence(directory: Path, found: ConfidenceSpec, fingerprint: str) 
         BundleError: the directory is not a bundle, holds another one by now, or cannot be written.
     """
     with manifest_lock(directory):
-        updated = _unchanged(directory, fingerprint).model_copy(update={"confidence": found})
-        replace_manifest(directory, updated)
-    return updated
+        manifest = _unchanged(directory, fingerprint)
+        replace_manifest(directory, manifest.model_copy(update={"confidence": found}))
 
 
 def record_quality(directory: Path, measured: Mapping[int, Quality], fingerprint: str) -> Manifest:
@@ -39,15 +38,34 @@ def record_quality(directory: Path, measured: Mapping[int, Quality], fingerprint
 
     Args:
         directory: directory of the bundle.
-        measured: exit layer → results on the same texts and tasks. If their reference differs from the earlier one, earlier
-            results on texts are dropped, because numbers against two references are not comparable.
+        measured: exit layer → results on the same texts and tasks; not empty. If their reference differs from the earlier one,
+            earlier results on texts are dropped, because numbers against two references are not comparable.
         fingerprint: that of the bundle that was measured.
 
     Raises:
         BundleError: the directory is not a bundle, holds another one by now, lacks an exit, or cannot be written.
     """
     with manifest_lock(directory):
-        return _record(directory, measured, _unchanged(directory, fingerprint))
+        manifest = _unchanged(directory, fingerprint)
+        if unknown := measured.keys() - set(manifest.exit_layers):
+            raise BundleError(
+                f"{directory}: has no exit {min(unknown)}: it has {', '.join(map(str, manifest.exit_layers))}: "
+                "evaluate those"
+            )
+        latest = next(iter(measured.values()))
+        found = {exit_.exit_layer: exit_.quality and _comparable(exit_.quality, latest) for exit_ in manifest.exits}
+        found |= {layer: _merged(found[layer], quality) for layer, quality in measured.items()}
+        # Averages over different tasks are not comparable, so only exits with the same tasks keep theirs.
+        averaged = {_averaged(found[layer]) for layer in measured}
+        exits = []
+        for exit_ in manifest.exits:
+            quality = found[exit_.exit_layer]
+            if quality is not None and _averaged(quality) not in averaged:
+                quality = quality.model_copy(update={"summary": None})
+            exits.append(exit_.model_copy(update={"quality": quality}))
+        updated = manifest.model_copy(update={"exits": tuple(exits)})
+        replace_manifest(directory, updated)
+    return updated
 
 
 def _unchanged(directory: Path, fingerprint: str) -> Manifest:
@@ -56,30 +74,6 @@ def _unchanged(directory: Path, fingerprint: str) -> Manifest:
     if manifest.fingerprint != fingerprint:
         raise BundleError(f"{directory}: another bundle has taken its place while it was measured: measure again")
     return manifest
-
-
-def _record(directory: Path, measured: Mapping[int, Quality], manifest: Manifest) -> Manifest:
-    if unknown := measured.keys() - set(manifest.exit_layers):
-        raise BundleError(
-            f"{directory}: has no exit {min(unknown)}: it has {', '.join(map(str, manifest.exit_layers))}: "
-            "evaluate those"
-        )
-    found = {exit_.exit_layer: exit_.quality for exit_ in manifest.exits}
-    if measured:
-        latest = next(iter(measured.values()))
-        found = {layer: quality and _comparable(quality, latest) for layer, quality in found.items()}
-    found |= {layer: _merged(found[layer], quality) for layer, quality in measured.items()}
-    # Averages over different tasks are not comparable, so only exits with the same tasks keep theirs.
-    averaged = {_averaged(found[layer]) for layer in measured}
-    exits = []
-    for exit_ in manifest.exits:
-        quality = found[exit_.exit_layer]
-        if quality is not None and averaged and _averaged(quality) not in averaged:
-            quality = quality.model_copy(update={"summary": None})
-        exits.append(exit_.model_copy(update={"quality": quality}))
-    updated = manifest.model_copy(update={"exits": tuple(exits)})
-    replace_manifest(directory, updated)
-    return updated
 
 
 def _averaged(quality: Quality | None) -> tuple[str, ...]:

@@ -17,11 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from balcony_edge.budget import Budget, Rail
 from balcony_edge.bundle.manifest import Finite
-from balcony_edge.device.costs import Bend, CostModel, UnitCost
+from balcony_edge.device.costs import CostModel
 from balcony_edge.device.machine import Machine
 from balcony_edge.errors import ProfileError
-
-__all__ = ["Bend", "CostModel", "DeviceProfile", "Entry", "Timing", "UnitCost"]
 
 SCHEMA_VERSION: Final = 1
 

@@ -9,12 +9,12 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from balcony_edge.device.profile import DeviceProfile, Entry
 
 Format = Literal["json", "jsonl", "csv", "md"]
-FORMATS: tuple[Format, ...] = ("json", "jsonl", "csv", "md")
+FORMATS: tuple[Format, ...] = get_args(Format)
 Line = dict[str, str | int | float | None]
 
 
@@ -60,10 +60,8 @@ def render_lines(lines: Sequence[Line], form: Literal["jsonl", "csv", "md"]) -> 
 
 
 def _tokens_per_s(entry: Entry) -> float | None:
-    if entry.kind == "decode":
-        return 1000 / entry.timing.p50_ms if entry.timing.p50_ms else None
-    if entry.kind == "prefill":
-        return 1000 * entry.rows / entry.timing.p50_ms if entry.timing.p50_ms else None
+    if entry.kind in ("decode", "prefill") and entry.timing.p50_ms:  # a decode step has one row
+        return 1000 * entry.rows / entry.timing.p50_ms
     return None
 
 

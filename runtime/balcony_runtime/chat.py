@@ -111,9 +111,12 @@ class Chat:
             InputError: the file cannot be written.
         """
         self._end_open_work()
-        engine, system = self._llm.engine, len(self._system)
         return file.save(
-            Path(path), engine, self.sequence, messages=[dict(one) for one in self.messages], system=system, int8=int8
+            Path(path),
+            self.sequence,
+            messages=[dict(one) for one in self.messages],
+            system=len(self._system),
+            int8=int8,
         )
 
     @classmethod
@@ -129,7 +132,7 @@ class Chat:
             chat = balcony_edge.Chat.load(llm, "talk.session")
         """
         chat = llm.chat()
-        notes = file.load(Path(path), llm.engine, chat.sequence).notes
+        notes = file.load(Path(path), chat.sequence).notes
         if notes.messages is None:
             raise InputError(f"{path}: has no messages: load it with LLM.load_prefix")
         chat.messages = list(notes.messages)

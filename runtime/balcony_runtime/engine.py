@@ -115,10 +115,6 @@ class Engine(Closing):
                 f"max_length = {length}, batch_size = {batch_size}: there is not enough memory: ask for less of either"
             ) from error
 
-    def made(self, sequence: TokenSequence) -> bool:
-        """Whether a sequence is one of this engine."""
-        return sequence._engine is self
-
     def close(self) -> None:
         """Free the weights; sequences of a closed engine refuse to work."""
         if self._refusal is not forked:  # the threads that would have to end are in the other process
@@ -146,11 +142,11 @@ def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable
     @functools.wraps(method)
     def call(self: TokenSequence, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         with self.lock:
-            self._engine.refuse_closed()
+            self.engine.refuse_closed()
             try:
                 return method(self, *args, **kwargs)
             except KeyError:  # another thread closed the engine meanwhile, and its graphs are gone
-                self._engine.refuse_closed()
+                self.engine.refuse_closed()
                 raise
 
     return call
@@ -170,7 +166,8 @@ class TokenSequence:
     def __init__(self, engine: Engine, batch_size: int, max_length: int, state: State | None = None) -> None:
         #: Held by the thread that uses the sequence.
         self.lock = threading.RLock()
-        self._engine = engine
+        #: The engine that runs it.
+        self.engine = engine
         #: The engine's exits, ascending.
         self.exits = engine.exit_layers
         self.batch_size, self.max_length = batch_size, max_length
@@ -225,7 +222,7 @@ class TokenSequence:
             ContextLengthError: the tokens do not fit; nothing is appended.
         """
         index = self._index(exit_layer)
-        tokens = checked(new_tokens, self.batch_size, self._engine.manifest.model.vocab_size)
+        tokens = checked(new_tokens, self.batch_size, self.engine.manifest.model.vocab_size)
         total = self.length + tokens.shape[1]
         if not 1 <= (num_logits := whole("num_logits", num_logits)) <= total:
             raise InputError(f"num_logits = {num_logits}: the sequence has {total} rows: ask for 1 to {total}")
@@ -247,7 +244,7 @@ class TokenSequence:
             InputError: a token is outside the vocabulary.
             ContextLengthError: the tokens do not fit; nothing is appended.
         """
-        self._append(checked(tokens, self.batch_size, self._engine.manifest.model.vocab_size))
+        self._append(checked(tokens, self.batch_size, self.engine.manifest.model.vocab_size))
 
     def parts(self, rows: int) -> tuple[list[int], list[int], dict[str, Array]]:
         """How many of the first ``rows`` rows each stage and each balcony has taken in, and what they made of these.
@@ -366,7 +363,7 @@ class TokenSequence:
     @property
     def picks_inside(self) -> bool:
         """Whether :meth:`step_best` is cheaper than :meth:`step`."""
-        return self._engine.backend.picks_inside
+        return self.engine.backend.picks_inside
 
     def up_to_date(self, exit_layer: int) -> bool:
         """Whether all graphs of an exit have taken in all rows and one more row fits, so that a step can use the fast path."""
@@ -396,7 +393,7 @@ class TokenSequence:
     @property
     def replays(self) -> bool:
         """Whether rows before a rollback may be pending again, because the model has recurrent layers."""
-        return self._engine.manifest.model.recurrent
+        return self.engine.manifest.model.recurrent
 
     @property
     def pending_rows(self) -> int:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -21,7 +22,6 @@ import numpy as np
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.closing import Closing
-from balcony_edge.control.company.assignment import qualities
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, InputError
@@ -32,8 +32,8 @@ from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
 from balcony_runtime.on_demand import SensorsOnDemand
-from balcony_runtime.reply import CommonSettings, Reply, TokenStream
-from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests, Surroundings
+from balcony_runtime.reply import CommonSettings, Reply, ReplyLimits, TokenStream
+from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests
 from balcony_runtime.scheduling.admission import Bounds
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
 from balcony_runtime.scheduling.scheduler import MEMBERS, Scheduler
@@ -87,11 +87,11 @@ class LLM(Closing):
         self._settings = settings = CommonSettings((Budget(), Budget()), costs)
         self._costs_lock, self._sensors = threading.Lock(), SensorsOnDemand(readings)
         self._agreement = engine.manifest.agreement
-        self._learned = Learned(engine.exit_layers, self._agreement, engine.manifest.confidence)
-        around = Surroundings(settings, check=self.resolved, readings=self.readings)
-        quality, bounds = qualities(self._agreement), Bounds.of(self._kv_bytes, prefix_mb, prefix_directory)
-        scheduler = Scheduler(engine, self._learned, lambda: settings.costs, around.readings, quality, bounds)
-        self._requests = Requests(engine, codec, scheduler, self._learned, around)
+        self._learned = Learned(engine.manifest)
+        bounds = Bounds.of(self._kv_bytes, prefix_mb, prefix_directory)
+        scheduler = Scheduler(engine, self._learned, lambda: settings.costs, self.readings, bounds)
+        limits = partial(ReplyLimits, settings, self.resolved)
+        self._requests = Requests(engine, codec, scheduler, self._learned, limits, self.readings)
         try:
             self.budget = budget
         except BaseException:
@@ -391,7 +391,7 @@ class LLM(Closing):
         sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.max_new_tokens)
         rows = np.array(batch, np.int64)
         sampler = self._requests.sampler(sampling, rows)
-        environment = Environment(first.limits.now, self.readings, learned=self._learned, keep_logits=False)
+        environment = Environment(first.limits.now, self.readings, self._learned, first.max_new_tokens)
         decoder = Decoder(sequence, rows, sampler, environment)
         replies: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
@@ -448,7 +448,7 @@ class LLM(Closing):
             sequence.keep_common(request.ids)
             sequence.append(request.ids[sequence.length :])
             sequence.catch_up()
-            file.save(Path(path), self.engine, sequence, int8=int8)
+            file.save(Path(path), sequence, int8=int8)
             if (files := self.prefix_files) is not None and Path(path).resolve().parent == files.directory.resolve():
                 files.add(files.directory / Path(path).name)
             return sequence.length

@@ -192,21 +192,6 @@ class ReplyLimits:
             self._own = budget, self._resolve(budget)
 
 
-@dataclass(slots=True)
-class Prompted:
-    """The prompt of a reply, and how far the reply is.
-
-    Attributes:
-        tokens: number of its tokens.
-        cached: number of these whose rows were there already; known when the reply begins.
-        told: number of tokens of the reply that have been told.
-    """
-
-    tokens: int
-    cached: int = 0
-    told: int = 0
-
-
 class TokenStream(Closing, Iterator[Token]):
     """Tokens as they are made. One thread at a time may use it; any thread may call :meth:`cancel`.
 
@@ -279,8 +264,8 @@ class TokenStream(Closing, Iterator[Token]):
         else:
             found = read(request.box, [(token.id, token.text) for token in tokens])
             text, calls = found.content, found.calls
-        verdicts, prompt = request.watch.verdicts(), request.prompted
-        return Reply(text, tokens, prompt.tokens, self._finish_reason, verdicts, prompt.cached, calls)
+        verdicts = request.watch.verdicts()
+        return Reply(text, tokens, len(request.ids), self._finish_reason, verdicts, request.cached, calls)
 
     @property
     def ids(self) -> list[int]:

@@ -13,8 +13,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from balcony_runtime.backends.base import IntArray, NotFiniteError
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.reply import CommonSettings, Prompted, ReplyLimits, Token
+from balcony_runtime.reply import ReplyLimits, Token
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.scheduling.stream import Cancellation
 from balcony_runtime.structure.asked import Structure, structure_of
@@ -64,8 +65,9 @@ class ReplyOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
 
 
-class Request(NamedTuple):
-    """Checked arguments of one reply.
+@dataclass(slots=True)
+class Request:
+    """Checked arguments of one reply, and how far it is.
 
     Attributes:
         ids: tokens of the prompt.
@@ -78,10 +80,11 @@ class Request(NamedTuple):
         limits: budget of the reply.
         cancelled: event that ends the reply before its next token.
         watch: record of the budget.
-        prompted: what is told of the prompt.
         box: tools that the reply may call; None for none.
         asked_s: time of the request on ``time.monotonic``, from which its times count; None for the reply's beginning.
         text: makes its text, which may go on with the prompt's, as that of a plain text does.
+        cached: number of tokens of the prompt whose rows were there already; known when the reply begins.
+        told: number of tokens of the reply that have been told.
     """
 
     ids: list[int]
@@ -94,10 +97,11 @@ class Request(NamedTuple):
     limits: ReplyLimits
     cancelled: threading.Event
     watch: Watch
-    prompted: Prompted
     text: TextStream
     box: Toolbox | None = None
     asked_s: float | None = None
+    cached: int = 0
+    told: int = 0
 
     def begun_s(self) -> float:
         """Time of the request; that of the call if none was given."""
@@ -110,24 +114,10 @@ class Request(NamedTuple):
 
     def forget_untold(self, sequence: TokenSequence) -> None:
         """Take the rows of tokens that were made and not told out of the sequence of a reply that has ended."""
-        rows = len(self.ids) + self.prompted.told - 1  # the last token of a reply has no row
-        if self.prompted.told and sequence.length > rows:
+        rows = len(self.ids) + self.told - 1  # the last token of a reply has no row
+        if self.told and sequence.length > rows:
             with contextlib.suppress(InputError):  # the engine was closed meanwhile
                 sequence.rollback(rows)
-
-
-class Surroundings(NamedTuple):
-    """What all replies share.
-
-    Attributes:
-        settings: budget and prices.
-        check: checks a budget and gives it as it is for this bundle.
-        readings: gives the latest reading of every sensor.
-    """
-
-    settings: CommonSettings
-    check: Callable[[Budget], Budget]
-    readings: Callable[[], tuple[Reading, ...]]
 
 
 class Requests:
@@ -138,14 +128,21 @@ class Requests:
         codec: tokenizer of the bundle.
         scheduler: runs replies that are in progress at once.
         learned: what replies learn about the device.
-        surroundings: budget, prices and sensors.
+        limits: gives the limits of a reply; called with its own budget, or None.
+        readings: gives the latest reading of every sensor.
     """
 
     def __init__(
-        self, engine: Engine, codec: TextCodec, scheduler: Scheduler, learned: Learned, surroundings: Surroundings
+        self,
+        engine: Engine,
+        codec: TextCodec,
+        scheduler: Scheduler,
+        learned: Learned,
+        limits: Callable[[Budget | str | os.PathLike[str] | None], ReplyLimits],
+        readings: Callable[[], tuple[Reading, ...]],
     ) -> None:
         self._engine, self._codec, self.scheduler, self._learned = engine, codec, scheduler, learned
-        self._around, model = surroundings, engine.manifest.model
+        self._limits, self._readings, model = limits, readings, engine.manifest.model
         self._grammars = Grammars(codec.to_json, model.vocab_size, model.eos_token_ids)
         self._continuing: weakref.WeakSet[TokenSequence] = weakref.WeakSet()  # callers' sequences in use by a reply
         self._lock = threading.Lock()  # held to look whether a sequence is one of them, and to add it
@@ -181,9 +178,9 @@ class Requests:
         if logprobs is not None:
             logprobs = whole("logprobs", logprobs, 0)  # as Python's integer: NumPy's small ones overflow in sums
         if trace is not None:
-            self._around.readings()  # start the sensors now, not during the first step
+            self._readings()  # start the sensors now, not during the first step
         self._engine.refuse_closed()
-        model, around = self._engine.manifest.model, self._around
+        model = self._engine.manifest.model
         return Request(
             ids=ids,
             max_new_tokens=most,
@@ -192,10 +189,9 @@ class Requests:
             logprobs=logprobs,
             ends=frozenset() if ignore_eos else frozenset(model.eos_token_ids),
             trace=trace,
-            limits=ReplyLimits(around.settings, around.check, budget),
+            limits=self._limits(budget),
             cancelled=Cancellation(self.scheduler.wake),
             watch=Watch(),
-            prompted=Prompted(len(ids)),
             text=self._codec.stream(
                 ids if self._continues(prompt, chat) else (),
                 literal=bool(sampling and sampling.structured),  # a structure may begin with a space
@@ -276,22 +272,22 @@ class Requests:
     def decoder(self, request: Request, sequence: TokenSequence, asked_s: float) -> Decoder:
         """A decoder of a reply that was asked for at a time; the sequence keeps the rows that it shares with the prompt."""
         sequence.keep_common(request.ids[:-1])  # the last token is always run
-        prompt, around = np.array([request.ids[sequence.length :]], np.int64), self._around
+        prompt = np.array([request.ids[sequence.length :]], np.int64)
         environment = Environment(
             request.limits.now,
-            around.readings,
-            request.cancelled.wait,
-            request.trace,
+            self._readings,
             self._learned,
+            request.max_new_tokens,
+            sleep=request.cancelled.wait,
+            trace=request.trace,
             keep_logits=request.logprobs is not None,
             asked_s=asked_s,
-            max_new_tokens=request.max_new_tokens,
         )
         return Decoder(sequence, prompt, request.sampler, environment)
 
     def told(self, request: Request, steps: Iterator[Step], decoder: Decoder) -> Generator[Token]:
         """The tokens of a reply from its steps."""
-        return told(steps, decoder, request, self._around.readings)
+        return told(steps, decoder, request, self._readings)
 
     def tokens(self, request: Request, sequence: TokenSequence | None) -> Generator[Token]:
         """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""
@@ -306,7 +302,7 @@ class Requests:
             steps = (
                 decoder.steps()
                 if request.trace is not None
-                else self.scheduler.steps(decoder, sequence, request.rows, request.cancelled)
+                else self.scheduler.steps(decoder, request.rows, request.cancelled)
             )
             held.callback(request.forget_untold, sequence)
             held.enter_context(contextlib.closing(steps))
@@ -315,7 +311,7 @@ class Requests:
     @contextlib.contextmanager
     def _continued(self, sequence: TokenSequence) -> Iterator[None]:
         """Have a sequence of the caller's for one reply at a time; after NaN it begins anew, as its next reply would fail."""
-        if not self._engine.made(sequence):
+        if sequence.engine is not self._engine:
             raise InputError("sequence: is one of another bundle or engine: make it with llm.engine.new_sequence()")
         with self._lock:
             if sequence in self._continuing:

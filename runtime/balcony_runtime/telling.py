@@ -68,8 +68,8 @@ def told(
         asked: what was asked for.
         readings: gives the latest reading of every sensor.
     """
-    # A named tuple's field costs two cold cache lines at each token, so they are read once, or all together.
-    text, stop, watch, prompted, cancelled = asked.text, asked.stop, asked.watch, asked.prompted, asked.cancelled
+    # A field costs cold cache lines at each token, so fields are read once, or all together.
+    text, stop, watch, cancelled = asked.text, asked.stop, asked.watch, asked.cancelled
     most, ends, logprobs = asked.max_new_tokens, asked.ends, asked.logprobs
     marks: frozenset[int] = frozenset() if asked.box is None else asked.box.marks
     known, timed = None, False
@@ -85,8 +85,8 @@ def told(
             return
         ids, logits, decision, target_ms, latency_ms, caught_up_rows, budget, read, read_s, forced = step
         if count == 1:
-            prompted.cached = decoder.kept_rows
-        prompted.told = count
+            asked.cached = decoder.kept_rows
+        asked.told = count
         if budget is not known:
             # A deadline and the wait for a pace run while the reader is at a token; the gaps do not have that time.
             known, timed = budget, budget.deadline_s is not None or budget.max_pace_tps is not None
@@ -114,7 +114,7 @@ def told(
             decision.predicted_ms if target_ms is not None else None,
             target_ms,
             caught_up_rows,
-            decoder.pending_rows,
+            decoder.sequence.pending_rows,
             decision,
             log_p,
             best,

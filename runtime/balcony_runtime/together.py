@@ -171,7 +171,7 @@ def _joined(requests: Requests, request: Request, asked_s: float) -> Iterator[tu
         sequence = scheduler.new_sequence(request.ids, request.rows)
         held.callback(scheduler.free, sequence)
         decoder = requests.decoder(request, sequence, asked_s)
-        stream = scheduler.join(decoder, sequence, request.rows, request.cancelled)
+        stream = scheduler.join(decoder, request.rows, request.cancelled)
         held.callback(request.forget_untold, sequence)
         waits = True
         try:

@@ -54,7 +54,7 @@ def test_it_shows_text_times_sensors_and_decisions(tiny: Any) -> None:
     readings = (Reading("b", "board", 0.0, watts=6.5, celsius=51.0), Reading("c", "cpu", 0.0, celsius=60.0))
     with balcony_edge.load(tiny.path, budget=Budget(tpot_ms=500, max_pace_tps=100)) as llm:
         quality = {2: Telemetry(40, 3), 3: Telemetry(0, 0)}
-        view, tokens = LiveView(depth_styles(llm.exit_layers), lambda: readings, lambda: quality), []
+        view, tokens = LiveView(depth_styles(llm.exit_layers), lambda: readings, lambda: quality, Budget), []
         for token in llm.stream("the fox", max_new_tokens=12, ignore_eos=True):
             view.add(token, 160)
             tokens.append(token)
@@ -149,7 +149,7 @@ def test_the_status_area_fits_and_the_whole_reply_is_printed(tiny: Any, columns:
     readings = (Reading("b", "board", 0.0, watts=6.5, celsius=51.0),)
     printed: list[str] = []
     with balcony_edge.load(tiny.path) as llm:
-        view = LiveView(depth_styles(llm.exit_layers), lambda: readings)
+        view = LiveView(depth_styles(llm.exit_layers), lambda: readings, dict, Budget)
         for number, token in enumerate(llm.stream("the fox", max_new_tokens=30, ignore_eos=True)):
             decision = token.decision._replace(words=(f"{number} {reason}",))
             text = f"word{number:02d} and " + ("\n" if number % 7 == 0 else "")

@@ -32,7 +32,7 @@ from balcony_export.variants.extract import extract, layout_warning, submodel
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
 from tests.support.engine_sets import write_graphs
-from tests.support.hybrids import EXPORTED
+from tests.support.hybrids import DENSE, EXPORTED
 
 IDS = [(11 * i * i + 5 * i + 2) % 320 for i in range(30)]
 PROMPTS = ("the quick brown fox jumps", "over the lazy dog and the balcony")
@@ -167,11 +167,7 @@ def test_kinds_do_not_mix_in_a_directory(make_tiny: Any, tmp_path: Path) -> None
         load_balconies(tmp_path, model)
 
 
-ARCHITECTURES = (
-    *("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "olmo2", "lfm2"),
-    *("ministral", "phi3", "exaone4", "arcee", "hunyuan"),
-    *EXPORTED,
-)
+ARCHITECTURES = (*DENSE, *EXPORTED)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

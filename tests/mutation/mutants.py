@@ -144,6 +144,8 @@ def main() -> int:
     chosen = [
         mutant for mutant in listed() if not words or any(word in f"{mutant.what} {mutant.file}" for word in words)
     ]
+    if not chosen:
+        parser.error(f"--only {' '.join(words)}: mutants.toml has no such mistake: name a file or words of one")
     survivors = []
     import_slow()
     with tempfile.TemporaryDirectory() as folder:

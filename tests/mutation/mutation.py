@@ -254,11 +254,15 @@ def main() -> int:
     for file, old, _ in sorted(equivalent):
         if old not in (ROOT / file).read_text(encoding="utf-8"):
             parser.error(f"mutation.toml: {file} has no {old!r} any more: mend the entry or remove it")
+    entries = [Entry(**values) for values in table["entry"]]
+    words = arguments.only
+    for word in words:
+        if not any(word in file for entry in entries for file in entry.files):
+            parser.error(f"--only {word}: mutation.toml has no such file: add an entry for it, or name another one")
     import_slow()
     scores = []
-    for values in table["entry"]:
-        entry = Entry(**values)
-        chosen = [file for file in entry.files if not arguments.only or any(word in file for word in arguments.only)]
+    for entry in entries:
+        chosen = [file for file in entry.files if not words or any(word in file for word in words)]
         if chosen:
             for result in run_entry(entry._replace(files=chosen), arguments.sample, arguments.seed, equivalent):
                 scores.append(score_of(*result))

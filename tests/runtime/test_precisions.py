@@ -96,8 +96,8 @@ def test_rounding_precisions_in_company_packed_and_saved(
                 assert np.abs(logits - single[-1]).max() <= 2e-2 * np.abs(many[-1]).max()
         tokens = sequences[0].tokens[0].tolist()
         whole, _ = one_row_and_many(engine, 5, tokens)
-        file.save(tmp_path / "rows", engine, sequences[0], int8=True)
-        file.load(tmp_path / "rows", engine, back := engine.new_sequence())
+        file.save(tmp_path / "rows", sequences[0], int8=True)
+        file.load(tmp_path / "rows", back := engine.new_sequence())
         assert np.abs(back.advance(5, [3]) - sequences[0].advance(5, [3])).max() <= 0.2 * np.abs(whole).max()
         with Engine.of(Bundle.open(path), packed=tmp_path / "packed") as packed:
             np.testing.assert_array_equal(one_row_and_many(packed, 5, tokens)[0], whole)

@@ -44,7 +44,7 @@ def saved(tiny_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> tupl
     sequence.run_stage(1, 11)
     sequence.append([5, 6])
     path = tmp_path_factory.mktemp("session") / "talk.session"
-    assert file.save(path, tiny_engine, sequence) == path.stat().st_size
+    assert file.save(path, sequence) == path.stat().st_size
     return path, sequence
 
 
@@ -80,7 +80,7 @@ def test_a_conversation_goes_on_where_it_was(llm: LLM, tiny: Any, tmp_path: Path
 def test_all_that_a_sequence_is_comes_back(tiny_engine: Engine, saved: tuple[Path, TokenSequence]) -> None:
     path, sequence = saved
     back = tiny_engine.new_sequence(max_length=120)
-    file.load(path, tiny_engine, back)
+    file.load(path, back)
     assert (back.tokens == sequence.tokens).all()
     assert (back.stage_rows, back.balcony_rows) == (sequence.stage_rows, sequence.balcony_rows)
     for exit_layer in (2, 3, 5):
@@ -95,7 +95,7 @@ def test_logits_are_the_same_to_the_bit(tiny_engine: Engine, saved: tuple[Path, 
     path, sequence = saved
     one, two = (tiny_engine.new_sequence() for _ in range(2))
     one.fill(sequence.tokens, *sequence.parts(sequence.length))
-    file.load(path, tiny_engine, two)
+    file.load(path, two)
     for exit_layer in (5, 2, 3, 5):
         assert (one.step(exit_layer, np.array([7])) == two.step(exit_layer, np.array([7]))).all()
 
@@ -111,7 +111,7 @@ def test_the_format_is_that_of_safetensors(saved: tuple[Path, TokenSequence]) ->
 def test_eight_bits_are_smaller_and_close(tiny_engine: Engine, saved: tuple[Path, TokenSequence]) -> None:
     path, sequence = saved
     small = path.with_name("small.session")
-    file.save(small, tiny_engine, sequence, int8=True)
+    file.save(small, sequence, int8=True)
     tensors = load_file(small)
     key, scale = tensors["stage_0.past_key_0"], tensors["stage_0.past_key_0.scale"]
     assert key.dtype == np.int8 and abs(int(key.min())) <= 127 and scale.shape == (*key.shape[:-1], 1)
@@ -120,7 +120,7 @@ def test_eight_bits_are_smaller_and_close(tiny_engine: Engine, saved: tuple[Path
     caches = [sum(t.nbytes for name, t in load_file(one).items() if "past_" in name) for one in (small, path)]
     assert caches[0] < 0.32 * caches[1]
     back = tiny_engine.new_sequence()
-    file.load(small, tiny_engine, back)
+    file.load(small, back)
     want = from_scratch(tiny_engine, 5, sequence.tokens, 1)
     assert 0 < np.abs(back.advance(5, []) - want).max() < 0.02 * np.abs(want).max()
 
@@ -150,20 +150,20 @@ def test_other_bundles_and_shorter_contexts_are_refused(
 ) -> None:
     path, _ = saved
     with Engine.open(export_tiny("qwen3").path) as other, pytest.raises(InputError, match="with another bundle"):
-        file.load(path, other, other.new_sequence())
+        file.load(path, other.new_sequence())
     with Engine.open(with_precision("llama", "int4")) as other, pytest.raises(InputError, match="with another bundle"):
-        file.load(path, other, other.new_sequence())
+        file.load(path, other.new_sequence())
     with pytest.raises(ContextLengthError, match="92 tokens: this sequence holds 80"):
-        file.load(path, tiny_engine, tiny_engine.new_sequence(max_length=80))
+        file.load(path, tiny_engine.new_sequence(max_length=80))
     portable = Engine.of(Bundle.open(tiny.path).portable())
     with (
         portable,
         pytest.raises(InputError, match=r"talk.session: was saved by other graphs .*lowered, these are portable"),
     ):
-        file.load(path, portable, portable.new_sequence())
+        file.load(path, portable.new_sequence())
     with monkeypatch.context() as patch, pytest.raises(InputError, match="use the graphs that made it"):
         patch.setattr(tiny_engine.backend, "graphs", "engine set 01234")  # whose rows may have the same shapes
-        file.load(path, tiny_engine, tiny_engine.new_sequence())
+        file.load(path, tiny_engine.new_sequence())
     with pytest.raises(InputError, match=r"has no messages: load it with LLM\.load_prefix"):
         Chat.load(llm, path)
 
@@ -229,7 +229,7 @@ def test_damaged_files_are_refused_in_one_line(
         path.write_bytes(changed := damaged(content, chance))
         assume(changed != content)
         with pytest.raises((InputError, ContextLengthError)) as raised:
-            file.load(path, tiny_engine, tiny_engine.new_sequence())
+            file.load(path, tiny_engine.new_sequence())
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
         refusals.add(str(raised.value).partition("(")[2][:20])
 
@@ -267,7 +267,7 @@ def test_a_killed_save_leaves_the_old_file(tiny: Any, saved: tuple[Path, TokenSe
                 time.sleep(60)
             return whole(array)
         file._hash = slow
-        file.save(Path(sys.argv[2]), engine, sequence)
+        file.save(Path(sys.argv[2]), sequence)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tiny.path), str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
@@ -276,8 +276,8 @@ def test_a_killed_save_leaves_the_old_file(tiny: Any, saved: tuple[Path, TokenSe
         writer.send_signal(signal.SIGKILL)
     assert path.read_bytes() == saved[0].read_bytes()
     with Engine.open(tiny.path) as engine:
-        file.load(path, engine, engine.new_sequence())
-        file.save(path, engine, engine.new_sequence())
+        file.load(path, engine.new_sequence())
+        file.save(path, engine.new_sequence())
     assert list(tmp_path.iterdir()) == [path], "the next save removes what the killed one left"
 
 

@@ -1,4 +1,4 @@
-"""Names of the tiny models with recurrent layers (tests/conftest.py has the models)."""
+"""Names of the tiny models, for tests that take one of each (tests/conftest.py has the models)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 
+#: Those that keep keys and values only, or rows of a convolution.
+DENSE = (
+    *("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "olmo2", "lfm2"),
+    *("ministral", "phi3", "exaone4", "arcee", "hunyuan"),
+)
 #: Those with recurrent layers, and all for tests that export them: what is similar to others is tried in ``make test-deep``.
 HYBRIDS = ("mamba2", "granite-hybrid", "falcon-h1", "qwen3.5")
 _SIMILAR_HYBRIDS = ("mamba", "falcon-mamba", "bamba", "granite-hybrid-moe", "qwen3-next", "qwen3-next-moe")

@@ -97,7 +97,7 @@ def play(engine: Engine, sequence: TokenSequence, schedule: list[tuple[str, int,
         elif action == "move":  # to another sequence, as a file would carry it
             *cursors, parts = sequence.parts(sequence.length)
             parts = {name: part.copy() for name, part in parts.items()}
-            there = TokenSequence(sequence._engine, sequence.batch_size, sequence.max_length)
+            there = TokenSequence(sequence.engine, sequence.batch_size, sequence.max_length)
             there.fill(sequence.tokens, *cursors, parts)
             assert (there.stage_rows, there.balcony_rows) == (sequence.stage_rows, sequence.balcony_rows)
             sequence = there
@@ -132,5 +132,5 @@ def check_cursors(sequence: TokenSequence) -> None:
     assert all(0 <= rows <= sequence.length for rows in (*pending, *sequence.balcony_rows))
     assert list(pending) == sorted(pending), "a deeper stage never is ahead of a shallower one"
     for index, rows in enumerate(sequence.balcony_rows[:-1]):
-        if sequence.exits[index] in sequence._engine.manifest.cached_exits:  # others keep no rows
+        if sequence.exits[index] in sequence.engine.manifest.cached_exits:  # others keep no rows
             assert rows >= pending[index], "a balcony never is ahead of its stage"

@@ -190,9 +190,7 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
     line = None
     if profile.powered(profile.rail_of(budget)) is None and not _given(device) & WATTS:
         line = "has no power measurement: watts and degrees are those of a small board; give --device idle_w=... and busy_w=..."
-    elif {budget.temperature_c, budget.critical_temperature_c} != {None} and _heat_sink_unknown(
-        profile, budget, device
-    ):
+    elif {budget.temperature_c, budget.critical_temperature_c} != {None} and "kelvin_per_watt" not in _given(device):
         line = "its heat sink is unknown: degrees are those of a small board; give --device kelvin_per_watt=..."
     if line is not None:
         stderr.print(f"{path}: {line}", style="yellow", markup=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -16,6 +16,9 @@ from balcony_edge.cli.console import progress_bar, stdout
 from balcony_edge.cli.options import refuse_given
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.files import require_writable
+
+if TYPE_CHECKING:
+    from balcony_runtime.decoding.thresholds import Held
 
 
 def calibrate(
@@ -45,30 +48,35 @@ def calibrate(
 ) -> None:
     """Measure how confident each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
     from balcony_edge.bundle.quality import record_confidence
-    from balcony_runtime.decoding.thresholds import compare_exits, learn
+    from balcony_runtime.decoding.thresholds import compare_exits, held_out, learn
     from balcony_runtime.engine import Engine
 
-    if (text is None) == (check is None):
+    path = text if check is None else check
+    if path is None or None not in (text, check):
         raise InputError("--text and --check: give exactly one: --text to calibrate, --check to test on other text")
     shares = [
         _share(name, value) for name, value in (("--max-disagreement", max_disagreement), ("--confidence", confidence))
     ]
     opened = Bundle.open(bundle)
-    if check is not None:
+    known: ConfidenceSpec | None = None
+    if check is None:
+        require_writable(bundle, str(bundle), BundleError, "make it writable: the thresholds go into its manifest")
+    else:
         options = {"max_disagreement": "--max-disagreement", "confidence": "--confidence"}
         refuse_given(context, options, " with --check: the thresholds have the promise that they were made for")
-        _check(opened, check, tokens, document_tokens, as_json=as_json)
-        return
-    require_writable(bundle, str(bundle), BundleError, "make it writable: the thresholds go into its manifest")
-    assert text is not None
-    documents = _documents(text, opened, tokens, document_tokens)  # first, because loading may take minutes
+        if (known := opened.manifest.confidence) is None:
+            raise InputError(f"{bundle}: has no thresholds to check: calibrate it with --text first")
+    documents = _documents(path, opened, tokens, document_tokens)  # first, because loading may take minutes
     with progress_bar() as progress, Engine.of(opened) as engine:
         if engine.max_length < document_tokens:
-            documents = _documents(text, opened, tokens, engine.max_length)
+            documents = _documents(path, opened, tokens, engine.max_length)
         compared = compare_exits(engine, documents, lambda done: progress("comparing exits", done))
-        found = learn(compared, one_line(text.name), *shares)
+    if known is not None:
+        _show_held(known, *held_out(compared, known), path, as_json=as_json)
+        return
+    found = learn(compared, one_line(path.name), *shares)
     try:
-        _show(found, opened.manifest.exit_layers, text, as_json=as_json)  # first: it is shown even if it cannot be kept
+        _show(found, opened.manifest.exit_layers, path, as_json=as_json)  # first: it is shown even if it cannot be kept
     finally:  # it is kept even if nobody reads stdout any more
         record_confidence(bundle, found, opened.manifest.fingerprint)
 
@@ -90,19 +98,8 @@ def _show(found: ConfidenceSpec, exit_layers: tuple[int, ...], text: Path, *, as
     stdout.print(table)
 
 
-def _check(bundle: Bundle, text: Path, tokens: int, document_tokens: int, *, as_json: bool) -> None:
+def _show_held(spec: ConfidenceSpec, count: int, found: dict[int, Held], text: Path, *, as_json: bool) -> None:
     """Print results of the bundle's thresholds on a text, next to the promised limit."""
-    from balcony_runtime.decoding.thresholds import held_out
-    from balcony_runtime.engine import Engine
-
-    spec = bundle.manifest.confidence
-    if spec is None:
-        raise InputError(f"{bundle.path}: has no thresholds to check: calibrate it with --text first")
-    documents = _documents(text, bundle, tokens, document_tokens)
-    with progress_bar() as progress, Engine.of(bundle) as engine:
-        if engine.max_length < document_tokens:
-            documents = _documents(text, bundle, tokens, engine.max_length)
-        count, found = held_out(engine, documents, spec, lambda done: progress("comparing exits", done))
     if as_json:
         exits = {e: {**held._asdict(), "kept": held.disagreement <= spec.max_disagreement} for e, held in found.items()}
         print(json.dumps({"text": text.name, "tokens": count, "promised": spec.max_disagreement, "exits": exits}))  # noqa: T201 - programs read this

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import Manifest, ModelSpec
+from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.cli.console import stdout
 from balcony_edge.cli.show import show_engines
 from balcony_edge.errors import InputError
@@ -59,21 +59,18 @@ def exit_facts(manifest: Manifest, exit_layer: int) -> dict[str, Any]:
     }
 
 
-def _heads(model: ModelSpec) -> str:
-    heads = f"{model.num_attention_heads} heads, {model.num_kv_heads} KV heads"
-    return heads if model.num_attention_heads else "no attention"
-
-
 def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: bool) -> None:
     model = manifest.model
     size = sum(file.bytes for file in manifest.files.values())
+    heads = f"{model.num_attention_heads} heads, {model.num_kv_heads} KV heads"
     stdout.print(
         f"[bold]{escape(str(path))}[/]: {escape(model.name)} ({escape(model.architecture)}), "
         f"{model.num_layers} layers, hidden {model.hidden_size}, "
-        f"{_heads(model)}, vocabulary {model.vocab_size}, "
+        f"{heads if model.num_attention_heads else 'no attention'}, vocabulary {model.vocab_size}, "
         f"context {model.context_length}, {manifest.precision}, {len(manifest.files)} files, {size / 1e6:.1f} MB"
     )
-    stdout.print(f"fingerprint {manifest.fingerprint[:16]}, made with {escape(_versions(manifest))}")
+    tools = ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())
+    stdout.print(f"fingerprint {manifest.fingerprint[:16]}, made with {escape(tools)}")
     if model.layers:
         kinds = {
             "attend": sum(layer.attention for layer in model.layers),
@@ -114,7 +111,3 @@ def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: b
                 shape = " × ".join(map(str, tensor.shape))
                 listing.add_row(escape(tensor.name), role, tensor.dtype, escape(shape))
         stdout.print(listing)
-
-
-def _versions(manifest: Manifest) -> str:
-    return ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())

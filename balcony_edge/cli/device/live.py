@@ -69,8 +69,8 @@ class LiveView:
         self,
         styles: dict[int, str],
         readings: Callable[[], tuple[Reading, ...]],
-        quality: Callable[[], Mapping[int, Telemetry]] = dict,
-        budget: Callable[[], Budget] | None = None,
+        quality: Callable[[], Mapping[int, Telemetry]],
+        budget: Callable[[], Budget],
     ) -> None:
         self._styles, self._readings, self._quality, self._budget = styles, readings, quality, budget
         self._lock = threading.Lock()
@@ -152,24 +152,23 @@ class LiveView:
 
     def _seen(self, readings: tuple[Reading, ...]) -> list[str]:
         """Readings of everything that the budget limits; also watts and degrees if a sensor measures them."""
-        budget = None if self._budget is None else self._budget()
-        asked = {} if budget is None else budget.model_dump(exclude_none=True)
+        asked = self._budget().model_dump(exclude_none=True)
 
         def ceiling(key: str, unit: str) -> str:
             return f" of {asked[key]:g} {unit}" if key in asked else f" {unit}"
 
-        facts = []
-        rail = asked.get("power_rail", "board") if "power_w" in asked or "energy_j_per_token" in asked else None
-        powered = [reading for reading in readings if reading.watts is not None]
-        rail = rail or next((one for one in get_args(Rail) if any(r.scope == one for r in powered)), None)
-        powered = [r for r in powered if r.scope == rail]
+        facts, limited = [], asked.keys() & {"power_w", "energy_j_per_token"}
+        measured = [reading for reading in readings if reading.watts is not None]
+        known = (one for one in get_args(Rail) if any(reading.scope == one for reading in measured))
+        rail = asked["power_rail"] if limited else next(known, None)
+        powered = [reading for reading in measured if reading.scope == rail]
         if powered:
             watts = sum(reading.watts or 0.0 for reading in adding_up(powered, powered[0].scope))
-            facts.append(f"{watts:.1f}{ceiling('power_w', 'W')} {powered[0].scope}")
+            facts.append(f"{watts:.1f}{ceiling('power_w', 'W')} {rail}")
             if "energy_j_per_token" in asked and self._tokens:
                 mean_s = sum(token.latency_ms for token in self._tokens) / len(self._tokens) / 1000
                 facts.append(f"{watts * mean_s:.3g}{ceiling('energy_j_per_token', 'J')} a token")
-        elif asked.keys() & {"power_w", "energy_j_per_token"}:
+        elif limited:
             facts.append(f"no reading of {rail} power")
         degrees = [reading.celsius for reading in readings if reading.celsius is not None]
         if degrees:

@@ -88,12 +88,7 @@ def build(
     if timing_cache is not None:
         require_writable_file(timing_cache, f"--timing-cache {timing_cache}", InputError, "name another place")
     capabilities = tuple(part.strip() for part in sm.split(",") if part.strip())
-    there = Bundle.open(bundle, verify_hashes=False).manifest.engines.get(set_name(target, precision, operators))
-    rows = context_length
-    if rows is None:
-        rows = there.context_length if there else default_context(bundle)
-    batch = batch_size or (there.batch_size if there else 1)
-    wanted = BuildOptions(target, precision, operators, rows, batch, block)
+    wanted = BuildOptions(target, precision, operators, context_length, batch_size, block)
     builder_options = None if graphs_only else {"compute_capabilities": capabilities, "timing_cache": timing_cache}
     build_into(bundle, wanted, builder_options, rounded_as=rounded_as, whole=whole)
     name = wanted.name
@@ -106,34 +101,21 @@ def build(
     show_engines(name, engines)
 
 
-def default_context(bundle: Path) -> int:
-    """Default for the rows of the caches: the bundle's context, at most ``CONTEXT_LENGTH``, in steps that masks may have."""
-    from balcony_runtime.backends.accelerator.tensorrt_builder import MASK_STEP
-
-    context = Bundle.open(bundle, verify_hashes=False).manifest.model.context_length
-    return max(min(CONTEXT_LENGTH, context) // MASK_STEP, 1) * MASK_STEP
-
-
 @dataclass(frozen=True)
 class BuildOptions:
-    """An engine set: options of ``build`` of the same names."""
+    """An engine set: options of ``build`` of the same names. None: as in existing graphs, or the default."""
 
     target: Literal["rtx", "tensorrt"]
     precision: EnginePrecision
     operators: Literal["fused", "plain"]
-    context_length: int
-    batch_size: int = 1
-    block_size: int | None = None  # None: that of existing graphs, or 64
+    context_length: int | None = None
+    batch_size: int | None = None
+    block_size: int | None = None
 
     @property
     def name(self) -> str:
         """Name of the set in a bundle."""
-        return set_name(self.target, self.precision, self.operators)
-
-
-def set_name(target: str, precision: str, operators: str) -> str:
-    """Name of an engine set in a bundle."""
-    return f"{target}-{precision}" + ("-plain" if operators == "plain" else "")
+        return f"{self.target}-{self.precision}" + ("-plain" if self.operators == "plain" else "")
 
 
 def build_into(
@@ -152,14 +134,15 @@ def build_into(
     from balcony_runtime.backends.accelerator.tensorrt_builder import Builder, link_files, make_engines
 
     name, bundle = wanted.name, Bundle.open(path)
+    rows, batch_size = _sizes(bundle, wanted)
     with native_stderr_dropped(), progress_bar() as progress, new_engine_directory(path, name) as directory:
         builder = None
         if builder_options is not None:
-            builder = Builder(wanted.target, batch_size=wanted.batch_size, **builder_options)
+            builder = Builder(wanted.target, batch_size=batch_size, **builder_options)
         there = None if rounded_as is not None else _usable(bundle, wanted)
         if there is None:
             progress("writing graphs", 0.0)
-            engines = _make_graphs(bundle, directory, wanted, rounded_as)
+            engines = _make_graphs(bundle, directory, wanted, rows, batch_size, rounded_as)
         elif builder is None:
             return
         else:
@@ -173,14 +156,24 @@ def build_into(
         record_engines(path, name, engines, directory)
 
 
+def _sizes(bundle: Bundle, wanted: BuildOptions) -> tuple[int, int]:
+    """Rows of the caches and most members of a pass: those asked for, those of existing graphs, or the defaults."""
+    from balcony_runtime.backends.accelerator.tensorrt_builder import MASK_STEP
+
+    there, context = bundle.manifest.engines.get(wanted.name), bundle.manifest.model.context_length
+    rows = there.context_length if there else max(min(CONTEXT_LENGTH, context) // MASK_STEP, 1) * MASK_STEP
+    batch = there.batch_size if there else 1
+    return rows if wanted.context_length is None else wanted.context_length, wanted.batch_size or batch
+
+
 def _usable(bundle: Bundle, wanted: BuildOptions) -> tuple[Path, EngineSet] | None:
     """Directory and entry of the set that is there; None if its graphs are damaged, or others than those wanted.
 
     If only an engine is damaged, the entry has no engines: they are built again.
     """
     there = bundle.manifest.engines.get(wanted.name)
-    keys = ("context_length", "batch_size", *(() if wanted.block_size is None else ("block_size",)))
-    if there is None or any(getattr(there, key) != getattr(wanted, key) for key in keys):
+    keys = ("context_length", "batch_size", "block_size")
+    if there is None or any(getattr(wanted, key) not in (None, getattr(there, key)) for key in keys):
         return None
     for entry in (there, there.unbuilt):
         manifest = bundle.manifest.model_copy(update={"engines": {wanted.name: entry}})
@@ -189,7 +182,9 @@ def _usable(bundle: Bundle, wanted: BuildOptions) -> tuple[Path, EngineSet] | No
     return None
 
 
-def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_as: Path | None) -> EngineSet:
+def _make_graphs(
+    bundle: Bundle, directory: Path, wanted: BuildOptions, rows: int, batch_size: int, rounded_as: Path | None
+) -> EngineSet:
     try:
         from balcony_export.tensorrt.engine_set import make_graphs, rounding_of
         from balcony_export.tensorrt.graphs import Format
@@ -205,9 +200,9 @@ def _make_graphs(bundle: Bundle, directory: Path, wanted: BuildOptions, rounded_
             f"with --rounded-as, or give --block {there.block_size} to round to the nearest"
         )
     block = wanted.block_size or (there and there.block_size) or 64
-    form = Format(wanted.precision, wanted.operators, wanted.context_length, block)  # type: ignore[arg-type]
+    form = Format(wanted.precision, wanted.operators, rows, block)  # type: ignore[arg-type]
     rounding = None if rounded_as is None else rounding_of(Bundle.open(rounded_as), bundle)
-    return make_graphs(bundle, directory, wanted.target, form, batch_size=wanted.batch_size, rounding=rounding)
+    return make_graphs(bundle, directory, wanted.target, form, batch_size=batch_size, rounding=rounding)
 
 
 def _difference(bundle: Bundle, wanted: BuildOptions) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,7 +108,7 @@ def evaluate(
         if not is_bundle and exits is not None and balconies is None:
             stderr.print("[yellow]The exits are untrained copies of the last layer: give --balconies.[/]")
         compare_with = None if model is None else partial(_open_model, model, None, None, threads)
-        report = _measure(scorer, compare_with, _Sources(texts, names, data, limit, window), progress)
+        report = _measure(scorer, compare_with, texts, names, data, limit, window, progress)
     with ExitStack() as kept:  # each is kept, also after one that cannot be, or where nobody reads stdout any more
         if keeper is not None:
             kept.callback(_keep, Path(subject), keeper, report)
@@ -229,46 +228,36 @@ def _open_model(subject: str, balconies: Path | None, exits: str | None, threads
     return TorchScorer(ExitModel.open(loaded, layers, balconies), load_tokenizer(subject), name=model_name(subject))
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """Texts by name, and tasks to measure on: options of ``eval`` of the same names."""
-
-    text: dict[str, Path]
-    tasks: list[str]
-    data: Path | None
-    limit: int | None
-    window: int | None
-
-
 def _measure(
     scorer: BundleScorer | TorchScorer,
     compare_with: Callable[[], TorchScorer] | None,
-    sources: _Sources,
+    files: dict[str, Path],
+    tasks: list[str],
+    data: Path | None,
+    limit: int | None,
+    window: int | None,
     progress: Callable[[str, float], None],
 ) -> Report:
     from balcony_export.evaluate.report import build_report
     from balcony_export.evaluate.text import evaluate_text, tokenized_documents, window_of
 
     with closing(scorer):
-        documents = {
-            name: list(tokenized_documents(path, scorer.tokenizer, sources.limit))
-            for name, path in sources.text.items()
-        }
+        documents = {name: list(tokenized_documents(path, scorer.tokenizer, limit)) for name, path in files.items()}
         # What can be wrong is found before the tasks, which may take hours. A misspelt task is reported before the first one.
         reference = None if compare_with is None else compare_with()
         if documents:
-            window_of(scorer if reference is None else reference, scorer, sources.window)
+            window_of(scorer if reference is None else reference, scorer, window)
         runs = {}
-        if sources.tasks:
+        if tasks:
             from balcony_export.evaluate.tasks import evaluate_tasks
 
-            runs = evaluate_tasks(scorer, sources.tasks, data=sources.data, limit=sources.limit, progress=progress)
+            runs = evaluate_tasks(scorer, tasks, data=data, limit=limit, progress=progress)
         texts = {
             name: evaluate_text(
                 scorer,
                 found,
                 reference=reference,
-                window=sources.window,
+                window=window,
                 progress=lambda done, name=name: progress(name, done),  # type: ignore[misc]
             )
             for name, found in documents.items()

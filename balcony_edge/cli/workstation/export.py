@@ -133,10 +133,10 @@ def _refuse_recurrent(loaded: PreTrainedModel, tensorrt: str | None) -> None:
 
 
 def _build_engines(output: Path, precision: EnginePrecision | None) -> None:
-    from balcony_edge.cli.workstation.build import BuildOptions, build_into, default_context
+    from balcony_edge.cli.workstation.build import BuildOptions, build_into
 
     if precision is not None:
-        build_into(output, BuildOptions("rtx", precision, "fused", default_context(output)), {})
+        build_into(output, BuildOptions("rtx", precision, "fused"), {})
 
 
 def _read_texts(

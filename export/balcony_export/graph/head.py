@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import torch
 
+from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph.operators import rms_norm_operator
 from balcony_export.graph.trace import OPSET
 from balcony_export.model.exits import ExitModel
@@ -18,7 +19,8 @@ from balcony_export.model.exits import ExitModel
 def build_norm(exits: ExitModel) -> ir.Model:
     """The final norm of the full depth: ``hidden`` → ``normed``."""
     norm = rms_norm_operator(exits.parts.norm)
-    assert norm is not None
+    if norm is None:
+        raise UnsupportedModelError(f"{type(exits.parts.norm).__name__}: the final norm is not an RMSNorm")
     scale = _initializer("norm.weight", norm.scale)
     hidden = _hidden(norm.scale.dtype, exits.parts.embed.embedding_dim)
     attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", norm.epsilon), ir.AttrInt64("stash_type", 1)]

@@ -138,9 +138,15 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm_operator(norm: nn.Module) -> RMSNorm | None:
-    """The operator that computes what ``norm`` does, found by a trial; None if it is not an RMSNorm."""
+    """The operator that computes what ``norm`` does, found by a trial; None if it is not an RMSNorm.
+
+    Raises:
+        UnsupportedModelError: it is a LayerNorm, or its RMSNorm scales otherwise.
+    """
     weight = getattr(norm, "weight", None)
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if "LayerNorm" in type(norm).__name__:
+        raise UnsupportedModelError(f"{type(norm).__name__}: subtracts the mean: export represents RMSNorms only")
     if "RMSNorm" not in type(norm).__name__ or weight is None or epsilon is None:
         return None
     probe = torch.linspace(-3, 3, 2 * weight.numel()).reshape(2, -1)

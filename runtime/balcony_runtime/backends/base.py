@@ -1,8 +1,8 @@
-"""The interface of engine backends: one small protocol for graphs and one for memory.
+"""The interface of engine backends: small protocols for graphs, for the memory of a sequence, and for that of several.
 
 A backend owns weights and executable graphs; a :class:`State` owns one sequence's memory on the backend's device (row
-buffers, KV caches). Neither knows cursors or policies: :mod:`balcony_runtime.engine` decides which rows go through which graph,
-and the backend runs them.
+buffers, KV caches). A :class:`Pool` holds several that share passes; a backend may have none. None of them knows cursors or
+policies: :mod:`balcony_runtime.engine` decides which rows go through which graph, and the backend runs them.
 """
 
 from __future__ import annotations

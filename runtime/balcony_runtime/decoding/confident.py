@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec
+from balcony_edge.bundle.manifest import ConfidenceSpec
 from balcony_edge.control.controller import SPIKE
 from balcony_edge.device.costs import CostModel
 from balcony_runtime.decoding.policy import Made, Probing, Turn
@@ -64,12 +64,6 @@ class Confident:
         self._recent = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self.telemetry = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self._probing, self._since_check = Probing(), 0
-
-    @property
-    def measure(self) -> ConfidenceMeasure:
-        """Measure of confidence."""
-        assert self.spec is not None
-        return self.spec.measure
 
     def plan(
         self,
@@ -132,8 +126,7 @@ class Confident:
         """Count the check of an early token, and raise the exit's threshold if the promise no longer holds."""
         self.telemetry[exit_layer] = _counted(self.telemetry[exit_layer], agreed)
         recent = self._recent[exit_layer] = _counted(self._recent[exit_layer], agreed)
-        if self.spec is None or exit_layer not in self.thresholds:
-            return
+        assert self.spec is not None  # the token exited by a threshold
         # The promise is about all tokens, so a larger share of the tokens that exit early may disagree.
         exited, tried = self._counts[exit_layer]
         allowed = min(self.spec.max_disagreement / max(exited / tried, 1e-3), 1.0)
@@ -184,7 +177,8 @@ class EarlyExits:
         context = sequence.length
         price_ms = costs.step_ms(trial.exit_layer, *sequence.rows_due(1), context)
         logits = sequence.step(trial.exit_layer, turn.ids)
-        sure = float(measured(logits, policy.measure)[0])
+        assert policy.spec is not None  # a trial has a threshold
+        sure = float(measured(logits, policy.spec.measure)[0])
         words = f"{sure:.2f} sure at {trial.exit_layer}, asked {trial.threshold:.2f}"
         # The promise is about the likeliest token, so it must be one that the reply's structure allows.
         exited = sure >= trial.threshold and sampler.allows(int(logits[0].argmax()))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_edge.bundle.manifest import ConfidenceSpec
+from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.control.company.seen import Chunk, CompanyState, StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState, quantile_of
@@ -74,13 +74,11 @@ class Learned:
     Replies that run at once share this object. Each reply starts from the latest state, and all of them count as our own load.
     """
 
-    def __init__(
-        self, exits: tuple[int, ...], agreement: Mapping[int, float | None], confidence: ConfidenceSpec | None = None
-    ) -> None:
+    def __init__(self, manifest: Manifest) -> None:
         self.state = ControllerState.initial()
         self.busy_ns = 0
-        self.speculator = Speculator(exits, agreement)
-        self.confident = Confident(exits, confidence)
+        self.speculator = Speculator(manifest.exit_layers, manifest.agreement)
+        self.confident = Confident(manifest.exit_layers, manifest.confidence)
 
     def follow(self, slowdown: Slowdown, governor: Governor) -> ControllerState:
         """Take over what a round has learned, and return the state with it."""
@@ -95,22 +93,22 @@ class Environment(NamedTuple):
         budget_and_costs: gives budget and prices before every step, so that a new budget takes effect at the next token.
             Prices may be None as long as the budget has no target.
         readings: gives the latest reading of every sensor; called if the budget needs them or a trace is recorded.
+        learned: what earlier replies learned about the device.
+        max_new_tokens: largest number of tokens of the reply; the sequence has room for them.
         sleep: waits for that many seconds, or less if the stream is cancelled; returns whether it was.
         trace: record of the run.
-        learned: what earlier replies learned about the device.
         keep_logits: whether steps must carry the logits.
         asked_s: time of the request on ``time.monotonic``; None for the time at which the decoder is made.
-        max_new_tokens: largest number of tokens of the reply; None for as many as the sequence holds.
     """
 
     budget_and_costs: Callable[[], tuple[Budget, CostModel | None]]
-    readings: Callable[[], tuple[Reading, ...]] = tuple
+    readings: Callable[[], tuple[Reading, ...]]
+    learned: Learned
+    max_new_tokens: int
     sleep: Callable[[float], object] = time.sleep
     trace: TraceWriter | None = None
-    learned: Learned | None = None
-    keep_logits: bool = True
+    keep_logits: bool = False
     asked_s: float | None = None
-    max_new_tokens: int | None = None
 
 
 class Decoder:
@@ -124,14 +122,16 @@ class Decoder:
     """
 
     def __init__(self, sequence: TokenSequence, prompt: IntArray, sampler: Sampler, environment: Environment) -> None:
-        self._sequence, self._sampler, self._environment = sequence, sampler, environment
+        #: Sequence of the reply.
+        self.sequence = sequence
+        self._sampler, self._environment = sampler, environment
         #: Rows of the prompt that need not run.
         self.kept_rows = sequence.stage_cursor[0]
         self._ids = prompt[:, -1]  # the last token of each member, (B,)
         self._last: Measurement | None = None
         #: Time of the last token, on ``time.perf_counter_ns``.
         self.emitted_ns = 0
-        self._learned = environment.learned or Learned(sequence.exits, {})
+        self._learned = environment.learned
         self._picks_inside = sequence.picks_inside and sampler.greedy and not environment.keep_logits
         self._early_exits = EarlyExits(self._learned.confident)
         self._budget = Budget()
@@ -179,7 +179,7 @@ class Decoder:
         """
         if self.untold:
             return self.untold
-        sequence, learned, ids = self._sequence, self._learned, self._ids
+        sequence, learned, ids = self.sequence, self._learned, self._ids
         begin_ns, rows_before, first = time.perf_counter_ns(), sequence.rows_run, not self._made
         new_rows = self._fresh_rows
         decision = self._decide(self._last)
@@ -213,13 +213,13 @@ class Decoder:
     @property
     def _fresh_rows(self) -> int:
         """Number of rows that are new with the next token: those of the prompt at first, then one."""
-        return 1 if self._made else self._sequence.length - self.kept_rows
+        return 1 if self._made else self.sequence.length - self.kept_rows
 
     def _caught_up(self, exit_layer: int, new_rows: int) -> int:
         """Number of rows that ran since the last token besides the new ones up to an exit; the count begins anew."""
-        rows_run, before = self._sequence.rows_run, self._rows_run
+        rows_run, before = self.sequence.rows_run, self._rows_run
         self._rows_run = rows_run
-        return max(rows_run - before - (self._sequence.exits.index(exit_layer) + 1) * new_rows, 0)
+        return max(rows_run - before - (self.sequence.exits.index(exit_layer) + 1) * new_rows, 0)
 
     def _told(self, made: Made, decision: Decision, forced: list[int], new_rows: int, since_ms: float) -> list[Step]:
         """The steps of tokens that are due now, with so many new rows; ``since_ms`` is added to the time for their latency."""
@@ -266,7 +266,7 @@ class Decoder:
                 self._environment.trace.begin(self._state)
         if costs is not None and costs is not self._costs:
             self._controller, self._costs, self._decision = Controller(costs), costs, None
-        decision, sequence = self._decision, self._sequence
+        decision, sequence = self._decision, self.sequence
         found = None
         if decision is not None and self._environment.trace is None and sequence.up_to_date(decision.exit_layer):
             found = self._controller.shortcut(budget, self._state, sequence.length, last)
@@ -286,7 +286,7 @@ class Decoder:
             self._settled = None  # a joint decision may see the budget before the next step does
 
     def _observe(self, budget: Budget, last: Measurement | None) -> Observation:
-        environment, sequence, now_s = self._environment, self._sequence, time.monotonic()
+        environment, sequence, now_s = self._environment, self.sequence, time.monotonic()
         self._read = environment.readings() if self.senses or environment.trace is not None else (), now_s
         rows = self._new_rows
         stage_rows, balcony_rows = sequence.rows_due(rows)
@@ -318,8 +318,8 @@ class Decoder:
     @property
     def rows_due(self) -> int:
         """Number of rows that the last stage to its deepest exit must take in before the next token; no stage has more."""
-        exits = self._sequence.exits
-        return self._sequence.rows_due(self._new_rows)[0][exits.index(self.budget.allowed_exits(exits)[-1])]
+        exits = self.sequence.exits
+        return self.sequence.rows_due(self._new_rows)[0][exits.index(self.budget.allowed_exits(exits)[-1])]
 
     @property
     def budget(self) -> Budget:
@@ -335,15 +335,10 @@ class Decoder:
             shares: whether its rows share passes with those of others.
         """
         self._take_up(budget := self.budget)
-        sequence, new = self._sequence, self._new_rows
+        sequence, new = self.sequence, self._new_rows
         stage_rows, balcony_rows = sequence.rows_due(new)
         context, made, started_s, late = sequence.length + new - 1, self._made, self.started_s, self._late
         return StreamSeen(key, budget, context, stage_rows, balcony_rows, made, started_s, asked_s, shares, late)
-
-    @property
-    def pending_rows(self) -> int:
-        """Pending rows of the sequence."""
-        return self._sequence.pending_rows
 
     @property
     def begun(self) -> bool:
@@ -364,7 +359,7 @@ class Decoder:
         its exit, and with what the rounds have learned about the device (``company``).
         """
         if not self._made:
-            self._sequence.checkpoint()
+            self.sequence.checkpoint()
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
         caught_up = self._caught_up(decision.exit_layer, self._fresh_rows)
@@ -391,12 +386,11 @@ class Decoder:
         All of them except the last become pending rows at once, which run when logits are next asked for. Log-probabilities
         need the model's opinion of each token, and a pace needs them one by one: they are then made like all others.
         """
-        budget, sequence = self._budget, self._sequence
+        budget, sequence = self._budget, self.sequence
         if sequence.batch_size > 1 or self._environment.keep_logits or budget.max_pace_tps is not None:
             self._sampler.prepare()
             return []
-        room, most = sequence.max_length - sequence.length - 1, self._environment.max_new_tokens
-        forced = self._sampler.forced(room if most is None else min(room, most - self._made - new))
+        forced = self._sampler.forced(self._environment.max_new_tokens - self._made - new)
         if forced:
             sequence.append([int(ids[0]), *forced[:-1]])
             self._ids = np.array(forced[-1:], np.int64)
@@ -422,7 +416,7 @@ class Decoder:
         self._followed = None
 
     def _policy_of(self, budget: Budget) -> Policy | None:
-        if self._sequence.batch_size > 1:  # a policy makes tokens of one sequence, and knows steps of one row
+        if self.sequence.batch_size > 1:  # a policy makes tokens of one sequence, and knows steps of one row
             return None
         if budget.policy == "confident":
             return self._early_exits
@@ -433,7 +427,7 @@ class Decoder:
 
         A policy applies only to full-depth steps without a pace or a deadline.
         """
-        sequence, budget, costs = self._sequence, self._budget, self._costs
+        sequence, budget, costs = self.sequence, self._budget, self._costs
         if costs is None or not self._made:
             return None
         if decision.exit_layer != sequence.exits[-1] or decision.period_ms or budget.deadline_s is not None:
@@ -443,14 +437,13 @@ class Decoder:
         if budget.tpot_ms is not None:  # as for plain steps, with the probability asked for
             margin = math.exp(quantile_of(budget.probability) * self._state.slowdown.deviation)
             most_ms = budget.tpot_ms / slowdown / margin
-        most = self._environment.max_new_tokens
-        left = sequence.max_length if most is None else most - self._made
+        left = self._environment.max_new_tokens - self._made
         turn = Turn(sequence, ids, self._sampler, budget, costs, most_ms, slowdown, begin_ns, left)
         return policy.attempt(turn)
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:
         """Make one token of each member at an exit, after the prompt or the previous token (B,)."""
-        sequence, sampler = self._sequence, self._sampler
+        sequence, sampler = self.sequence, self._sampler
         if not self._made:
             logits = sequence.advance(exit_layer, ())[:, -1]
         elif self._picks_inside:
@@ -461,14 +454,14 @@ class Decoder:
 
     def _teach(self, policy: Policy, decision: Decision, measured_ms: float, rows_run: int) -> None:
         """Teach a policy a plain full-depth step; it knows steps of one row, so not one that ran pending rows."""
-        exits, costs, exit_layer = self._sequence.exits, self._costs, decision.exit_layer
+        exits, costs, exit_layer = self.sequence.exits, self._costs, decision.exit_layer
         if costs is not None and exit_layer == exits[-1] and rows_run <= len(exits):
-            price_ms = decision.price_ms or costs.steady_ms(exit_layer, self._sequence.length - 1)
+            price_ms = decision.price_ms or costs.steady_ms(exit_layer, self.sequence.length - 1)
             policy.learn_plain(price_ms, measured_ms)
 
     def _wait(self, decision: Decision, until_ns: int) -> int:
         """Wait until a token is due and work off backlog meanwhile; returns the nanoseconds spent on backlog."""
-        sequence, sleep = self._sequence, self._environment.sleep
+        sequence, sleep = self.sequence, self._environment.sleep
         begin_ns = worked_ns = time.perf_counter_ns()
         work_until_ns = min(until_ns, begin_ns + int(decision.idle_ms * 1e6))
         portion_ns = int(decision.predicted_ms * 1e6)  # a portion counts as long as a step until one was timed
@@ -483,7 +476,7 @@ class Decoder:
         """Write a line of the trace. It has the controller's exit, not the policy's: a replay re-runs only the controller."""
         if self._seen is not None:
             costs, decided = self._costs or self._unmeasured, given._replace(exit_layer=decided_exit)
-            trace.write(costs, self._seen, decided, latency_ms, self._sequence.pending_rows)
+            trace.write(costs, self._seen, decided, latency_ms, self.sequence.pending_rows)
 
 
 def run_chunk(sequence: TokenSequence, chunk: CatchUp | Chunk) -> None:

@@ -14,13 +14,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from balcony_edge.errors import InputError, shown
 from balcony_runtime.backends.base import FloatArray, IntArray, likeliest, not_finite
+
+if TYPE_CHECKING:
+    from balcony_runtime.structure.grammar import Guide
 
 #: Largest bias or penalty. It is far beyond every logit, and small enough for float32 that no sum or product overflows.
 LARGEST = 1e6
@@ -149,28 +152,6 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-class Constraint(Protocol):
-    """Which tokens may come next in a reply, as :class:`balcony_runtime.structure.grammar.Guide` knows it."""
-
-    def prepare(self) -> None:
-        """Start to compute the next mask."""
-
-    def allowed(self) -> npt.NDArray[np.bool_] | None:
-        """Which tokens may come next, (V,); None for all."""
-
-    def permits(self, token: int) -> bool:
-        """Whether a token may come next."""
-
-    def accept(self, token: int) -> None:
-        """Go on after a token."""
-
-    def forced(self, most: int) -> list[int]:
-        """Go on over the tokens that are certain to come next, at most so many, and return them."""
-
-    def fork(self) -> Self:
-        """A copy that goes on by itself."""
-
-
 class Proposal(NamedTuple):
     """A drafted token and the distribution from which it was drawn, (V,); None if the token is the likeliest one."""
 
@@ -191,9 +172,7 @@ class Sampler:
         InputError: a bias for a token outside the vocabulary.
     """
 
-    def __init__(
-        self, params: SamplingParams, prompt: IntArray, vocab_size: int, guides: Sequence[Constraint] = ()
-    ) -> None:
+    def __init__(self, params: SamplingParams, prompt: IntArray, vocab_size: int, guides: Sequence[Guide] = ()) -> None:
         self._params, self._guides = params, tuple(guides)
         #: Whether replies have a structure.
         self.guided = bool(guides)
@@ -238,13 +217,13 @@ class Sampler:
         if self._params.temperature == 0:
             ids = likeliest(adjusted)
         else:
-            ids = np.array([self._draw(row) for row in adjusted], np.int64)
+            ids = np.array([self._drawn(*self._candidates(row)) for row in adjusted], np.int64)
         return self._recorded(ids)
 
-    def _guided(self, logits: FloatArray, guide: Constraint) -> int:
+    def _guided(self, logits: FloatArray, guide: Guide) -> int:
         """Pick the next token of one member, from the tokens that its structure allows."""
         if self._params.temperature > 0:
-            return self._draw(logits, guide)
+            return self._drawn(*self._candidates(logits, guide))
         best = int(logits.argmax())
         if not math.isfinite(logits.item(best)):
             raise not_finite()
@@ -334,9 +313,6 @@ class Sampler:
             row[counted] -= params.presence_penalty + params.frequency_penalty * made[counted]
         return adjusted
 
-    def _draw(self, logits: FloatArray, *guide: Constraint) -> int:
-        return self._drawn(*self._candidates(logits, *guide))
-
     def _drawn(self, ids: IntArray, probabilities: npt.NDArray[np.float64]) -> int:
         """Draw one of the tokens. The only one needs no number: one that a structure forces draws none either."""
         if len(ids) == 1:
@@ -345,9 +321,7 @@ class Sampler:
         reached /= reached[-1]
         return int(ids[reached.searchsorted(self._random.random(), side="right")])
 
-    def _candidates(
-        self, logits: FloatArray, guide: Constraint | None = None
-    ) -> tuple[IntArray, npt.NDArray[np.float64]]:
+    def _candidates(self, logits: FloatArray, guide: Guide | None = None) -> tuple[IntArray, npt.NDArray[np.float64]]:
         """:func:`candidates` among the tokens that a structure allows."""
         allowed = None if guide is None else guide.allowed()
         if allowed is None:

@@ -77,20 +77,6 @@ class DraftRound(NamedTuple):
     speedup: float
 
 
-class Outcome(NamedTuple):
-    """Result of a round.
-
-    Attributes:
-        tokens: tokens in order, n of them.
-        logits: logits of the full depth from which each token was taken, (n, V).
-        kept: number of drafts that were kept.
-    """
-
-    tokens: list[int]
-    logits: FloatArray
-    kept: int
-
-
 class Speculator:
     """Chooses rounds, runs them and learns from them: a :class:`Policy`. One object serves all replies of a bundle."""
 
@@ -129,12 +115,14 @@ class Speculator:
         outcome = run_round(sequence, turn.ids, turn.sampler, planned)
         if outcome is None:
             return None
-        self.learn(planned, outcome.kept, (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6)
+        tokens, logits = outcome
+        kept = len(tokens) - 1
+        self.learn(planned, kept, (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6)
         return Made(
-            [np.array([token], np.int64) for token in outcome.tokens],
-            [row[None] for row in outcome.logits],
+            [np.array([token], np.int64) for token in tokens],
+            [row[None] for row in logits],
             self._exits[-1],
-            f"drafted {planned.drafts} at {planned.exit_layer}, kept {outcome.kept}",
+            f"drafted {planned.drafts} at {planned.exit_layer}, kept {kept}",
             planned.drafts,
         )
 
@@ -207,9 +195,12 @@ def _further_ms(costs: CostModel, rows: tuple[int, ...], context_length: int) ->
     return sum(one.pass_ms(1 + more, context_length) - one.pass_ms(1, context_length) for one, more in pairs)
 
 
-def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: DraftRound) -> Outcome | None:
+def run_round(
+    sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: DraftRound
+) -> tuple[list[int], FloatArray] | None:
     """Draft tokens, check them, keep the prefix that the full depth agrees with, and roll back the rest.
 
+    Gives n tokens, of which all but the last are drafts, and the logits of the full depth from which each was taken, (n, V).
     None if no draft can be made (a balcony's logits are NaN, or the structure has no token there): a plain step follows.
 
     Args:
@@ -244,4 +235,4 @@ def run_round(sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned:
     else:
         tokens.append(int(sampler.pick(logits[-1:])[0]))
     sequence.rollback(begin + len(tokens))
-    return Outcome(tokens, logits[: len(tokens)], len(tokens) - 1)
+    return tokens, logits[: len(tokens)]

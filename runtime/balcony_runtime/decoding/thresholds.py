@@ -125,21 +125,19 @@ def learn(compared: Compared, text: str, max_disagreement: float, confidence: fl
     if count < MIN_TOKENS:
         raise InputError(f"{text}: {count} tokens to calibrate on: give {MIN_TOKENS} or more, thousands are better")
     # The caller gives documents of every kind of text in turn, so that both halves contain all kinds.
-    tuning = np.zeros(count, bool)
-    tuning[: count // 2] = True
+    half = count // 2
     levels = np.linspace(1, 0, CANDIDATES + 1)
-    shares: dict[ConfidenceMeasure, float] = {}
-    for measure in MEASURES:
-        shares[measure] = sum(
-            _largest_share(sure[measure][e][tuning], agrees[e][tuning], max_disagreement) for e in agrees
-        )
-    measure = max(MEASURES, key=lambda name: shares[name])
+    shares = {
+        name: sum(_largest_share(sure[name][e][:half], agrees[e][:half], max_disagreement) for e in agrees)
+        for name in MEASURES
+    }
+    measure = max(MEASURES, key=shares.__getitem__)
     thresholds = {}
     # Any exit may be used, so all promises must hold at once (Bonferroni).
     each = 1 - (1 - confidence) / len(agrees)
     for exit_layer in agrees:
-        candidates = np.quantile(sure[measure][exit_layer][tuning], levels).tolist()
-        held, fits = sure[measure][exit_layer][~tuning], agrees[exit_layer][~tuning]
+        candidates = np.quantile(sure[measure][exit_layer][:half], levels).tolist()
+        held, fits = sure[measure][exit_layer][half:], agrees[exit_layer][half:]
         threshold = last_accepted(held, fits, candidates, max_disagreement, each)
         if threshold is not None:
             early = held >= threshold
@@ -169,19 +167,12 @@ class Held(NamedTuple):
     disagreement: float
 
 
-def held_out(
-    engine: Engine,
-    documents: Sequence[Sequence[int]],
-    spec: ConfidenceSpec,
-    progress: Callable[[float], None] = lambda done: None,
-) -> tuple[int, dict[int, Held]]:
+def held_out(compared: Compared, spec: ConfidenceSpec) -> tuple[int, dict[int, Held]]:
     """Measure the effect of thresholds on text from which they were not learned.
 
     Args:
-        engine: engine of the bundle.
-        documents: tokens of each document.
+        compared: what :func:`compare_exits` found on that text.
         spec: measure and thresholds.
-        progress: function called with the share of the text that is done.
 
     Returns:
         The number of tokens, and exit → effect of its threshold.
@@ -189,7 +180,7 @@ def held_out(
     Raises:
         InputError: too little text.
     """
-    sure, agrees = compare_exits(engine, documents, progress)
+    sure, agrees = compared
     count = len(next(iter(agrees.values())))
     if count < MIN_TOKENS:
         raise InputError(f"{count} tokens to check on: give {MIN_TOKENS} or more, thousands are better")

@@ -250,7 +250,7 @@ class SequencePool:
             self._ended.remove(found[-1])  # in use, so that nobody changes or clears it
         try:
             rows = found[-1].shared_prefix(wanted)
-            return rows, file.save(path, self._engine, found[-1], rows=rows)
+            return rows, file.save(path, found[-1], rows=rows)
         finally:
             self.give_back(found[-1])
 
@@ -276,7 +276,7 @@ class SequencePool:
         if sequence is None:
             raise BusyError(f"all {self._pool.members} places are in use: try again later")
         try:
-            rows = len(file.load(path, self._engine, sequence).tokens[0])
+            rows = len(file.load(path, sequence).tokens[0])
         finally:
             self.give_back(sequence)
         with self._locked():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from balcony_edge.control.company.assignment import qualities
 from balcony_edge.control.company.ceilings import longest_pause_s
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.seen import CompanyState, LearnedAlone, RoundSeen, StreamSeen
@@ -60,7 +61,6 @@ class Scheduler:
         learned: what replies learn about the device, shared with the decoders.
         costs: gives the prices, or None while no budget needs them.
         readings: gives the latest reading of every sensor.
-        quality: agreement of each exit with the full depth, ascending.
         bounds: what sequences may take.
 
     Raises:
@@ -73,14 +73,13 @@ class Scheduler:
         learned: Learned,
         costs: Callable[[], CostModel | None],
         readings: Callable[[], tuple[Reading, ...]],
-        quality: Sequence[float],
         bounds: Bounds,
     ) -> None:
         self._bounds, self._row_bytes = bounds, row_bytes(engine.manifest)
         #: The prefixes on disk.
         self.files = PrefixFiles(bounds.directory, engine, bounds.kept_bytes) if bounds.directory is not None else None
         self._engine, self._learned, self._costs, self._readings = engine, learned, costs, readings
-        self._quality = tuple(quality)
+        self._quality = tuple(qualities(engine.manifest.agreement))
         self._lock = threading.RLock()
         self._turn = threading.Condition(self._lock)
         self._streams: dict[int, Stream] = {}
@@ -149,16 +148,14 @@ class Scheduler:
             while running and self._running is running:  # it may still write to the trace before
                 self._turn.wait(NAP_S)
 
-    def steps(
-        self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event
-    ) -> Generator[Step]:
+    def steps(self, decoder: Decoder, rows: int, cancelled: threading.Event) -> Generator[Step]:
         """The steps of one stream, until it is cancelled; it belongs to the company until the end of the iterator.
 
         Raises:
             InfeasibleError: nothing meets the targets, and the budget asks for an error in that case.
             ContextLengthError: the sequence is full.
         """
-        stream = self.join(decoder, sequence, rows, cancelled)
+        stream = self.join(decoder, rows, cancelled)
         try:
             while True:
                 if (found := self._by_itself(stream)) is None:
@@ -196,12 +193,11 @@ class Scheduler:
                     if stream.left is not None:
                         stream.left.close()
 
-    def join(self, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event) -> Stream:
+    def join(self, decoder: Decoder, rows: int, cancelled: threading.Event) -> Stream:
         """Add a stream. It waits until there is memory for its rows, and the shallowest exits would hold everybody's targets.
 
         Args:
             decoder: its decoder.
-            sequence: its sequence.
             rows: most rows that it will have.
             cancelled: event that ends it, also while it waits.
 
@@ -214,7 +210,7 @@ class Scheduler:
             if waiting >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
             self._bounds.most_rows(rows, self._row_bytes)
-            stream = Stream(next(self._keys), decoder, sequence, rows, cancelled)
+            stream = Stream(next(self._keys), decoder, rows, cancelled)
             self._streams[stream.key] = stream
             return stream
 

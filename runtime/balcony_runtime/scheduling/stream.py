@@ -16,7 +16,6 @@ from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.governor import LEAST_PACE_TPS
 from balcony_runtime.backends.base import NotFiniteError
 from balcony_runtime.decoding.loop import Decoder, Step, run_chunk
-from balcony_runtime.engine import TokenSequence
 
 #: Pace in tokens a second below which a reply is slow.
 SLOW_TPS = 2.0
@@ -55,10 +54,9 @@ class Stream:
         on_admitted: called when it is admitted, while the scheduler is locked.
     """
 
-    def __init__(
-        self, key: int, decoder: Decoder, sequence: TokenSequence, rows: int, cancelled: threading.Event
-    ) -> None:
-        self.key, self.decoder, self.sequence, self.rows, self.cancelled = key, decoder, sequence, rows, cancelled
+    def __init__(self, key: int, decoder: Decoder, rows: int, cancelled: threading.Event) -> None:
+        self.key, self.decoder, self.sequence = key, decoder, decoder.sequence
+        self.rows, self.cancelled = rows, cancelled
         self.alone = frozenset((key,))  # the company of a stream that steps by itself
         self.asked_s = 0.0
         self.asks = self.admitted = False

@@ -83,7 +83,6 @@ class Session(NamedTuple):
 
 def save(
     path: Path,
-    engine: Engine,
     sequence: TokenSequence,
     *,
     rows: int | None = None,
@@ -95,7 +94,6 @@ def save(
 
     Args:
         path: file to write or replace; missing parent directories are made.
-        engine: engine of the sequence.
         sequence: sequence of one member; it is locked meanwhile.
         rows: number of its first rows to save; all by default.
         messages: messages of the conversation.
@@ -116,8 +114,8 @@ def save(
         rows = sequence.length if rows is None else rows
         stages, balconies, parts = sequence.parts(rows)
         notes = Notes(
-            fingerprint=engine.manifest.fingerprint,
-            graphs=engine.backend.graphs,
+            fingerprint=sequence.engine.manifest.fingerprint,
+            graphs=sequence.engine.backend.graphs,
             stage_rows=stages,
             balcony_rows=balconies,
             messages=messages,
@@ -147,14 +145,14 @@ def look(path: Path, engine: Engine, *, whole: bool = False) -> Session:
         return Session(reader.notes, reader.tokens)
 
 
-def load(path: Path, engine: Engine, sequence: TokenSequence) -> Session:
+def load(path: Path, sequence: TokenSequence) -> Session:
     """Fill an empty sequence with a file's rows.
 
     Raises:
         InputError: the file cannot be read, is damaged, or is of another bundle or other graphs.
         ContextLengthError: the sequence is too short for it.
     """
-    with _Reader(path, engine) as reader:
+    with _Reader(path, sequence.engine) as reader:
         reader.check(list(reader.tensors))
         notes, tokens = reader.notes, reader.tokens
         try:

@@ -85,7 +85,7 @@ class PrefixFiles:
             BalconyError: the file is gone, damaged, or too long; it is not looked at again.
         """
         try:
-            session = file.load(path, self._engine, sequence)
+            session = file.load(path, sequence)
         except BalconyError:
             self.forget(path)
             raise
@@ -110,7 +110,7 @@ class PrefixFiles:
             return
         name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
         path = self.directory / f"{self._begin}{name}{SUFFIX}"
-        file.save(path, self._engine, sequence, rows=len(tokens))
+        file.save(path, sequence, rows=len(tokens))
         self._touch(path, age)
         self.add(path)
         self._trim(path)

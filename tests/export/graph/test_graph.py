@@ -16,22 +16,21 @@ import torch
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import WEIGHTS
+from balcony_edge.errors import UnsupportedModelError
 from balcony_export import verify as verify_module
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.export import trace as trace_graphs
 from balcony_export.graph import trace
+from balcony_export.graph.head import build_norm
+from balcony_export.graph.operators import tracing
 from balcony_export.graph.trace import trace_balcony
 from balcony_export.model.architecture import describe
 from balcony_export.model.exits import ExitModel
 from balcony_export.verify import ParityCheck, verify
 from balcony_runtime.engine import Engine
-from tests.support.hybrids import EXPORTED
+from tests.support.hybrids import DENSE, EXPORTED
 
-ARCHITECTURES = (
-    *("llama", "llama-mha", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "olmo2", "lfm2"),
-    *("ministral", "phi3", "exaone4", "arcee", "hunyuan"),
-    *EXPORTED,
-)
+ARCHITECTURES = (*DENSE, *EXPORTED)
 #: Longer than the sliding windows of the tiny models (7), so that a wrong window shows.
 PROMPTS = ("the quick brown fox jumps over the lazy dog and the balcony", "0123456789 — Käse und 牛乳, 20:00!")
 
@@ -245,3 +244,17 @@ def test_a_window_as_long_as_the_context_is_none(make_tiny: Any) -> None:
 def test_heads_that_the_fused_attention_refuses_keep_the_portable_graphs(export_tiny: Callable[[str], Any]) -> None:
     manifest = Bundle.open(export_tiny("llama-small-heads").path).manifest
     assert manifest.cpu == {} and manifest.runnable is manifest.graphs
+
+
+@pytest.mark.parametrize("place", ["a layer", "the end"])
+def test_norms_that_are_no_rms_norm_are_refused_by_name(make_tiny: Any, place: str) -> None:
+    """StarCoder2 and StableLM have LayerNorm; whoever adds such a model to the list is told."""
+    exits = ExitModel(make_tiny("llama", num_hidden_layers=2))
+    layer_norm = torch.nn.LayerNorm(32)
+    with pytest.raises(UnsupportedModelError, match="LayerNorm: subtracts the mean"):
+        if place == "a layer":
+            exits.parts.layers[1].input_layernorm = layer_norm
+            with tracing(exits.model, [exits.parts.layers]):
+                raise AssertionError("it was not refused")
+        exits.model.model.norm = layer_norm
+        build_norm(ExitModel(exits.model))

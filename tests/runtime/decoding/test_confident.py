@@ -270,7 +270,7 @@ def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
             assert threshold.disagreement <= 0.2 and 0 < threshold.exit_share <= 1
         # On other text, counted token by token.
         others = [random.integers(1, 320, 50).tolist() for _ in range(8)]
-        count, held = held_out(engine, others, found)
+        count, held = held_out(compare_exits(engine, others), found)
         assert count == 400 and held.keys() == found.thresholds.keys()
         for exit_layer, threshold in found.thresholds.items():
             early = wrong = 0
@@ -284,7 +284,7 @@ def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
             assert held[exit_layer].exit_share == pytest.approx(early / 400, abs=0.006)
             assert held[exit_layer].disagreement == pytest.approx(wrong / 400, abs=0.006)
         with pytest.raises(InputError, match="400 or more"):
-            held_out(engine, others[:2], found)
+            held_out(compare_exits(engine, others[:2]), found)
         with pytest.raises(InputError, match="300 tokens to calibrate on: give 400 or more"):
             learn(compare_exits(engine, documents[:5]), "x", max_disagreement=0.2, confidence=0.9)
 

@@ -287,7 +287,7 @@ def test_a_cancelled_wait_is_not_spent_on_backlog(llm: LLM) -> None:
     cancelled = threading.Event()
     cancelled.set()
     decision = Decision(2, 1.0, 1.0, period_ms=5000.0, idle_ms=5000.0)
-    environment = Environment(lambda: (Budget(), None), sleep=cancelled.wait)
+    environment = Environment(lambda: (Budget(), None), tuple, llm._learned, 1, sleep=cancelled.wait)
     sampler = Sampler(SamplingParams(), np.zeros((1, 0), np.int64), 100)
     decoder = Decoder(sequence, np.zeros((1, 1), np.int64), sampler, environment)
     begin, waiting = time.perf_counter_ns(), sequence.pending_rows

@@ -125,9 +125,10 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
     while len(made) < 10:
         outcome = run_round(sequence, np.array([made[-1]]), sampler, DraftRound(3, 3, 1.0, 1.0))
         assert outcome is not None
-        made += outcome.tokens
+        tokens, logits = outcome
+        made += tokens
         assert sequence.length == len(prompt) + len(made) - 1  # the last token is not in the sequence yet
-        assert 0 <= outcome.kept <= 3 and len(outcome.tokens) == outcome.kept + 1 == len(outcome.logits)
+        assert 1 <= len(tokens) == len(logits) <= 4
         assert sequence.stage_rows == (0, 0, 0)
     assert made[:10] == wanted
 

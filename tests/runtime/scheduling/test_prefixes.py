@@ -178,7 +178,7 @@ def test_saves_are_right_while_others_take_the_places(tiny_engine: Engine, tmp_p
                 continue  # another prompt has its place already
             saved_files += 1
             back = tiny_engine.new_sequence()
-            file.load(path, tiny_engine, back)
+            file.load(path, back)
             assert back.tokens[0].tolist() == tokens[:rows]
             assert_equal(back.advance(5, [7]), from_scratch(tiny_engine, 5, back.tokens, 1))
     finally:

@@ -282,7 +282,7 @@ def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monk
                     time.sleep(0.001)
 
         def taken(decoder: Any, *rest: Any) -> Any:
-            order.append(decoder._sequence.length)
+            order.append(decoder.sequence.length)
             return take(decoder, *rest)
 
         monkeypatch.setattr(Stream, "work_off", worked_off)

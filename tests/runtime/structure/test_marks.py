@@ -108,10 +108,10 @@ def test_no_stop_string_goes_over_the_mark_of_a_call(shown: bool, stop: str) -> 
     watch = SimpleNamespace(token=lambda *_, **__: None)
     asked: Any = SimpleNamespace(
         text=SimpleNamespace(push=lambda _: next(texts), flush=str), stop=StopStrings([stop]), watch=watch, box=box,
-        prompted=SimpleNamespace(), cancelled=SimpleNamespace(is_set=bool), max_new_tokens=99, ends=(), logprobs=None,
+        cancelled=SimpleNamespace(is_set=bool), max_new_tokens=99, ends=(), logprobs=None,
     )  # fmt: skip
     decision, budget = SimpleNamespace(exit_layer=3, predicted_ms=None), Budget()
     steps: Any = [(np.array(token), None, decision, None, 1.0, 0, budget, (), 0.0, False) for token, _ in said]
-    decoder: Any = SimpleNamespace(kept_rows=0, pending_rows=0)
+    decoder: Any = SimpleNamespace(kept_rows=0, sequence=SimpleNamespace(pending_rows=0))
     tokens = [(token.id, token.text) for token in told(iter(steps), decoder, asked, tuple)]
     assert [call.name for call in read(box, tokens).calls] == ["stop", "stop"]

@@ -248,7 +248,7 @@ def prompt_tokens(jobs: Sequence[Job]) -> int:
 def cached_tokens(jobs: Sequence[Job]) -> int:
     """Tokens of these prompts whose rows were there before the request; a prompt that was scored was computed for it."""
     first = [job for job in {id(job.ids): job for job in reversed(jobs)}.values() if job.score is None]
-    return sum(0 if job.stream is None else job.stream.request.prompted.cached for job in first)
+    return sum(0 if job.stream is None else job.stream.request.cached for job in first)
 
 
 def usage(jobs: Sequence[Job]) -> dict[str, Any]:
