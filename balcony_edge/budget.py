@@ -13,6 +13,7 @@ import itertools
 import os
 import tomllib
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -201,6 +202,8 @@ class Budget(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, dict):  # strict fields take no integer of NumPy, and would say that it is not whole
+            data = {key: int(one) if _foreign(one) else one for key, one in data.items()}
         try:
             return handler(data)
         except pydantic.ValidationError as error:
@@ -399,9 +402,18 @@ def parse_budget(value: str | os.PathLike[str] | Budget | None) -> Budget:
     )
 
 
+def _foreign(value: object) -> bool:
+    """Whether a value is an integer that is not one of Python's."""
+    return isinstance(value, Integral) and not isinstance(value, int)
+
+
 def _texts(model: type[BaseModel]) -> dict[str, str]:
-    """Key → the text below it in the source of the class."""
-    (body,) = (node.body for node in ast.parse(inspect.getsource(model)).body if isinstance(node, ast.ClassDef))
+    """Key → the text below it in the source of the class; nothing in a program that was packed without sources."""
+    try:
+        source = inspect.getsource(model)
+    except OSError:
+        return {}
+    (body,) = (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     found = {}
     for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):

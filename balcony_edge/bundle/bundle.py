@@ -95,6 +95,8 @@ class Bundle:
         Everything else was checked before, so that the block reads no damaged graph. A damaged file of weights is an error at
         the block's end, also in place of another error.
         """
+        if not isinstance(path, str | os.PathLike):  # such as the None of a variable that is not set
+            raise BundleError(f"bundle of type {type(path).__name__}: give the path of a bundle's directory")
         directory = Path(path)
         manifest = read_manifest(directory)
         _check_structure(directory, manifest)

@@ -132,9 +132,7 @@ class _Consumer(NamedTuple):
     balcony: bool
     pending: int  # rows without the new one
     ready: int  # pending rows whose input is available
-
-    def cost(self, costs: CostModel) -> UnitCost:
-        return (costs.balconies if self.balcony else costs.stages)[self.unit]
+    cost: UnitCost
 
     @property
     def queries(self) -> int | None:
@@ -180,16 +178,16 @@ def _onward(costs: CostModel, outlook: Outlook, seen: Observation, chosen: int, 
             continue
         if outlook.fits(goal):
             return None
-        consumers = _consumers(seen, goal)
+        consumers = _consumers(costs, seen, goal)
         missing = _missing(consumers, base)
         entry_ms, room_ms = _entry_ms(costs, outlook, seen, missing, goal), outlook.room_ms[goal]
         if _worked_off(missing):
             if credit and outlook.may_rise and outlook.now_ms[goal] <= room_ms * OVERDRAFT:
                 return Way(goal, goal)
             continue
-        if entry_ms <= room_ms * OVERDRAFT and _tokens(costs, outlook, seen, consumers, base) < math.inf:
+        if entry_ms <= room_ms * OVERDRAFT and _tokens(outlook, seen, consumers, base) < math.inf:
             # There is no chunk if a slow token left no slack.
-            return _with_chunk(costs, seen, base, goal, True, _chunk(costs, outlook, seen, missing, base))
+            return _with_chunk(costs, seen, base, goal, True, _chunk(outlook, seen, missing, base))
     return None
 
 
@@ -205,7 +203,7 @@ def _towards(
             continue
         if outlook.fits(goal):  # the exit waits only for the dwell
             return None
-        consumers, room_ms = _consumers(seen, goal), outlook.room_ms[goal]
+        consumers, room_ms = _consumers(costs, seen, goal), outlook.room_ms[goal]
         late_ms = room_ms * OVERDRAFT if credit else room_ms
         missing = _missing(consumers, chosen)
         entry_ms = _entry_ms(costs, outlook, seen, missing, goal)
@@ -213,7 +211,7 @@ def _towards(
             if outlook.may_rise and room_ms < entry_ms and outlook.now_ms[goal] <= late_ms:
                 return Way(goal, goal)
             continue
-        chunk = _chunk(costs, outlook, seen, missing, chosen)
+        chunk = _chunk(outlook, seen, missing, chosen)
         if not may_sprint or (chunk is not None and chunk.rows >= DRAINS_WELL * len(missing)):
             if chunk is not None and entry_ms <= late_ms:
                 return _with_chunk(costs, seen, chosen, goal, False, chunk)
@@ -227,8 +225,8 @@ def _towards(
         # If the base's own balcony has a backlog, work that off first, from the present exit.
         if base < chosen and not outlook.fits(base):
             behind = seen.balcony_rows[base] - seen.stage_rows[base]
-            base, missing = chosen, [_Consumer(base, True, behind, behind)]
-        chunk = _chunk(costs, outlook, seen, missing, base)
+            base, missing = chosen, [_Consumer(base, True, behind, behind, costs.balconies[base])]
+        chunk = _chunk(outlook, seen, missing, base)
         if chunk is not None or base < chosen:  # the first step of a sprint pays for its balcony's rows
             return _with_chunk(costs, seen, base, goal, base < chosen, chunk)
     return None
@@ -255,23 +253,21 @@ def _entry_ms(costs: CostModel, outlook: Outlook, seen: Observation, missing: li
     """Price of the goal's step with the rows that are still pending at the consumers on the way."""
     entry_ms = outlook.steady_ms[goal] + costs.switch_ms
     for order, consumer in enumerate(missing, start=1):
-        unit, queries = consumer.cost(costs), consumer.queries
+        unit, queries = consumer.cost, consumer.queries
         entry_ms += unit.pass_ms(1 + order * len(missing), seen.context_length, queries)
         entry_ms -= unit.pass_ms(1, seen.context_length, queries)
     return entry_ms
 
 
-def _consumers(seen: Observation, goal: int) -> list[_Consumer]:
+def _consumers(costs: CostModel, seen: Observation, goal: int) -> list[_Consumer]:
     rows, kept = seen.stage_rows, seen.balcony_rows
-    found = [_Consumer(i, False, rows[i] - 1, rows[i] - rows[i - 1]) for i in range(1, goal + 1)]
+    found = [_Consumer(i, False, rows[i] - 1, rows[i] - rows[i - 1], costs.stages[i]) for i in range(1, goal + 1)]
     if kept[goal] > rows[goal]:
-        found.append(_Consumer(goal, True, kept[goal] - 1, kept[goal] - rows[goal]))
+        found.append(_Consumer(goal, True, kept[goal] - 1, kept[goal] - rows[goal], costs.balconies[goal]))
     return found
 
 
-def _chunk(
-    costs: CostModel, outlook: Outlook, seen: Observation, missing: list[_Consumer], base: int
-) -> CatchUp | None:
+def _chunk(outlook: Outlook, seen: Observation, missing: list[_Consumer], base: int) -> CatchUp | None:
     """Return the rows that fill the slack of a token at ``base``, or None if no row fits.
 
     They belong to the shallowest consumer with enough rows, or to the consumer whose rows fill most of the slack.
@@ -280,9 +276,7 @@ def _chunk(
     for consumer in missing:
         if consumer.ready <= len(missing):
             continue
-        most = consumer.cost(costs).rows_within(
-            slack_ms, max(consumer.ready, PLENTY), seen.context_length, consumer.queries
-        )
+        most = consumer.cost.rows_within(slack_ms, max(consumer.ready, PLENTY), seen.context_length, consumer.queries)
         filled = min(consumer.ready / most, 1.0) if most else 0.0
         if filled > fullest:
             fullest, best = filled, CatchUp(consumer.unit, min(consumer.ready, most), consumer.balcony)
@@ -302,7 +296,7 @@ def _base(
     """Return the exit from which the backlog before ``goal`` is worked off at the least loss of depth, or None."""
     best, least = None, math.inf
     for base in range(chosen, outlook.lowest - 1, -1):
-        tokens = _tokens(costs, outlook, seen, consumers, base)
+        tokens = _tokens(outlook, seen, consumers, base)
         won = (costs.exits[goal] - costs.exits[chosen]) * (max(seen.context_length, HORIZON) - tokens)
         if base < chosen and not won > (costs.exits[chosen] - costs.exits[base]) * tokens:
             continue
@@ -312,12 +306,12 @@ def _base(
     return best
 
 
-def _tokens(costs: CostModel, outlook: Outlook, seen: Observation, consumers: list[_Consumer], base: int) -> float:
+def _tokens(outlook: Outlook, seen: Observation, consumers: list[_Consumer], base: int) -> float:
     """Tokens at a base until the backlog is worked off; infinite if that never happens."""
     # The pending rows of the base's first step are paid once and are left out.
     slack_ms, busy, work = _room_ms(outlook, base) - outlook.steady_ms[base], 0.0, 0.0
     for consumer in _missing(consumers, base):
-        rows = consumer.cost(costs).rows_within(slack_ms, PLENTY, seen.context_length, consumer.queries)
+        rows = consumer.cost.rows_within(slack_ms, PLENTY, seen.context_length, consumer.queries)
         if not rows:
             return math.inf
         busy, work = busy + 1 / rows, work + consumer.pending / rows

@@ -232,7 +232,7 @@ class Because(NamedTuple):
 
 def _within(budget: Budget, made_tokens: int, decision: Decision) -> str:
     """Targets of a token, in words; without ``tpot_ms`` if a ceiling makes the token wait for longer."""
-    kept = budget.tpot_ms is not None and not _waits_longer(budget, decision.period_ms)
+    kept = budget.tpot_ms is not None and decision.period_ms <= budget.tpot_ms
     targets = [f"{budget.tpot_ms:g} ms"] if kept else []
     if budget.ttft_ms is not None and made_tokens == 0:
         targets.append(f"a first token after {budget.ttft_ms:g} ms")
@@ -241,10 +241,6 @@ def _within(budget: Budget, made_tokens: int, decision: Decision) -> str:
     if targets:
         return f"within {' and '.join(targets)}"
     return "within its ceilings" if budget.needs_sensors else "without a target"
-
-
-def _waits_longer(budget: Budget, period_ms: float) -> bool:
-    return budget.tpot_ms is not None and period_ms > budget.tpot_ms
 
 
 def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
@@ -288,7 +284,7 @@ def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[
         words.append(f"infeasible: {', '.join(missed)} out of reach")
     if governor.binding:
         pace = f", paced to {1000 / period_ms:.1f} tokens a second" if period_ms else ""
-        if _waits_longer(budget, period_ms):
+        if budget.tpot_ms is not None and period_ms > budget.tpot_ms:
             pace += f", which gives up tpot_ms = {budget.tpot_ms:g}"
         words.append(f"limited by {', '.join(governor.binding)}{pace}")
     if lost := governor.unseen(budget):

@@ -212,11 +212,7 @@ def _least_share(demand: Demand) -> float:
 
 def _rested(governor: Governor) -> Governor:
     """State after a pause between replies: what was learned of the device is kept, running averages are dropped."""
-
-    def restarted(load: Load | None) -> Load | None:
-        return load and load.restarted()
-
-    power, cpu, gpu = restarted(governor.power), restarted(governor.cpu), restarted(governor.gpu)
+    power, cpu, gpu = (load and load.restarted() for load in (governor.power, governor.cpu, governor.gpu))
     return governor._replace(power=power, cpu=cpu, gpu=gpu, short_s=math.inf, infeasible=())
 
 
@@ -308,8 +304,7 @@ def _utilized(
     before: Load | None, demand: Demand, scope: Scope, limit: float | None
 ) -> tuple[Load | None, float | None]:
     """Update what is known about the use of CPUs or GPU; return it with the share that its ceiling allows."""
-    sample = None if limit is None else utilization(demand.readings, scope, demand.now_s)
-    if limit is None or sample is None:
+    if limit is None or (sample := utilization(demand.readings, scope, demand.now_s)) is None:
         return before, None
     load = (before or Load(limit)).see(sample, demand.now_s, demand.busy_s)
     return load, load.share_within(limit * (1 - PACE_MARGIN / 2))

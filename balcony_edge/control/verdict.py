@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.observed import hottest_c, newest, utilization, watts
+from balcony_edge.control.observed import hottest_c, newest, unseen, utilization, watts
 from balcony_edge.control.response import Sample
 from balcony_edge.device.readings import Reading
 
@@ -22,17 +22,6 @@ KEPT_S = 0.1
 #: Error of the mean pace that is allowed, because clocks and sleeps are not exact.
 PACE_TOLERANCE = 0.01
 _PACES = ("min_pace_tps", "max_pace_tps")
-#: Key → what of the readings it is about.
-_SENSED = {
-    "power_w": "power",
-    "energy_j_per_token": "power",
-    "temperature_c": "hottest_c",
-    "critical_temperature_c": "hottest_c",
-    "gpu_utilization": "gpu",
-    "cpu_utilization": "cpu",
-    "battery_floor_percent": "battery",
-    "memory_mb": "memory_mb",
-}
 
 
 class Verdict(NamedTuple):
@@ -88,6 +77,7 @@ class Watch:
         self._gaps_ms: list[float] = []
         self._elapsed_s: list[float] = []
         self._seen: list[_Seen] = []
+        self._looked: tuple[Sequence[Reading], float] = (), 0.0  # readings of the last of them, and their time
 
     def token(
         self,
@@ -126,6 +116,7 @@ class Watch:
         """Keep the readings; also called when no token follows because the device is too hot."""
         if self._budget is not None and (readings or self._budget.needs_sensors):
             self._seen.append(_seen(self._budget, now_s, readings))
+            self._looked = readings, now_s
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """Verdicts for every target of the last token's budget, in the order of the budget's keys."""
@@ -147,7 +138,7 @@ class Watch:
             "battery_floor_percent": lambda _: (self._least_percent(), "lowest"),
             "memory_mb": lambda _: (self._most("memory_mb"), "highest"),
         }
-        found = []
+        found, gone = [], unseen(budget, *self._looked)
         for key, judge in judges.items():
             asked = getattr(budget, key)
             if asked is None:
@@ -158,7 +149,7 @@ class Watch:
             held = None if margin is None else margin >= (-PACE_TOLERANCE if key in _PACES else 0)
             if key == "critical_temperature_c" and margin is not None:
                 held = margin > 0  # the reply ends as soon as the limit is reached
-            if held and key in _SENSED and getattr(self._seen[-1], _SENSED[key]) is None:
+            if held and key in gone:
                 held = None  # the sensor has gone
             found.append(Verdict(key, asked, reached, held, margin, how if reached is not None else "not measured"))
         return tuple(found)

@@ -295,6 +295,8 @@ class DeviceProfile(_Frozen):
         Raises:
             ProfileError: one line that names the file and the problem.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise ProfileError(f"profile of type {type(path).__name__}: give the path of a device profile")
         name = os.fspath(path)
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))

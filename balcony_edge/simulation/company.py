@@ -114,19 +114,15 @@ class CompanyPlant(SimulatedDevice):
         _, stage, rows, balcony = chunk
         cursors, units = (stream.balconies, self.costs.balconies) if balcony else (stream.stages, self.costs.stages)
         ready = stream.stages[stage] if balcony else stream.stages[stage - 1] if stage else stream.length
-        rows = min(rows, ready - cursors[stage])
-        if rows <= 0:
+        if not 0 < rows <= ready - cursors[stage]:
             unit = f"{'balcony' if balcony else 'stage'} {stage}"
-            raise AssertionError(f"{chunk.rows} rows of {unit} asked for, none is ready")
+            raise AssertionError(f"{rows} rows of {unit} asked for, {ready - cursors[stage]} are ready")
         cursors[stage] += rows
         self.work(units[stage].pass_ms(rows, cursors[stage] - 1, 1 if balcony else None))
 
     def step(self, moves: Sequence[tuple[SimulatedStream, int]]) -> None:
         """Make a token of each of some streams at an exit index."""
-        entries = []
-        for stream, index in moves:
-            stages, balconies = self.rows_due(stream)
-            entries.append(RoundEntry(index, stages, balconies, self.context(stream)))
+        entries = (RoundEntry(index, *self.rows_due(stream), self.context(stream)) for stream, index in moves)
         self.work(self._prices.round_ms(entries))
         for stream, index in moves:
             stream.length += 1 if stream.exits else 0
@@ -140,9 +136,6 @@ class CompanyPlant(SimulatedDevice):
             stream.emitted_s = self.now_s
 
 
-Decide = Callable[[CompanyState, RoundSeen], tuple[CompanyState, Round]]
-
-
 def simulate_company(
     costs: CostModel,
     arrivals: Sequence[Arrival],
@@ -153,7 +146,7 @@ def simulate_company(
     most_streams: int = 16,
     admission: bool = False,
     seed: int = 0,
-    decide: Decide | None = None,
+    decide: Callable[[CompanyState, RoundSeen], tuple[CompanyState, Round]] | None = None,
     plant_class: type[CompanyPlant] = CompanyPlant,
     log: Callable[[float, Round], object] | None = None,
     trace: RoundTraceWriter | None = None,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from statistics import NormalDist, fmean
+from statistics import fmean
 
 from balcony_edge.budget import UNEVALUATED_BUNDLE, UNEVALUATED_PROFILE, Budget
+from balcony_edge.control.controller import probability_of, quantile_of
 from balcony_edge.control.deadline import BURST_TOKENS
 from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
 from balcony_edge.simulation.plant import Physics, Plant
@@ -19,6 +20,8 @@ from balcony_edge.simulation.simulate import simulate
 
 #: Tokens of the simulated reply if the budget has no ``expected_tokens``.
 REPLY_TOKENS = 128
+#: Targets that chance plays a part in.
+_BY_CHANCE = ("tpot_ms", "ttft_ms", "deadline_s")
 #: Targets that a profile cannot predict: they depend on the room, on other processes or on the battery.
 _UNKNOWN = (
     *("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
@@ -118,8 +121,7 @@ def make_plan(
     whose = UNEVALUATED_PROFILE if quality is None else UNEVALUATED_BUNDLE
     resolved = budget.for_bundle(agreement, unevaluated=whose)
     allowed = resolved.allowed_exits(profile.costs.exits)
-    tokens = budget.expected_tokens or REPLY_TOKENS
-    planner = _Planner(profile, budget, prompt_tokens, tokens, figures)
+    planner = _Planner(profile, budget, prompt_tokens, agreement)
     exits = tuple(planner.exit_plan(layer, layer in allowed) for layer in profile.costs.exits)
     possible = [plan for plan in exits if plan.allowed]
     feasible = any(plan.met is not False for plan in possible)
@@ -141,17 +143,12 @@ def make_plan(
 
 class _Planner:
     def __init__(
-        self,
-        profile: DeviceProfile,
-        budget: Budget,
-        prompt_tokens: int,
-        tokens: int,
-        quality: tuple[QualityFigure, ...],
+        self, profile: DeviceProfile, budget: Budget, prompt_tokens: int, agreement: dict[int, float | None]
     ) -> None:
         self.profile, self.budget, self.rail = profile, budget, profile.rail_of(budget)
-        self.agreement = {**least_agreement(profile.costs.exits, quality), profile.costs.exits[-1]: 1.0}
-        self.prompt_tokens, self.tokens = prompt_tokens, tokens
-        self.context = prompt_tokens + tokens // 2
+        self.agreement = {**agreement, profile.costs.exits[-1]: 1.0}
+        self.prompt_tokens, self.tokens = prompt_tokens, budget.expected_tokens or REPLY_TOKENS
+        self.context = prompt_tokens + self.tokens // 2
         # a median error is 0.674 standard deviations
         self.price_errors = {residual.part: residual.median / 0.674 for residual in profile.residuals}
 
@@ -163,23 +160,24 @@ class _Planner:
         return max(math.hypot(noise, price_error), 1e-6)
 
     def exit_plan(self, exit_layer: int, allowed: bool) -> ExitPlan:
-        profile, costs, rail = self.profile, self.profile.costs, self.rail
+        costs = self.profile.costs
         tpot_ms = costs.steady_ms(exit_layer, self.context)
-        return ExitPlan(
+        plan = ExitPlan(
             exit_layer=exit_layer,
             allowed=allowed,
             tpot_ms=tpot_ms,
             ttft_ms=costs.prefill_ms(exit_layer, self.prompt_tokens),
             tokens_per_s=1000 / tpot_ms,
-            watts=profile.busy_w(exit_layer, rail),
+            watts=self.profile.busy_w(exit_layer, self.rail),
             joules_per_token=self._joules(exit_layer, tpot_ms),
             agreement=self.agreement[exit_layer],
-            checks=tuple(self._checks(exit_layer, tpot_ms)),
+            checks=(),
         )
+        return replace(plan, checks=tuple(self._checks(plan)))
 
     def nearest(self, possible: list[ExitPlan]) -> dict[str, float]:
         """Target that no allowed exit meets → nearest value that one of them meets."""
-        found, quantile = {}, NormalDist().inv_cdf(self.budget.probability)
+        found, quantile = {}, quantile_of(self.budget.probability)
 
         def reachable(check: Check, expected: float) -> float:
             return expected * (
@@ -236,31 +234,28 @@ class _Planner:
             joules = None if power is None else fmean(token.watts * token.latency_ms / 1000 for token in later)
         return shares, tokens[self.tokens - 1].decision.reason, gaps_ms, joules
 
-    def _checks(self, exit_layer: int, tpot_ms: float) -> list[Check]:
-        profile, budget, costs = self.profile, self.budget, self.profile.costs
-        rail, layer = self.rail, exit_layer
-        first_ms = costs.prefill_ms(layer, self.prompt_tokens)
-        memory = profile.memory
+    def _checks(self, plan: ExitPlan) -> list[Check]:
+        budget, memory = self.budget, self.profile.memory
         held_bytes = memory.per_1k_tokens_bytes * (self.prompt_tokens + self.tokens) / 1000
         held_mb = None if memory.loaded_bytes is None else (memory.loaded_bytes + held_bytes) / 1e6
-        expectations: dict[str, tuple[float | None, bool]] = {  # with whether chance plays a part
-            "tpot_ms": (tpot_ms, True),
-            "ttft_ms": (first_ms, True),
-            "deadline_s": ((first_ms + (self.tokens - 1) * tpot_ms) / 1000, True),
-            "power_w": (profile.busy_w(layer, rail), False),
-            "energy_j_per_token": (self._joules(layer, tpot_ms), False),
-            "memory_mb": (held_mb, False),
-            "min_agreement": (self.agreement[layer], False),
-            **dict.fromkeys(_UNKNOWN, (None, False)),
+        expectations: dict[str, float | None] = {
+            "tpot_ms": plan.tpot_ms,
+            "ttft_ms": plan.ttft_ms,
+            "deadline_s": (plan.ttft_ms + (self.tokens - 1) * plan.tpot_ms) / 1000,
+            "power_w": plan.watts,
+            "energy_j_per_token": plan.joules_per_token,
+            "memory_mb": held_mb,
+            "min_agreement": plan.agreement,
+            **dict.fromkeys(_UNKNOWN),
         }
         checks = []
-        for target, (expected, by_chance) in expectations.items():
+        for target, expected in expectations.items():
             asked = getattr(budget, target)
             if asked is None:
                 continue
-            probability = self._odds(target, asked, expected) if by_chance and expected is not None else None
-            met = None
-            if probability is not None:
+            probability, met = None, None
+            if expected is not None and target in _BY_CHANCE:
+                probability = probability_of(asked, expected, self._deviation(target))
                 met = probability >= budget.probability
             elif expected is not None:
                 met = expected >= asked if target == "min_agreement" else expected <= asked
@@ -283,13 +278,10 @@ class _Planner:
         return None if power is None else step_j + power[0] * wait_s
 
     def _step_j(self, exit_layer: int) -> float | None:
-        """Energy of a step at the planned context, which takes longer than the one that was measured."""
+        """Energy of a step at the planned context: the measured one, times the ratio of the times of the two steps."""
         measured_j, costs = self.profile.joules_per_token(exit_layer, self.rail), self.profile.costs
         longer = costs.steady_ms(exit_layer, self.context) / costs.steady_ms(exit_layer, self.profile.least_context)
         return None if measured_j is None else measured_j * longer
-
-    def _odds(self, target: str, limit: float, expected: float) -> float:
-        return NormalDist().cdf((math.log(limit) - math.log(expected)) / self._deviation(target))
 
 
 def _mixed(shares: dict[int, float], values: dict[int, float | None]) -> float | None:

@@ -116,22 +116,18 @@ class SimulatedDevice:
 
     def work(self, price_ms: float) -> None:
         """Run something of that price."""
-        self._pass(self._slowed(price_ms) / 1000, busy=True)
+        factor = self._load(self.now_s) * (self.physics.throttle_factor if self.throttled else 1.0)
+        self._pass(price_ms * factor * math.exp(self._random.gauss(0, self.physics.noise)) / 1000, busy=True)
 
     def wait(self, seconds: float) -> None:
         """Do nothing for some time."""
         self._pass(seconds, busy=False)
 
-    def _slowed(self, price_ms: float) -> float:
-        factor = self._load(self.now_s) * (self.physics.throttle_factor if self.throttled else 1.0)
-        return price_ms * factor * math.exp(self._random.gauss(0, self.physics.noise))
-
     def _pass(self, seconds: float, *, busy: bool) -> None:
         """Let time pass; the sensors sample meanwhile."""
         physics = self.physics
         while seconds > 0:
-            span_s = min(seconds, self._sampled_s + SAMPLE_S - self.now_s)
-            span_s = max(span_s, 1e-9)
+            span_s = max(min(seconds, self._sampled_s + SAMPLE_S - self.now_s), 1e-9)
             watts = physics.idle_w + (physics.busy_w if busy else 0.0)
             self.joules += watts * span_s
             steady_c = physics.ambient_c + physics.kelvin_per_watt * watts
@@ -260,8 +256,7 @@ class Plant(SimulatedDevice):
         """
         begin_s = self.now_s
         if catch_up is not None:
-            price_ms = self._run(catch_up.stage, catch_up.rows, balcony=catch_up.balcony)
-            self.work(price_ms)
+            self.work(self._run(catch_up.stage, catch_up.rows, balcony=catch_up.balcony))
         index = self.costs.exits.index(exit_layer)
         price_ms = self.costs.steps_ms(*self.rows_due(), self.length + self._new - 1)[index]
         self.length += self._new

@@ -46,21 +46,12 @@ from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.simulation.loads import parse_load
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
-
-
-def _layers(count: int) -> UnitCost:
-    return UnitCost(0.6 * count, 0.024 * count, 0.03 * count)
-
+from benchmarks.control.controller_limits import gauges, out_of_reach, windows
+from tests.core.control.test_controller_properties import soundness
+from tests.support.prices import DEMO
 
 #: The demo model in float32 on two cores of a server CPU, on an early and slow day: 12, 14, 16 and 21 ms.
-COSTS = CostModel(
-    exits=(14, 17, 20, 30),
-    stages=(_layers(14), _layers(3), _layers(3), _layers(10)),
-    balconies=(_layers(1), _layers(1), _layers(1), UnitCost(0.05)),
-    head=UnitCost(3.0),
-    overhead_ms=0.15,
-    switch_ms=0.5,
-)
+COSTS = replace(DEMO, switch_ms=0.5)
 #: Target of the comparison. Full depth takes 0.8 of it on an idle device, the shallowest exit 0.9 at twice the load.
 TARGET_MS = 27.0
 DEVICE = Physics(noise=0.03)
@@ -225,8 +216,6 @@ def at_context(costs: CostModel, context: int) -> CostModel:
 
 def ceilings() -> dict[str, Any]:
     """Measure power and temperature, which depth and pace must hold."""
-    from benchmarks.control.controller_limits import windows  # noqa: PLC0415
-
     found: dict[str, Any] = {"power": []}
     for watts, least_tps, load in (
         (5, 1, "idle"),
@@ -338,10 +327,6 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="write a picture of three runs (needs [plot])")
     arguments = parser.parse_args()
     begin = time.perf_counter()
-    sys.path.insert(0, str(Path(__file__).parents[2]))  # so that it finds the other modules if it is run as a file
-    from benchmarks.control.controller_limits import gauges, out_of_reach  # noqa: PLC0415
-    from tests.core.control.test_controller_properties import soundness  # noqa: PLC0415
-
     found: dict[str, Any] = {
         "benchmark": "controller",
         "quick": arguments.quick,

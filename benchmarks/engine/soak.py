@@ -166,11 +166,10 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--allowed-growth", type=float, default=0.02)
     options = parser.parse_args()
     settled = min(SETTLED_TOKENS, options.tokens // 10)
-    with balcony_edge.load(options.bundle, threads=options.threads) as llm:
+    with balcony_edge.load(options.bundle) as llm:
         soak = Soak(llm, options.seed)
         begin, made = time.monotonic(), 0
         settled_mb: float | None = None

@@ -25,6 +25,7 @@ from balcony_edge.closing import Closing
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, InputError
+from balcony_edge.files import require_writable_file
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.loop import Decoder, Environment, Learned
@@ -85,7 +86,8 @@ class LLM(Closing):
         """
         self.engine, self.codec = engine, codec
         self._settings = settings = CommonSettings((Budget(), Budget()), costs)
-        self._costs_lock, self._sensors = threading.Lock(), SensorsOnDemand(readings)
+        # The handler of a signal may set a budget while its own thread measures prices.
+        self._costs_lock, self._sensors = threading.RLock(), SensorsOnDemand(readings)
         self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.manifest)
         bounds = Bounds.of(self._kv_bytes, prefix_mb, prefix_directory)
@@ -146,7 +148,7 @@ class LLM(Closing):
         bound_mb = self.budget.kv_memory_mb
         return None if bound_mb is None else 1e6 * bound_mb
 
-    def resolved(self, budget: Budget | None = None) -> Budget:
+    def resolved(self, budget: Budget | str | os.PathLike[str] | None = None) -> Budget:
         """A budget as it is for this bundle, once the prices and sensors that it needs are there; None for the LLM's own.
 
         Raises:
@@ -155,6 +157,7 @@ class LLM(Closing):
         """
         if budget is None:
             return self._settings.budgets[1]
+        budget = parse_budget(budget)
         resolved = budget.for_bundle(self._agreement, calibrated=self.engine.manifest.confidence is not None)
         if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
@@ -364,7 +367,15 @@ class LLM(Closing):
                 llm.record_rounds(trace)
                 llm.generate_batch(prompts, max_new_tokens=50)
                 llm.record_rounds(None)
+
+        Raises:
+            InputError: the trace is not a RoundTraceWriter.
         """
+        if trace is not None:
+            from balcony_edge.control.company import round_trace  # noqa: PLC0415 - few programs record
+
+            if not isinstance(trace, round_trace.RoundTraceWriter):
+                raise InputError(f"trace of type {type(trace).__name__}: give a RoundTraceWriter, or None to stop")
         self._requests.scheduler.record(trace)
 
     def together(self) -> Together:
@@ -441,6 +452,7 @@ class LLM(Closing):
             InputError: the prompt cannot be used, or the file cannot be written.
             ContextLengthError: the prompt does not fit the context.
         """
+        require_writable_file(Path(path), str(path), InputError, "choose another place")  # before the prompt runs
         begin = self._requests.beginning(prompt, control_tokens)
         control_tokens = control_tokens if begin is prompt else None
         request = self._requests.of(begin, max_new_tokens=1, chat=chat, control_tokens=control_tokens)

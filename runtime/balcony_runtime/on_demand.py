@@ -15,6 +15,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.observed import unseen
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError
+from balcony_runtime.backends.base import closed
 
 if TYPE_CHECKING:
     from balcony_runtime.sensors import Sensors
@@ -35,13 +36,20 @@ class SensorsOnDemand:
         self._latest = latest
         self._sensors: Sensors | None = None
         self._lock = threading.Lock()
+        self._closed = False
         self._settled_s = 0.0
         self._told: set[tuple[str, str | None]] = set()  # keys, of power with its rail
 
     def latest(self) -> tuple[Reading, ...]:
-        """Latest reading of every sensor; the first call starts the device's sensors."""
+        """Latest reading of every sensor; the first call starts the device's sensors.
+
+        Raises:
+            InputError: they would start after :meth:`close`, and nobody would stop them.
+        """
         with self._lock:
             if self._latest is None:
+                if self._closed:
+                    raise closed()
                 from balcony_runtime.sensors import Sensors, device_sources  # noqa: PLC0415 - few budgets need them
 
                 sensors = Sensors(device_sources())
@@ -76,6 +84,7 @@ class SensorsOnDemand:
             _log.warning("%s: it is not held", text)
 
     def close(self) -> None:
-        """Stop the device's sensors, if they were started."""
+        """Stop the device's sensors, if they were started; later calls start none."""
+        self._closed = True
         if self._sensors is not None:
             self._sensors.close()

@@ -169,6 +169,10 @@ class Requests:
         asked_s: float | None = None,
     ) -> Request:
         """Check the arguments of :meth:`LLM.stream`; errors are those."""
+        if sequence is not None and not (isinstance(sequence, TokenSequence) and sequence.batch_size == 1):
+            raise InputError(
+                "sequence: must be a TokenSequence with one member: make it with llm.engine.new_sequence()"
+            )
         box = self.box(tools, tool_choice, parallel_tool_calls)
         if box is not None and isinstance(sampling, SamplingParams) and sampling.structured:
             box = box._replace(document=True)
@@ -178,6 +182,10 @@ class Requests:
         if logprobs is not None:
             logprobs = whole("logprobs", logprobs, 0)  # as Python's integer: NumPy's small ones overflow in sums
         if trace is not None:
+            from balcony_edge.control import trace as traces  # noqa: PLC0415 - few replies are recorded
+
+            if not isinstance(trace, traces.TraceWriter):
+                raise InputError(f"trace of type {type(trace).__name__}: give a TraceWriter, or leave it out")
             self._readings()  # start the sensors now, not during the first step
         self._engine.refuse_closed()
         model = self._engine.manifest.model

@@ -51,8 +51,8 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "functio
 #: Marks of turns. Some are not special tokens (DeepSeek's for users and the assistant): replies show them, as in transformers,
 #: and stop strings find them, but no message writes them.
 _TURN = re.compile(r"\W.*(user|assistant|system).*\W", re.IGNORECASE)
-#: What a template cuts out of texts.
-_CUT = re.compile(r"""\breplace\(\s*(['"])(.+?)\1\s*,\s*(?:''|"")\s*\)""")
+#: A call by which a template cuts a literal out of texts.
+_CUT = re.compile(r"""\breplace\(\s*(['"])((?:\\.|(?!\1)[^\\])+)\1\s*,\s*(?:''|"")\s*[,)]""")
 #: Kind of a content part → its key with the text; clients send answers back as they got them, also those of other services.
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 #: Variables of a template that have parameters of their own.
@@ -86,7 +86,8 @@ class TextCodec:
                 source = template.read_text(encoding="utf-8")
                 self._template = ChatTemplate(source)
                 self._knows_developer, self._thinks = "developer" in source, THOUGHT[1] in source
-                self._cut = [word for _, word in _CUT.findall(source)]
+                written = (word.encode("ascii", "backslashreplace") for _, word in _CUT.findall(source))
+                self._cut = [word.decode("unicode-escape", "replace") for word in written]  # as jinja2 reads it
                 self._turns = {name for name in self.added if _TURN.fullmatch(name) and name in source}
                 if "tools" in self._template.variables:
                     self._call_format = format_of(source)

@@ -13,6 +13,11 @@ from balcony_export.data.documents import read_documents, refuse_unreadable
 from tests.support.command import refused as refused_here
 
 
+def loaded(*_: Any, **__: Any) -> None:
+    """Stands for a function that loads a model."""
+    pytest.fail("the model was loaded")
+
+
 def test_run_refuses_a_place_for_its_trace_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("balcony_edge.load", lambda *_, **__: pytest.fail("the bundle was loaded"))
     refused_here(f"{tmp_path}: not writable: name another place", "run", tmp_path, "hi", "--record", tmp_path)
@@ -22,9 +27,6 @@ def test_run_refuses_a_place_for_its_trace_before_it_loads(tmp_path: Path, monke
 def test_export_reads_texts_before_it_loads_the_model(
     tiny_checkpoint: Path, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loaded(*_: Any, **__: Any) -> None:
-        pytest.fail("the model was loaded")
-
     monkeypatch.setattr("balcony_export.model.checkpoint.load_model", loaded)
     common = ("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "b")
     refused_here("absent.jsonl: cannot be read (No such file", *common, *options, tmp_path / "absent.jsonl")
@@ -45,9 +47,6 @@ def test_engines_of_recurrent_layers_are_refused_before_the_export(
 def test_balconies_are_looked_for_before_the_model_is_loaded(
     tiny: Any, tiny_checkpoint: Path, text_file: Path, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loaded(*_: Any, **__: Any) -> None:
-        pytest.fail("the model was loaded")
-
     monkeypatch.setattr("balcony_export.model.checkpoint.load_model", loaded)
     out = ("-o", tmp_path / "out")
     options: dict[str, tuple[Any, ...]] = {
@@ -65,9 +64,6 @@ def test_balconies_are_looked_for_before_the_model_is_loaded(
 def test_files_to_train_from_are_looked_for_before_the_model_is_loaded(
     tiny_checkpoint: Path, text_file: Path, verb: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loaded(*_: Any, **__: Any) -> None:
-        pytest.fail("the model was loaded")
-
     for name in ("load_model", "load_trainable"):
         monkeypatch.setattr(f"balcony_export.model.checkpoint.{name}", loaded)
     options = {"train": {"--exits": "2", "--steps": "5", "--data": text_file}, "cut": {"--mlp": "8"}}

@@ -202,8 +202,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any, interruptible: An
 
 
 def test_json_holds_log_probabilities(tiny: Any) -> None:
-    command = [sys.executable, "-c", PROGRAM, "run", str(tiny.path), "the fox", "-n", "3", "--json", "--logprobs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = invoke_here("run", tiny.path, "the fox", "-n", "3", "--json", "--logprobs", "2")
     assert all(len(token["top_logprobs"]) == 2 for token in json.loads(done.stdout)["tokens"])
 
 

@@ -110,7 +110,6 @@ def test_a_quantized_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = invoke_here(*common, "--precision", "int4,level=1", "--no-verify")
     assert done.returncode == 0 and "unpacks 8-bit weights" in done.stderr
     shutil.rmtree(bundle)
-    refused("--precision int4,block=7: 'block=7' is not known", *common, "--precision", "int4,block=7")
     refused("only int8 and int4 are rounded", *common, "--calibration", text)
     refused("kv=8: needs --calibration", *common, "--precision", "int4,kv=8")
     refused("needs --evaluate TEXT and replaces --precision", *common, "--quality-budget", "kl=0.1")
@@ -260,7 +259,6 @@ def test_build(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("--block 7: give 32, 64 or 128", *common, "--precision", "int4", "--block", "7")
     refused("--block and --rounded-as are for int4", *common, "--block", "128")
     refused("tensorrt is not installed", *common, "--target", "tensorrt")
-    refused("builds for 75, 80, 86, 89, 120, 121", *common, "--sm", "90")
     refused("this bundle takes 1 to 256", "build", bundle, "--context-length", "257")
     refused("name one with --engines", "run", bundle, "the fox", "--device", "cuda")
     refused("CUDA", "run", bundle, "hi", "--device", "tensorrt", "--engines", "rtx-fp16")
@@ -339,8 +337,6 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     text.write_text(
         "".join(json.dumps({"text": f"the quick brown fox {i} jumps over dog {i * i}"}) + "\n" for i in range(80))
     )
-    refused("this bundle has no thresholds", "run", bundle, "the fox", "--policy", "confident")
-    refused("has no thresholds to check", "calibrate", bundle, "--check", text)
     done = invoke_here("calibrate", bundle, "--text", text, "--max-disagreement", "30%", "--json")
     assert done.returncode == 0, done
     found = json.loads(done.stdout)
@@ -368,8 +364,6 @@ def test_calibrate_and_run_confident(exported: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["quality"].keys() == {"2", "3"}, done
     refused("--max-disagreement 0: must be above 0", "calibrate", bundle, "--text", text, "--max-disagreement", "0")
     refused("400 or more", "calibrate", bundle, "--text", text, "--tokens", "50")
-    (tmp_path / "bad.jsonl").write_text('{"words": 1}')
-    refused('bad.jsonl:1: has no "text"', "calibrate", bundle, "--text", tmp_path / "bad.jsonl")
 
 
 def test_calibrate_reads_the_text_before_it_loads_the_model(

@@ -138,12 +138,9 @@ def test_a_profile_is_kept_where_nobody_reads_what_is_shown(
 ) -> None:
     """As `profile -o p.json | less`, which was left while the device was measured: rich then ends the process."""
 
-    def left(_: DeviceProfile) -> None:
-        raise SystemExit(1)
-
     whole = DeviceProfile.load(measured)
     monkeypatch.setattr("balcony_runtime.profiler.run.measure_profile", lambda *_, **__: whole)
-    monkeypatch.setattr("balcony_edge.cli.device.profile._show", left)
+    monkeypatch.setattr("balcony_edge.cli.device.profile._show", lambda _: sys.exit(1))
     done = invoke_here("profile", tiny.path, "-o", tmp_path / "p.json")
     assert done.returncode == 1 and DeviceProfile.load(tmp_path / "p.json") == whole
 

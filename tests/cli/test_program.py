@@ -173,12 +173,9 @@ def test_results_are_kept_where_nobody_reads_what_is_shown(
 ) -> None:
     """rich ends the process where the reader of a pipe has gone, such as a pager that was left."""
 
-    def left(*_: Any, **__: Any) -> None:
-        raise SystemExit(1)
-
     (text := tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
     for verb, options in (("device.calibrate", ("--max-disagreement", "90%")), ("workstation.eval", ("--limit", "1"))):
-        monkeypatch.setattr(f"balcony_edge.cli.{verb}._show", left)
+        monkeypatch.setattr(f"balcony_edge.cli.{verb}._show", lambda *_, **__: sys.exit(1))
         done = invoke_here(verb.rpartition(".")[2], bundle_copy, "--text", text, *options)
         assert done.returncode == 1, done
     manifest = Bundle.open(bundle_copy).manifest
@@ -190,13 +187,10 @@ def test_engines_are_built_where_nobody_reads_what_is_shown(
 ) -> None:
     """As `export ... --tensorrt fp16 | less`, which was left meanwhile: rich then ends the process."""
 
-    def left(*_: Any) -> None:
-        raise SystemExit(1)
-
     built: list[Path] = []
     monkeypatch.setattr("balcony_runtime.backends.accelerator.tensorrt_builder.import_tensorrt", lambda _: None)
     monkeypatch.setattr("balcony_edge.cli.workstation.build.build_into", lambda path, *_: built.append(path))
-    monkeypatch.setattr("balcony_edge.cli.workstation.export._report", left)
+    monkeypatch.setattr("balcony_edge.cli.workstation.export._report", lambda *_: sys.exit(1))
     options = ("--exits", "2", "-o", tmp_path / "b", "--no-verify", "--tensorrt", "fp16")
     assert invoke_here("export", tiny_checkpoint, *options).returncode == 1 and built == [tmp_path / "b"]
 

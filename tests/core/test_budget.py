@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from balcony_edge.budget import Budget, load_budget, parse_budget
@@ -42,6 +43,12 @@ def test_tpot_refused(bad: Any) -> None:
 def test_exit_refused(key: str, bad: Any) -> None:
     with pytest.raises(BudgetError, match=rf"^{key} = .*: must be a whole number from 1 to 1000"):
         Budget(**{key: bad})
+
+
+def test_integers_may_be_numpys() -> None:
+    budget = Budget(exit_layer=np.int64(14), dwell_tokens=np.uint8(3))
+    assert budget == Budget(exit_layer=14, dwell_tokens=3)
+    assert type(budget.exit_layer) is type(budget.dwell_tokens) is int, "a trace writes them as JSON"
 
 
 @pytest.mark.parametrize(
@@ -274,3 +281,15 @@ def test_shipped_file_loads_and_says_for_whom_it_is(path: Path) -> None:
 def test_shipped_targets() -> None:
     assert load_budget(PROFILES / "interactive.toml").tpot_ms == 40
     assert load_budget(PROFILES / "lossless.toml") == Budget(policy="lossless")
+
+
+def test_a_program_that_was_packed_without_sources_has_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyInstaller's, for one: Python raises OSError where there is no source, and keys have no descriptions there."""
+    whole = Budget.model_json_schema()["properties"]
+
+    def none(_: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("inspect.getsource", none)
+    found = Budget.model_json_schema()["properties"]
+    assert found.keys() == whole.keys() and not any("description" in key for key in found.values())

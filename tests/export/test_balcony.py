@@ -131,35 +131,22 @@ def test_fingerprint_names_the_model_and_not_its_precision(
     assert other["config_sha256"] != base["config_sha256"]
 
 
-def _remove_file(path: Path) -> None:
-    (path / "balcony_3.safetensors").unlink()
-
-
 def _flip_byte(path: Path) -> None:
     content = bytearray((path / "balcony_3.safetensors").read_bytes())
     content[-1] ^= 1
     (path / "balcony_3.safetensors").write_bytes(content)
 
 
-def _replace(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(path / "balcony_3.safetensors")
-    change(tensors)
-    save_file(tensors, path / "balcony_3.safetensors")
-    index = json.loads((path / "balconies.json").read_text())
-    index["exits"]["3"]["sha256"] = hashlib.sha256((path / "balcony_3.safetensors").read_bytes()).hexdigest()
-    (path / "balconies.json").write_text(json.dumps(index))
+def _norm(values: torch.Tensor) -> Callable[[Path], None]:
+    """Replaces the norm, with a hash that fits."""
 
+    def damage(path: Path) -> None:
+        save_file(load_file(path / "balcony_3.safetensors") | {"norm.weight": values}, path / "balcony_3.safetensors")
+        index = json.loads((path / "balconies.json").read_text())
+        index["exits"]["3"]["sha256"] = hashlib.sha256((path / "balcony_3.safetensors").read_bytes()).hexdigest()
+        (path / "balconies.json").write_text(json.dumps(index))
 
-def _break_index(path: Path) -> None:
-    (path / "balconies.json").write_text("{")
-
-
-def _poison(path: Path) -> None:
-    _replace(path, lambda tensors: tensors.update({"norm.weight": torch.full((32,), torch.nan)}))
-
-
-def _reshape(path: Path) -> None:
-    _replace(path, lambda tensors: tensors.update({"norm.weight": torch.ones(8, dtype=torch.bfloat16)}))
+    return damage
 
 
 def _edit(key: str, value: Any) -> Callable[[Path], None]:
@@ -184,17 +171,20 @@ def _escape(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_remove_file, r"balcony_3\.safetensors: is missing"),
+        (lambda path: (path / "balcony_3.safetensors").unlink(), r"balcony_3\.safetensors: is missing"),
         (_flip_byte, r"balcony_3\.safetensors: its sha256 differs"),
-        (_poison, r"balcony 3: norm\.weight has values that are not finite"),
-        (_reshape, r"norm\.weight is \(8,\), the base model needs \(32,\)"),
+        (_norm(torch.full((32,), torch.nan)), r"balcony 3: norm\.weight has values that are not finite"),
+        (_norm(torch.ones(8, dtype=torch.bfloat16)), r"norm\.weight is \(8,\), the base model needs \(32,\)"),
         (_edit("format_version", 9), "format 9"),
         (_of_a_later_format, "format 9"),
-        (_edit("module", "lstm"), "module 'lstm'"),
+        (
+            _edit("module", "lstm"),
+            "module 'lstm': this version reads format 2 and modules decoder, attention, mlp, none, dense",
+        ),
         (_edit("exits", []), "is damaged"),
         (_escape, "is damaged"),
         (lambda path: (path / "balconies.json").unlink(), r"has no balconies\.json"),
-        (_break_index, "is damaged"),
+        (lambda path: (path / "balconies.json").write_text("{"), "is damaged"),
     ],
 )
 def test_damaged_directories_are_named(model: Any, saved: Path, damage: Callable[[Path], None], words: str) -> None:

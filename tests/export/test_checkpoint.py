@@ -64,13 +64,23 @@ def test_weights_that_are_only_a_pickle_are_refused_unread(model_copy: Path) -> 
         load_model(model_copy)
 
 
+def _write(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda model: (model / name).write_bytes(content)
+
+
+def _configured(**changes: Any) -> Callable[[Path], Any]:
+    """Changes values of the configuration."""
+
+    def change(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
 def _truncate(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-
-
-def _cut_header(model: Path) -> None:
-    (model / "model.safetensors").write_bytes(b"\x10\x00")
 
 
 def _drop_weight(model: Path) -> None:
@@ -86,63 +96,31 @@ def _add_bias(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
-def _break_config(model: Path) -> None:
-    (model / "config.json").write_text("{")
-
-
-def _deep_config(model: Path) -> None:
-    (model / "config.json").write_text("[" * 100_000)
-
-
-def _deep_header(model: Path) -> None:
-    header = b"[" * 100_000
-    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-
-
-def _nameless_config(model: Path) -> None:
-    (model / "config.json").write_text("{}")
-
-
-def _unknown_type(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
-
-
-def _wrong_type(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
-
-
-def _quantized_before(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
-
-
-def _missing_shard(model: Path) -> None:
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+_GPTQ = {"quant_method": "gptq", "bits": 4}
+_SHARD = b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (_truncate, r"bytes long, but its header says \d+: download it again"),
-        (_cut_header, "is not a safetensors file, or is cut short"),
+        (_write("model.safetensors", b"\x10\x00"), "is not a safetensors file, or is cut short"),
         (_drop_weight, r"1 weights are missing, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
         (_add_bias, r"has no place for 1 of its weights, the first is model\.layers\.1\.mlp\.up_proj\.bias: give a"),
-        (_break_config, r"config\.json: cannot be read as JSON"),
-        (_deep_config, r"config\.json: cannot be read as JSON"),
-        (_deep_header, "is not a safetensors file, or is cut short"),
-        (_nameless_config, r"config\.json: has no model_type"),
-        (_unknown_type, "cannot be loaded .*no_such_model"),
-        (_wrong_type, "cannot be loaded .*hidden_size"),
+        (_write("config.json", b"{"), r"config\.json: cannot be read as JSON"),
+        (_write("config.json", b"[" * 100_000), r"config\.json: cannot be read as JSON"),
         (
-            _quantized_before,
+            _write("model.safetensors", (100_000).to_bytes(8, "little") + b"[" * 100_000),
+            "is not a safetensors file, or is cut short",
+        ),
+        (_write("config.json", b"{}"), r"config\.json: has no model_type"),
+        (_configured(model_type="no_such_model"), "cannot be loaded .*no_such_model"),
+        (_configured(hidden_size="32"), "cannot be loaded .*hidden_size"),
+        (
+            _configured(quantization_config=_GPTQ),
             r"its weights are already quantized \(gptq\): give the checkpoint that they were made from",
         ),
-        (_missing_shard, r"model-00001-of-00002\.safetensors is missing"),
+        (_write("model.safetensors.index.json", _SHARD), r"model-00001-of-00002\.safetensors is missing"),
     ],
 )
 def test_damaged_directories_are_named(model_copy: Path, damage: Callable[[Path], None], words: str) -> None:
@@ -171,21 +149,18 @@ def test_files_that_may_not_be_read_are_not_called_damaged(
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no model")
+    (texts := tmp_path / "texts").mkdir()
+    (texts / "notes.txt").write_text("no model")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(40))
     for source, words in {
-        tmp_path: "is not a model: give a Hugging Face directory",
+        texts: "is not a model: give a Hugging Face directory",
         tmp_path / "absent": "does not exist",
         Path("~no-such-user/model"): "~no-such-user/model: does not exist",
-        tmp_path / "notes.txt": "is not a GGUF file",
+        texts / "notes.txt": "is not a GGUF file",
         tmp_path / "cut.gguf": "cut short",
     }.items():
-        if source == tmp_path:
-            (tmp_path / "cut.gguf").rename(tmp_path / "hidden")
         with pytest.raises(CheckpointError, match=words):
             load_model(source)
-        if source == tmp_path:
-            (tmp_path / "hidden").rename(tmp_path / "cut.gguf")
 
 
 def test_hub_that_cannot_be_reached_is_one_line() -> None:
@@ -215,9 +190,7 @@ def test_a_mistral_whose_file_splits_text_wrongly_is_mended(model_copy: Path, to
 
     It warns of every large tokenizer of a model of this type. One that is not Mistral's keeps its own split.
     """
-    config = json.loads((model_copy / "config.json").read_text())
-    other = {"model_type": "mistral", "transformers_version": "4.45.0"}
-    (model_copy / "config.json").write_text(json.dumps(config | other))
+    _configured(model_type="mistral", transformers_version="4.45.0")(model_copy)
     document = json.loads((model_copy / "tokenizer.json").read_text())
     vocabulary = document["model"]["vocab"]  # transformers looks at vocabularies of more than 100,000 only
     vocabulary.update({f"<more {number}>": 1000 + number for number in range(100_000)} | {token: 101_000})
@@ -232,8 +205,7 @@ def test_a_mistral_with_its_own_package_installed_has_a_tokenizer_to_export(
     model_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With mistral-common, transformers takes a class that reads ``tekken.json`` and has no tokenizers backend."""
-    config = json.loads((model_copy / "config.json").read_text())
-    (model_copy / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    _configured(model_type="mistral")(model_copy)
     (model_copy / "tekken.json").write_text("{}")
     monkeypatch.setattr(mistral_tokenizer, "is_mistral_common_available", lambda: True)
     monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")

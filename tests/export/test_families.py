@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import strategies as st
 
 import balcony_edge
 from balcony_edge.budget import Budget
@@ -20,11 +18,10 @@ from balcony_runtime.llm import LLM
 from tests.conftest import Exported, tiny_model, tiny_tokenizer
 from tests.export.graph.experts import MIXTURES, tiny_mixture
 from tests.runtime.backends.test_recurrent import check_replay
-from tests.support import pools
 from tests.support.command import invoke_here
 from tests.support.hybrids import HYBRIDS, TWO_LAYERS
-from tests.support.properties import examples
-from tests.support.schedules import actions, play
+from tests.support.pools import check_companies
+from tests.support.schedules import check_schedules
 
 pytestmark = pytest.mark.model
 
@@ -53,14 +50,7 @@ def test_any_schedule_equals_a_pass_from_scratch(family: Callable[[str], Exporte
     """Exits, chunks, rollbacks, cancellations and batches, over the graphs for CPUs."""
     bundle = Bundle.open(family(name).path)
     with Engine.of(bundle.portable()) as reference, Engine.of(bundle) as engine:
-
-        @examples(count, suppress_health_check=[HealthCheck.too_slow])
-        @given(actions, st.integers(1, 90), st.integers(0, 2**31), st.sampled_from([1, 1, 2]))
-        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int, batch: int) -> None:
-            sequence = engine.new_sequence(batch_size=batch, max_length=200)
-            play(reference, sequence, [("advance", seed % 3, prefill), *schedule], seed)
-
-        schedules()
+        check_schedules(reference, engine, count, prefill=90, length=200, batches=(1, 1, 2))
 
 
 @pytest.mark.parametrize("name", (*OTHERS, *_WITH_EXPERTS))
@@ -76,13 +66,7 @@ def test_any_company_gives_each_sequence_its_own_logits(
 ) -> None:
     """Several streams in shared passes, with rollbacks, ends and prompts that begin alike."""
     with Engine.open(family(name).path) as engine:
-
-        @examples(count // 2, suppress_health_check=[HealthCheck.too_slow])
-        @given(pools.actions, st.integers(0, 1000))
-        def company(schedule: list[Any], seed: int) -> None:
-            pools.play(engine, schedule, seed)
-
-        company()
+        check_companies(engine, count // 2)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 
 from balcony_edge.errors import MissingDependencyError
 from balcony_runtime.backends.installed import refuse_too_old
+from tests.support.command import printed
 
 _PROGRAM = """
 import sys
@@ -31,6 +31,13 @@ for package in (balcony_edge, balcony_runtime):
 with balcony_edge.load(sys.argv[1], budget=balcony_edge.Budget(exit_layer=2)) as llm:
     print(len(llm.generate("the fox", max_new_tokens=4, ignore_eos=True).tokens))
 """
+_LOAD = """
+import sys, balcony_edge
+try:
+    balcony_edge.load(sys.argv[1])
+except balcony_edge.BalconyError as error:
+    print(error)
+"""
 
 
 def test_the_device_side_runs_without_the_workstations_packages(tiny: Any) -> None:
@@ -43,20 +50,12 @@ def test_the_device_side_runs_without_the_workstations_packages(tiny: Any) -> No
 def test_importing_the_package_loads_no_engine() -> None:
     """Importing the package does not import pydantic either, which takes 0.1 s; names are loaded on first use."""
     heavy = "{'onnxruntime', 'numpy', 'torch', 'pydantic', 'balcony_edge.budget'}"
-    program = f"import sys, balcony_edge; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert printed(f"import sys, balcony_edge; print(sorted({heavy} & set(sys.modules)))") == "[]\n"
 
 
 def test_a_missing_engine_names_its_cure(tiny: Any) -> None:
-    program = (
-        "import sys; sys.modules['onnxruntime'] = None\n"
-        "import balcony_edge\n"
-        "try:\n    balcony_edge.load(sys.argv[1])\n"
-        "except balcony_edge.BalconyError as error:\n    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(tiny.path)], capture_output=True, text=True, check=True)
-    assert "pip install 'balcony-edge[cpu]'" in done.stdout and done.stdout.count("\n") == 1
+    said = printed(f"import sys; sys.modules['onnxruntime'] = None\n{_LOAD}", tiny.path)
+    assert "pip install 'balcony-edge[cpu]'" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -78,19 +77,10 @@ def test_an_engine_that_cannot_run_bundles_names_its_cure(
 ) -> None:
     (tmp_path / "onnxruntime").mkdir()
     (tmp_path / "onnxruntime" / "__init__.py").write_text(package)
-    load = (
-        "import balcony_edge, sys\n"
-        "try:\n    balcony_edge.load(sys.argv[1])\n"
-        "except balcony_edge.BalconyError as error:\n    print(error)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", load, str(tiny.path)], capture_output=True, text=True, check=True, env=environment
-    )
-    assert done.stdout == f"{message}\n"
-    doctor = [sys.executable, "-c", "from balcony_edge.cli import main; main()", "doctor", "--json"]
-    done = subprocess.run(doctor, capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(done.stdout)["engines"][0]["note"] == message
+    assert printed(_LOAD, tiny.path, PYTHONPATH=str(tmp_path)) == f"{message}\n"
+    doctor = "from balcony_edge.cli import main; main()"
+    report = json.loads(printed(doctor, "doctor", "--json", PYTHONPATH=str(tmp_path)))
+    assert report["engines"][0]["note"] == message
 
 
 def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: Any) -> None:
@@ -98,20 +88,13 @@ def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: 
         facts = tmp_path / f"{package.replace('-', '_')}-1.32.0.dist-info"
         facts.mkdir()
         (facts / "METADATA").write_text(f"Name: {package}\nVersion: 1.32.0\n")
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "import balcony_edge\n"
-        "try:\n    balcony_edge.load(sys.argv[1])\n"
-        "except balcony_edge.BalconyError as error:\n    print(error)\n"
-    )
-    command = [sys.executable, "-c", program, str(tiny.path), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "onnxruntime and onnxruntime-gpu are both installed and overwrite each other" in done.stdout
-    assert done.stdout.count("\n") == 1
+    program = f"import sys; sys.path.insert(0, sys.argv[2])\n{_LOAD}"
+    said = printed(program, tiny.path, tmp_path)
+    assert "onnxruntime and onnxruntime-gpu are both installed and overwrite each other" in said
+    assert said.count("\n") == 1
     # A build in another directory overwrites nothing: the first directory of the import path decides.
     shutil.rmtree(tmp_path / "onnxruntime-1.32.0.dist-info")
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == ""
+    assert printed(program, tiny.path, tmp_path) == ""
 
 
 def test_public_names_are_these() -> None:
@@ -161,8 +144,7 @@ def test_a_missing_web_framework_names_its_cure() -> None:
         "try:\n    import balcony_runtime.serve.http.server\n"
         "except MissingDependencyError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "starlette is not installed: pip install 'balcony-edge[serve]' for the server\n"
+    assert printed(program) == "starlette is not installed: pip install 'balcony-edge[serve]' for the server\n"
 
 
 def test_the_server_says_that_it_does_not_run_on_windows() -> None:
@@ -171,8 +153,7 @@ def test_the_server_says_that_it_does_not_run_on_windows() -> None:
         "try:\n    import balcony_runtime.serve\n"
         "except InputError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "serve: does not run on Windows: run it under WSL, or use the Python API\n"
+    assert printed(program) == "serve: does not run on Windows: run it under WSL, or use the Python API\n"
 
 
 @pytest.mark.parametrize(

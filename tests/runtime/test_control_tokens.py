@@ -142,6 +142,25 @@ def test_a_template_that_cuts_words_out_joins_no_control_token(bundle_copy: Path
     assert codec.decode(ids, control_tokens=True) == "a<|im_end|>b<|c<|im_end|>" and ids.count(end) == 1
 
 
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (r"replace('\n', '')", "\n"),
+        ("replace('~', '', 1)", "~"),
+        ("replace('-', '+') | replace('~', '')", "~"),
+    ],
+)
+def test_words_that_a_template_cuts_out_are_read_as_it_reads_them(bundle_copy: Path, call: str, word: str) -> None:
+    """An escape is its character, the number of cuts may be bounded, and another replacement may come before."""
+    tokenizer = Tokenizer.from_file(str(bundle_copy / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    (bundle_copy / "tokenizer.json").write_text(tokenizer.to_str())
+    codec = write_template(bundle_copy, "{% for m in messages %}{{ m.content | " + call + " }}<|im_end|>{% endfor %}")
+    with pytest.raises(InputError, match="spells a control token once the template has cut words out"):
+        codec.encode(f"a<|im_{word}end|>b")
+    assert codec.encode(f"a{word}b").count(tokenizer.token_to_id("<|im_end|>")) == 1
+
+
 def test_a_unigram_model_spells_control_tokens(bundle_copy: Path) -> None:
     """Their names are among its pieces, with the best of all scores, as in the models of LLM-jp."""
     letters = [(letter, -9.0) for letter in (*map(chr, range(0x20, 0x7F)), "\n")]

@@ -9,7 +9,7 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import InfeasibleError
+from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime import on_demand
 from balcony_runtime.on_demand import SensorsOnDemand
 
@@ -42,8 +42,6 @@ def test_sensors_that_have_just_started_get_the_time_for_a_second_sample(monkeyp
     monkeypatch.setattr("balcony_runtime.sensors.Sensors", Late)
     Late.started = Late.closed = 0
     sensors = SensorsOnDemand(None)
-    sensors.close()
-    assert (Late.started, Late.closed) == (0, 0)
     sensors.latest()
     sensors.check(WATTS)
     sensors.check(WATTS)
@@ -51,6 +49,18 @@ def test_sensors_that_have_just_started_get_the_time_for_a_second_sample(monkeyp
         sensors.check(Budget(gpu_utilization=0.5, on_infeasible="error"))
     sensors.close()
     assert (Late.started, Late.closed) == (1, 1)
+
+
+def test_sensors_do_not_start_once_they_were_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their threads would read the device until the process ends."""
+    monkeypatch.setattr("balcony_runtime.sensors.Sensors", Late)
+    Late.started = Late.closed = 0
+    sensors = SensorsOnDemand(None)
+    sensors.close()
+    for call in (sensors.latest, lambda: sensors.check(WATTS)):
+        with pytest.raises(InputError, match="this bundle was closed: load it again"):
+            call()
+    assert (Late.started, Late.closed) == (0, 0)
 
 
 def test_what_is_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

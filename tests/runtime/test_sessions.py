@@ -334,6 +334,18 @@ def test_a_prefix_that_is_too_short_to_be_kept_is_named(llm: LLM, tmp_path: Path
         llm.load_prefix(path)
 
 
+@pytest.mark.parametrize("name", [".", "file/below"])
+def test_a_prefix_that_cannot_be_written_is_refused_before_its_prompt_runs(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(TokenSequence, "catch_up", lambda *_: pytest.fail("its prompt runs"))
+    with pytest.raises(
+        InputError, match=r"is a directory: name a file in it|is not a directory\): choose another place"
+    ):
+        llm.save_prefix(list(range(10, 60)), tmp_path / name)
+
+
 def test_an_empty_conversation_can_be_saved(llm: LLM, tmp_path: Path) -> None:
     llm.chat(system="be brief").save(tmp_path / "empty.session")
     again = Chat.load(llm, tmp_path / "empty.session")

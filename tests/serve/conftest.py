@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 import balcony_edge
@@ -103,6 +104,13 @@ def tool_server(serve: Callable[..., Server], tiny: Any, tmp_path_factory: pytes
 def http(server: Server) -> Iterator[httpx.Client]:
     """A plain client of it."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client of it."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 

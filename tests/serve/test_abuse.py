@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -19,7 +18,7 @@ import pytest
 from balcony_runtime.serve.http.connections import Connection
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.service import Limits
-from tests.serve.client import CHAT, HELLO, SLOW, connected, is_free, until
+from tests.serve.client import CHAT, HELLO, SLOW, connect, connected, is_free, until
 
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
 #: Time limits of the server in seconds, and the longest time until a client must be cut off.
@@ -40,18 +39,6 @@ def nothing_is_left(hasty: Server) -> Iterator[None]:
     yield
     until(lambda: is_free(hasty) and not hasty._uvicorn.server_state.connections)
     until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before)
-
-
-def connect(server: Server, data: bytes = b"", receive_buffer: int | None = None) -> socket.socket:
-    """A raw connection that has sent some bytes."""
-    address = urlsplit(server.url)
-    connection = socket.socket()
-    if receive_buffer is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.connect((address.hostname, address.port))
-    connection.settimeout(20)
-    connection.sendall(data)
-    return connection
 
 
 def all_of(connection: socket.socket) -> bytes:
@@ -136,8 +123,7 @@ def test_a_client_that_does_not_read_is_cut_off(hasty: Server, request_: str) ->
     if request_ == "page":
         connection = connect(hasty, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200, receive_buffer=4096)
     else:
-        body = json.dumps(SLOW | many | {"stream": request_ == "stream"}).encode()
-        connection = connect(hasty, HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body, receive_buffer=4096)
+        connection = connected(hasty, SLOW | many | {"stream": request_ == "stream"}, receive_buffer=4096)
     with connection:
         until(lambda: hasty._uvicorn.server_state.connections)
         until(lambda: not hasty._uvicorn.server_state.connections and is_free(hasty), 60)
@@ -199,6 +185,18 @@ def test_deeply_nested_json_is_an_error(hasty: Server, nested: str) -> None:
         for depth in (100, *range(860, 1000, 10), *(1 << power for power in range(10, 17)), 100_000):
             found = client.post(CHAT, content=f"{begin * depth}1{end * depth}")
             assert found.status_code == 400, depth
+
+
+def test_a_body_that_takes_all_the_stack_is_not_logged_as_a_bug(
+    hasty: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The parser takes it, and what reads the schema runs out of stack: a traceback of it has a thousand frames."""
+    schema = '{"items":' * 700 + "1" + "}" * 700
+    asked = f'"response_format":{{"type":"json_schema","json_schema":{{"schema":{schema}}}}}'
+    with httpx.Client(base_url=hasty.url) as client:
+        found = client.post(CHAT, content=f'{{"messages":[{{"role":"user","content":"x"}}],{asked}}}')
+    assert found.status_code == 400
+    assert not [line for line in caplog.records if line.levelno >= logging.ERROR]
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server(hasty: Server, caplog: Any) -> None:

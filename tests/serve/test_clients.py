@@ -14,8 +14,7 @@ import httpx
 import pytest
 
 from balcony_runtime.serve.http.server import Server
-
-HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
+from tests.serve.client import HELLO
 
 
 def curl(server: Server, *arguments: str, body: dict[str, Any] | None = None) -> str:

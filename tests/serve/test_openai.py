@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -19,12 +18,6 @@ from balcony_runtime.serve.http.server import Server
 
 QUESTION: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
 LONG = "the quick brown fox jumps over the lazy dog and the balcony " * 6
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def chat(client: openai.OpenAI, **options: Any) -> Any:

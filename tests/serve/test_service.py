@@ -34,7 +34,7 @@ from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
 from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.service import Limits, Service
-from tests.serve.client import CHAT, HELLO, SLOW, connected, is_free, until
+from tests.serve.client import CHAT, HELLO, SLOW, connected, is_free, metric, until
 from tests.support.command import COMMAND, refused
 
 
@@ -173,10 +173,6 @@ def test_a_stalled_client_is_paused_and_holds_nobody_up(server: Server, http: ht
 
 
 def test_metrics(http: httpx.Client, server: Server) -> None:
-    def value(line: str) -> float:
-        found = re.search(rf"^{re.escape(line)} (\S+)$", http.get("/metrics").text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
-
     lines = (
         'balcony_tokens_total{exit="2"}',
         "balcony_late_tokens_total",
@@ -186,14 +182,14 @@ def test_metrics(http: httpx.Client, server: Server) -> None:
         'gen_ai_server_time_to_first_token_seconds_count{gen_ai_operation_name="chat",'
         'gen_ai_provider_name="balcony-edge",gen_ai_request_model="tiny"}',
     )
-    before = [value(line) for line in lines]
+    before = [metric(server.url, line) for line in lines]
     http.post(CHAT, json=HELLO | {"budget": {"tpot_ms": 0.001}})
     http.post(CHAT, json=HELLO | {"budget": {"tpo": 1}})
     until(lambda: is_free(server))
-    assert [value(line) - old for line, old in zip(lines, before, strict=True)] == [6, 5, 5, 1, 1, 1]
+    assert [metric(server.url, line) - old for line, old in zip(lines, before, strict=True)] == [6, 5, 5, 1, 1, 1]
     page = http.get("/metrics").text
     assert all(f"\nbalcony_{name} 0.0\n" in page for name in ("replies_running", "replies_waiting", "pending_rows"))
-    assert value("balcony_slowdown") > 0
+    assert metric(server.url, "balcony_slowdown") > 0
     assert "late_tokens_total Tokens after the first that missed tpot_ms." in page
 
 
@@ -209,7 +205,8 @@ def test_what_sensors_measure(serve: Callable[..., Server], tiny: Any) -> None:
             Reading("battery:BAT0", "battery", now_s, charge=0.75),
         )
 
-    with httpx.Client(base_url=serve(readings=readings).url, timeout=60) as client:
+    server = serve(readings=readings)
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         props = client.get("/props").json()
         device = props["device"]
         assert device["engine"] and (device["cpu"], device["power_w"]) == (cpu_name(), {"board": 12.5})
@@ -226,10 +223,7 @@ def test_what_sensors_measure(serve: Callable[..., Server], tiny: Any) -> None:
             'balcony_battery_charge_ratio{scope="battery",source="battery:BAT0"} 0.75',
         ):
             assert f"\n{line}\n" in text
-        counted = re.search(
-            r'^balcony_energy_joules_total{scope="board",source="ina3221:VDD_IN"} (\S+)$', text, re.MULTILINE
-        )
-        assert counted is not None and float(counted[1]) > 102.5
+        assert metric(server.url, 'balcony_energy_joules_total{scope="board",source="ina3221:VDD_IN"}') > 102.5
 
 
 def test_an_answer_without_a_sensor_has_no_joules(serve: Callable[..., Server]) -> None:
@@ -299,17 +293,12 @@ def test_a_deadline_is_for_the_tokens_that_can_come(http: httpx.Client, most: di
     assert http.post("/v1/completions", json=body).status_code == 200
 
 
-def test_prompts_that_never_ran_are_not_counted(http: httpx.Client) -> None:
-    def counted() -> float:
-        found = re.search(r"^balcony_prompt_tokens_total (\S+)$", http.get("/metrics").text, re.MULTILINE)
-        assert found is not None
-        return float(found[1])
-
-    before = counted()
+def test_prompts_that_never_ran_are_not_counted(http: httpx.Client, server: Server) -> None:
+    before = metric(server.url, "balcony_prompt_tokens_total")
     assert http.post(CHAT, json=HELLO | {"model": "tiny:strict"}).status_code == 422
-    assert counted() == before
+    assert metric(server.url, "balcony_prompt_tokens_total") == before
     made = http.post("/v1/completions", json={"prompt": [7] * 9, "echo": True, "logprobs": 1, "max_tokens": 0})
-    assert made.status_code == 200 and counted() == before + 9
+    assert made.status_code == 200 and metric(server.url, "balcony_prompt_tokens_total") == before + 9
 
 
 def test_a_client_that_does_not_read_holds_up_no_end(
@@ -481,16 +470,12 @@ def test_a_reply_that_is_not_admitted_waits(serve: Callable[..., Server]) -> Non
     llm = server.service.llm
     llm.budget = Budget(kv_memory_mb=250 * row_bytes(llm.engine.manifest) / 1e6)
 
-    def counted(name: str) -> float:
-        text = httpx.get(server.url + "/metrics", timeout=20).text
-        return float(re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)[0])
-
     first = connected(server, SLOW)
-    until(lambda: counted("balcony_replies_running") == 1)
+    until(lambda: metric(server.url, "balcony_replies_running") == 1)
     with ThreadPoolExecutor(1) as threads:
         waits = threads.submit(httpx.post, server.url + CHAT, json=HELLO | {"max_tokens": 200}, timeout=60)
-        until(lambda: counted("balcony_replies_waiting") == 1)
-        assert counted("balcony_replies_running") == 1
+        until(lambda: metric(server.url, "balcony_replies_waiting") == 1)
+        assert metric(server.url, "balcony_replies_running") == 1
         slots = httpx.get(server.url + "/slots", timeout=20).json()
         assert [one["is_processing"] for one in slots] == [True, False]
         time.sleep(0.3)

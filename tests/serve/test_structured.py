@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
@@ -13,6 +12,7 @@ import pydantic
 import pytest
 
 from balcony_runtime.serve.http.server import Server
+from tests.serve.client import metric
 
 QUESTION: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
 
@@ -23,12 +23,6 @@ class Animal(pydantic.BaseModel):
 
 
 SCHEMA = Animal.model_json_schema() | {"additionalProperties": False}
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_parse_with_a_class(client: openai.OpenAI) -> None:
@@ -90,7 +84,7 @@ def test_any_object(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_streams_and_counts(client: openai.OpenAI, http: httpx.Client) -> None:
+def test_streams_and_counts(client: openai.OpenAI, server: Server) -> None:
     """A stream has the same text, and forced tokens are counted by a name of their own and by no exit."""
     options: dict[str, Any] = {
         "model": "tiny",
@@ -99,15 +93,13 @@ def test_streams_and_counts(client: openai.OpenAI, http: httpx.Client) -> None:
         "extra_body": {"json_schema": SCHEMA},
     }
     whole = client.chat.completions.create(**options)
-    before = http.get("/metrics").text
+    before = metric(server.url, "balcony_forced_tokens_total")
     pieces = list(client.chat.completions.create(**options, stream=True))
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
     facts = pieces[-1].balcony
     made = facts["forced_tokens"] + sum(facts["tokens_per_exit"].values())
     assert facts["forced_tokens"] > 3 and made == whole.usage.completion_tokens and facts["mean_depth"] == 5
-    counted = re.compile(r"^balcony_forced_tokens_total (\S+)$", re.MULTILINE)
-    grown = [float(counted.findall(text)[0]) for text in (before, http.get("/metrics").text)]
-    assert grown[1] - grown[0] == facts["forced_tokens"]
+    assert metric(server.url, "balcony_forced_tokens_total") == before + facts["forced_tokens"]
 
 
 def test_choices_have_structures_of_their_own(http: httpx.Client) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
@@ -34,12 +33,6 @@ TOOLS: list[Any] = [openai.pydantic_function_tool(Weather), openai.pydantic_func
 @pytest.fixture(scope="module")
 def server(tool_server: Server) -> Server:
     return tool_server
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def ask(client: openai.OpenAI, **options: Any) -> Any:

@@ -23,6 +23,14 @@ def unmeasured() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
 
 
+def printed(program: str, *arguments: str | Path, **environment: str) -> str:
+    """Output of a Python program in a process of its own, which must end without an error."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def invoke(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run ``balcony-edge`` in a process of its own."""
     return subprocess.run(

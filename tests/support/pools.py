@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
+from tests.support.properties import examples
 from tests.support.schedules import assert_equal, check_cursors, from_scratch
 
 MEMBERS = 8
@@ -73,3 +75,16 @@ def play(engine: Engine, schedule: list[Any], seed: int) -> int:
         if moves:
             check_step(engine, pool, moves)
     return pool.reused.prompts
+
+
+def check_companies(engine: Engine, count: int) -> int:
+    """Run ``count`` random schedules; returns the number of prompts that began with rows of another one."""
+    reused = []
+
+    @examples(count, suppress_health_check=[HealthCheck.too_slow])
+    @given(actions, st.integers(0, 1000))
+    def companies(schedule: list[Any], seed: int) -> None:
+        reused.append(play(engine, schedule, seed))
+
+    companies()
+    return sum(reused)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from balcony_runtime.engine import Engine, TokenSequence
+from tests.support.properties import examples
 
 #: The largest difference for float32, as a share of the largest logit.
 TOLERANCE = 1e-4
@@ -102,6 +104,20 @@ def play(engine: Engine, sequence: TokenSequence, schedule: list[tuple[str, int,
             assert (there.stage_rows, there.balcony_rows) == (sequence.stage_rows, sequence.balcony_rows)
             sequence = there
         check_cursors(sequence)
+
+
+def check_schedules(
+    reference: Engine, engine: Engine, count: int, prefill: int = 40, length: int = 128, batches: Sequence[int] = (1,)
+) -> None:
+    """Play random schedules, each after a prompt of up to ``prefill`` rows, against passes from scratch on ``reference``."""
+
+    @examples(count, suppress_health_check=[HealthCheck.too_slow])
+    @given(actions, st.integers(1, prefill), st.integers(0, 2**31), st.sampled_from(batches))
+    def schedules(schedule: list[tuple[str, int, int]], rows: int, seed: int, batch: int) -> None:
+        sequence = engine.new_sequence(batch_size=batch, max_length=length)
+        play(reference, sequence, [("advance", seed % 3, rows), *schedule], seed)
+
+    schedules()
 
 
 def cancel(sequence: TokenSequence, exit_layer: int, count: int, ids: npt.NDArray[np.int64]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from balcony_edge.control.catching_up import PLENTY
 from balcony_edge.control.company.assignment import Claim, assign
 from balcony_edge.control.company.goals import ELASTIC, STALL_MS, first_due
 from balcony_edge.control.company.prices import RoundPrices
@@ -18,12 +19,8 @@ from balcony_edge.device.costs import UnitCost
 
 #: Longest round in milliseconds with rows of a prompt next to it, or of a prompt alone: who comes meanwhile waits so long.
 CALM_MS = 250.0
-#: Longest time of rows next to a round, in targets of a stream that has given its target up.
-GIVEN_UP = 1.0
 #: Rounds like this one for which a stream must be able to wait, to be left out for the sake of pending rows.
 BEHIND_ROUNDS = 3.0
-#: Rows beyond which the time for a chunk counts as plenty.
-PLENTY = 64
 
 #: Streams of a round, with the indices of their exits.
 Chosen = list[tuple[View, int]]
@@ -89,7 +86,7 @@ class Composer:
                 chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
         # A target that was given up still says how long a gap may not be. A deadline that has passed does not.
         periods_ms = [view.period_ms or view.stream.budget.tpot_ms or math.inf for view, _ in chosen]
-        calm_ms = min([self._calm_ms, *(GIVEN_UP * period_ms for period_ms in periods_ms)])
+        calm_ms = min([self._calm_ms, *periods_ms])
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         others = [] if prompt is None else [view for view, _ in chosen] + [view for view in waiting if not view.first]
@@ -156,8 +153,6 @@ class Composer:
 
     def _lowered(self, chosen: Chosen, price_ms: float, limit_ms: float) -> tuple[Chosen, float]:
         """Take depth for this round, where the least agreement is lost."""
-        if not chosen:
-            return chosen, price_ms
         caught_up_ms = self._prices.steady_ms([(index, view.stream) for view, index in chosen])
         claims = [
             Claim(view.lowest, index, view.stream.budget.weight, view.stream.context_length, True, view.stream.shares)

@@ -7,7 +7,7 @@ search for exits is :mod:`.assignment`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from balcony_edge.control.company.assignment import Claim, Steps, assign
 from balcony_edge.control.company.prices import RoundPrices
@@ -53,12 +53,12 @@ class Goals:
         assigned_for = self.made_for(state, who, slowdown)
         if assigned_for is state.assigned_for:
             return assigned_for, views
-        met = dict.fromkeys((view.stream.key for view in views), True)
-        exits, free, fits = self._goals(views, met, slowdown, share)
-        while not fits and any(met.values()):
-            met, (exits, free, fits) = self._given_up(views, met, slowdown, share)
+        views = [view._replace(met=True) for view in views]  # a target that was given up may fit now
+        exits, free, fits = self._goals(views, slowdown, share)
+        while not fits and any(view.met for view in views):
+            views, (exits, free, fits) = self._given_up(views, slowdown, share)
         found = [
-            view._replace(goal=self._goal(view, now, up, state), met=met[view.stream.key])
+            view._replace(goal=self._goal(view, now, up, state))
             for view, now, up in zip(views, exits, free, strict=True)
         ]
         return assigned_for, found
@@ -85,12 +85,9 @@ class Goals:
         may_rise = view.tokens >= view.stream.budget.dwell_tokens
         return max(up, view.goal) if may_rise else view.goal
 
-    def _goals(
-        self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown, share: float
-    ) -> tuple[list[int], list[int], bool]:
+    def _goals(self, views: list[View], slowdown: Slowdown, share: float) -> tuple[list[int], list[int], bool]:
         """Exits within the shortest target, the same with the hysteresis free, and whether they hold it."""
-        claims, limit_ms, lax_rows = self._claims(views, met)
-        views = [view._replace(met=met[view.stream.key]) for view in views]
+        claims, limit_ms, lax_rows = self._claims(views)
         luck = slowdown.luck(max((quantile_of(view.stream.budget.probability) for view in views), default=0.0))
         if limit_ms == math.inf:
             # Where every target was given up, the shallowest exits come closest to them.
@@ -128,18 +125,18 @@ class Goals:
         free, _ = assign(self._prices, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows, known)
         return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], fits
 
-    def _claims(self, views: Sequence[View], met: Mapping[int, bool]) -> tuple[list[Claim], float, int]:
+    def _claims(self, views: Sequence[View]) -> tuple[list[Claim], float, int]:
         """Claims on a round, its longest time, and the number of streams that are not tight for which it must have room."""
         # A deadline that has passed leaves no time at all.
-        limit_ms = max(min((view.period_ms for view in views if met[view.stream.key]), default=math.inf), LEAST_MS)
+        limit_ms = max(min((view.period_ms for view in views if view.met), default=math.inf), LEAST_MS)
         claims, places = [], 0.0
         for view in views:
-            period_ms = view.period_ms if met[view.stream.key] else math.inf
+            period_ms = view.period_ms if view.met else math.inf
             tight = period_ms <= 2 * limit_ms  # also without any target, or after a deadline
             places += 0.0 if tight else max(limit_ms / period_ms, 1 / ELASTIC if period_ms == math.inf else 0.0)
-            weight = view.stream.budget.weight * (1.0 if met[view.stream.key] else UNMET)
+            weight = view.stream.budget.weight * (1.0 if view.met else UNMET)
             # The shallowest exit comes closest to a target that was given up, if it comes close at all.
-            near = not met[view.stream.key] and self._alone_ms(view) <= view.period_ms < math.inf
+            near = not view.met and self._alone_ms(view) <= view.period_ms < math.inf
             highest = view.lowest if near else view.highest
             claims.append(Claim(view.lowest, highest, weight, view.stream.context_length, tight, view.stream.shares))
         return claims, limit_ms, min(math.ceil(places - 1e-9), sum(not claim.tight for claim in claims))
@@ -176,25 +173,26 @@ class Goals:
         return self._prices.work_ms(rows, index, prompt.stream.context_length)
 
     def _given_up(
-        self, views: list[View], met: Mapping[int, bool], slowdown: Slowdown, share: float
-    ) -> tuple[dict[int, bool], tuple[list[int], list[int], bool]]:
+        self, views: list[View], slowdown: Slowdown, share: float
+    ) -> tuple[list[View], tuple[list[int], list[int], bool]]:
         """Give one more target up: one that could not be held alone, or the one without which the others can be held.
 
         Of several such streams it is the newest of the least weight. If no single one is enough, it is the shortest target.
         """
-        holding = [view for view in views if met[view.stream.key]]
+        holding = [view for view in views if view.met]
         with_target = [view for view in holding if min(view.period_ms, view.room_ms) < math.inf] or holding
         with_target.sort(key=lambda view: (view.stream.budget.weight, -view.stream.key))
-        hopeless = [view for view in with_target if self._is_hopeless(view)]
+        hopeless = [view for view in with_target if self.is_hopeless(view)]
         for view in hopeless or with_target:
-            fewer = {**met, view.stream.key: False}
-            found = self._goals(views, fewer, slowdown, share)
+            fewer = [one._replace(met=False) if one is view else one for one in views]
+            found = self._goals(fewer, slowdown, share)
             if found[2] or hopeless:
                 return fewer, found
-        fewer = {**met, min(with_target, key=lambda view: view.period_ms).stream.key: False}
-        return fewer, self._goals(views, fewer, slowdown, share)
+        shortest = min(with_target, key=lambda view: view.period_ms)
+        fewer = [one._replace(met=False) if one is shortest else one for one in views]
+        return fewer, self._goals(fewer, slowdown, share)
 
-    def _is_hopeless(self, view: View) -> bool:
+    def is_hopeless(self, view: View) -> bool:
         """Whether a target could not be held even alone, at the shallowest exit."""
         return self._alone_ms(view) > view.period_ms or (view.first and self._first_ms(view) > view.room_ms)
 
@@ -208,7 +206,7 @@ class Goals:
         if self._alone_ms(own) > own.period_ms:
             return None
         held = [view for view in views if view.met and self._alone_ms(view) <= view.period_ms]
-        claims, limit_ms, lax_rows = self._claims(held, dict.fromkeys((view.stream.key for view in held), True))
+        claims, limit_ms, lax_rows = self._claims(held)
         shallow = [claim._replace(highest=claim.lowest) for claim in claims]
         _, price_ms = assign(self._prices, self._quality, shallow, limit_ms, lax_rows)
         if price_ms <= limit_ms:

@@ -35,14 +35,7 @@ from balcony_edge.control.company.seen import Chunk, CompanyState, Move, Round, 
 from balcony_edge.control.company.view import View, scale_of, targets_of, view_of
 from balcony_edge.control.controller import UNMEASURED, probability_of, quantile_of
 from balcony_edge.control.decision import Decision, Measurement, device_words
-from balcony_edge.control.governor import (
-    TICK_S,
-    Demand,
-    Governor,
-    govern,
-    needed_tps,
-    paced_ms,
-)
+from balcony_edge.control.governor import TICK_S, Demand, Governor, govern, needed_tps, paced_ms
 from balcony_edge.control.slowdown import WITH_CATCH_UP, Slowdown
 from balcony_edge.device.costs import CostModel
 
@@ -121,7 +114,7 @@ class JointController:
         self._prices = RoundPrices(costs)
         self._goals, self._composer = Goals(self._prices, quality), Composer(self._prices, quality)
         self._index = {exit_layer: index for index, exit_layer in enumerate(costs.exits)}
-        self._facts_of: dict[int, _BudgetFacts] = {}  # by their ids
+        self._facts_of: dict[int, _BudgetFacts] = {}  # by the ids of their budgets, which they keep alive
 
     def decide(self, state: CompanyState, seen: RoundSeen) -> tuple[CompanyState, Round]:
         """Choose the next round.
@@ -284,7 +277,7 @@ class JointController:
     def _facts(self, budget: Budget) -> _BudgetFacts:
         """What follows from a budget alone."""
         known = self._facts_of.get(id(budget))
-        if known is None or known.budget is not budget:
+        if known is None:
             if len(self._facts_of) > 256:
                 self._facts_of.clear()
             allowed = budget.allowed_exits(self._costs.exits)
@@ -296,25 +289,23 @@ class JointController:
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
         price_ms, predicted_ms, streams, deviation, governor, ceilings, usual = outcome
-        governed, budget, exits = ceilings is not None, view.stream.budget, self._costs.exits
+        budget, exits = view.stream.budget, self._costs.exits
         limit_ms = view.room_ms * math.exp(quantile_of(budget.probability) * deviation)
         probability = probability_of(limit_ms, price_ms, deviation)
-        if view.met and index >= view.goal and not governed:  # most tokens, with as few calls as possible
+        if view.met and index >= view.goal and ceilings is None:  # most tokens, with as few calls as possible
             return Decision(exits[index], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, usual)
         fits = exits[view.goal] if index < view.goal else None
-        words: tuple[object, ...] = (_Why(predicted_ms, streams, None if view.met else budget, fits),)
-        other_rail = None if ceilings is None else left_out(budget, ceilings)
-        if governed:
-            words += device_words(governor, budget, 0.0) + (() if other_rail is None else (other_rail,))
+        why = _Why(predicted_ms, streams, None if view.met else budget, fits)
+        made = exits[index], predicted_ms, price_ms, probability
+        if ceilings is None:
+            return Decision(*made, infeasible=not view.met, words=(why,))
+        other_rail = left_out(budget, ceilings)
         return Decision(
-            exit_layer=exits[index],
-            predicted_ms=predicted_ms,
-            price_ms=price_ms,
-            probability=probability,
-            infeasible=not view.met or (governed and bool(governor.out_of_reach(budget))),
-            words=words,
-            stops=governed and governor.critical(budget),
-            unseen=governed and bool(other_rail or governor.unseen(budget)),
+            *made,
+            infeasible=not view.met or bool(governor.out_of_reach(budget)),
+            words=(why, *device_words(governor, budget, 0.0), *([] if other_rail is None else [other_rail])),
+            stops=governor.critical(budget),
+            unseen=bool(other_rail or governor.unseen(budget)),
         )
 
     def _refusal(self, view: View, views: Sequence[View], slowdown: Slowdown, outcome: _Outcome) -> str | None:
@@ -324,13 +315,12 @@ class JointController:
 
     def _only_feared(self, views: Sequence[View], slowdown: Slowdown) -> bool:
         """Whether it is the load of earlier replies that the only stream cannot meet, and no step of its own was measured."""
-        view, prices = views[0], self._prices
+        view = views[0]
         if len(views) > 1 or view.stream.made_tokens >= UNMEASURED:
             return False
-        eased, seen = math.exp(max(slowdown.mean, 0.0)), view.stream
-        first_ms = prices.work_ms(seen.stage_rows, view.lowest, seen.context_length) if view.first else 0.0
-        alone_ms = prices.steady_ms([(view.lowest, seen)])
-        return alone_ms <= view.period_ms * eased and first_ms <= view.room_ms * eased
+        eased = math.exp(max(slowdown.mean, 0.0))
+        eased_view = view._replace(period_ms=view.period_ms * eased, room_ms=view.room_ms * eased)
+        return not self._goals.is_hopeless(eased_view)
 
     def _learn(self, state: CompanyState, last: Measurement | None) -> Slowdown:
         """The filter after the last round."""

@@ -133,16 +133,13 @@ class RoundTraceWriter(LinesWriter):
             self._costs, self._budgets, self._readings = costs, {}, ()
             known = json.loads(_STATE.dump_json(state))
             self._line({"rounds": VERSION, "costs": asdict(costs), "quality": list(quality), "state": known})
-        self._budgets = {
-            key: budget for key, budget in self._budgets.items() if any(key == s.key for s in seen.streams)
-        }
+        told, self._budgets = self._budgets, {stream.key: stream.budget for stream in seen.streams}
         streams = []
         for stream in seen.streams:
             line = stream._asdict()
-            if self._budgets.get(stream.key) is stream.budget:
+            if told.get(stream.key) is stream.budget:
                 del line["budget"]
             else:
-                self._budgets[stream.key] = stream.budget
                 line["budget"] = stream.budget.model_dump(exclude_defaults=True)
             streams.append(line)
         document: dict[str, Any] = {

@@ -47,15 +47,14 @@ def require_plotly() -> Any:
 
 def charts(profile: DeviceProfile) -> tuple[Chart, ...]:
     """All charts for which the profile has numbers, in reading order."""
-    go = require_plotly()
     found = [
-        _quality(go, profile, "ms a token", _decode_ms(profile), "quality-latency"),
-        _quality(go, profile, "joules a token", _joules(profile), "quality-energy"),
-        _by_length(go, profile, "decode"),
-        _by_length(go, profile, "prefill"),
-        _parts(go, profile),
-        _switches(go, profile),
-        _sustained(go, profile),
+        _quality(profile, "ms a token", _decode_ms(profile), "quality-latency"),
+        _quality(profile, "joules a token", _joules(profile), "quality-energy"),
+        _by_length(profile, "decode"),
+        _by_length(profile, "prefill"),
+        _parts(profile),
+        _switches(profile),
+        _sustained(profile),
     ]
     return tuple(chart for chart in found if chart is not None)
 
@@ -82,7 +81,7 @@ def _joules(profile: DeviceProfile) -> dict[int, float]:
     return {layer: joules for layer in exits if (joules := profile.joules_per_token(layer, profile.rail)) is not None}
 
 
-def _quality(go: Any, profile: DeviceProfile, unit: str, costs: dict[int, float], name: str) -> Chart | None:
+def _quality(profile: DeviceProfile, unit: str, costs: dict[int, float], name: str) -> Chart | None:
     full = profile.bundle.exit_layers[-1]
     agreement = {layer: value for layer, value in profile.agreement().items() if value is not None} | {full: 1.0}
     layers = [layer for layer in profile.bundle.exit_layers if layer in costs and layer in agreement]
@@ -90,7 +89,7 @@ def _quality(go: Any, profile: DeviceProfile, unit: str, costs: dict[int, float]
         return None
     points = [(costs[layer], agreement[layer]) for layer in layers]
     front = pareto_front(points)
-    figure = _figure(go, unit, "same next token")
+    figure = _figure(unit, "same next token")
     figure.add_scatter(
         x=[cost for cost, _ in front],
         y=[quality for _, quality in front],
@@ -107,13 +106,13 @@ def _quality(go: Any, profile: DeviceProfile, unit: str, costs: dict[int, float]
     return Chart(name, f"Quality against {unit}", text, figure)
 
 
-def _by_length(go: Any, profile: DeviceProfile, kind: Any) -> Chart | None:
+def _by_length(profile: DeviceProfile, kind: Any) -> Chart | None:
     entries = profile.select(kind)
     lengths = {entry.context if kind == "decode" else entry.rows for entry in entries}
     if len(lengths) < 2:  # one point is not a curve, and the table shows it
         return None
     decode = kind == "decode"
-    figure = _figure(go, "tokens of context" if decode else "tokens of prompt", "ms")
+    figure = _figure("tokens of context" if decode else "tokens of prompt", "ms")
     for layer in profile.bundle.exit_layers:
         own = sorted((e for e in entries if e.exit_layer == layer), key=lambda e: (e.context, e.rows))
         x = [entry.context if decode else entry.rows for entry in own]
@@ -125,10 +124,9 @@ def _by_length(go: Any, profile: DeviceProfile, kind: Any) -> Chart | None:
             marker=_marker(profile, layer),
             name=f"exit {layer}",
         )
-        predicted = [entry.predicted_ms for entry in own]
         figure.add_scatter(
             x=x,
-            y=predicted,
+            y=[entry.predicted_ms for entry in own],
             mode="lines",
             line={"color": _marker(profile, layer)["color"], "dash": "dot"},
             name=f"exit {layer}, predicted",
@@ -138,10 +136,10 @@ def _by_length(go: Any, profile: DeviceProfile, kind: Any) -> Chart | None:
     return Chart(kind, title, "Medians with their 95 % intervals; dotted: what the fitted prices predict.", figure)
 
 
-def _parts(go: Any, profile: DeviceProfile) -> Chart:
+def _parts(profile: DeviceProfile) -> Chart:
     """Prices of one token at every exit, split into parts."""
     costs, exits, context = profile.costs, profile.bundle.exit_layers, profile.least_context
-    figure = _figure(go, "ms a token", "exit")
+    figure = _figure("ms a token", "exit")
     names = [f"exit {layer}" for layer in exits]
     parts: list[tuple[str, list[float]]] = []
     first = 0
@@ -160,11 +158,11 @@ def _parts(go: Any, profile: DeviceProfile) -> Chart:
     return Chart("parts", "Parts of a token's time", f"Fitted prices of one step after {context} tokens.", figure)
 
 
-def _switches(go: Any, profile: DeviceProfile) -> Chart | None:
+def _switches(profile: DeviceProfile) -> Chart | None:
     entries = (*profile.select("switch_up"), *profile.select("switch_down"))
     if len({entry.rows for entry in entries}) < 2:
         return None
-    figure = _figure(go, "pending rows", "ms of the step that switches")
+    figure = _figure("pending rows", "ms of the step that switches")
     for index, way in enumerate(dict.fromkeys((entry.from_exit, entry.exit_layer) for entry in entries)):
         own = sorted((e for e in entries if (e.from_exit, e.exit_layer) == way), key=lambda e: e.rows)
         figure.add_scatter(
@@ -179,11 +177,11 @@ def _switches(go: Any, profile: DeviceProfile) -> Chart | None:
     return Chart("switches", "Cost of a switch", text, figure)
 
 
-def _sustained(go: Any, profile: DeviceProfile) -> Chart | None:
+def _sustained(profile: DeviceProfile) -> Chart | None:
     run = profile.sustained
     if run is None:
         return None
-    figure = _figure(go, "seconds under load", "ms a token")
+    figure = _figure("seconds under load", "ms a token")
     figure.add_scatter(
         x=[moment.at_s for moment in run.moments],
         y=[moment.p50_ms for moment in run.moments],
@@ -209,9 +207,9 @@ def _marker(profile: DeviceProfile, layer: int) -> dict[str, Any]:
     return {"color": COLOURS[profile.bundle.exit_layers.index(layer) % len(COLOURS)], "size": 9}
 
 
-def _figure(go: Any, x: str, y: str) -> Any:
+def _figure(x: str, y: str) -> Any:
     axis = {"gridcolor": _GRID, "zerolinecolor": _GRID, "automargin": True}
-    return go.Figure(
+    return require_plotly().Figure(
         layout={
             "template": "none",
             "paper_bgcolor": "rgba(0,0,0,0)",

@@ -17,6 +17,8 @@ from balcony_edge.errors import ProfileError
 from balcony_edge.files import write_atomically
 from balcony_runtime.profiler.charts import Chart, charts, require_plotly
 
+#: Cells of a line of a table.
+Line = Sequence[str | float | None]
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --soft: #59636e; --paper: #fff; --card: #f6f8fa; --line: #d1d9e0 }
 @media (prefers-color-scheme: dark) {
@@ -121,19 +123,14 @@ def _energy_reason(profile: DeviceProfile) -> str:
 
 
 def _tables(profile: DeviceProfile) -> str:
-    timings = [
+    timings: list[Line] = [
         [
             entry.title,
-            *(
-                _number(value)
-                for value in (
-                    entry.timing.p50_ms,
-                    entry.timing.uncertainty_ms,
-                    entry.timing.p95_ms,
-                    entry.timing.p99_ms,
-                    entry.predicted_ms,
-                )
-            ),
+            entry.timing.p50_ms,
+            entry.timing.uncertainty_ms,
+            entry.timing.p95_ms,
+            entry.timing.p99_ms,
+            entry.predicted_ms,
         ]
         for entry in profile.entries
         if entry.kind in ("decode", "prefill", "switch_up", "switch_down")
@@ -141,12 +138,11 @@ def _tables(profile: DeviceProfile) -> str:
     columns = ["quantity", "p50, ms", "±", "p95", "p99", "predicted"]
     found = _table("Times", "entries", columns, timings)
     if profile.power:
-        lines = [
-            [f"exit {p.exit_layer}, {p.rail}", _number(p.joules_per_token), _number(p.busy_w), _number(p.idle_w)]
-            for p in profile.power
+        lines: list[Line] = [
+            [f"exit {p.exit_layer}, {p.rail}", p.joules_per_token, p.busy_w, p.idle_w] for p in profile.power
         ]
         found += _table("Energy", "power", ["exit and rail", "joules a token", "busy, W", "idle, W"], lines)
-    fits = [[r.part, str(r.points), _number(r.median), _number(r.p95)] for r in profile.residuals]
+    fits: list[Line] = [[r.part, str(r.points), r.median, r.p95] for r in profile.residuals]
     return found + _table(
         "Relative errors of the prices", "residuals", ["part", "points", "median", "95 % below"], fits
     )
@@ -186,23 +182,18 @@ def _facts(profile: DeviceProfile) -> str:
     return f'<section class="facts"><h2>Device and bundle</h2><table>{lines}{command}</table></section>\n'
 
 
-def _table(title: str, name: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def _table(title: str, name: str, columns: Sequence[str], lines: Sequence[Line]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join(
-        f"<tr>{''.join(cell if isinstance(cell, _Cell) else f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
-        for line in lines
-    )
+    body = "".join(f"<tr>{''.join(map(_cell, line))}</tr>" for line in lines)
     table = f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<section><h2>{html.escape(title)}</h2><div class="scroll">{table}</div></section>\n'
 
 
-class _Cell(str):
-    """A cell whose text is already HTML. A type marks it, because names in a profile may look like HTML."""
-
-
-def _number(value: float | None) -> _Cell:
-    """A cell with four digits for readers and the exact value for programs."""
-    return _Cell("<td></td>" if value is None else f'<td data-value="{value!r}">{value:.4g}</td>')
+def _cell(value: str | float | None) -> str:
+    """A cell: a text, or a number with four digits for readers and the exact value for programs."""
+    if isinstance(value, str):
+        return f"<td>{html.escape(value)}</td>"
+    return "<td></td>" if value is None else f'<td data-value="{value!r}">{value:.4g}</td>'
 
 
 def _embedded(text: str) -> str:

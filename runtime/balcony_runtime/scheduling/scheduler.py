@@ -142,10 +142,10 @@ class Scheduler:
             self._changes += 1
 
     def record(self, trace: RoundTraceWriter | None) -> None:
-        """Record all rounds from the next one on, or stop recording."""
+        """Record all rounds from the next one on, or stop recording; a signal's handler does not wait for its own step."""
         with self._turn:
-            self._recorded, running = trace, self._running
-            while running and self._running is running:  # it may still write to the trace before
+            self._recorded, running = trace, self._running  # it may still write to the trace before
+            while running and self._running is running and self._leader != threading.get_ident():
                 self._turn.wait(NAP_S)
 
     def steps(self, decoder: Decoder, rows: int, cancelled: threading.Event) -> Generator[Step]:

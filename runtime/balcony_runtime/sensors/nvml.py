@@ -103,11 +103,10 @@ class Nvml:
         missing: dict[str, list[str]] = {}
         for fields, question in questions:
             try:
-                values |= zip(fields, question(), strict=True)
+                answers = zip(fields, question(), strict=True)
+                values |= {name: value for name, value in answers if value is not None}
             except pynvml.NVMLError as error:
                 missing.setdefault(str(error), []).extend(fields)
-        if values.get("own_utilization") is None:
-            values.pop("own_utilization", None)
         return values, missing
 
     def _own_utilization(self, gpu: Any) -> float | None:

@@ -97,7 +97,13 @@ class Sensors(Closing):
         self._channels = tuple(_Channel(source, 1 / rate_hz, clock, self._stop) for source in sources)
 
     def start(self, *, probe_s: float = 1.0) -> Self:
-        """Start sampling, once, and wait until every source has answered for the first time, at most ``probe_s``."""
+        """Start sampling, once, and wait until every source has answered for the first time, at most ``probe_s``.
+
+        Raises:
+            InputError: sampling was started, or closed, before.
+        """
+        if self._stop.is_set() or any(channel.thread.ident is not None for channel in self._channels):
+            raise InputError("these sensors were started or closed before: make others with Sensors(device_sources())")
         for channel in self._channels:
             channel.thread.start()
         deadline_s = time.monotonic() + probe_s

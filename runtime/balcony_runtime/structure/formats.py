@@ -31,8 +31,8 @@ class CallFormat(NamedTuple):
     """How a model family writes calls; ``formats.toml`` describes the fields."""
 
     name: str
-    knows: tuple[str, ...]
-    lacks: tuple[str, ...] = ()
+    knows: Sequence[str]
+    lacks: Sequence[str] = ()
     marker: str = ""
     each: bool = False
     first: str = ""
@@ -48,11 +48,7 @@ class CallFormat(NamedTuple):
 def formats() -> Mapping[str, CallFormat]:
     """All formats by name, in the order in which they are tried."""
     text = files("balcony_runtime.structure").joinpath("formats.toml").read_text(encoding="utf-8")
-    found = tomllib.loads(text).items()
-    return {
-        name: CallFormat(name, **{**keys, "knows": tuple(keys["knows"]), "lacks": tuple(keys.get("lacks", ()))})
-        for name, keys in found
-    }
+    return {name: CallFormat(name, **keys) for name, keys in tomllib.loads(text).items()}
 
 
 def format_of(template: str) -> CallFormat | None:

@@ -17,10 +17,15 @@ from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.simulation.plant import Physics, Plant
-from balcony_edge.simulation.simulate import SimulatedToken, simulate
+from balcony_edge.simulation.simulate import simulate
 from tests.support.prices import DEMO, MARGIN, SETTLED_DEVIATION
 
-PROFILE = Path(__file__).parents[3] / "profiles" / "devices" / "server-2-cores-epyc-int4.json"
+INT4 = DeviceProfile.load(Path(__file__).parents[3] / "profiles" / "devices" / "server-2-cores-epyc-int4.json").costs
+#: Time of the shipped int4 profile's full depth, and its prices at a context of constant length.
+FULL_MS = INT4.steady_ms(30, 64)
+FLAT = replace(
+    INT4, stages=tuple(replace(unit, context_ms_per_1k=0.0, marginal_context_ms_per_1k=0.0) for unit in INT4.stages)
+)
 # Steady prices 10, 14 and 21 ms; a further row costs a fourth of the first, as in int4.
 STEEP = CostModel(
     exits=(4, 6, 8),
@@ -46,24 +51,13 @@ def seen(
     return Observation(budget, context, stages, balconies)
 
 
-def idle_after(loaded_s: float, of_full: float, tokens: int, probability: float = 0.9) -> list[SimulatedToken]:
-    """Tokens of the shipped int4 profile at a fixed context after a load of 1.7 has passed."""
-    costs = DeviceProfile.load(PROFILE).costs
-    full_ms = costs.steady_ms(costs.exits[-1], 64)
-    costs = replace(
-        costs,
-        stages=tuple(replace(unit, context_ms_per_1k=0.0, marginal_context_ms_per_1k=0.0) for unit in costs.stages),
-    )
-    plant = Plant(costs, Physics(), lambda now_s: 1.7 if now_s < loaded_s else 1.0, seed=3)
-    run = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms, probability=probability), tokens=tokens)
-    return [token for token in run[1:] if token.time_s > loaded_s + 0.05]
-
-
 @pytest.mark.parametrize("loaded_s", [0.0, 1.0])
 @pytest.mark.parametrize("of_full", [1.1, 1.15, 1.18, 1.25])
 def test_a_target_just_above_the_full_depth_comes_back_to_it(loaded_s: float, of_full: float) -> None:
     """Without sprints and a late entry all of these stay at exit 20 for as long as one looks."""
-    tokens = idle_after(loaded_s, of_full, 900)
+    plant = Plant(FLAT, Physics(), lambda now_s: 1.7 if now_s < loaded_s else 1.0, seed=3)
+    run = simulate(FLAT, plant, Budget(tpot_ms=of_full * FULL_MS), tokens=900)
+    tokens = [token for token in run[1:] if token.time_s > loaded_s + 0.05]
     assert {token.decision.exit_layer for token in tokens[400:]} == {30}
     late = [token.latency_ms / of_full for token in tokens if token.latency_ms > of_full * 5.52]
     assert len(late) <= 9 and max(late, default=0.0) <= 2.2 * 5.52
@@ -82,23 +76,18 @@ def test_a_sprint_goes_where_the_slack_takes_two_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recovery", "budget", "context", "exit_layer"),
+    ("recovery", "budget", "exit_layer"),
     [
-        (Recovery(), TARGET, 500, 4),
-        (Recovery(wait=1), TARGET, 500, 4),  # this token is what was waited for
-        (Recovery(wait=2), TARGET, 500, 6),
-        (Recovery(credit=0.5), TARGET, 500, 6),  # it could not be ended by a late token
-        (Recovery(), TARGET.model_copy(update={"min_exit": 6}), 500, 6),
-        (
-            Recovery(),
-            TARGET.model_copy(update={"tpot_ms": 21.3}),
-            500,
-            6,
-        ),  # the full depth is not within its hysteresis
+        (Recovery(), TARGET, 4),
+        (Recovery(wait=1), TARGET, 4),  # this token is what was waited for
+        (Recovery(wait=2), TARGET, 6),
+        (Recovery(credit=0.5), TARGET, 6),  # it could not be ended by a late token
+        (Recovery(), TARGET.model_copy(update={"min_exit": 6}), 6),
+        (Recovery(), TARGET.model_copy(update={"tpot_ms": 21.3}), 6),  # the full depth is not within its hysteresis
     ],
 )
-def test_when_a_sprint_begins(recovery: Recovery, budget: Budget, context: int, exit_layer: int) -> None:
-    decision = Controller(STEEP).decide(at(6, recovery), seen((1, 1, 61), (1, 1, 1), budget, context))[1]
+def test_when_a_sprint_begins(recovery: Recovery, budget: Budget, exit_layer: int) -> None:
+    decision = Controller(STEEP).decide(at(6, recovery), seen((1, 1, 61), (1, 1, 1), budget))[1]
     assert decision.exit_layer == exit_layer
 
 
@@ -163,17 +152,11 @@ def test_each_sprint_waits_twice_as_long_until_the_deepest_exit_is_held() -> Non
 
 def test_a_sprint_that_comes_no_closer_is_given_up() -> None:
     """A second load, within the hysteresis, begins in mid-sprint: one row a token goes and one comes."""
-    costs = DeviceProfile.load(PROFILE).costs
-    full_ms = costs.steady_ms(30, 64)
-    costs = replace(
-        costs,
-        stages=tuple(replace(unit, context_ms_per_1k=0.0, marginal_context_ms_per_1k=0.0) for unit in costs.stages),
-    )
     for of_full, load in ((1.06, 1.04), (1.08, 1.06), (1.1, 1.08), (1.12, 1.1)):
         plant = Plant(
-            costs, Physics(noise=0.01), lambda s, load=load: 1.35 if s < 0.5 else 1.0 if s < 0.9 else load, seed=1
+            FLAT, Physics(noise=0.01), lambda s, load=load: 1.35 if s < 0.5 else 1.0 if s < 0.9 else load, seed=1
         )
-        tokens = simulate(costs, plant, Budget(tpot_ms=of_full * full_ms), tokens=1200)
+        tokens = simulate(FLAT, plant, Budget(tpot_ms=of_full * FULL_MS), tokens=1200)
         late = [token.decision.exit_layer for token in tokens[500:]]
         assert sum(late) / len(late) >= 19, (of_full, load)
 

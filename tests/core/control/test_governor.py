@@ -9,7 +9,6 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.governor import (
-    CEILING_DWELL_S,
     INTEGRAL_S,
     LEAST_SHARE,
     PAUSE_S,
@@ -134,19 +133,6 @@ def test_joules_a_token_count_the_wait_for_the_pace() -> None:
     assert govern(before, demand(Budget(energy_j_per_token=0.17), 1.0, reading)).ceiling == 3
 
 
-def test_depth_falls_with_a_dwell_where_the_pace_may_not() -> None:
-    budget = Budget(temperature_c=60, min_pace_tps=40)
-    # a share of 0.6 is 29 full steps a second and 43 at exit 1 (0.014 s)
-    warm = degrees(56.5, 1.0)
-    after = govern(Governor(ticked_s=0.9, share=0.6), demand(budget, 1.0, warm))
-    assert after.share == pytest.approx(0.6) and after.ceiling == 1
-    recent = Governor(ticked_s=0.9, share=0.6, ceiling=3, changed_s=1.0 - 0.9 * CEILING_DWELL_S)
-    assert govern(recent, demand(budget, 1.0, warm)).ceiling == 3
-    # going deeper again takes a tenth more: 0.6 holds exit 1 (0.56), and 0.57 would not take it from exit 0
-    shallow = Governor(ticked_s=0.9, share=0.57, ceiling=0, changed_s=0.0)
-    assert govern(shallow, demand(budget, 1.5, degrees(56.65, 1.5))).ceiling == 0
-
-
 def test_depth_falls_only_as_far_as_the_pace_of_the_budget_needs() -> None:
     """A share of 0.01 is 0.48 full steps a second (0.021 s), and less than one at any exit."""
     budget = Budget(temperature_c=60, max_pace_tps=0.45)
@@ -171,15 +157,6 @@ def test_a_share_of_the_processor_is_held_below_the_limit() -> None:
     before = Governor(ticked_s=0.9, share=0.5, cpu=known(0.2, 0.8, scale=1.0))
     after = govern(before, demand(Budget(cpu_utilization=0.6), 1.0, Reading("b", "cpu", 1.0, utilization=0.6)))
     assert after.share == pytest.approx((0.6 * 0.975 - 0.2) / 0.8)
-
-
-def test_a_battery_takes_depth_near_its_floor_unless_it_is_fed() -> None:
-    budget = Budget(battery_floor_percent=20)
-    for charge, charging, ceiling in ((0.5, False, 3), (0.26, False, 2), (0.21, False, 0), (0.21, True, 3)):
-        reading = Reading("bat", "battery", 1.0, charge=charge, charging=charging)
-        assert govern(Governor(), demand(budget, 1.0, reading)).ceiling == ceiling
-    empty = govern(Governor(), demand(budget, 1.0, Reading("bat", "battery", 1.0, charge=0.2, charging=False)))
-    assert empty.infeasible == ("battery_floor_percent",)
 
 
 @pytest.mark.parametrize(

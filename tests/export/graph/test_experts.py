@@ -12,8 +12,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import HealthCheck, given
-from hypothesis import strategies as st
 from torch import nn
 
 from balcony_edge.bundle.bundle import Bundle
@@ -41,8 +39,7 @@ from tests.export.graph.experts import MIXTURES, mixture_exits, tiny_mixture
 from tests.runtime.backends.test_conformance import BACKENDS
 from tests.support.engine_sets import write_graphs
 from tests.support.pools import check_step, new_pool
-from tests.support.properties import examples
-from tests.support.schedules import actions, play
+from tests.support.schedules import check_schedules
 
 pytestmark = pytest.mark.model
 
@@ -226,13 +223,7 @@ def test_any_schedule_of_exits_equals_a_pass_from_scratch(
         write_graphs(Bundle.open(path), "tensorrt-fp32-plain", "tensorrt", Format("fp32", "plain", 256))
     bundle = Bundle.open(path)
     with Engine.of(bundle.portable()) as reference, BACKENDS[backend](bundle) as engine:
-
-        @examples(5, suppress_health_check=[HealthCheck.too_slow])
-        @given(actions, st.integers(1, 40), st.integers(0, 2**31))
-        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
-            play(reference, engine.new_sequence(max_length=128), [("advance", seed % 3, prefill), *schedule], seed)
-
-        schedules()
+        check_schedules(reference, engine, 5)
 
 
 @pytest.mark.parametrize("name", ["qwen2-moe", "granite-moe", "lfm2-moe"])

@@ -6,12 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from balcony_export.data.corpus import Corpus
+import numpy as np
+
+from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.model.balcony import Balcony
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.trainer import METRICS, Start, Trainer
 
 SEQ_LEN = 24
+
+
+def random_corpus() -> Corpus:
+    """Eight rows of random tokens to train on, and two that are held out."""
+    random = np.random.default_rng(3)
+    rows = [
+        Rows(random.integers(1, 320, (count, 32)).astype(np.int32), np.full(count, 32, np.int32)) for count in (8, 2)
+    ]
+    return Corpus(rows[0], rows[1], {}, "a digest")
 
 
 def trainer_of(

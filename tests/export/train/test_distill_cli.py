@@ -230,8 +230,5 @@ def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> No
 def test_options_are_refused_before_a_model_is_loaded(
     options: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loaded(*_: Any) -> None:
-        pytest.fail("the model was loaded")
-
-    monkeypatch.setattr("balcony_export.model.checkpoint.load_trainable", loaded)
+    monkeypatch.setattr("balcony_export.model.checkpoint.load_trainable", lambda *_: pytest.fail("it was loaded"))
     refused(InputError, words, tmp_path, "2", tmp_path / "t.txt", tmp_path / "out", *options)

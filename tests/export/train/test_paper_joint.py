@@ -7,30 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import InputError, TrainingError
-from balcony_export.data.corpus import Corpus, Rows
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.balcony_files import load_balconies
 from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.verify import verify
 from benchmarks.paper.joint import BASE, OBJECTIVES, JointConfig, JointTrainer, main
+from tests.export.train.distilling import random_corpus
 
 PROMPTS = ("the quick brown fox jumps", "over the lazy dog and the balcony")
-
-
-def corpus() -> Corpus:
-    random = np.random.default_rng(3)
-    rows = [
-        Rows(random.integers(1, 320, (count, 32)).astype(np.int32), np.full(count, 32, np.int32)) for count in (8, 2)
-    ]
-    return Corpus(rows[0], rows[1], {}, "a digest")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -40,7 +31,7 @@ def test_training_with_the_backbone(make_tiny: Any, make_tokenizer: Any, tmp_pat
     before = copy.deepcopy(model.state_dict())
     module: Any = "none" if objective == "sorted" else "decoder"
     config = JointConfig((1, 2), objective, module, steps=12, batch_rows=4, rate=3e-3)
-    trainer = JointTrainer(model, corpus(), config)
+    trainer = JointTrainer(model, random_corpus(), config)
     start = trainer.evaluate()
     losses = trainer.run()
     assert len(losses) == 12 and losses[-1] < losses[0]
@@ -65,7 +56,7 @@ def test_training_with_the_backbone(make_tiny: Any, make_tokenizer: Any, tmp_pat
 def test_a_model_from_scratch_has_no_weight_of_its_checkpoint(tiny_checkpoint: Path) -> None:
     model = load_model(str(tiny_checkpoint))
     before = copy.deepcopy(model.state_dict())
-    JointTrainer(model, corpus(), JointConfig((2,), "scratch", seed=7))
+    JointTrainer(model, random_corpus(), JointConfig((2,), "scratch", seed=7))
     after = {name: value for name, value in model.state_dict().items() if "norm" not in name}  # norms begin as ones
     assert after and not [name for name, value in after.items() if torch.equal(value, before[name])]
 
@@ -78,8 +69,8 @@ def test_joint_recipes_that_make_no_sense(make_tiny: Any) -> None:
     with pytest.raises(TrainingError, match=r"the loss is nan: lower --rate"):
         model = make_tiny("llama")
         model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
-        JointTrainer(model, corpus(), JointConfig((2,), "unfrozen", steps=1)).run()
-    spoilt = JointTrainer(make_tiny("llama"), corpus(), JointConfig((2,), "unfrozen", steps=1))
+        JointTrainer(model, random_corpus(), JointConfig((2,), "unfrozen", steps=1)).run()
+    spoilt = JointTrainer(make_tiny("llama"), random_corpus(), JointConfig((2,), "unfrozen", steps=1))
     spoilt.run()
     spoilt.balconies[2].norm.weight.data[0] = float("nan")  # as after a last step that was too large
     with pytest.raises(TrainingError, match=r"exit 2 is not finite any more: lower --rate"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.backends.webgpu import adapters as adapters_module
 from balcony_runtime.backends.webgpu import provider
 from balcony_runtime.backends.webgpu.adapters import Adapter
+from tests.support.command import printed
 from tests.support.engine_sets import write_graphs
 
 GRAPH = GraphSpec(
@@ -334,9 +333,7 @@ def test_a_pool_that_the_host_made_is_used(tiny: Any) -> None:
         "with balcony_edge.load(sys.argv[1]) as llm:\n"
         "    print(len(llm.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True).tokens))\n"
     )
-    command = [sys.executable, "-c", program, str(tiny.path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
+    assert printed(program, tiny.path) == "2\n"
 
 
 def test_an_engine_names_the_threads_that_run_it(tiny: Any) -> None:
@@ -348,9 +345,7 @@ def test_an_engine_names_the_threads_that_run_it(tiny: Any) -> None:
         "    with Engine.open(sys.argv[1], threads=threads, device='cpu') as engine:\n"
         "        print(engine.backend.threads)\n"
     )
-    command = [sys.executable, "-c", program, str(tiny.path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("2\n2\n", 0), done.stderr
+    assert printed(program, tiny.path) == "2\n2\n"
 
 
 def test_a_set_that_is_named_runs_or_is_refused(with_engine_sets: Callable[[str], Bundle]) -> None:

@@ -20,8 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import strategies as st
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
@@ -29,8 +27,7 @@ from balcony_runtime import engine as engine_module
 from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, Builder
 from balcony_runtime.engine import Engine
 from tests.support.engine_sets import build_engines, memory_for
-from tests.support.properties import examples
-from tests.support.schedules import actions, assert_equal, from_scratch, play
+from tests.support.schedules import assert_equal, check_schedules, from_scratch
 
 EXITS = (2, 3, 5)
 
@@ -131,14 +128,7 @@ def test_any_schedule_equals_a_pass_from_scratch(
         count = 25 if architecture == "llama" else 12
         if backend == "webgpu":  # test_webgpu.py plays more of them
             count = 3
-
-        @examples(count, suppress_health_check=[HealthCheck.too_slow])
-        @given(actions, st.integers(1, 40), st.integers(0, 2**31))
-        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
-            sequence = engine.new_sequence(max_length=128)
-            play(reference, sequence, [("advance", seed % 3, prefill), *schedule], seed)
-
-        schedules()
+        check_schedules(reference, engine, count)
 
 
 def test_long_sequences_cross_chunks_and_cache_buckets(

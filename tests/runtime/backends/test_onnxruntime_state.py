@@ -165,3 +165,15 @@ def test_a_graph_without_memory_for_it_is_not_called_damaged(
     monkeypatch.setattr(onnxruntime_backend, "_quiet_session", fail)
     with pytest.raises(BundleError, match=r"^stage_0\.onnx: ONNX Runtime cannot load it \(.*\): free memory$"):
         onnxruntime_backend._open(Path("stage_0.onnx"), packed)
+
+
+def test_a_graph_without_memory_to_pack_it_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could be loaded: packing takes as much memory again as the weights."""
+
+    def fail(_: Any, options: Any, __: Any) -> None:
+        if options.optimized_model_filepath:
+            raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(onnxruntime_backend, "_quiet_session", fail)
+    with pytest.raises(BundleError, match=r"^stage_0\.onnx: ONNX Runtime cannot load it \(.*\): free memory$"):
+        onnxruntime_backend._pack(Path("stage_0.onnx"), tmp_path / "stage_0.onnx", None)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import strategies as st
 
 import balcony_edge
 from balcony_edge.budget import Budget
@@ -24,8 +22,7 @@ from balcony_runtime.profiler.cells import Bench
 from balcony_runtime.profiler.grid import Grid
 from tests.runtime.decoding.test_speculate import PROMPTS, costs
 from tests.support.hybrids import EXPORTED, RECURRENT
-from tests.support.properties import examples
-from tests.support.schedules import actions, play
+from tests.support.schedules import check_schedules
 
 
 @pytest.mark.hypothesis  # its examples are drawn inside
@@ -35,15 +32,8 @@ def test_any_schedule_equals_a_pass_from_scratch(
     export_tiny: Callable[[str], Any], architecture: str, portable: bool
 ) -> None:
     bundle = Bundle.open(export_tiny(architecture).path)
-    with Engine.of(bundle.portable()) as reference, Engine.of(bundle.portable() if portable else bundle) as engine:
-
-        @examples(8, suppress_health_check=[HealthCheck.too_slow])
-        @given(actions, st.integers(1, 90), st.integers(0, 2**31), st.sampled_from([1, 1, 2]))
-        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int, batch: int) -> None:
-            sequence = engine.new_sequence(batch_size=batch, max_length=200)
-            play(reference, sequence, [("advance", seed % 3, prefill), *schedule], seed)
-
-        schedules()
+    with Engine.of(bundle.portable() if portable else bundle) as engine:
+        check_schedules(engine, engine, 8, prefill=90, length=200, batches=(1, 1, 2))
 
 
 @pytest.mark.parametrize("architecture", RECURRENT)

@@ -8,14 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import strategies as st
 
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.quantize.blocks import parse_precision
 from balcony_runtime.engine import Engine
-from tests.support.properties import examples
-from tests.support.schedules import actions, play
+from tests.support.schedules import check_schedules
 
 ARCHITECTURES = ("llama", "qwen3", "gemma3", "smollm3")
 
@@ -30,14 +27,7 @@ def plays(
         export_bundle(source.exits.copy(), source.tokenizer, path, options, traced=source.traced)
     path = source.path if precision == "fp32" else path
     with Engine.open(path, device="cpu") as reference, Engine.open(path, device="webgpu") as engine:
-
-        @examples(count, suppress_health_check=[HealthCheck.too_slow])
-        @given(actions, st.integers(1, 40), st.integers(0, 2**31))
-        def schedules(schedule: list[tuple[str, int, int]], prefill: int, seed: int) -> None:
-            sequence = engine.new_sequence(max_length=128)
-            play(reference, sequence, [("advance", seed % 3, 1 + prefill % length), *schedule], seed)
-
-        schedules()
+        check_schedules(reference, engine, count, prefill=length)
 
 
 @pytest.mark.webgpu

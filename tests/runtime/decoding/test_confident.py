@@ -47,8 +47,6 @@ COSTS = CostModel(
     head=UnitCost(0.5, 0.1),
 )
 
-
-#: Pending rows of the balconies: none.
 #: Rows that each stage and each balcony would run: one; and with a balcony that is 500 rows behind.
 DUE, BEHIND = ((1, 1, 1), (1, 1, 1)), ((1, 1, 1), (501, 1, 1))
 

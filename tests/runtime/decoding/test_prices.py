@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
 from types import SimpleNamespace
@@ -81,3 +82,21 @@ def test_prices_that_are_given_during_a_measurement_stay(llm: LLM, monkeypatch: 
     llm.budget = Budget(tpot_ms=1000.0)
     setting.join(20)
     assert llm.costs is PRICES
+
+
+def test_the_handler_of_a_signal_may_set_a_budget_while_prices_are_measured(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs in the thread that measures, which would wait for itself for ever."""
+    times = itertools.count()
+
+    def measured(engine: Any) -> Any:
+        if next(times) == 0:
+            llm.budget = Budget(tpot_ms=2000.0)
+        return PRICES
+
+    monkeypatch.setattr("balcony_runtime.llm.measure_prices", measured)
+    setting = threading.Thread(target=setattr, args=(llm, "budget", Budget(tpot_ms=1000.0)), daemon=True)
+    setting.start()
+    setting.join(10)
+    assert not setting.is_alive() and llm.costs is PRICES

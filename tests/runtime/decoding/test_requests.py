@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.trace import TraceWriter, read_trace
-from balcony_edge.errors import InputError
+from balcony_edge.errors import BudgetError, BundleError, InputError, ProfileError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine
@@ -108,6 +110,49 @@ def test_prices_of_another_type_are_refused(llm: LLM) -> None:
     other: Any = "device.json"
     with pytest.raises(InputError, match="costs of type str: give a CostModel"):
         llm.costs = other
+
+
+def test_rounds_are_recorded_by_their_own_writer_only(llm: LLM, tmp_path: Path) -> None:
+    """Each round would end all its replies with an error of Python's: those of other threads as well."""
+    other: Any
+    with TraceWriter(tmp_path / "run.jsonl") as trace:
+        for other in (trace, tmp_path / "rounds.jsonl", "rounds.jsonl"):
+            with pytest.raises(InputError, match=r"trace of type \w+: give a RoundTraceWriter, or None to stop"):
+                llm.record_rounds(other)
+    assert all(llm.generate_batch([[1, 2], [3]], max_new_tokens=4))
+
+
+def test_paths_of_another_type_are_refused(tiny: Any) -> None:
+    """None is what a variable of the environment that is not set gives; `load` takes a profile's path, not what is in it."""
+    other: Any = None
+    with pytest.raises(BundleError, match="bundle of type NoneType: give the path of a bundle's directory"):
+        balcony_edge.load(other)
+    other = {"schema_version": 1}
+    with pytest.raises(ProfileError, match="profile of type dict: give the path of a device profile"):
+        balcony_edge.load(tiny.path, profile=other)
+
+
+def test_writers_and_sequences_of_another_kind_are_one_line(llm: LLM, tmp_path: Path) -> None:
+    """A sequence of several members would also lose its rows."""
+    other: Any
+    with RoundTraceWriter(tmp_path / "rounds.jsonl") as rounds:
+        for other in (rounds, tmp_path / "run.jsonl", "run.jsonl"):
+            with pytest.raises(InputError, match=r"trace of type \w+: give a TraceWriter, or leave it out"):
+                next(llm.stream([1, 2, 3], trace=other))
+    several = llm.engine.new_sequence(batch_size=2)
+    several.append([[1, 2], [1, 2]])
+    for other in (llm.chat(), several):
+        with pytest.raises(InputError, match="sequence: must be a TokenSequence with one member: make it"):
+            next(llm.stream([5, 6, 7], sequence=other))
+    assert several.length == 2
+
+
+def test_a_budget_is_resolved_from_what_every_call_takes(llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "shallow.toml").write_text("max_exit = 3\n")
+    assert llm.resolved(tmp_path / "shallow.toml") == Budget(max_exit=3)
+    other: Any = {"max_exit": 3}
+    with pytest.raises(BudgetError, match=r"budget = .*: must be a Budget, the path of a budget file or None"):
+        llm.resolved(other)
 
 
 def test_the_controller_is_told_which_tokens_were_forced(llm: LLM, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
+from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import SequencePool
 from tests.support.replies import PRICES, ids
@@ -70,3 +71,22 @@ def test_a_round_that_was_interrupted_is_not_in_the_trace(
         if stream.key in one.exits
     ]
     assert made and len(made) == len(set(made)), "each token is chosen once"
+
+
+def test_recording_may_stop_in_the_handler_of_a_signal(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python runs it between two calls of a step of its own thread, which would wait for itself for ever."""
+    turn, step = llm._requests.scheduler._turn, TokenSequence.step
+
+    def waits(*_: Any) -> None:
+        raise AssertionError("it waits for itself")
+
+    def interrupted(self: TokenSequence, exit_layer: int, tokens: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(turn, "wait", waits)
+            llm.record_rounds(None)
+        return step(self, exit_layer, tokens)
+
+    with llm.stream([1, 2], **OPTIONS) as stream:
+        next(stream)
+        monkeypatch.setattr(TokenSequence, "step", interrupted)
+        assert len(list(stream)) == 7

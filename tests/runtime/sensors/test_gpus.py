@@ -19,21 +19,12 @@ from balcony_runtime.sensors import Sensors, SourceSample
 from balcony_runtime.sensors import sysfs as attributes
 from balcony_runtime.sensors.gpus import Gpus
 from balcony_runtime.sensors.plausible import Plausibility
+from tests.runtime.sensors.test_sysfs import look, put
 
 Tree = Callable[[str], Path]
 RADEON = "devices/pci0000:00/0000:00:01.1/0000:03:00.0"
 ARC = "devices/pci0000:00/0000:00:01.0/0000:03:00.0"
 STATS = "devices/platform/axi/1002000000.v3d/gpu_stats"
-
-
-def look(gpus: Gpus, now_s: float = 1.0) -> SourceSample:
-    gpus.discover()
-    return gpus.read(now_s)
-
-
-def put(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{value}\n")
 
 
 def missing(sample: SourceSample) -> list[tuple[str, str]]:
@@ -72,7 +63,7 @@ def test_radeon_and_the_graphics_of_a_ryzen(sysfs_tree: Tree) -> None:
 def test_a_discrete_card_comes_before_the_graphics_of_a_cpu(sysfs_tree: Tree) -> None:
     """Intel's drivers do not tell the memory of a card; graphics inside an AMD CPU do."""
     root = sysfs_tree("radeon")
-    card = root / "devices/pci0000:00/0000:00:01.1/0000:03:00.0"
+    card = root / RADEON
     (card / "mem_info_vram_total").unlink()
     (card / "driver").unlink()
     (card / "driver").symlink_to("../../../../bus/pci/drivers/xe")

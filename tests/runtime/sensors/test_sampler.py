@@ -69,6 +69,17 @@ def test_a_device_is_sampled_and_nonsense_is_dropped(sysfs_tree: Tree, tmp_path:
     assert not [one for one in set(threading.enumerate()) - before if one.name.startswith("sensors-")]
 
 
+def test_sensors_that_were_started_or_closed_do_not_start_again(tmp_path: Path) -> None:
+    """Threads start once; after close() they would end at once, and nothing would be read."""
+    used, closed = Sensors([Thermal(tmp_path)]), Sensors([Thermal(tmp_path)])
+    with used, pytest.raises(InputError, match="started or closed before: make others with Sensors"):
+        used.start()
+    closed.close()
+    for sensors in (used, closed):
+        with pytest.raises(InputError, match="started or closed before: make others with Sensors"):
+            sensors.start()
+
+
 def test_a_sensor_that_hangs_ages_and_is_dropped_while_the_others_go_on(sysfs_tree: Tree, tmp_path: Path) -> None:
     root = sysfs_tree("thor")
     meter = root / "class/hwmon/hwmon2/power1_input"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +31,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.structure.asked import Structure, structure_of
 from balcony_runtime.structure.grammar import Grammars, Guide
 from benchmarks.serving import schemas
+from tests.support.command import printed
 from tests.support.properties import CHANCE, examples
 
 PERSON: dict[str, Any] = {
@@ -492,5 +491,5 @@ def test_a_missing_package_is_named(tiny: Any) -> None:
         "try:\n    llm.generate('the fox', sampling=balcony_edge.SamplingParams(regex='a'))\n"
         "except balcony_edge.BalconyError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tiny.path)], capture_output=True, text=True, check=True)
-    assert "pip install 'balcony-edge[structured]'" in done.stdout and done.stdout.count("\n") == 1
+    said = printed(program, tiny.path)
+    assert "pip install 'balcony-edge[structured]'" in said and said.count("\n") == 1

@@ -257,12 +257,14 @@ def _pack(source: Path, target: Path, threads: int | None) -> None:
     """Write the packed form of a graph.
 
     Raises:
-        BundleError: the graph cannot be loaded.
+        BundleError: the graph cannot be loaded, or there is too little memory to pack it.
         OSError: the graph can be loaded, but its packed form cannot be written. ONNX Runtime does not tell the two apart.
     """
     try:
         open_session(source, threads=threads, pack_to=target)
     except BundleError as error:
+        if is_out_of_memory(error.__cause__):  # packing takes more of it than loading
+            raise
         open_session(source, threads=threads)
         free_mb = shutil.disk_usage(target.parent).free // 10**6
         raise OSError(errno.EIO, f"ONNX Runtime failed with {free_mb} MB free on the disk") from error

@@ -297,10 +297,10 @@ class Fields:
             raise bad(name, value, f"must be a number within ±{LARGEST_NUMBER:g}")
         return value
 
-    def tokens(self, name: str) -> list[int] | None:
-        """A list of token ids, or None; the runtime checks that they are in the vocabulary."""
-        value: list[int] | None = self.get(name)
-        if value is not None and not is_tokens(value):
+    def tokens(self, name: str) -> list[int]:
+        """A list of token ids; the runtime checks that they are in the vocabulary."""
+        value: list[int] = self.get(name)
+        if not is_tokens(value):
             raise bad(name, value, "must be a list of token ids")
         return value
 

@@ -29,7 +29,7 @@ from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SL
 from balcony_runtime.serve.bodies.refusal import REASON, RefusedError, bad, busy, refusal_of, too_long
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
 from balcony_runtime.serve.http.openapi import document
-from balcony_runtime.serve.work.answers import Answer, EventStream, GoneError, gone
+from balcony_runtime.serve.work.answers import Answer, GoneError, gone
 from balcony_runtime.serve.work.energy import powers
 from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.serve.work.service import Service
@@ -94,6 +94,7 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool, origins: 
             HTTPException: _unknown,
             ClientDisconnect: _gone,
             GoneError: _gone,
+            RecursionError: _refused,  # of a body; as an Exception it would be logged as a bug, with a traceback
             Exception: _refused,
         },
     )
@@ -163,15 +164,15 @@ class _Routes:
             "budget": service.names.budgets[name].model_dump(exclude_unset=True),
         }
 
-    async def chat(self, request: Request) -> Response | EventStream:
+    async def chat(self, request: Request) -> ASGIApp:
         """The next message of a conversation, in the shape of OpenAI."""
         return await self._complete(request, chat=True)
 
-    async def completion(self, request: Request) -> Response | EventStream:
+    async def completion(self, request: Request) -> ASGIApp:
         """Completions of texts or token ids, in the shape of OpenAI."""
         return await self._complete(request, chat=False)
 
-    async def _complete(self, request: Request, *, chat: bool) -> Response | EventStream:
+    async def _complete(self, request: Request, *, chat: bool) -> ASGIApp:
         self._service.refuse_unready()
         async with self._body(request) as body:
             asked = read_asked(body, chat=chat)
@@ -186,7 +187,7 @@ class _Routes:
             answer.begin(watch)
             if asked.stream:
                 await answer.opening()
-                return EventStream(answer)
+                return answer.stream
             whole = await answer.whole()
         except BaseException as error:
             answer.close(error)
@@ -247,8 +248,6 @@ class _Routes:
         llm = self._service.llm
         async with self._body(request) as body:
             tokens = Fields(body, DETOKENIZE).tokens("tokens")
-            if tokens is None:
-                raise bad("tokens", None, "must be a list of token ids")
             if tokens:
                 refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
             decode = partial(llm.codec.decode, tokens, control_tokens=True)

@@ -34,12 +34,7 @@ def bounded(head_s: float, unread_s: float, most: int) -> type[Connection]:
         unread_s: longest time for which a client may leave a full buffer unread.
         most: most connections. One more closes the connection that has waited longest for a request.
     """
-
-    class Bounded(Connection):
-        pass
-
-    Bounded.head_s, Bounded.unread_s, Bounded.most, Bounded.idle = head_s, unread_s, most, {}
-    return Bounded
+    return type("Bounded", (Connection,), {"head_s": head_s, "unread_s": unread_s, "most": most, "idle": {}})
 
 
 class Connection(H11Protocol):

@@ -16,14 +16,8 @@ from starlette.routing import Route
 from balcony_runtime.serve.bodies.fields import FOREIGN, Table
 from balcony_runtime.serve.bodies.refusal import RefusedError
 
-#: Endpoints whose answer is not a JSON object → its types.
-_TYPES = {
-    "/": ("text/html",),
-    "/metrics": ("text/plain",),
-    "/chat/completions": ("application/json", "text/event-stream"),
-    "/v1/chat/completions": ("application/json", "text/event-stream"),
-    "/v1/completions": ("application/json", "text/event-stream"),
-}
+#: Endpoints whose answer is not JSON → its type.
+_TYPES = {"/": "text/html", "/metrics": "text/plain"}
 
 
 def document(
@@ -69,7 +63,9 @@ def document(
 
 
 def _operation(route: Route, fields: Table | None, queries: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    types = _TYPES.get(route.path, ("application/json",))
+    types = [_TYPES.get(route.path, "application/json")]
+    if fields is not None and "stream" in fields:  # a completion
+        types.append("text/event-stream")
     operation: dict[str, Any] = {
         "summary": (inspect.getdoc(route.endpoint) or "").partition("\n")[0],
         "responses": {

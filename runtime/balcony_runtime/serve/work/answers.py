@@ -117,7 +117,29 @@ class Answer:
             raise self._failed(found[1])
         self._first = found
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    async def stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer as server-sent events; close it however that ends. ASGI; ``receive`` is already watched."""
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),  # nginx
+        ]
+        try:
+            # a client that does not read blocks the sending: it is given up a little after the time limit
+            async with asyncio.timeout(self._until_s - time.monotonic() + 1.0):
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                self.streaming = True
+                async for event in self._events():
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except (GoneError, TimeoutError) as error:
+            self.close(error)
+        except BaseException as error:
+            self.close(error)
+            raise
+        self.close()
+
+    async def _events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events.
 
         Raises:
@@ -155,7 +177,7 @@ class Answer:
                 else:  # as long as a whole answer with alternatives
                     pieces = await asyncio.to_thread(self.shapes.opening, job, scores)
             opened.add(job)
-            made = self.shapes.token(job, item) if isinstance(item, Token) else self.shapes.end(job, "length")
+            made = self.shapes.token(job, item) if isinstance(item, Token) else self.shapes.end(job)
             if made is not None:
                 pieces.append(made)
         if pieces and not self._left:
@@ -202,11 +224,6 @@ class Answer:
         """End the answer with an error, because the server does not wait for it any longer."""
         self._stopped = True
         self._channel.wake()
-
-    @property
-    def left_s(self) -> float:
-        """Seconds until a client that does not read is given up, a little after the time limit."""
-        return self._until_s - time.monotonic() + 1.0
 
     def _taken(self, job: Job) -> None:
         job.buffered -= 1
@@ -263,35 +280,6 @@ class Answer:
             **{key: facts[key] for key in ("ttft_ms", "mean_tpot_ms", "tokens_per_exit", "late_tokens")},
         }
         _log.info("%s", json.dumps(line))
-
-
-class EventStream:
-    """The response of a stream; ends the answer however the response ends."""
-
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI; ``receive`` is already watched by the answer."""
-        answer = self._answer
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),  # nginx
-        ]
-        try:
-            async with asyncio.timeout(answer.left_s):  # also where a client that does not read blocks the sending
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                answer.streaming = True
-                async for event in answer.events():
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
-        except (GoneError, TimeoutError) as error:
-            answer.close(error)
-        except BaseException as error:
-            answer.close(error)
-            raise
-        answer.close()
 
 
 #: Characters at which some clients split lines (httpx, as ``str.splitlines``) though JSON allows them in texts.

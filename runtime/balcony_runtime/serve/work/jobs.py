@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
@@ -37,57 +38,6 @@ class Ended(NamedTuple):
 
 
 Item = Token | Scores | Ended | BaseException
-
-
-class Job:
-    """One reply of an answer.
-
-    Args:
-        key: its number, that of its slot.
-        index: number of the choice in the answer.
-        ids: tokens of the prompt.
-        request: the reply to begin; None to score the prompt only.
-        budget: its own budget; None for the server's.
-        score: number of likeliest tokens to report at each place of the prompt; None not to score it.
-        model: name under which it was asked for.
-        asked_s: time of the request on ``time.monotonic``; None for now.
-        most_tokens: ``max_tokens`` of the request; None if it has none.
-    """
-
-    def __init__(
-        self,
-        key: int,
-        index: int,
-        ids: Sequence[int],
-        request: Request | None,
-        *,
-        budget: Budget | None = None,
-        score: int | None = None,
-        model: str = "",
-        asked_s: float | None = None,
-        most_tokens: int | None = None,
-    ) -> None:
-        self.most_tokens = most_tokens
-        self.key, self.index, self.ids, self.request = key, index, ids, request
-        self.budget, self.score, self.model = budget, score, model
-        #: Set by the decode thread when the reply begins.
-        self.stream: TokenStream | None = None
-        self.channel = Channel()
-        #: Cost of the tokens that were made, and of those that pieces have shown if each tells it.
-        self.cost, self.shown = Cost(asked_s), Cost(asked_s)
-        self.buffered, self.paused, self.ended = 0, False, False
-        #: Number of later requests that began while it waited.
-        self.overtaken = 0
-
-    @property
-    def begun_s(self) -> float | None:
-        """Time at which its work began, be it to score the prompt; None while it waits for others."""
-        return self.cost.begun_s
-
-    def begin(self) -> None:
-        """Note that its work begins, unless it has begun."""
-        if self.cost.begun_s is None:
-            self.cost.begun_s = self.shown.begun_s = time.monotonic()
 
 
 class Channel:
@@ -227,3 +177,51 @@ class Cost:
             "pending_rows": None if last is None else last.pending_rows,
             "reason": None if last is None else last.reason,
         }
+
+
+@dataclass(eq=False, repr=False)
+class Job:
+    """One reply of an answer.
+
+    Attributes:
+        key: its number, that of its slot.
+        index: number of the choice in the answer.
+        ids: tokens of the prompt.
+        request: the reply to begin; None to score the prompt only.
+        budget: its own budget; None for the server's.
+        score: number of likeliest tokens to report at each place of the prompt; None not to score it.
+        model: name under which it was asked for.
+        most_tokens: ``max_tokens`` of the request; None if it has none.
+        channel: way of its items, which all replies of the answer share.
+        cost, shown: cost of the tokens that were made, and of those that pieces have shown if each tells it.
+        stream: its tokens; the decode thread sets it when the reply begins.
+        buffered: number of its items in the channel.
+        overtaken: number of later requests that began while it waited.
+    """
+
+    key: int
+    index: int
+    ids: Sequence[int]
+    request: Request | None
+    budget: Budget | None = None
+    score: int | None = None
+    model: str = ""
+    most_tokens: int | None = None
+    channel: Channel = field(default_factory=Channel)
+    cost: Cost = field(default_factory=Cost)
+    shown: Cost = field(default_factory=Cost)
+    stream: TokenStream | None = None
+    buffered: int = 0
+    paused: bool = False
+    ended: bool = False
+    overtaken: int = 0
+
+    @property
+    def begun_s(self) -> float | None:
+        """Time at which its work began, be it to score the prompt; None while it waits for others."""
+        return self.cost.begun_s
+
+    def begin(self) -> None:
+        """Note that its work begins, unless it has begun."""
+        if self.cost.begun_s is None:
+            self.cost.begun_s = self.shown.begun_s = time.monotonic()

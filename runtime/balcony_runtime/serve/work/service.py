@@ -33,7 +33,7 @@ from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining, stopped, too_long
 from balcony_runtime.serve.work.answers import Answer
 from balcony_runtime.serve.work.energy import EnergyMeter
-from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Cost, Job
+from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Channel, Cost, Job
 from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.shapes import Shapes, cached_tokens, prompt_tokens
 from balcony_runtime.serve.work.slots import Slots
@@ -296,6 +296,7 @@ class Service:
                 reading.add_done_callback(partial(self._abandoned, count))
         if self._stopped:
             raise stopped()
+        channel = Channel()
         jobs = [
             Job(
                 next(self._keys),
@@ -305,19 +306,16 @@ class Service:
                 budget=budget,
                 score=asked.logprobs if asked.echo else None,
                 model=model,
-                asked_s=asked_s,
                 most_tokens=most_tokens,
+                channel=channel,
+                cost=Cost(asked_s),
+                shown=Cost(asked_s),
             )
             for index, (ids, _, request) in enumerate(prepared)
         ]
-        for job in jobs:
-            job.channel = jobs[0].channel
-            self._jobs[job.key] = job
+        self._jobs |= {job.key: job for job in jobs}
         shapes = Shapes(asked, model, self.llm.codec, [text for _, text, _ in prepared], meter)
-
-        def on_close(answer: Answer) -> None:
-            self._closed(answer, model, client)
-
+        on_close = partial(self._closed, model=model, client=client)
         found = Answer(asked, shapes, jobs, self._parts.worker, self.limits.request_s, lambda: self.retry_s, on_close)
         self._answers.add(found)
         return found

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from balcony_runtime.reply import Token
+from balcony_runtime.reply import Reply, Token
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
@@ -92,9 +92,9 @@ class Shapes:
             self._thoughts[job] = None if self._asked.document else self._codec.thought_reader(job.ids)
         return self._thoughts[job]
 
-    def end(self, job: Job, reason: str) -> dict[str, Any]:
+    def end(self, job: Job) -> dict[str, Any]:
         """The last piece of a choice that makes no tokens."""
-        return self._piece(job, "", None, reason)
+        return self._piece(job, "", None, "length")
 
     def closing(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """The piece after the last one of every choice: the usage."""
@@ -118,26 +118,23 @@ class Shapes:
         return {"timings": cost.timings(prompt_tokens(jobs), cached_tokens(jobs)), "balcony": facts}
 
     def _choice(self, job: Job, scores: Scores | None) -> dict[str, Any]:
-        reply = None if job.stream is None else job.stream.reply
-        text = "" if reply is None else reply.text
-        tokens = () if reply is None else reply.tokens
-        reason: str | None = "length" if reply is None else reply.finish_reason
+        # without tokens there is no stream
+        reply = Reply("", (), 0, "length") if job.stream is None else job.stream.reply
         if self._asked.chat:
-            logprobs = None if self._asked.logprobs is None else self.logprobs(job, tokens)
-            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            logprobs = None if self._asked.logprobs is None else self.logprobs(job, reply.tokens)
+            message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
             if (thoughts := self._thought_reader(job)) is not None:
-                message |= {"content": ""} | _thought(thoughts, text, ends=True)
-            calls = () if reply is None else reply.tool_calls
-            if calls:
+                message |= {"content": ""} | _thought(thoughts, reply.text, ends=True)
+            if calls := reply.tool_calls:
                 message |= {"content": message["content"] or None, "tool_calls": [call.to_dict() for call in calls]}
-                reason = _reason(reason, calls)
+            reason = _reason(reply.finish_reason, calls)
             return {"index": job.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         logprobs = self.prompt_logprobs(job, scores) if self._asked.echo else None
         if self._asked.logprobs is not None:
-            made = self.logprobs(job, tokens)
+            made = self.logprobs(job, reply.tokens)
             logprobs = made if logprobs is None else {key: logprobs[key] + made[key] for key in made}
-        text = self._prompts[job.index] + text if self._asked.echo else text
-        return {"index": job.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        text = self._prompts[job.index] + reply.text if self._asked.echo else reply.text
+        return {"index": job.index, "text": text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
     def logprobs(self, job: Job, tokens: Sequence[Token]) -> dict[str, Any]:
         """Log-probabilities of tokens of a reply."""
