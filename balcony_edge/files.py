@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -22,6 +23,8 @@ except ImportError:
 
 #: Part of the names of directories that are not complete.
 PARTIAL = ".partial-"
+#: Mounts of this process (proc_pid_mountinfo(5)). A file can be one, as with Docker's `-v ./profile.json:/profile.json`.
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 @contextmanager
@@ -118,9 +121,20 @@ def _target(path: Path, given: str, error_class: type[BalconyError], cure: str) 
             raise error_class(f"{given}: is a directory: name a file in it")
         if target.exists() and not target.is_file():
             raise error_class(f"{given}: cannot be written (it is not a regular file): {cure}")
+        if target.exists() and _is_mounted(target):
+            raise error_class(f"{given}: cannot be replaced (it is a mount of its own): mount its directory instead")
     except OSError as error:  # a name that is too long, or a directory that may not be entered
         raise error_class(f"{given}: cannot be written ({error.strerror}): {cure}") from error
     return target
+
+
+def _is_mounted(target: Path) -> bool:
+    """Whether a path is a mount, which the system lets no other file replace; False if it does not list mounts."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError:
+        return False
+    return any(line.split(" ")[4:5] == [str(target)] for line in lines)
 
 
 def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:
@@ -188,18 +202,23 @@ def _lock(path: Path, *, wait: bool) -> int | None:
     """
     if fcntl is None:
         return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
+    # NFS locks a file only if it is open for writing (flock(2)); elsewhere that could make an overlay copy all weights.
+    for flags in (os.O_RDONLY, os.O_RDWR):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BaseException:
-            os.close(descriptor)
+            descriptor = os.open(path, flags)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except BlockingIOError:
             raise
-    except BlockingIOError:
-        raise
-    except OSError:
-        return None
-    return descriptor
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                return None
+        else:
+            return descriptor
+    return None
 
 
 def _unlock(lock: int | None) -> None:

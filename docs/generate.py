@@ -43,7 +43,7 @@ probability = 0.9
     balcony-edge budget check profiles/voice.toml --bundle bundle/
     balcony-edge budget schema > budget.schema.json      # JSON Schema, for editors
 
-The files in `profiles/` are examples for interactive chat, voice, reading, battery, a closed case, a shared GPU, the three
+The files in `profiles/` are examples for interactive chat, voice, reading, battery, a closed case, a shared GPU, three
 power modes of a Jetson Orin Nano, a Raspberry Pi class CPU and full depth. A comment at the top of each says what it is for.
 [controller.md](controller.md) explains how a budget is held, and what happens
 [when it cannot be held](controller.md#when-a-target-cannot-be-met).

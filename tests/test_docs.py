@@ -362,3 +362,34 @@ def test_the_page_of_tensorrt_names_the_architectures_that_are_built() -> None:
     text = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
     told = re.findall(r"`(\w+)`", text.split("tiny models of", 1)[1].split("No other architecture", 1)[0])
     assert set(told) == {name.partition("-")[0] for name in ast.literal_eval(built)}
+
+
+@pytest.mark.parametrize("page", ["first-ten-minutes.md", "tensorrt.md"])
+def test_pages_name_the_driver_that_an_nvidia_card_needs(page: str) -> None:
+    """Release notes of CUDA 13: driver 580 or newer; the package of the extra has the number in its name."""
+    assert "tensorrt-rtx-cu13>=" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "driver 580 or newer" in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def test_the_udev_rule_of_rapl_is_for_a_group_that_the_page_makes() -> None:
+    """Debian and Ubuntu have no group `power`, so chgrp would fail and the counters stay root's."""
+    text = (ROOT / "docs" / "sensors.md").read_text(encoding="utf-8")
+    (group,) = re.findall(r"/bin/chgrp (\S+) ", text)
+    assert f"groupadd --system {group}`" in text and f"usermod -aG {group} " in text
+
+
+@pytest.mark.parametrize("page", ["first-ten-minutes.md", "jetson.md"])
+def test_a_device_makes_an_environment_before_it_installs(page: str) -> None:
+    """Debian's and Ubuntu's own Python refuses `pip install` (PEP 668), and has no venv before `python3-venv`."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    install = text.index("py3-none-any.whl[cpu]'")
+    block = text[text.rindex("\n\n", 0, install) : install]
+    assert block.index("python3-venv") < block.index("python3 -m venv")
+
+
+def test_the_page_of_jetson_names_the_modes_of_an_orin_nano() -> None:
+    """Flashed as "Super", a board starts in 25 W and has a mode without a budget file of its own."""
+    text = (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
+    assert [mode for mode in ("7 W", "15 W", "25 W", "MAXN_SUPER", "Super") if mode not in text] == []
+    for profile in (ROOT / "profiles").glob("jetson_orin_nano_*.toml"):
+        assert "it ships with" not in profile.read_text(encoding="utf-8")

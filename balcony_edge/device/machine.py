@@ -76,16 +76,18 @@ class Machine(BaseModel):
 
         ``names``: what the two are called.
 
-        The kernel may differ, and memory by one gigabyte, because firmware and kernels reserve different amounts.
+        The kernel may differ, and memory by one gigabyte, because firmware and kernels reserve different amounts. What
+        one does not tell is no difference: Docker hides an Arm board's name and power modes (it masks /sys/firmware).
         """
         first, second = names
         found = [
-            f"{key}: {_shown(mine)} {first}, {_shown(theirs)} {second}"
+            f"{key}: {mine} {first}, {theirs} {second}"
             for key in ("board", "cpu", "cpus", "architecture", "power_mode")
-            if (mine := getattr(self, key)) != (theirs := getattr(other, key))
+            if None not in (mine := getattr(self, key), theirs := getattr(other, key)) and mine != theirs
         ]
-        if abs((self.memory_bytes or 0) - (other.memory_bytes or 0)) > 2**30:
-            found.append(f"memory: {_gigabytes(self.memory_bytes)} {first}, {_gigabytes(other.memory_bytes)} {second}")
+        sizes = self.memory_bytes, other.memory_bytes
+        if sizes[0] is not None and sizes[1] is not None and abs(sizes[0] - sizes[1]) > 2**30:
+            found.append(f"memory: {sizes[0] / 1e9:.1f} GB {first}, {sizes[1] / 1e9:.1f} GB {second}")
         if self.gpus != other.gpus:
             gpus = [", ".join(f"{gpu.name} (driver {gpu.driver})" for gpu in it.gpus) or "none" for it in (self, other)]
             found.append(f"GPUs: {gpus[0]} {first}, {gpus[1]} {second}")
@@ -96,7 +98,7 @@ def this_device(root: Path = Path("/")) -> Machine:
     """Identity of the machine that this process runs on.
 
     Args:
-        root: directory that contains ``proc``, ``sys`` and ``var``.
+        root: directory that contains ``etc``, ``proc``, ``sys`` and ``var``.
     """
     return Machine(
         board=text_of(root / "proc/device-tree/model") or text_of(root / "sys/class/dmi/id/product_name"),
@@ -105,9 +107,24 @@ def this_device(root: Path = Path("/")) -> Machine:
         architecture=platform.machine(),
         memory_bytes=_memory_bytes(text_of(root / "proc/meminfo") or ""),
         gpus=_nvidia_gpus(),
-        power_mode=text_of(root / "var/lib/nvpmodel/status") or text_of(root / "sys/firmware/acpi/platform_profile"),
+        power_mode=_nvpmodel_mode(root) or text_of(root / "sys/firmware/acpi/platform_profile"),
         system=f"{platform.system()} {platform.release()}",
     )
+
+
+def _nvpmodel_mode(root: Path) -> str | None:
+    """A Jetson's power mode by its name.
+
+    `status` has only its number, which means another mode in another nvpmodel.conf: on an Orin Nano 1 is 7 W, in its Super form
+    25 W.
+    """
+    status = text_of(root / "var/lib/nvpmodel/status")
+    number = re.search(r"pmode:(\d+)", status or "")
+    if number is None:
+        return status
+    line = rf"^<\s*POWER_MODEL\s+ID=0*{int(number[1])}\s+NAME=(\S+)\s*>"
+    name = re.search(line, text_of(root / "etc/nvpmodel.conf") or "", re.MULTILINE)
+    return status if name is None else name[1]
 
 
 def cpu_name(root: Path = Path("/")) -> str:
@@ -284,11 +301,3 @@ def _gpu_memory(pynvml: Any, handle: Any) -> int:
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
     except pynvml.NVMLError_NotSupported:
         return 0
-
-
-def _shown(value: object) -> str:
-    return "none" if value is None else str(value)
-
-
-def _gigabytes(value: int | None) -> str:
-    return "unknown" if value is None else f"{value / 1e9:.1f} GB"

@@ -9,10 +9,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from balcony_edge.budget import Budget
-from balcony_edge.control.observed import unseen
+from balcony_edge.budget import Budget, Rail
+from balcony_edge.control.observed import unseen, watts
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError
 from balcony_runtime.backends.base import closed
@@ -75,13 +75,22 @@ class SensorsOnDemand:
         if not missing:
             return
         asked = ", ".join(f"{key} = {getattr(budget, key):g}" for key in missing)
-        text = f"{asked}: no sensor of this device measures it (`balcony-edge doctor` says what is missing)"
+        rails = self._rails(missing)
+        text = f"{asked}: no sensor of this device measures it (`balcony-edge doctor` says what is missing{rails})"
         if budget.on_infeasible == "error":
             raise InfeasibleError(f"{text}: leave it out, or choose another on_infeasible")
         told = {(key, budget.power_rail if key in ("power_w", "energy_j_per_token") else None) for key in missing}
         if not self._told.issuperset(told):  # a server asks for each reply
             self._told.update(told)
             _log.warning("%s: it is not held", text)
+
+    def _rails(self, missing: tuple[str, ...]) -> str:
+        """The rails whose power is measured, if that of the budget's rail is not: doctor shows nothing missing then."""
+        if not {"power_w", "energy_j_per_token"}.intersection(missing):
+            return ""
+        readings, now_s = self.latest(), time.monotonic()
+        known = [rail for rail in get_args(Rail) if watts(readings, rail, now_s) is not None]
+        return "".join(f'; power_rail = "{rail}" is measured' for rail in known)
 
     def close(self) -> None:
         """Stop the device's sensors, if they were started; later calls start none."""

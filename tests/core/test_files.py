@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -11,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from balcony_edge import files
 from balcony_edge.control.trace import LinesWriter
 from balcony_edge.errors import InputError
-from balcony_edge.files import partial_directory, require_writable, require_writable_file, write_atomically
+from balcony_edge.files import locked, partial_directory, require_writable, require_writable_file, write_atomically
 
 
 def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path) -> None:
@@ -45,6 +48,24 @@ def test_leftovers_of_a_killed_writer_are_removed_and_those_in_use_stay(tmp_path
     with partial_directory(tmp_path / "x[1]") as first, partial_directory(tmp_path / "x[1]") as second:
         assert set(tmp_path.iterdir()) == {first, second} and killed not in (first, second)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_on_nfs_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS gives an exclusive lock only for a descriptor that may write (flock(2))."""
+    flock = fcntl.flock
+
+    def of_nfs(descriptor: int, how: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    weights, taken = tmp_path / "weights.bin", InputError("another one is at work")
+    weights.write_bytes(b"weights")
+    with locked(weights), pytest.raises(InputError, match="another one"), locked(weights, taken):
+        pass
+    with locked(weights, taken), locked(tmp_path, taken):  # directories have no lock there
+        pass
 
 
 def test_a_refused_write_is_one_line(tmp_path: Path) -> None:
@@ -85,3 +106,16 @@ def test_the_file_behind_a_link_is_replaced_and_what_is_no_file_is_refused(tmp_p
         with pytest.raises(InputError, match=r"pipe: cannot be written \(it is not a regular file\): name a file"):
             refuse()
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_file_that_is_a_mount_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with Docker's `-v ./out.json:/out.json`: renaming a file to it fails, after minutes of measuring."""
+    path, mounts = tmp_path / "out.json", tmp_path / "mountinfo"
+    path.write_bytes(b"old")
+    mounts.write_text(f"22 1 0:21 / / rw - overlay overlay rw\n36 22 8:1 /out.json {path} rw - ext4 /dev/sda1 rw\n")
+    monkeypatch.setattr(files, "_MOUNTS", mounts)
+    with pytest.raises(InputError, match=r"^-o out: cannot be replaced .*: mount its directory instead$"):
+        require_writable_file(path, "-o out", InputError, "name another place")
+    require_writable_file(tmp_path / "other.json", "-o other", InputError, "name another place")
+    mounts.unlink()  # a system without such a list
+    require_writable_file(path, "-o out", InputError, "name another place")

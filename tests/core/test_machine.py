@@ -176,6 +176,14 @@ def test_another_gpu_is_a_difference() -> None:
     assert two.differences(one) == ("GPUs: H100 (driver 580), H100 (driver 580) there, H100 (driver 570) here",)
 
 
+def test_what_a_container_hides_is_no_difference() -> None:
+    bare = Machine(board=None, cpu="Cortex-A78AE", cpus=6, architecture="aarch64", memory_bytes=None, system="Linux 5")
+    board = bare.model_copy(update={"board": "Orin Nano", "power_mode": "15W", "memory_bytes": 8 * 10**9})
+    assert board.differences(bare) == bare.differences(board) == ()
+    other = board.model_copy(update={"power_mode": "MAXN", "memory_bytes": 16 * 10**9})
+    assert board.differences(other) == ("power_mode: 15W there, MAXN here", "memory: 8.0 GB there, 16.0 GB here")
+
+
 def test_an_engine_takes_the_best_number_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cpus", lambda: 8)
     monkeypatch.setattr(machine, "best_threads", lambda: 4)

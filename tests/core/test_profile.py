@@ -162,7 +162,6 @@ def test_mismatches_are_named() -> None:
         "it was measured with onnxruntime, not TensorRT",
         "it was measured with 2 threads, not 1",
         "cpus: 2 there, 4 here",
-        "power_mode: none there, 15W here",
         "memory: 8.0 GB there, 4.0 GB here",
     )
     measured = make_profile(engine=EngineFacts(name="TensorRT", graphs="engine set 1", version="10", threads=1))
@@ -188,6 +187,11 @@ def test_a_device_is_read_from_its_files(tmp_path: Path) -> None:
         1_024_000,
         "pmode:0002",
     )
+    (tmp_path / "etc").mkdir()
+    for modes, name in ((("15W", "7W", "10W"), "10W"), (("15W", "25W", "MAXN_SUPER", "7W"), "MAXN_SUPER")):
+        lines = [f"< POWER_MODEL ID={number} NAME={mode} >\nCPU_ONLINE CORE_0 1\n" for number, mode in enumerate(modes)]
+        (tmp_path / "etc/nvpmodel.conf").write_text("".join(lines))
+        assert this_device(tmp_path).power_mode == name, "the number alone would be the same"
     empty = this_device(tmp_path / "none")
     assert empty.board is None and empty.memory_bytes is None and empty.cpus >= 1 and empty.cpu
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
+import os
 import sys
 import threading
 from collections import Counter
@@ -364,6 +366,17 @@ def test_rows_run_counts_each_row_of_each_stage(tiny_engine: Engine) -> None:
     assert sequence.rows_run == 4 + 1 + 5
     sequence.step(3, np.array([6]))
     assert sequence.rows_run == 10 + 2
+
+
+def test_a_file_system_that_maps_no_files_is_one_line(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FUSE with direct I/O; ONNX Runtime reads the weights there."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(BundleError, match=r"cannot be mapped into memory \(No such device\): copy the bundle"):
+        Engine.open(tiny.path)
 
 
 def test_a_sequence_without_memory_says_its_size(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

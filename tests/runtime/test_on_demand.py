@@ -78,6 +78,19 @@ def test_what_is_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
+def test_a_rail_that_is_not_measured_names_those_that_are(caplog: pytest.LogCaptureFixture) -> None:
+    """A mini PC measures its CPU (RAPL) and not its board, which is the default; `doctor` shows nothing missing."""
+
+    def package() -> tuple[Reading, ...]:
+        return (Reading("rapl:package-0", "cpu", time.monotonic(), watts=6.0),)
+
+    sensors = SensorsOnDemand(package)
+    for budget in (Budget(power_w=10), Budget(energy_j_per_token=1), Budget(gpu_utilization=0.5)):
+        sensors.check(budget)
+    named = 'says what is missing; power_rail = "cpu" is measured): it is not held'
+    assert [record.getMessage().endswith(named) for record in caplog.records] == [True, True, False]
+
+
 def test_sensors_whose_start_is_interrupted_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their threads would read the device until the process ends, and the next budget would start others."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import time
 from statistics import NormalDist
 from typing import Any
 
+import psutil
 import pytest
 
 from balcony_edge.device.costs import CostModel
@@ -70,6 +73,19 @@ def test_a_busy_device_is_noted(own_s: float, share: float, note: bool, monkeypa
         found = ConditionWatch(sensors).report()
     assert found.others_cpu_share == pytest.approx(share)
     assert any(one.startswith("other processes used") for one in found.notes) is note
+
+
+def test_a_system_that_hides_its_load_tells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd's ProcSubset=pid leaves neither /proc/stat nor /proc/loadavg."""
+
+    def hidden() -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_times", hidden)
+    monkeypatch.setattr(os, "getloadavg", hidden)
+    with Sensors([NoPower()]) as sensors:
+        found = ConditionWatch(sensors).report()
+    assert (found.others_cpu_share, found.load_1m, found.notes) == (None, None, ())
 
 
 def test_a_pass_of_many_rows_is_timed_whole(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,8 +101,8 @@ def _webgpu() -> dict[str, Any]:
     takes = "takes the faster one of it and the CPU"
     try:
         gpu_for_webgpu()
-    except BalconyError:
-        takes = "takes the CPU, because none is a GPU"
+    except BalconyError as error:
+        takes = f"takes the CPU: {error}"
     note = f"{seen}: bundles run on it with --device webgpu; --device auto {takes}"
     return {**facts, "providers": [NAME], "used": NAME, "note": note}
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.errors import BundleError, is_out_of_memory
 
 #: Most rows kept as floats: two of three tokens of a text are among the 1,000 different tokens before it.
 RECENT_ROWS = 1024
@@ -21,12 +22,23 @@ class TokenTable:
     """Rows of the token table, scaled as the model does. Layout: :class:`balcony_edge.bundle.manifest.EmbeddingSpec`."""
 
     def __init__(self, bundle: Bundle) -> None:
+        """Map the table.
+
+        Raises:
+            BundleError: the file system maps no files.
+        """
         spec = bundle.manifest.embedding
         path = bundle.file(spec.file)
 
         def mapped(offset: int, dtype: Any, *row: int) -> npt.NDArray[Any]:
-            # Convert to a plain array: indexing a memmap object costs 10 µs more.
-            return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(spec.shape[0], *row)))
+            try:
+                table = np.memmap(path, dtype, mode="r", offset=offset, shape=(spec.shape[0], *row))
+            except OSError as error:  # such as FUSE with direct I/O, which maps nothing that is shared
+                if is_out_of_memory(error):
+                    raise
+                cure = "copy the bundle to a local disk"
+                raise BundleError(f"{path}: cannot be mapped into memory ({error.strerror}): {cure}") from error
+            return np.asarray(table)  # a plain array: indexing a memmap object costs 10 µs more
 
         self.dtype: np.dtype[Any] = np.dtype(spec.dtype)
         self._scale = self.dtype.type(spec.scale)

@@ -53,7 +53,7 @@ class ConditionWatch:
         return Conditions(
             seconds=time.perf_counter() - self._begin_s,
             others_cpu_share=share,
-            load_1m=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            load_1m=_load_1m(),
             governor=text_of(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
             cpu_mhz=None if self._mhz is None or mhz is None else (self._mhz, mhz),
             celsius=None if self._celsius is None or celsius is None else (self._celsius, celsius),
@@ -81,14 +81,27 @@ class ConditionWatch:
         return next((sum(now[s] for s in sources) for sources in rails if all(s in now for s in sources)), None)
 
     def _others_share(self) -> float | None:
-        total, busy, own = (late - early for early, late in zip(self._cpu, _cpu_seconds(), strict=True))
+        early, late = self._cpu, _cpu_seconds()
+        if early is None or late is None:
+            return None
+        total, busy, own = (after - before for before, after in zip(early, late, strict=True))
         return max(busy - own, 0.0) / total if total > 0 else None
 
 
-def _cpu_seconds() -> tuple[float, float, float]:
-    """``(all, busy, own)`` CPU seconds since boot; time that the host took counts as busy."""
-    idle, *busy = cpu_seconds()
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """``(all, busy, own)`` CPU seconds since boot; time that the host took counts as busy. None: they are hidden."""
+    try:
+        idle, *busy = cpu_seconds()
+    except OSError:  # no /proc/stat, as with systemd's ProcSubset=pid
+        return None
     return idle + sum(busy), sum(busy), sum(os.times()[:4])
+
+
+def _load_1m() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none; systemd's ProcSubset=pid hides /proc/loadavg
+        return None
 
 
 def private_bytes() -> int | None:

@@ -47,7 +47,8 @@ class Rapl(NothingOpen):
         self._zones: dict[str, _Zone] = {}  # by directory name; a zone that returns continues its count
 
     def discover(self) -> None:
-        names = [path.name for path in entries(self._directory) if _ZONE.fullmatch(path.name)]
+        # Docker covers the zones with an empty directory, and the links to them stay.
+        names = [path.name for path in entries(self._directory) if _ZONE.fullmatch(path.name) and path.exists()]
         self._zones = {name: zone for name in names if (zone := self._zones.get(name) or self._zone(name))}
 
     def _zone(self, name: str) -> _Zone | None:

@@ -104,11 +104,15 @@ class Sensors(Closing):
         """
         if self._stop.is_set() or any(channel.thread.ident is not None for channel in self._channels):
             raise InputError("these sensors were started or closed before: make others with Sensors(device_sources())")
-        for channel in self._channels:
-            channel.thread.start()
-        deadline_s = time.monotonic() + probe_s
-        for channel in self._channels:
-            channel.answered.wait(max(0.0, deadline_s - time.monotonic()))
+        try:
+            for channel in self._channels:
+                channel.thread.start()
+            deadline_s = time.monotonic() + probe_s
+            for channel in self._channels:
+                channel.answered.wait(max(0.0, deadline_s - time.monotonic()))
+        except BaseException:  # Ctrl-C, or no more threads: a `with` block that is not entered closes nothing
+            self.close()
+            raise
         return self
 
     def latest(self) -> tuple[Reading, ...]:

@@ -164,6 +164,7 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Bundle.open(tiny.path).manifest
     found = provider.Provider(("x",), (), [SOFTWARE, CARD])
+    monkeypatch.setattr(provider, "_NODES", Path("nowhere"))
     monkeypatch.setattr(provider, "is_installed", lambda: True)
     monkeypatch.setattr(provider, "find_provider", lambda: found)
     assert choose(manifest)[:3] == ("webgpu", None, "ONNX Runtime has WebGPU, and there is a GPU: a card")

@@ -279,7 +279,7 @@ def test_no_memory_is_one_line_and_leaves_no_error_behind(gpu: Runtime, device: 
             {"driver": 12040, "code": "cudaErrorInsufficientDriver"},
             r"the driver supports CUDA 12.4, and cuda-python is for CUDA 1\d.\d: update .* or pip install 'cuda-python==12.\*'",
         ),
-        ({"devices": 0}, "no CUDA-capable device .*: install NVIDIA's driver"),
+        ({"devices": 0}, r"no CUDA-capable device .*: install NVIDIA's driver \(on a Jetson: put this user into"),
     ],
 )
 def test_a_machine_without_a_usable_gpu(gpu: Runtime, machine: dict[str, Any], message: str) -> None:

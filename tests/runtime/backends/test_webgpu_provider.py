@@ -15,6 +15,7 @@ import pytest
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest, MixtureSpec
+from balcony_edge.cli.device.doctor import engine_facts
 from balcony_edge.errors import BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_runtime.backends.choose import choose
 from balcony_runtime.backends.webgpu import adapters as adapters_module
@@ -155,6 +156,7 @@ def test_the_plugin_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_webgpu", Mock(get_library_path=lambda: "plugin.so"))
     monkeypatch.setattr(provider, "adapters", lambda: [CARD])
+    monkeypatch.setattr(provider, "_NODES", Path("nowhere"))
 
     def found(runtime: Runtime) -> provider.Provider:
         monkeypatch.setattr(provider, "checked_onnxruntime", lambda: runtime)
@@ -176,3 +178,19 @@ def test_the_plugin_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         with pytest.raises(DeviceError, match=r"this system lists none \(a card\): install the GPU's driver"):
             found(nothing)
+
+
+def test_a_gpu_that_the_user_may_not_open_names_the_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Over ssh only members of `render` open it; Mesa then lists its adapter in software, as if the driver were missing."""
+    (tmp_path / "renderD128").touch()
+    software = Adapter("llvmpipe", "CPU", half=True)
+    monkeypatch.setattr(provider, "_NODES", tmp_path)
+    monkeypatch.setattr(provider.os, "access", lambda *_: False)  # root may open everything
+    monkeypatch.setattr(provider, "find_provider", lambda: provider.Provider(("x",), (), [software]))
+    with pytest.raises(
+        DeviceError, match=r"only llvmpipe: let this user open .*renderD128: sudo usermod -aG render \$USER"
+    ):
+        provider.gpu_for_webgpu()
+    monkeypatch.setattr(adapters_module, "adapters", lambda: [software])
+    (facts,) = [facts for facts in engine_facts() if facts["engine"] == "webgpu"]
+    assert facts["note"].endswith("sudo usermod -aG render $USER, then log in again")

@@ -107,6 +107,21 @@ def test_a_sensor_that_hangs_ages_and_is_dropped_while_the_others_go_on(sysfs_tr
         assert health(sensors, "jetson").state == "present"
 
 
+def test_sensors_that_cannot_all_start_leave_no_thread(sysfs_tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may have a limit of processes, and no `with` block ends those that run already."""
+    root = sysfs_tree("thor")
+    sensors = Sensors([Jetson(root), Thermal(root)])
+    first, second = (channel.thread for channel in sensors._channels)
+
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(second, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"), sensors:
+        pass
+    eventually(lambda: not first.is_alive(), 5.0)
+
+
 def test_a_thermal_zone_that_hangs_takes_no_other_temperature_with_it(sysfs_tree: Tree, tmp_path: Path) -> None:
     root, before = sysfs_tree("orin_nano"), set(threading.enumerate())
     zone = root / "devices/virtual/thermal/thermal_zone0/temp"

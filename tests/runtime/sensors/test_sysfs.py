@@ -181,10 +181,14 @@ def test_the_temperature_of_an_amd_cpu(labels: dict[int, str], wanted: dict[str,
 
 
 def test_a_machine_without_rapl_is_told_what_to_try(tmp_path: Path) -> None:
-    (absent,) = look(Rapl(tmp_path)).absences
-    assert absent.cure == (
-        "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"
-    )
+    links = tmp_path / "docker/class/powercap"
+    links.mkdir(parents=True)
+    (links / "intel-rapl:0").symlink_to("../../devices/virtual/powercap/intel-rapl/intel-rapl:0")  # which is masked
+    for root in (tmp_path, tmp_path / "docker"):
+        (absent,) = look(Rapl(root)).absences
+        assert absent.cure == (
+            "on such a CPU: sudo modprobe intel_rapl_msr; Docker: run with --security-opt systempaths=unconfined"
+        )
 
 
 def test_labels_that_repeat_are_told_apart(tmp_path: Path) -> None:

@@ -73,7 +73,10 @@ def _cure(code: Any) -> str:
             f"or pip install 'cuda-python=={driver // 1000}.*'"
         )
     if code in (errors.cudaErrorInsufficientDriver, errors.cudaErrorNoDevice):
-        return "install NVIDIA's driver, or run on the CPU with --device cpu"
+        board = (
+            " (on a Jetson: put this user into the groups video and render)" if code == errors.cudaErrorNoDevice else ""
+        )
+        return f"install NVIDIA's driver{board}, or run on the CPU with --device cpu"
     if code == errors.cudaErrorMemoryAllocation:
         return (
             "free memory of the GPU, ask for a smaller batch, or build the engine set with a smaller --context-length"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import threading
 import traceback
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from balcony_edge.bundle.manifest import Manifest
@@ -20,6 +22,7 @@ from balcony_runtime.backends.webgpu.adapters import Adapter, adapters
 
 NAME = "WebGpuExecutionProvider"
 _LIBRARY = "balcony-edge.webgpu"
+_NODES = Path("/dev/dri")
 _registering = threading.Lock()
 
 
@@ -86,8 +89,9 @@ def find_provider() -> Provider:
             found = _devices(ort)
     if not found:
         names = ", ".join(adapter.name for adapter in known or ()) or "no adapter"
+        driver = "install the GPU's driver"
         raise DeviceError(
-            f"WebGPU needs a GPU, and this system lists none ({names}): install the GPU's driver, or run with --device cpu; "
+            f"WebGPU needs a GPU, and this system lists none ({names}): {_node_cure() or driver}, or run with --device cpu; "
             "only the package onnxruntime-webgpu also runs on an adapter in software"
         )
     return Provider((), (found[0],), known)
@@ -132,7 +136,14 @@ def gpu_for_webgpu() -> str:
     for adapter in known:
         if adapter.is_gpu:
             return adapter.name
-    raise DeviceError(f"WebGPU has no GPU here, only {', '.join(adapter.name for adapter in known)}")
+    seen, cure = ", ".join(adapter.name for adapter in known), _node_cure()
+    raise DeviceError(f"WebGPU has no GPU here, only {seen}" + (f": {cure}" if cure else ""))
+
+
+def _node_cure() -> str:
+    """The cure if this user may not open a GPU's render node, for which Vulkan then lists no GPU and no error; or empty."""
+    closed = next((node for node in sorted(_NODES.glob("renderD*")) if not os.access(node, os.R_OK | os.W_OK)), None)
+    return "" if closed is None else f"let this user open {closed}: sudo usermod -aG render $USER, then log in again"
 
 
 def failure(what: str, error: BaseException) -> DeviceError:
