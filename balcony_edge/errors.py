@@ -81,5 +81,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def shown(value: object) -> str:
     """A value as a message shows it: on one line of bounded length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = f"{type(value).__name__} with a number that is too long to show"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -90,6 +90,19 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - that of Path raises an error for no user
 
 
+def exists(path: Path) -> bool:
+    """Whether a path is there. From Python 3.14 on ``Path.exists`` also says no where the system refuses to look.
+
+    Raises:
+        OSError: the name is too long, or a directory may not be entered.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last one: a NUL in the name
+        return False
+    return True
+
+
 def require_writable(directory: Path, given: str, error_class: type[BalconyError], cure: str) -> None:
     """Refuse a directory that cannot be written or made. The check is cheap: call it before the work whose result goes there.
 
@@ -117,6 +130,7 @@ def _target(path: Path, given: str, error_class: type[BalconyError], cure: str) 
     """The file behind the links of a path; a directory, a device or a pipe is refused, because it cannot be replaced."""
     target = Path(os.path.realpath(path))
     try:
+        exists(target)  # raises the error that Path hides from Python 3.14 on
         if target.is_dir():
             raise error_class(f"{given}: is a directory: name a file in it")
         if target.exists() and not target.is_file():

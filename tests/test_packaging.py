@@ -192,6 +192,13 @@ def test_no_version_is_allowed_without_what_export_imports(package: str, first: 
     assert tuple(map(int, bound.split("."))) >= first
 
 
+def test_the_server_takes_no_reader_of_http_with_known_holes() -> None:
+    """Uvicorn allows every h11; before 0.16 it let ill-formed chunks through (CVE-2025-43859)."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (bound,) = (one.partition(">=")[2] for one in extras["serve"] if one.startswith("h11>="))
+    assert tuple(map(int, bound.split("."))) >= (0, 16)
+
+
 @pytest.mark.deep
 def test_the_wheel_with_cpu_alone_runs_a_bundle(tiny: Any, wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"

@@ -31,7 +31,7 @@ from balcony_edge.bundle.manifest import (
     one_line,
 )
 from balcony_edge.errors import BundleError
-from balcony_edge.files import locked, write_atomically
+from balcony_edge.files import exists, locked, write_atomically
 
 #: Directory of the engine sets inside a bundle.
 ENGINES = "tensorrt"
@@ -175,13 +175,13 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        if not directory.exists():
+        if not exists(directory):
             raise BundleError(
                 f"{one_line(str(directory))}: there is no such directory: name a bundle that `balcony-edge export` wrote"
             )
         if directory.name == MANIFEST and directory.is_file():
             raise BundleError(f"{directory}: is a file of a bundle: give the bundle's directory, {directory.parent}")
-        if not path.is_file():
+        if not exists(path) or not path.is_file():
             raise BundleError(
                 f"{directory}: is not a bundle (it has no {MANIFEST}): make one with `balcony-edge export`"
             )

@@ -30,8 +30,9 @@ class _Screen(Console):
         return super()._render_buffer(parts)
 
 
-stdout = _Screen(highlight=False)
-stderr = _Screen(stderr=True, highlight=False)
+#: Without emoji codes: a name such as a:key:b is shown as it is.
+stdout = _Screen(highlight=False, emoji=False)
+stderr = _Screen(stderr=True, highlight=False, emoji=False)
 #: Control characters except newline and tab → their symbols, or the replacement character for those without.
 _CONTROLS = {
     code: 0x2400 + code if code < 0x20 else 0x2421 if code == 0x7F else 0xFFFD

@@ -27,7 +27,7 @@ from balcony_edge.control.slowdown import LOG_SLOWDOWN_LIMIT
 from balcony_edge.device.costs import MAX_ROWS, CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, InputError
-from balcony_edge.files import require_writable
+from balcony_edge.files import exists, require_writable
 
 VERSION = 1
 _COSTS = pydantic.TypeAdapter(CostModel)
@@ -65,7 +65,7 @@ class LinesWriter(Closing):
         self._file: IO[str] | None = None
         self._closed = False
         try:
-            if not Path(path).exists():
+            if not exists(Path(path)):
                 require_writable(Path(path).parent, self._name, InputError, "name another place")
             elif Path(path).is_dir() or not os.access(path, os.W_OK):
                 raise InputError(f"{self._name}: not writable: name another place")

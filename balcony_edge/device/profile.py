@@ -299,7 +299,8 @@ class DeviceProfile(_Frozen):
             raise ProfileError(f"profile of type {type(path).__name__}: give the path of a device profile")
         name = os.fspath(path)
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            # tools on Windows begin a file with a byte order mark
+            document = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ProfileError(f"{name}: there is no such file: make one with `balcony-edge profile`") from None
         except OSError as error:

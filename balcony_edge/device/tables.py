@@ -38,9 +38,12 @@ def entry_line(entry: Entry) -> Line:
 
 
 def render(profile: DeviceProfile, form: Format) -> str:
-    """The whole profile (``json``) or its entries (``jsonl``, ``csv``, ``md``), ending in a line break."""
+    """The whole profile (``json``) or its entries (``jsonl``, ``csv``, ``md``), ending in a line break.
+
+    JSON is ASCII, because stdout may have another encoding than the UTF-8 in which files are read.
+    """
     if form == "json":
-        return json.dumps(profile.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(profile.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
     return render_lines([entry_line(entry) for entry in profile.entries], form)
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 from safetensors import SafetensorError
 
 from balcony_edge.errors import InputError
-from balcony_edge.files import partial_directory, require_writable
+from balcony_edge.files import exists, partial_directory, require_writable
 
 
 def refuse_existing(output: Path) -> None:
@@ -25,7 +25,7 @@ def refuse_existing(output: Path) -> None:
         InputError: The output exists or cannot be made.
     """
     try:
-        if output.exists() or output.is_symlink():
+        if exists(output) or output.is_symlink():
             raise InputError(f"{output}: already exists: name another directory, or remove it first")
     except OSError as error:  # a name that is too long, or a directory that may not be entered
         raise InputError(f"{output}: cannot be written ({error.strerror}): name another place") from error

@@ -27,7 +27,7 @@ class StopStrings:
         stops: strings that end the text; may be empty.
 
     Raises:
-        InputError: a stop string is empty; it would end every text at once.
+        InputError: a stop string is empty; it would end every text at once; or it is not valid Unicode, which no text has.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -35,6 +35,10 @@ class StopStrings:
         self._stops = tuple(stops) if listed else ()
         if not listed or any(not isinstance(stop, str) or not stop for stop in self._stops):
             raise InputError(f"stop = {stops!r}: must be a list of non-empty strings: give e.g. ['\\n']")
+        try:
+            "".join(self._stops).encode()
+        except UnicodeEncodeError:  # invalid bytes of an argument, or half of a pair in JSON
+            raise InputError("stop: is not valid UTF-8, and no reply has such a text: give it as UTF-8") from None
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:

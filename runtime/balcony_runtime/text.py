@@ -37,9 +37,9 @@ _BYTES = {chr(byte): byte for byte in _PRINTED} | {
     chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))
 }
 #: Marks around a placeholder for a control token that a user wrote, and the first mark of one that the template wrote. Texts do
-#: not contain them by chance: two letters of Linear A and a private-use character. Python prints these letters as they are
-#: where a template writes a list or a mapping; it escapes private-use characters.
-_OPEN, _CLOSE, _ALIAS = "\U00010600", "\U00010601", "\ue0c2"
+#: not contain them by chance: two letters of Linear A and a noncharacter of Unicode. Python prints these letters as they are
+#: where a template writes a list or a mapping; it escapes noncharacters. Private-use characters are glyphs of many fonts.
+_OPEN, _CLOSE, _ALIAS = "\U00010600", "\U00010601", "\ufdd0"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_ALIAS}]")
 #: Tokens before another one that decide how it is spelled.
 CONTEXT_TOKENS = 8

@@ -327,6 +327,16 @@ def test_replay_says_what_would_be_decided_otherwise(tmp_path: Path) -> None:
     refused("not readable as a trace", "replay", tmp_path / "absent.jsonl")
 
 
+def test_a_replay_leaves_the_last_digits_of_a_time_alone(tmp_path: Path) -> None:
+    """A trace may come from another Python: from 3.12 on `sum` rounds floats in another way."""
+    *lines, last = (Path(__file__).parents[1] / "core" / "control" / "golden.jsonl").read_text().splitlines()
+    changed = tmp_path / "changed.jsonl"
+    for more_ms, code in ((1e-12, 0), (1e-3, 1)):
+        token = json.loads(last)
+        changed.write_text("\n".join([*lines, json.dumps({**token, "period_ms": token["period_ms"] + more_ms})]))
+        assert invoke_here("replay", changed).returncode == code
+
+
 @pytest.mark.parametrize(("share", "shown"), [(0.999, "99.9%"), (0.0004, "0.04%"), (0.02, "2%"), (0.3, "30%")])
 def test_a_promise_is_shown_as_it_was_made(share: float, shown: str) -> None:
     assert _percent(share) == shown

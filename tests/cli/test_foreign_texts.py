@@ -24,3 +24,9 @@ def test_what_is_refused_does_not_command_the_terminal(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         reported(fails)
     assert capsys.readouterr().err == "balcony-edge: p.json: ␛[2J: Extra inputs are not permitted\n"
+
+
+def test_words_between_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    console.stdout.print("a:key:b.txt, at 10:100:20", markup=False)
+    console.stderr.print("[bold]a:key:b.txt[/]")
+    assert capsys.readouterr() == ("a:key:b.txt, at 10:100:20\n", "a:key:b.txt\n")

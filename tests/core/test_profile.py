@@ -98,6 +98,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded == profile and loaded.costs == COSTS
     assert loaded.joules_per_token(4, "cpu") == 0.1 and loaded.busy_w(4, "cpu") == 9
     assert loaded.joules_per_token(4, "board") is None and loaded.joules_per_token(8, "cpu") is None
+    (tmp_path / "p.json").write_text(render(profile, "json"), encoding="utf-8-sig")  # as PowerShell writes it
+    assert DeviceProfile.load(tmp_path / "p.json") == profile
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
 
 
@@ -317,6 +319,13 @@ def test_tables_hold_the_same_numbers() -> None:
     markdown = render(profile, "md").splitlines()
     assert len(markdown) == 5 and markdown[2].startswith("| decode | 4 |  | 1 | 128 | 16.8 |")
     assert DeviceProfile.model_validate_json(render(profile, "json")) == profile
+
+
+def test_what_is_printed_in_another_encoding_is_loaded(tmp_path: Path) -> None:
+    """The output of a terminal of Windows, or of Latin-1, that was redirected to a file."""
+    profile = make_profile(command="balcony-edge profile J\u00fcrgen/bundle -o json")
+    (tmp_path / "p.json").write_text(render(profile, "json"), encoding="latin-1")
+    assert DeviceProfile.load(tmp_path / "p.json") == profile
 
 
 def test_costs_with_another_price_are_another_profile() -> None:

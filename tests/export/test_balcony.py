@@ -53,6 +53,8 @@ def test_exits_are_parsed(text: str, layers: int, exits: tuple[int, ...]) -> Non
         ("14,", "'' is not an exit"),
         ("-3", "'-3' is not an exit"),
         ("0.5", "'0.5' is not an exit"),
+        pytest.param("1" * 5000, "is not an exit", id="long number"),
+        pytest.param("1" * 400 + "x", "is not an exit", id="long factor"),
     ],
 )
 def test_exits_that_make_no_sense_are_refused(text: str, words: str) -> None:

@@ -42,6 +42,14 @@ def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> No
     assert written.encode("a<end>b", chat=False).count(end) == 1  # a plain text, as in transformers
 
 
+def test_glyphs_of_fonts_for_terminals_stay(bundle_copy: Path) -> None:
+    """They are private-use characters, such as those of Powerline from U+E0A0 on."""
+    codec = write_template(bundle_copy, "{% for m in messages %}{{ m.content }}<end>{% endfor %}")
+    glyphs = "".join(map(chr, range(0xE0A0, 0xE0D5)))
+    for text in (f"a{glyphs}b", f"a{glyphs}<end>b"):
+        assert codec.decode(codec.encode(text), control_tokens=True) == f"{text}<end>"
+
+
 _EVERYWHERE = (
     "{% if false %}<tool_call>{% endif %}"  # a format of calls that is known
     "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for d in documents or [] %}{{ d.text }}{% endfor %}"

@@ -445,6 +445,11 @@ def test_stop_strings_that_are_none(stops: Any) -> None:
         StopStrings(stops)
 
 
+def test_a_stop_string_that_no_reply_can_have_is_refused() -> None:
+    with pytest.raises(InputError, match="stop: is not valid UTF-8"):
+        StopStrings(["\n", "caf\udce9"])
+
+
 def test_other_threads_run_while_a_long_text_is_tokenized(codec: TextCodec) -> None:
     """One that holds Python's lock would stop the thread that makes tokens."""
     text, turns, done = "a balcony over the river " * 60_000, 0, threading.Event()

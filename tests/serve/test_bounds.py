@@ -39,6 +39,7 @@ from balcony_runtime.serve.work.shapes import Shapes
 from balcony_runtime.structure.asked import Structure
 from balcony_runtime.structure.grammar import Grammars
 from tests.serve.client import CHAT, HELLO, SLOW, is_free, until
+from tests.support.command import refused
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +346,24 @@ def test_budget_files_that_may_not_be_listed_stay_as_they_are(
     with pytest.raises(InputError, match=r"^--budgets .*: cannot be read \(Permission denied\): make it readable$"):
         names.read(Budget())
     assert names.budgets is before and "tiny:voice" in before
+
+
+def test_names_that_are_not_utf_8_are_not_served(tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """JSON cannot hold them: all of /v1/models would be an error."""
+    for name in ("\udcff", "voice"):
+        (tmp_path / f"{name}.toml").write_text("tpot_ms = 30\n")
+    names = Names("tiny", Budget(), Bundle.open(tiny.path).manifest, tmp_path)
+    assert "tiny:voice" in names.budgets and all(map(str.isprintable, names.budgets))
+    assert "is not offered: its name is not UTF-8" in caplog.text
+    refused(
+        "--served-model-name: is not valid UTF-8", "serve", tmp_path, "--port", "0", "--served-model-name", "\udcff"
+    )
+
+
+def test_a_budget_file_of_a_mac_has_the_name_that_clients_send(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "fu\u0308r.toml").write_text("tpot_ms = 30\n")
+    names = Names("tiny", Budget(), Bundle.open(tiny.path).manifest, tmp_path)
+    assert names.budget("tiny:f\u00fcr", {}, None) == Budget(tpot_ms=30)
 
 
 @pytest.mark.parametrize("stream", [False, True])

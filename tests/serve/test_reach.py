@@ -19,6 +19,7 @@ from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.serve.http.server import Server, Settings
 from tests.serve.client import CHAT, HELLO, until
 from tests.serve.conftest import with_template
+from tests.support.command import printed
 
 PAGE = "app://obsidian.md"
 #: Opens a thought in the prompt, as Qwen3.5's template does, unless it is switched off.
@@ -188,3 +189,22 @@ def test_a_budget_file_that_changes_while_the_model_loads(tiny: Any, tmp_path: P
     finally:
         server.stop()
         thread.join(60)
+
+
+def test_servers_that_start_at_once_do_not_share_a_port() -> None:
+    """Linux lets both bind it while neither listens, and the second would fail after it has loaded the bundle."""
+    first = Server(lambda: pytest.fail("it must not load"), Settings(port=0))
+    with (
+        first._sockets[0] as taken,
+        pytest.raises(InputError, match=r"cannot be listened on \(Address already in use\)"),
+    ):
+        Server(lambda: pytest.fail("it must not load"), Settings(port=taken.getsockname()[1]))
+
+
+def test_a_container_that_is_stopped_before_its_port_is_open_ends() -> None:
+    """Linux ignores a signal that process 1 has no handler for: it would serve until it is killed."""
+    printed(
+        "import os, signal, sys; os.getpid = lambda: 1; from balcony_runtime.serve.http import server\n"
+        "server.Server = lambda *_: signal.raise_signal(signal.SIGTERM)\n"
+        "from balcony_edge.cli import main; sys.argv = ['balcony-edge', 'serve', 'bundle']; main()"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -10,13 +11,14 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from balcony_edge.errors import BusyError, MissingDependencyError
+from balcony_edge.errors import BusyError, DeviceError, MissingDependencyError
 from balcony_runtime.backends.base import FloatArray, IntArray, not_finite
 from balcony_runtime.decoding.sampling import Sampler
 from balcony_runtime.serve.bodies.asked import read_asked
 from balcony_runtime.serve.bodies.fields import FOREIGN
 from balcony_runtime.serve.bodies.refusal import RefusedError, draining, refusal_of, stopped, too_long
 from balcony_runtime.serve.http.server import Server
+from tests.serve.client import until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -276,6 +278,39 @@ def test_a_check_of_health_without_a_host(server: Server) -> None:
 
 def test_a_wrong_method_is_told_the_right_one(http: httpx.Client) -> None:
     assert http.get(CHAT).status_code == 405 and http.get(CHAT).headers["allow"] == "POST"
+
+
+def test_the_log_has_addresses_and_no_texts_of_a_client(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    """Uvicorn takes the address from a header, as a proxy on this machine sends it."""
+    with caplog.at_level(logging.INFO, logger="balcony_runtime.serve.requests"):
+        for told in ("203.0.113.9", "x" * 1000, "fe80::1%" + "x" * 1000):
+            http.request("Y" * 1000, "/nothing", headers={"x-forwarded-for": told})
+        until(lambda: len(caplog.records) == 3)
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [line["client"] for line in lines] == ["203.0.113.9", "", "fe80::1"]
+    assert {line["method"] for line in lines} == {"Y" * 20}
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/health"])
+def test_a_path_with_a_slash_too_many_is_not_redirected(http: httpx.Client, path: str) -> None:
+    """Not to ``http://``, as a proxy with TLS has it, and clients would follow."""
+    found = http.post(f"{path}/", json=HELLO)
+    assert (found.status_code, found.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_a_device_that_fails_before_a_reply_begins_has_its_cause_in_the_log(
+    http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a kept prefix finds no memory for its rows."""
+
+    def full(*_: Any) -> None:
+        raise DeviceError("CUDA: out of memory (2): end other programs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.service, "_prepare", full)
+        found = http.post(CHAT, json=HELLO)
+    assert (found.status_code, found.json()["error"]["code"]) == (500, "device")
+    assert f"{CHAT} failed: CUDA: out of memory (2)" in caplog.text
 
 
 @pytest.mark.parametrize(

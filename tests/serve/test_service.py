@@ -223,7 +223,8 @@ def test_what_sensors_measure(serve: Callable[..., Server], tiny: Any) -> None:
             'balcony_battery_charge_ratio{scope="battery",source="battery:BAT0"} 0.75',
         ):
             assert f"\n{line}\n" in text
-        assert metric(server.url, 'balcony_energy_joules_total{scope="board",source="ina3221:VDD_IN"}') > 102.5
+        counted = metric(server.url, 'balcony_energy_joules_total{scope="board",source="ina3221:VDD_IN"}')
+        assert 0 < counted < 100, "a process begins at 0, and not at the sensor's counter"
 
 
 def test_an_answer_without_a_sensor_has_no_joules(serve: Callable[..., Server]) -> None:

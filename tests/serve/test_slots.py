@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,3 +132,19 @@ def test_a_reply_in_progress_is_not_saved(saving: httpx.Client) -> None:
         answer = saving.post(f"/slots/{slot['id']}?action=restore", json={"filename": "a"})
         assert answer.status_code == 404, "any number will do"
     until(lambda: not saving.get("/slots").json())
+
+
+def test_a_full_disk_is_no_mistake_of_the_client(
+    saving: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (slot,) = completed(saving)["balcony"]["slots"]
+    with monkeypatch.context() as patch:
+        patch.setattr("balcony_edge.files._flush", full)
+        answer = saving.post(f"/slots/{slot}?action=save", json={"filename": "a"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (507, "slots_full")
+    assert error["message"].startswith("a.session: cannot be written (No space left on device)")
+    assert f"{tmp_path / 'a.session'}: cannot be written" in caplog.text and not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,9 @@ class JsonLines(logging.Formatter):
 
 def serve(
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of IPv4, :: also of IPv6.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     budget: Annotated[
         Path | None, typer.Option(help="Budget file for requests that ask for nothing; without it, full depth.")
@@ -102,6 +105,10 @@ def serve(
     Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics, /props, /slots,
     and a page for people at /. One line of JSON for each completion and each error goes to stderr.
     """
+    # In a container Linux ignores a signal that process 1 has no handler for. The server sets its own once its port is open.
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
     from contextlib import nullcontext
 
     import balcony_edge
@@ -137,6 +144,8 @@ def serve(
         raise InputError(
             "--api-key or BALCONY_EDGE_API_KEY: has letters that clients encode differently: use ASCII only"
         )
+    if name is not None and name.encode("utf-8", "replace").decode() != name:
+        raise InputError("--served-model-name: is not valid UTF-8: give it as UTF-8")
     limits = Limits(
         parallel=parallel,
         queue=queue,

@@ -19,7 +19,7 @@ from balcony_edge.bundle.manifest import MANIFEST, Manifest, Quality, one_line
 from balcony_edge.cli.console import progress_bar, stderr, stdout
 from balcony_edge.cli.options import Engines, OnDevice
 from balcony_edge.errors import BundleError, InputError
-from balcony_edge.files import require_writable
+from balcony_edge.files import exists, require_writable
 
 if TYPE_CHECKING:
     from balcony_export.evaluate.report import Report
@@ -80,7 +80,7 @@ def evaluate(
         if given:
             raise InputError(f"{why} leave it out")
     texts = _by_name(text or [])
-    is_bundle = (Path(subject) / MANIFEST).is_file()
+    is_bundle = exists(Path(subject) / MANIFEST)
     if is_bundle and record and (device != "cpu" or engines is not None):
         raise InputError(
             "--device, --engines: a bundle keeps what its own graphs give on the CPU: give --no-record, too"

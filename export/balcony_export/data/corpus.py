@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -158,6 +159,7 @@ def _read(
     paths: Iterable[Path], tokenizer: PreTrainedTokenizerBase, mix: Mapping[str, float]
 ) -> dict[str, tuple[dict[str, Any], list[_KeyedDocument]]]:
     """``file name -> (entry for the record, documents in the order of their keys)``"""
+    mix = {normalize("NFC", name): share for name, share in mix.items()}  # macOS may write names in another form
     read: dict[str, tuple[dict[str, Any], list[_KeyedDocument]]] = {}
     used: set[str] = set()
     for path in paths:
@@ -170,10 +172,10 @@ def _read(
         documents.sort(key=lambda document: document.key)
         with path.open("rb") as file:
             facts: dict[str, Any] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        if path.name in mix:
-            used.add(path.name)
-            facts["share"] = mix[path.name]
-            documents = documents[: math.ceil(mix[path.name] * len(documents))]
+        if (name := normalize("NFC", path.name)) in mix:
+            used.add(name)
+            facts["share"] = mix[name]
+            documents = documents[: math.ceil(mix[name] * len(documents))]
         facts |= {"documents": len(documents), "tokens": sum(len(document.tokens) for document in documents)}
         read[path.name if path.name not in read else str(path.resolve())] = facts, documents
     if absent := sorted(mix.keys() - used):

@@ -121,9 +121,9 @@ def parse_exits(text: str, num_layers: int, option: str = "--exits") -> tuple[in
     allowed = f"a model of {num_layers} layers takes exits 1 to {num_layers - 1}, or factors such as 0.5x"
     exits: list[int] = []
     for part in (piece.strip() for piece in text.split(",")):
-        if re.fullmatch(r"\d+", part):
+        if re.fullmatch(r"\d{1,9}", part):  # Python reads no number of thousands of digits
             exit_layer = int(part)
-        elif re.fullmatch(r"(\d+\.?\d*|\.\d+)x", part):
+        elif re.fullmatch(r"(\d{1,9}(\.\d*)?|\.\d+)x", part):
             exit_layer = round(float(part[:-1]) * num_layers) - 1
         else:
             raise InputError(f"{option} {text}: '{part}' is not an exit: {allowed}, separated by commas")

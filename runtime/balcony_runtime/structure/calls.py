@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 from balcony_runtime.structure.marks import overlap
 from balcony_runtime.structure.tools import Toolbox
 
-#: A marker that is a token, in the text that is read: other tokens may spell it, and no call follows them. A private-use
-#: character, so that no text has it by chance.
-_MARK = "\ue0c2"
+#: A marker that is a token, in the text that is read: other tokens may spell it, and no call follows them. A noncharacter of
+#: Unicode, so that no text has it by chance: private-use characters are glyphs of many fonts, such as Powerline.
+_MARK = "\ufdd0"
 
 
 class ToolCall(NamedTuple):

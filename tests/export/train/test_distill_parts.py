@@ -191,6 +191,9 @@ def test_a_share_of_a_file_is_used_and_documents_of_every_file_are_held_out(
         assert held and not learned & set(held)
     with pytest.raises(InputError, match=r"--mix c\.jsonl: is not a file of --data: name one of a\.jsonl, b\.jsonl"):
         build_corpus([tmp_path], tokenizer, seq_len=32, mix={"c.jsonl": 0.5})
+    (tmp_path / "b.jsonl").rename(tmp_path / "u\u0308.jsonl")  # as macOS may write it
+    part = build_corpus([tmp_path], tokenizer, seq_len=32, mix={"\u00fc.jsonl": 0.25})
+    assert part.sources["u\u0308.jsonl"]["share"] == 0.25
 
 
 def texts_of(rows: Any) -> set[bytes]:

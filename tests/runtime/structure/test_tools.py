@@ -235,6 +235,7 @@ def test_pieces_of_a_call() -> None:
     assert [call.arguments for call in reader.calls] == ['{"city": "}\\""}', "{}"]
     reader = CallReader(box_of(formats()["hermes"]))
     assert reader.push(7, "a <tool") + reader.finish() == [Piece("a "), Piece("<tool")]
+    assert CallReader(box_of(formats()["hermes"])).push(7, "\ue0c2") == [Piece("\ue0c2")]  # Powerline's
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.bundle.manifest import Manifest
@@ -73,11 +74,15 @@ class Names:
         calibrated = self._manifest.confidence is not None
         for path, budget in budget_files(self._folder).items():
             try:
+                path.stem.encode()  # a name in JSON and in metrics
                 budget.for_bundle(self._manifest.agreement, calibrated=calibrated)
+            except UnicodeEncodeError:
+                _log.warning("%s: is not offered: its name is not UTF-8: rename it", path)
+                continue
             except BudgetError as error:
                 _log.warning("%s: is not offered: %s", path, error)
                 continue
-            found[path.stem] = budget
+            found[normalize("NFC", path.stem)] = budget  # macOS may write names in another form than clients
         self.budgets = {self.name: own, **{f"{self.name}:{key}": budget for key, budget in found.items()}}
 
     def budget(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from balcony_edge.errors import BalconyError, ContextLengthError
 from balcony_runtime.serve.bodies.asked import Asked, messages_of, read_asked, refuse_unsupported, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import REASON, RefusedError, bad, busy, refusal_of, too_long
-from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of
+from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of, client_of
 from balcony_runtime.serve.http.openapi import document
 from balcony_runtime.serve.work.answers import Answer, GoneError, gone
 from balcony_runtime.serve.work.energy import powers
@@ -37,6 +38,7 @@ from balcony_runtime.serve.work.slots import ACTIONS
 from balcony_runtime.text import TextCodec
 from balcony_runtime.tokens import refuse_foreign
 
+_log = logging.getLogger(__name__)
 #: Rules of the page: nothing from elsewhere, and no frame around it.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -98,6 +100,8 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool, origins: 
             Exception: _refused,
         },
     )
+    # A redirect would name the scheme of this server, so that a client of a proxy with TLS sent its request again without.
+    app.router.redirect_slashes = False
     guard = Guard(app, service, api_key, loopback, origins)
     if not origins:
         return guard
@@ -203,7 +207,7 @@ class _Routes:
             GoneError: the client has disconnected.
         """
         limit_s = self._service.limits.request_s
-        client = "" if request.client is None else request.client.host
+        client = client_of(request.scope)
         preparing = asyncio.create_task(self._service.answer(asked, request.headers, client, size))
         try:
             await asyncio.wait((preparing, watch), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
@@ -378,7 +382,10 @@ def _slot(job: Job) -> dict[str, Any]:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return answer_of(refusal_of(error))
+    refusal = refusal_of(error)
+    if refusal.status == 500 and isinstance(error, BalconyError):  # a bug has its traceback in the log
+        _log.error("%s failed: %s", request.scope["path"][:100], error)
+    return answer_of(refusal)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

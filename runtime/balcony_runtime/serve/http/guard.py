@@ -109,8 +109,14 @@ class Guard:
             refused = None if status == 499 else reason or None  # a client that left was not refused
             self._service.metrics.request(endpoint, status, refused)
         if reason and LOGGED not in scope:
-            client = scope["client"][0] if scope.get("client") else ""
-            line = {"client": client, "method": scope["method"], "path": path[:100], "status": status, "reason": reason}
+            method = scope["method"][:20]
+            line = {
+                "client": client_of(scope),
+                "method": method,
+                "path": path[:100],
+                "status": status,
+                "reason": reason,
+            }
             _log.info("%s", json.dumps(line))
 
 
@@ -130,6 +136,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def client_of(scope: Scope) -> str:
+    """Address of the client; uvicorn takes it from X-Forwarded-For if the peer is on this machine. Empty for other texts."""
+    try:
+        return str(ipaddress.ip_address(scope["client"][0].partition("%")[0]))
+    except (TypeError, ValueError):  # there is none
+        return ""
 
 
 def answer_of(refusal: RefusedError) -> JSONResponse:

@@ -335,6 +335,7 @@ def _listen(host: str, port: int) -> list[socket.socket]:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has a socket of its own
                 taken = sockets[0].getsockname()[1] if sockets else port
                 one.bind((address[0], taken, *address[2:]))
+                one.listen(BACKLOG)  # until then another server that starts now can bind the same port
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise _not_listened(host, port, error) from error

@@ -135,17 +135,23 @@ class Metrics:
 
 
 class _Sensed(Collector):
-    """The latest readings of the sensors, taken when Prometheus asks."""
+    """The latest readings of the sensors, taken when Prometheus asks. Energy counts from the first time.
+
+    A sensor's own counter may be lower in the next process (RAPL's wraps at 262 kJ). Prometheus would take that for one that
+    began at 0, and count all of it as energy of that moment.
+    """
 
     def __init__(self, readings: Readings) -> None:
         self._readings = readings
+        self._first: dict[tuple[str, str], float] = {}
 
     def collect(self) -> Iterator[Metric]:
         labels, readings = ("source", "scope"), self._readings()
         energy = CounterMetricFamily("balcony_energy_joules", "Energy of a part.", labels=labels)
         for reading in readings:
             if reading.joules is not None:
-                energy.add_metric((reading.source, reading.scope), reading.joules)
+                part = reading.source, reading.scope
+                energy.add_metric(part, reading.joules - self._first.setdefault(part, reading.joules))
         yield energy
         for field, (name, help_) in _SENSED.items():
             gauge = GaugeMetricFamily(name, help_, labels=labels)

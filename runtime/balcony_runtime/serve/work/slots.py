@@ -5,6 +5,7 @@ Owns which tokens a slot had after its reply ended. The files are those of :mod:
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.sessions.prefixes import OWN, SUFFIX, PrefixFiles
 
+_log = logging.getLogger(__name__)
 #: Replies that have ended and whose slots are still known.
 MOST_ENDED = 64
 ACTIONS = ("save", "restore", "erase")
@@ -54,8 +56,8 @@ class Slots:
             name: name of the file; not for ``erase``.
 
         Raises:
-            RefusedError: there is no such slot or file, the name is not one, or the server has no directory.
-            BalconyError: the file cannot be written or read.
+            RefusedError: there is no such slot or file, the name is not one, the server has no directory, or it takes no file.
+            BalconyError: the file cannot be read, or the rows are not kept any more.
         """
         pool = self._llm.pool
         if pool is None:
@@ -79,7 +81,11 @@ class Slots:
             else:
                 done = self._restored(pool, path)
         except InputError as error:  # clients need not know where the directory is
-            raise InputError(str(error).replace(str(path), path.name)) from error
+            told = str(error).replace(str(path), path.name)
+            if action == "save" and isinstance(error.__cause__, OSError):  # a full disk is no mistake of the client
+                _log.error("%s", error)
+                raise RefusedError(507, told, "slots_full") from error
+            raise InputError(told) from error
         took_ms = 1000 * (time.perf_counter() - begin)
         return {"id_slot": key, "filename": path.name, **done, "timings": {f"{action}_ms": took_ms}}
 
