@@ -8,6 +8,7 @@ module does not know about models.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,8 +37,8 @@ def ratio(numerator_ms: Iterable[float], denominator_ms: Iterable[float]) -> flo
 
 
 def p95(values: Sequence[float]) -> float:
-    """Value that 95 % of the values do not exceed."""
-    return sorted(values)[min(int(0.95 * len(values)), len(values) - 1)]
+    """The smallest of the values that 95 % of them do not exceed."""
+    return sorted(values)[max(math.ceil(0.95 * len(values) - 1e-9), 1) - 1]  # 0.95 x 20 must be 19, also rounded
 
 
 def bar(value: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def deadline_rooms(
     if not kept:
         # A step that hung stays in the mean of 60 steps for long, and a burst that makes the last steps slow may end.
         mean = max(min(slowdown.ratio_mean, slowdown.factor), 1e-6)
-    spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + UNSEEN_LOAD * remaining
+    spread = math.sqrt(slowdown.ratio_variance * BURST_TOKENS * remaining) + UNSEEN_LOAD * remaining * mean
     margin_ms = quantile * spread * steady_ms[lowest] if kept else 0.0
     dwell = min(budget.dwell_tokens, remaining)
     pace_tps = budget.max_pace_tps if kept and not seen.made_tokens else None

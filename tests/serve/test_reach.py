@@ -40,7 +40,7 @@ def test_addresses_without_v1(server: Server, http: httpx.Client) -> None:
 @pytest.fixture(scope="module")
 def shared(serve: Callable[..., Server]) -> Iterator[httpx.Client]:
     """A client of a server with a key that pages of one other origin may use."""
-    started = serve(name="tiny", api_key="secret", origins=(PAGE, "http://localhost:3000"))
+    started = serve(name="tiny", api_key="secret", origins=(PAGE, "http://localhost:3000", "file://"))
     with httpx.Client(base_url=started.url, timeout=20) as client:
         yield client
 
@@ -66,7 +66,8 @@ def test_a_page_elsewhere_that_is_allowed(shared: httpx.Client) -> None:
     assert "authorization" in before.headers["access-control-allow-headers"]
     assert shared.options(CHAT, headers={"origin": "https://evil.example", **asks}).status_code == 400
     key = {"authorization": "Bearer secret"}
-    for origin, status in ((PAGE, 200), ("http://localhost:3000", 200), ("https://evil.example", 403)):
+    allowed = (PAGE, 200), ("http://localhost:3000", 200), ("file://", 200)
+    for origin, status in (*allowed, ("https://evil.example", 403)):
         found = shared.post(CHAT, json=HELLO, headers={"origin": origin, **key})
         assert found.status_code == status
         assert found.headers.get("access-control-allow-origin") == (origin if status == 200 else None)

@@ -12,6 +12,8 @@ import pydantic
 import pytest
 
 from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.work.shapes import _deltas
+from balcony_runtime.structure.calls import Piece, ToolCall
 
 QUESTION: list[Any] = [{"role": "user", "content": "the fox"}]
 
@@ -100,6 +102,15 @@ def test_calls_in_pieces(client: openai.OpenAI) -> None:
     wanted = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
     assert [(call.function.name, text) for call, text in zip(begun, texts, strict=True)] == wanted
     assert len(pieces) > 3 * len(begun)
+
+
+def test_a_token_that_ends_a_head_and_begins_arguments_makes_two_pieces() -> None:
+    """Such as Qwen's token of a space, a brace and a quote. Some clients look for no arguments next to a name."""
+    found = _deltas([Piece("so"), Piece("", 0, ToolCall("a00", "Stop", "")), Piece('{"', 0)])
+    named, arguments = (delta["tool_calls"][0] for delta in found)
+    assert found[0]["content"] == "so" and named["id"] == "a00" and named["function"]["arguments"] == ""
+    assert arguments == {"index": 0, "function": {"arguments": '{"'}}
+    assert _deltas([]) == [{}]
 
 
 def test_the_clients_own_streams(client: openai.OpenAI) -> None:

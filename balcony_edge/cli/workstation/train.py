@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from balcony_export.data.corpus import Corpus
     from balcony_export.data.packed import PackedText
-    from balcony_export.model.balcony import BalconyKind
+    from balcony_export.model.balcony import Balcony, BalconyKind
     from balcony_export.train.report import StepReport
     from balcony_export.train.trainer import Trainer
 
@@ -120,7 +120,6 @@ def train(
     from balcony_edge.device.machine import checked_threads, has_bfloat16
     from balcony_export.data.packed import PackedText
     from balcony_export.model.balcony import parse_exits
-    from balcony_export.model.balcony_files import load_balconies
     from balcony_export.model.checkpoint import load_tokenizer, load_trainable
     from balcony_export.train.config import TrainConfig
     from balcony_export.train.parallel import Processes
@@ -169,8 +168,8 @@ def train(
     layers = parse_exits(exits, loaded.config.num_hidden_layers)
     _refuse_trained(output, layers, start)
     _refuse_checkpoint(run_directory(output, layers), resume)
-    begun = None if start is None or resume else load_balconies(start, loaded, layers)  # a checkpoint has the weights
     begins_as, kind = _start(context, init, exit_module, start)
+    begun = None if start is None else _begun(start, loaded, layers, kind, resume)
     config = replace(config, exits=layers, start=begins_as, module=kind)
     config.check_processes(Processes().count)
     text = PackedText(
@@ -184,7 +183,7 @@ def train(
     )
     begin = None
     if begun is not None and start is not None:
-        begin = Start(begun, _rows_seen(start, layers, text.corpus), start.resolve())
+        begin = Start(begun, 0 if resume else _rows_seen(start, layers, text.corpus), start.resolve())
     trainer = Trainer(loaded, text.corpus, config, output, start=begin, teacher=uncut, compiled=compiled)
     if precision == "bf16" and trainer.device.type == "cpu" and not has_bfloat16():
         stderr.print("this CPU has no bfloat16 instructions: --precision fp32 trains about three times as fast")
@@ -220,6 +219,18 @@ def _refuse_checkpoint(work: Path, resume: bool) -> None:
         raise TrainingError(f"{work}: has no checkpoint: train without --resume first")
     if begun and not resume:
         raise TrainingError(f"{work}: has a checkpoint: continue with --resume, or remove the directory")
+
+
+def _begun(
+    start: Path, loaded: PreTrainedModel, layers: tuple[int, ...], kind: BalconyKind, resume: bool
+) -> dict[int, Balcony]:
+    """Balconies to start from. On a resume the checkpoint has their weights, but not which layer they are copies of."""
+    from balcony_export.model.balcony import init_balconies
+    from balcony_export.model.balcony_files import load_balconies, read_index
+
+    if resume:
+        return init_balconies(loaded, layers, kind, layer=read_index(start)["layer"])
+    return load_balconies(start, loaded, layers)
 
 
 def _load_teacher(teacher: str, model: str, seq_len: int, loss: str) -> PreTrainedModel:

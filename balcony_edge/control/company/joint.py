@@ -70,6 +70,7 @@ class _Outcome(NamedTuple):
     Attributes:
         price_ms, predicted_ms: price of the round at slowdown 1, and its expected time.
         streams: number of streams that it serves.
+        slower: factor by which rounds like this one were slower than their price, compared with the others.
         deviation: deviation of the logarithm of a step's time.
         governor: state of the slow loop.
         ceilings: ceilings of all budgets, which hold for the device; None without any.
@@ -79,6 +80,7 @@ class _Outcome(NamedTuple):
     price_ms: float
     predicted_ms: float
     streams: int
+    slower: float
     deviation: float
     governor: Governor
     ceilings: Budget | None
@@ -150,8 +152,8 @@ class JointController:
         deepest = max((index for _, index in chosen), default=0)
         offset = slowdown.offsets[WITH_CATCH_UP if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)
-        usual = (_Why(predicted_ms, len(chosen), None, None),)
-        outcome = _Outcome(price_ms, predicted_ms, len(chosen), slowdown.deviation, governor, ceilings, usual)
+        usual, slower = (_Why(predicted_ms, len(chosen), None, None),), math.exp(offset)
+        outcome = _Outcome(price_ms, predicted_ms, len(chosen), slower, slowdown.deviation, governor, ceilings, usual)
         found = Round(
             moves=tuple(Move(view.stream.key, self._decision(view, index, outcome)) for view, index in chosen),
             refused=tuple(
@@ -213,14 +215,16 @@ class JointController:
             found.append((key, exits[goal], room_ms * math.exp(quantile * deviation)))
             streams[key] = StreamState(at, goal, tokens + 1, met)
         price_ms += prices.passes_ms(passes)
+        offset = slowdown.offsets[deepest]
+        limit_ms *= math.exp(-offset)
         assigned_for = self._goals.made_for(state, tuple(who), slowdown)
         if not found or price_ms > limit_ms or assigned_for is not state.assigned_for:
             return None
-        predicted_ms = price_ms * math.exp(mean + slowdown.offsets[deepest])
+        predicted_ms, slower_ms = price_ms * math.exp(mean + offset), price_ms * math.exp(offset)
         why, share = (_Why(predicted_ms, len(found), None, None),), _prompt_share(state, now_s)
         moves = []
         for key, exit_layer, most_ms in found:
-            probability = probability_of(most_ms, price_ms, deviation)
+            probability = probability_of(most_ms, slower_ms, deviation)
             decision = Decision(exit_layer, predicted_ms, price_ms, probability, False, None, 0.0, 0.0, why)
             moves.append(Move(key, decision))
         rounds, governor = state.round + 1, state.governor
@@ -288,10 +292,10 @@ class JointController:
         return known
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
-        price_ms, predicted_ms, streams, deviation, governor, ceilings, usual = outcome
+        price_ms, predicted_ms, streams, slower, deviation, governor, ceilings, usual = outcome
         budget, exits = view.stream.budget, self._costs.exits
         limit_ms = view.room_ms * math.exp(quantile_of(budget.probability) * deviation)
-        probability = probability_of(limit_ms, price_ms, deviation)
+        probability = probability_of(limit_ms, price_ms * slower, deviation)
         if view.met and index >= view.goal and ceilings is None:  # most tokens, with as few calls as possible
             return Decision(exits[index], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, usual)
         fits = exits[view.goal] if index < view.goal else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,8 @@ def _read(
         if not documents:
             raise InputError(f"{path}: has no documents: give {CHAT_FORMS}")
         documents.sort(key=lambda document: document.key)
-        with path.open("rb") as file:
+        # a pipe is empty by now, and to open a named one again would wait for a writer
+        with Path(os.devnull if path.is_fifo() else path).open("rb") as file:
             facts: dict[str, Any] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         if (name := normalize("NFC", path.name)) in mix:
             used.add(name)

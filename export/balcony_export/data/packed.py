@@ -54,13 +54,15 @@ class PackedText:
 
 
 def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str | None:
-    """SHA-256 of all that the rows depend on; None if a file cannot be read, which packing explains."""
+    """SHA-256 of all that the rows depend on; None if a file cannot be read, which packing explains, or only once (a pipe)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python, which cannot be described
         return None
     known: list[Any] = [_FORMAT, settings, backend.to_str(), tokenizer.chat_template, tokenizer.eos_token_id]
     try:
         for file in files_in(files):
+            if file.is_fifo():  # as `<(zcat FILE)`: packing would find nothing left in it
+                return None
             with file.open("rb") as content:
                 known.append([str(file.resolve()), hashlib.file_digest(content, "sha256").hexdigest()])
     except (InputError, OSError):

@@ -165,7 +165,7 @@ def _add(
         into = sums[exit_layer][cluster]
         into.tokens += len(wanted)
         into.nll -= float(log.gather(1, wanted[:, None]).sum(dtype=torch.float64))
-        into.hits += float((log.argmax(-1) == best).sum())
+        into.hits += float((rows.argmax(-1).to(best.device) == best).sum())  # rounding makes ties of log-probabilities
         into.kl += float((probabilities * (full_log - log)).sum(dtype=torch.float64))
 
 

@@ -84,8 +84,8 @@ class Speculator:
         self._exits = exits
         # Exit → (drafts that were kept, drafts that were judged), with exponential forgetting.
         self._counts = {
-            exit_layer: (PRIOR_DRAFTS * (agreement.get(exit_layer) or UNKNOWN_AGREEMENT), PRIOR_DRAFTS)
-            for exit_layer in exits[:-1]
+            exit_layer: (PRIOR_DRAFTS * (UNKNOWN_AGREEMENT if share is None else share), PRIOR_DRAFTS)
+            for exit_layer, share in ((exit_layer, agreement.get(exit_layer)) for exit_layer in exits[:-1])
         }
         self._round_ratio = self._plain_ratio = 1.0
         self._probing = Probing()
@@ -201,7 +201,9 @@ def run_round(
     """Draft tokens, check them, keep the prefix that the full depth agrees with, and roll back the rest.
 
     Gives n tokens, of which all but the last are drafts, and the logits of the full depth from which each was taken, (n, V).
-    None if no draft can be made (a balcony's logits are NaN, or the structure has no token there): a plain step follows.
+    None if no draft can be made (a balcony's logits are NaN), or the structure has no token after one: a plain step follows.
+    Drafts that were made before a balcony's logits became NaN are checked: where they become so depends on the drafts, and
+    to draw such tokens anew would make them rarer than at the full depth.
 
     Args:
         sequence: sequence of one member, without pending rows at the draft's exit. Rows that the previous round's rollback
@@ -225,8 +227,10 @@ def run_round(
             # Some graphs read rows after the end, under a mask, and 0 × NaN is NaN: a token that ran takes their place.
             sequence.advance(planned.exit_layer, [int(ids[0])] * rows)
             sequence.rollback(begin)
-        return None
-    logits = sequence.advance(sequence.exits[-1], token[:, None], num_logits=planned.drafts + 1)[0]  # (g + 1, V)
+        if not drafts or not isinstance(error, NotFiniteError):
+            return None
+        token = np.array([int(ids[0]), *(proposal.token for proposal in drafts)], np.int64)
+    logits = sequence.advance(sequence.exits[-1], token, num_logits=len(drafts) + 1)[0]  # (g + 1, V)
     tokens: list[int] = []
     for proposal, row in zip(drafts, logits, strict=False):
         tokens.append(sampler.judge(row, proposal))

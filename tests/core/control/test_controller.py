@@ -220,6 +220,18 @@ def test_a_deadline_reckons_with_the_worse_of_now_and_the_mean(mean: float, rati
     assert Controller(SMALL).decide(state, seen)[1].exit_layer == exit_layer
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_deadline_keeps_the_same_share_of_the_rest_free_on_a_slower_device(factor: float) -> None:
+    """100 tokens of 5 ms, of which one may be of exit 6: 502 ms, and 7.7 % of 500 ms for a load that has not begun."""
+    slowdown = Slowdown(
+        mean=math.log(factor), variance=0.0, noise_variance=0.02**2, ratio_mean=factor, ratio_variance=0.0
+    )
+    for deadline_s, exit_layer in ((0.545, 6), (0.53, 4)):
+        budget = Budget(deadline_s=factor * deadline_s, expected_tokens=101)
+        seen = Observation(budget, 0, STEADY, STEADY, None, made_tokens=1)
+        assert Controller(SMALL).decide(settled(8)._replace(slowdown=slowdown), seen)[1].exit_layer == exit_layer
+
+
 def test_one_step_that_hung_makes_no_deadline_infeasible() -> None:
     """A step of 5 s instead of 10 ms makes the mean ratio of 60 steps 8.8; 100 tokens of 5 ms have a second left."""
     slowdown = Slowdown(variance=0.0, noise_variance=0.02**2, ratio_variance=0.0)

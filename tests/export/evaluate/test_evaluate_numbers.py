@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from balcony_export.evaluate.scorer import BundleScorer
 
@@ -26,7 +28,7 @@ from balcony_edge.cli.workstation.eval import _dropped
 from balcony_edge.errors import BundleError, InputError
 from balcony_export.evaluate.report import _TITLES, PAPER_LLM_1B, ExitReport, Report, _task_row, markdown
 from balcony_export.evaluate.tasks import TaskRun, _load, _run, _spec, evaluate_tasks, offline_tasks
-from balcony_export.evaluate.text import ratio_of_sums
+from balcony_export.evaluate.text import _add, _Sums, ratio_of_sums
 
 ONE = Estimate(value=1.0)
 
@@ -42,6 +44,15 @@ def test_standard_error_of_a_ratio() -> None:
     unequal = ratio_of_sums([(2.0, 1), (3.0, 4), (10.0, 5)])
     assert unequal.value == pytest.approx(1.5)
     assert unequal.stderr == pytest.approx(math.sqrt(1.5 * 15.5) / 10)
+
+
+def test_the_full_depth_agrees_with_itself() -> None:
+    """Two logits that differ in their last bit have one log-probability, because its last bit is worth more."""
+    logits = torch.zeros(1, 1002)
+    logits[0, :2] = torch.tensor([1.0, 1.0 + 2**-23])
+    sums: dict[int, dict[int, _Sums]] = {30: {0: _Sums()}}
+    _add(sums, 0, {30: logits}, logits, torch.tensor([0]))
+    assert sums[30][0].hits == 1.0
 
 
 def test_summary_pairs_examples() -> None:
@@ -321,6 +332,22 @@ def test_the_page_names_the_tasks_of_the_paper_that_have_no_files() -> None:
     page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text(encoding="utf-8")
     fetched = sorted(_TITLES.keys() - set(offline_tasks()), reverse=True)
     assert f"Of its ten tasks {' and '.join(f'`{task}`' for task in fetched)} have no files here" in page
+
+
+def test_the_page_converts_hellaswag_as_the_harness_does() -> None:
+    """Marks of WikiHow such as [title] and [step] would be scored as text."""
+    code = inspect.getsource(pytest.importorskip("lm_eval.tasks.hellaswag.utils"))
+    assert 'doc["ctx_b"].capitalize()' in code and 'replace(" [title]", ". ")' in code
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text(encoding="utf-8")
+    (rule,) = re.findall(r"^- HellaSwag has (?:.+\n)+?(?=- )", page, re.MULTILINE)
+    for step in ("`capitalize`", "` [title]` into `. `", "remove square brackets", "two spaces into one"):
+        assert step in rule
+
+
+def test_the_page_says_what_a_later_window_begins_with() -> None:
+    """Perplexities follow from it: a model that expects its start token fails without it."""
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert "gets it at the beginning of every window" in page.split("## Text")[1].split("## Tasks")[0]
 
 
 def test_the_notes_do_not_say_that_a_token_reads_all_experts() -> None:

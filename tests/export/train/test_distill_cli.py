@@ -28,6 +28,9 @@ from typer.testing import CliRunner
 from balcony_edge.cli import app
 from balcony_edge.cli.workstation import train as verb
 from balcony_edge.errors import BalconyError, InputError, TrainingError, UnsupportedModelError
+from balcony_export.model.balcony import init_balconies
+from balcony_export.model.balcony_files import fingerprint, read_index, save_balconies
+from balcony_export.model.checkpoint import load_model
 from balcony_export.train.report import StepReport
 from balcony_export.train.run_files import CHECKPOINT, read_state
 from balcony_export.train.trainer import METRICS, Trainer
@@ -174,6 +177,16 @@ def test_exits_are_added_one_at_a_time(tiny_checkpoint: Path, text_file: Path, t
     assert [(out / name).read_bytes() for name in files] == before
     assert set(json.loads((out / "balconies.json").read_text())["exits"]) == {"2", "3"}
     refused(TrainingError, "already has balcony 3", tiny_checkpoint, "3,4", text_file, out, "--steps", "3")
+
+
+def test_copies_of_another_layer_go_on_with_resume(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    """As `init_balconies(..., layer=...)` makes them (docs/backbones.md); a run that starts from them keeps their layer."""
+    model, begun, out = load_model(str(tiny_checkpoint)), tmp_path / "begun", tmp_path / "out"
+    save_balconies(begun, init_balconies(model, (2,), layer=1), fingerprint(model))
+    command = (tiny_checkpoint, "2", text_file, out, "--start", str(begun))
+    trained(*command, "--steps", "2")
+    assert trained(*command, "--steps", "4", "--resume")["steps"] == 4
+    assert read_index(out)["layer"] == 1
 
 
 def test_attention_that_the_fused_kernel_cannot_do_is_trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,15 @@ def test_a_packed_text_with_one_wrong_number_is_packed_again(
     for rows in ("train", "held_out"):
         for kind in ("tokens", "lengths"):
             assert np.array_equal(*(getattr(getattr(one, rows), kind) for one in (found, whole.corpus)))
+
+
+def test_a_pipe_is_read_once(make_tokenizer: Callable[[], Any], tmp_path: Path) -> None:
+    """As in bash: `train MODEL --data <(zcat text.jsonl.gz)`."""
+    reads, writes = os.pipe()
+    os.write(writes, b"".join(b'{"text": "the quick brown fox %d"}\n' % number for number in range(60)))
+    os.close(writes)
+    text = PackedText(tmp_path / "corpus.safetensors", [Path(f"/dev/fd/{reads}")], make_tokenizer(), seq_len=24)
+    os.close(reads)
+    assert text.corpus.train.num_tokens > 0
+    text.keep()
+    assert not (tmp_path / "corpus.safetensors").exists(), "another text may come through a pipe of this name"

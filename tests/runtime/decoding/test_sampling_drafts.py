@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
 from balcony_runtime.decoding.sampling import Proposal, Sampler, SamplingParams
+from balcony_runtime.decoding.speculate import DraftRound, run_round
 
 PROMPT = np.array([[2]])
 LOGITS = np.log(np.array([0.1, 0.5, 0.05, 0.25, 0.1], np.float32))
@@ -72,3 +75,33 @@ def test_a_fork_keeps_its_own_memory_and_the_same_random_numbers() -> None:
     turns = [draw.pick(rows).item() for draw in (drawing, drawing.fork()) * 20]
     alone = sampler(temperature=1.0, seed=7)
     assert turns == [alone.pick(rows).item() for _ in range(40)]
+
+
+class Overflowing:
+    """A sequence of two tokens that are as likely as one another; after token 1 the balcony's logits are NaN."""
+
+    exits, length = (2, 5), 0
+
+    def checkpoint(self) -> None:
+        pass
+
+    def rollback(self, length: int) -> None:
+        self.length = length
+
+    def step(self, exit_layer: int, ids: Any) -> Any:
+        self.length += 1
+        return np.full((1, 2), np.nan if ids[0] == 1 else 0.0, np.float32)
+
+    def advance(self, exit_layer: int, tokens: Any, num_logits: int = 1) -> Any:
+        self.length += np.size(tokens)
+        return np.zeros((1, num_logits, 2), np.float32)
+
+
+def test_a_token_after_which_drafts_fail_comes_as_often_as_without_them() -> None:
+    drawing, count = Sampler(SamplingParams(temperature=1.0, seed=1), np.array([[0]]), 2), 2000
+    ones = 0
+    for _ in range(count):
+        outcome = run_round(cast(Any, Overflowing()), np.array([0]), drawing, DraftRound(2, 2, 1.0, 1.0))
+        first = outcome[0][0] if outcome is not None else drawing.pick(np.zeros((1, 2), np.float32)).item()
+        ones += first == 1
+    assert ones / count == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / count))  # four standard errors

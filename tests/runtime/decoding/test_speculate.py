@@ -133,21 +133,25 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
     assert made[:10] == wanted
 
 
-def test_a_draft_that_fails_makes_way_for_a_plain_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A balcony's logits may overflow where the full depth's do not."""
+@pytest.mark.parametrize("made", [0, 1])
+def test_a_draft_that_fails_makes_way_for_those_before_it(llm: LLM, monkeypatch: pytest.MonkeyPatch, made: int) -> None:
+    """A balcony's logits may overflow where the full depth's do not; without any draft a plain step follows."""
     prompt, engine = PROMPTS[5], llm.engine
-    wanted, sequence = plain(llm, prompt, 3), engine.new_sequence(max_length=64)
+    wanted, sequence = plain(llm, prompt, 4), engine.new_sequence(max_length=64)
     sequence.advance(5, prompt)
     sampler, step = Sampler(SamplingParams(), np.array([prompt]), engine.manifest.model.vocab_size), sequence.step
 
     def broken(exit_layer: int, ids: Any) -> Any:
         logits = step(exit_layer, ids).copy()
-        return logits * np.nan if sequence.length == len(prompt) + 2 else logits
+        return logits * np.nan if sequence.length == len(prompt) + 1 + made else logits
 
     monkeypatch.setattr(sequence, "step", broken)
-    assert run_round(sequence, np.array([wanted[0]]), sampler, DraftRound(3, 3, 1.0, 1.0)) is None
-    assert sequence.length == len(prompt)
-    assert sequence.advance(5, wanted[:1])[0, -1].argmax() == wanted[1]
+    outcome = run_round(sequence, np.array([wanted[0]]), sampler, DraftRound(3, 3, 1.0, 1.0))
+    assert (outcome is None) is (made == 0)
+    count = 0 if outcome is None else len(outcome[0])
+    assert outcome is None or (outcome[0] == wanted[1 : 1 + count] and len(outcome[1]) == count)
+    assert sequence.length == len(prompt) + count
+    assert sequence.advance(5, [wanted[count]])[0, -1].argmax() == wanted[count + 1]
 
 
 def test_a_draft_that_fails_leaves_no_nan(
@@ -156,7 +160,7 @@ def test_a_draft_that_fails_leaves_no_nan(
     """These graphs read rows after the end under a mask, those of drafts that were rolled back included."""
     prompt = PROMPTS[5]
     with balcony_edge.load(with_engine_sets("llama").path, device="cpu", engines="rtx-fp32") as llm:
-        wanted, sequence = plain(llm, prompt, 2), cast(Any, llm.engine.new_sequence())
+        wanted, sequence = plain(llm, prompt, 4), cast(Any, llm.engine.new_sequence())
         sequence.advance(5, prompt)
         sampler, step = Sampler(SamplingParams(), np.array([prompt]), 320), sequence.step
 
@@ -172,9 +176,11 @@ def test_a_draft_that_fails_leaves_no_nan(
             return logits * np.nan
 
         monkeypatch.setattr(sequence, "step", broken)
-        assert run_round(sequence, np.array(wanted[:1]), sampler, DraftRound(3, 3, 1.0, 1.0)) is None
-        assert sequence.length == len(prompt)
-        assert sequence.advance(5, wanted[:1])[0, -1].argmax() == wanted[1]
+        outcome = run_round(sequence, np.array(wanted[:1]), sampler, DraftRound(3, 3, 1.0, 1.0))
+        assert outcome is not None and outcome[0] == wanted[1 : 1 + len(outcome[0])]
+        count = len(outcome[0])
+        assert sequence.length == len(prompt) + count
+        assert sequence.advance(5, [wanted[count]])[0, -1].argmax() == wanted[count + 1]
 
 
 def test_it_is_off_where_it_does_not_pay_and_probes(tiny: Any) -> None:
@@ -269,6 +275,13 @@ def test_a_trace_of_rounds_replays(llm: LLM, tmp_path: Path) -> None:
     assert any(
         "drafted" in json.loads(line).get("reason", "") for line in (tmp_path / "t.jsonl").read_text().splitlines()
     )
+
+
+def test_an_exit_that_never_agreed_does_not_count_as_one_that_was_never_evaluated() -> None:
+    speculator = Speculator(EXITS, {2: 0.0, 3: None, 5: 1.0})
+    assert (speculator.acceptance(2), speculator.acceptance(3)) == (0.0, 0.5)
+    only_bad = Speculator(EXITS, {2: 0.0, 3: 0.0, 5: 1.0})
+    assert only_bad.plan(costs(), Standing(50, 100, NONE), float("inf")) is None
 
 
 def test_drafts_after_a_refused_one_are_not_judged() -> None:

@@ -271,7 +271,7 @@ def _refuse_wrong_origins(origins: Sequence[str]) -> None:
     """Refuse what no browser sends, and would never match."""
     for origin in origins:
         default = re.fullmatch("http:.*:80|https:.*:443", origin)
-        if origin not in ("*", "null") and (
+        if origin not in ("*", "null", "file://") and (  # file:// is what Electron sends for the pages of an app
             default or not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+", origin)
         ):
             raise InputError(

@@ -28,6 +28,8 @@ _log = logging.getLogger("balcony_runtime.serve.requests")
 OPENING_S = 5.0
 #: Seconds between comments in a stream that has nothing to say, so that proxies keep it open.
 KEEPALIVE_S = 15.0
+#: Such a comment. No empty line follows it: many clients in Go take one for an event, which has no data, and end the stream.
+_WAITING = b": waiting\n"
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -155,7 +157,7 @@ class Answer:
                 if not pieces and time.monotonic() - told_s < KEEPALIVE_S:
                     continue
                 told_s = time.monotonic()
-                for event in [_event(piece) for piece in pieces] or [b": waiting\n\n"]:
+                for event in [_event(piece) for piece in pieces] or [_WAITING]:
                     yield event
         except RefusedError as refusal:
             yield _event(refusal.body) + _DONE
@@ -177,9 +179,8 @@ class Answer:
                 else:  # as long as a whole answer with alternatives
                     pieces = await asyncio.to_thread(self.shapes.opening, job, scores)
             opened.add(job)
-            made = self.shapes.token(job, item) if isinstance(item, Token) else self.shapes.end(job)
-            if made is not None:
-                pieces.append(made)
+            made = self.shapes.token(job, item) if isinstance(item, Token) else [self.shapes.end(job)]
+            pieces += made
         if pieces and not self._left:
             pieces[-1] |= self.shapes.costs(self.jobs, [one.cost for one in self.jobs])
         return pieces

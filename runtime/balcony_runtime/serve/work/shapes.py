@@ -58,10 +58,10 @@ class Shapes:
             return []
         return [self._piece(job, self._prompts[job.index], self.prompt_logprobs(job, scores), None)]
 
-    def token(self, job: Job, token: Token) -> dict[str, Any] | None:
-        """The piece of a token; None if it has nothing to say yet."""
+    def token(self, job: Job, token: Token) -> list[dict[str, Any]]:
+        """The pieces of a token; none if it has nothing to say yet."""
         asked = self._asked
-        text: Any = token.text
+        texts: list[Any] = [token.text]
         reason: str | None = token.finish_reason
         if asked.chat:
             reader = self._reader(job)
@@ -69,16 +69,19 @@ class Shapes:
             if reader is not None and reason is not None:
                 pieces += reader.finish()
                 reason = _reason(reason, reader.calls)
-            text = _delta(pieces)
+            texts = _deltas(pieces)
             if (thoughts := self._thought_reader(job)) is not None:
-                text |= _thought(thoughts, text.pop("content", ""), ends=reason is not None)
+                for delta in texts:
+                    ends = reason is not None and delta is texts[-1]
+                    delta.update(_thought(thoughts, delta.pop("content", ""), ends=ends))
+        *named, text = texts
         if not text and reason is None and asked.logprobs is None and not asked.each_token:
-            return None
+            return []
         if asked.chat and not text and reason is None:
             text = {"content": ""}
         logprobs = None if token.logprob is None else self.logprobs(job, [token])
-        piece = self._piece(job, text, logprobs, reason)
-        return piece | self.costs([job], [job.shown]) if asked.each_token else piece
+        found = [self._piece(job, one, None, None) for one in named] + [self._piece(job, text, logprobs, reason)]
+        return [one | self.costs([job], [job.shown]) for one in found] if asked.each_token else found
 
     def _reader(self, job: Job) -> CallReader | None:
         """The reader of a choice's calls; None without tools."""
@@ -214,6 +217,16 @@ def _thought(reader: ThoughtReader, text: str, *, ends: bool) -> dict[str, str]:
     if ends:
         thought, content = (part + last for part, last in zip((thought, content), reader.finish(), strict=True))
     return {key: value for key, value in (("reasoning_content", thought), ("content", content)) if value}
+
+
+def _deltas(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """The deltas of a message, at least one. The one with a call's name has no arguments, as at OpenAI: they come after it."""
+    parts: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if parts[-1] and parts[-1][-1].begun is not None:
+            parts.append([])
+        parts[-1].append(piece)
+    return [_delta(part) for part in parts]
 
 
 def _delta(pieces: Sequence[Piece]) -> dict[str, Any]:

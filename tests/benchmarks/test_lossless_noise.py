@@ -1,0 +1,12 @@
+"""When benchmarks/control/lossless.py calls divergences the rounding that every policy has."""
+
+from __future__ import annotations
+
+from benchmarks.control.lossless import is_noise
+
+
+def test_both_rates_have_an_error() -> None:
+    """100 replies, 1 % of flips. Of 7,000 tokens that were compared, two errors are 0.3 points."""
+    flips = {"replies": 100, "compared": 7000, "flip_rate": 0.01, "flip_se": 0.00088}
+    assert is_noise({**flips, "divergence_rate": 85 / 7000}), "1.5 standard errors"
+    assert not is_noise({**flips, "divergence_rate": 95 / 7000}), "2.4"
