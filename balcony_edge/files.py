@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -148,7 +149,9 @@ def _is_mounted(target: Path) -> bool:
         lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError:
         return False
-    return any(line.split(" ")[4:5] == [str(target)] for line in lines)
+    # the kernel writes what would end a field or a line as an octal number
+    name = re.sub(r"[ \t\n\\]", lambda found: f"\\{ord(found[0]):03o}", str(target))
+    return any(line.split(" ")[4:5] == [name] for line in lines)
 
 
 def write_atomically(path: Path, content: bytes, error_class: type[BalconyError], cure: str) -> None:

@@ -8,12 +8,13 @@ module does not know about models.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, TypeVar
+
+from balcony_edge.control.verdict import nearest_rank
 
 Key = TypeVar("Key")
 Sample = TypeVar("Sample")
@@ -38,7 +39,7 @@ def ratio(numerator_ms: Iterable[float], denominator_ms: Iterable[float]) -> flo
 
 def p95(values: Sequence[float]) -> float:
     """The smallest of the values that 95 % of them do not exceed."""
-    return sorted(values)[max(math.ceil(0.95 * len(values) - 1e-9), 1) - 1]  # 0.95 x 20 must be 19, also rounded
+    return nearest_rank(sorted(values), 0.95)
 
 
 def bar(value: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:

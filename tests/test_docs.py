@@ -25,11 +25,13 @@ from balcony_runtime.backends.choose import DeviceName
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
+from balcony_runtime.sensors.jetson import _scope
 from balcony_runtime.serve.bodies.fields import COMPLETION, FOREIGN
 from balcony_runtime.serve.bodies.refusal import _KINDS
 from balcony_runtime.serve.http.connections import KEEP_ALIVE_S
 from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.service import Limits
+from tests.mutation.mutants import module_of
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {".cache", ".git", "dist", "node_modules"}  # what tools put into a checkout, next to environments
@@ -165,6 +167,15 @@ def test_pages_for_contributors_run_the_python_of_make() -> None:
     """Nothing tells them to activate `.venv`, and another Python lacks the packages."""
     for page in ("CONTRIBUTING.md", "docs/mutation.md", ".github/pull_request_template.md"):
         assert not re.search(r"(?<!/)\bpython \w+/", (ROOT / page).read_text(encoding="utf-8")), page
+
+
+@pytest.mark.parametrize(
+    "file", ["balcony_edge/budget.py", "export/balcony_export/output.py", "runtime/balcony_runtime/sensors/__init__.py"]
+)
+def test_a_mutant_has_the_name_that_its_module_is_imported_by(file: str) -> None:
+    """mutmut compares the two: under another name no mutant ever runs, and all of them survive."""
+    spec = importlib.util.find_spec(module_of(file))
+    assert spec is not None and spec.origin == str(ROOT / file)
 
 
 def test_the_readme_stays_a_page() -> None:
@@ -382,6 +393,16 @@ def test_pages_name_the_driver_that_an_nvidia_card_needs(page: str) -> None:
     """Release notes of CUDA 13: driver 580 or newer; the package of the extra has the number in its name."""
     assert "tensorrt-rtx-cu13>=" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert "driver 580 or newer" in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("rail", ["cpu", "gpu"])
+def test_the_page_of_sensors_names_the_boards_with_a_rail(rail: str) -> None:
+    """Those of its table of Jetsons on which a budget with this `power_rail` is measured, and no others."""
+    text = (ROOT / "docs" / "sensors.md").read_text(encoding="utf-8")
+    (told,) = re.findall(rf"^\| `{rail}` \| .+; (.+) \|$", text, re.MULTILINE)
+    boards = re.findall(r"^\| ([^|]+) \| ((?:VDD|POM)[^|]+) \|", text, re.MULTILINE)
+    measured = [names for names, rails in boards if rail in map(_scope, re.findall(r"\w+", rails))]
+    assert told == ", ".join(measured)
 
 
 def test_the_udev_rule_of_rapl_is_for_a_group_that_the_page_makes() -> None:

@@ -69,7 +69,8 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
 
     If stderr is not a terminal, there is no bar: rich would write an empty line instead.
     """
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    step_column = TextColumn("{task.description:<22}", markup=False)  # a step may be the name of a file
+    columns = (step_column, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("", total=1.0)
 

@@ -48,17 +48,13 @@ class SensorsOnDemand:
         """
         with self._lock:
             if self._latest is None:
-                if self._closed:
-                    raise closed()
                 from balcony_runtime.sensors import Sensors, device_sources  # noqa: PLC0415 - few budgets need them
 
-                sensors = Sensors(device_sources())
-                try:
-                    sensors.start()  # which waits for their first answers
-                except BaseException:  # nobody else could stop those that run already
-                    sensors.close()
-                    raise
-                self._sensors = sensors
+                # Known before they start, which waits for their first answers: another thread may close them meanwhile.
+                sensors = self._sensors = Sensors(device_sources())
+                if self._closed:
+                    raise closed()
+                sensors.start()
                 self._latest, self._settled_s = sensors.latest, time.monotonic() + FIRST_READINGS_S
         return self._latest()
 

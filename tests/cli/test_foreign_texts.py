@@ -30,3 +30,14 @@ def test_words_between_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -
     console.stdout.print("a:key:b.txt, at 10:100:20", markup=False)
     console.stderr.print("[bold]a:key:b.txt[/]")
     assert capsys.readouterr() == ("a:key:b.txt, at 10:100:20\n", "a:key:b.txt\n")
+
+
+def test_the_progress_bar_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eval` shows there the file that it measures on."""
+    monkeypatch.setenv("TERM", "xterm")  # rich draws no bar on a dumb one
+    file = io.StringIO()
+    screen = type(console.stderr)(file=file, force_terminal=True, color_system=None, width=100, emoji=False)
+    monkeypatch.setattr(console, "stderr", screen)
+    with console.progress_bar() as report:
+        report("a:key:b[v2].txt", 0.5)
+    assert "a:key:b[v2].txt" in file.getvalue()

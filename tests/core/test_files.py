@@ -117,9 +117,10 @@ def test_the_file_behind_a_link_is_replaced_and_what_is_no_file_is_refused(tmp_p
 
 def test_a_file_that_is_a_mount_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with Docker's `-v ./out.json:/out.json`: renaming a file to it fails, after minutes of measuring."""
-    path, mounts = tmp_path / "out.json", tmp_path / "mountinfo"
+    path, mounts = tmp_path / "my out.json", tmp_path / "mountinfo"
     path.write_bytes(b"old")
-    mounts.write_text(f"22 1 0:21 / / rw - overlay overlay rw\n36 22 8:1 /out.json {path} rw - ext4 /dev/sda1 rw\n")
+    own = str(path).replace(" ", r"\040")  # as the kernel writes it
+    mounts.write_text(f"22 1 0:21 / / rw - overlay overlay rw\n36 22 8:1 /out.json {own} rw - ext4 /dev/sda1 rw\n")
     monkeypatch.setattr(files, "_MOUNTS", mounts)
     with pytest.raises(InputError, match=r"^-o out: cannot be replaced .*: mount its directory instead$"):
         require_writable_file(path, "-o out", InputError, "name another place")

@@ -62,6 +62,12 @@ def listed() -> list[Mutant]:
     ]
 
 
+def module_of(file: str) -> str:
+    """Name of a file's module: packages lie in the root, in `runtime` and in `export`."""
+    inner = file.removeprefix("runtime/").removeprefix("export/")
+    return inner.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
 def copy_tree(folder: Path) -> None:
     """Copy what the tests need into a folder."""
     for name in COPIED:
@@ -141,11 +147,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Put mistakes into the code and see tests fail.")
     parser.add_argument("--only", nargs="+", default=[], help="words of the mutants to run")
     words = parser.parse_args().only
-    chosen = [
-        mutant for mutant in listed() if not words or any(word in f"{mutant.what} {mutant.file}" for word in words)
-    ]
-    if not chosen:
-        parser.error(f"--only {' '.join(words)}: mutants.toml has no such mistake: name a file or words of one")
+    named = [(mutant, f"{mutant.what} {mutant.file}") for mutant in listed()]
+    for word in words:
+        if not any(word in name for _, name in named):
+            parser.error(f"--only {word}: mutants.toml has no such mistake: name a file or words of one")
+    chosen = [mutant for mutant, name in named if not words or any(word in name for word in words)]
     survivors = []
     import_slow()
     with tempfile.TemporaryDirectory() as folder:

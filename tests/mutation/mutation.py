@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from mutants import LOG, OPTIONS, ROOT, copy_tree, forked, import_slow
+from mutants import LOG, OPTIONS, ROOT, copy_tree, forked, import_slow, module_of
 from mutmut.mutation import trampoline
 from mutmut.mutation.file_mutation import mutate_file_contents
 
@@ -84,7 +84,6 @@ def mutate(copy: Path, file: str, sample: int, seed: int) -> tuple[list[Mutant],
     made = mutate_file_contents(file, path.read_text(encoding="utf-8"))
     path.write_text(made.code, encoding="utf-8")
     lines = made.code.splitlines()
-    module = file.removeprefix("runtime/").removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
     def body(name: str) -> list[str]:
         span = made.line_span_by_function_name[name]
@@ -97,7 +96,7 @@ def mutate(copy: Path, file: str, sample: int, seed: int) -> tuple[list[Mutant],
         before, after = body(name.partition("__mutmut_")[0] + "__mutmut_orig"), body(name)
         changed = list(difflib.unified_diff(before, after, n=0))[2:]  # without the names of the two
         old, new = (" ".join(line[1:] for line in changed if line.startswith(sign)).strip() for sign in "-+")
-        mutants.append(Mutant(f"{module}.{name}", file, old, new))
+        mutants.append(Mutant(f"{module_of(file)}.{name}", file, old, new))
     return mutants, count
 
 

@@ -63,6 +63,21 @@ def test_sensors_do_not_start_once_they_were_closed(monkeypatch: pytest.MonkeyPa
     assert (Late.started, Late.closed) == (0, 0)
 
 
+def test_sensors_that_are_closed_while_they_start_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another thread closes the LLM: the first answers of all sources may take a second."""
+
+    class Slow(Late):
+        def start(self) -> Late:
+            sensors.close()
+            return super().start()
+
+    monkeypatch.setattr("balcony_runtime.sensors.Sensors", Slow)
+    Late.started = Late.closed = 0
+    sensors = SensorsOnDemand(None)
+    sensors.latest()
+    assert (Late.started, Late.closed) == (1, 1)
+
+
 def test_what_is_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """A server asks for each of its replies."""
     sensors = SensorsOnDemand(tuple)

@@ -363,8 +363,11 @@ def test_names_that_are_not_utf_8_are_not_served(tiny: Any, tmp_path: Path, capl
 
 def test_a_budget_file_of_a_mac_has_the_name_that_clients_send(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "fu\u0308r.toml").write_text("tpot_ms = 30\n")
-    names = Names("tiny", Budget(), Bundle.open(tiny.path).manifest, tmp_path)
-    assert names.budget("tiny:f\u00fcr", {}, None) == Budget(tpot_ms=30)
+    for own in ("tiny", "ti\u0308ny"):
+        names = Names(own, Budget(), Bundle.open(tiny.path).manifest, tmp_path)
+        for asked in (f"{own}:f\u00fcr", f"{own}:fu\u0308r"):  # the second one is the name of the file
+            assert names.budget(asked, {}, None) == Budget(tpot_ms=30)
+        assert names.budget(own, {}, None) is None
 
 
 @pytest.mark.parametrize("stream", [False, True])

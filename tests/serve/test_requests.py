@@ -283,11 +283,11 @@ def test_a_wrong_method_is_told_the_right_one(http: httpx.Client) -> None:
 def test_the_log_has_addresses_and_no_texts_of_a_client(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     """Uvicorn takes the address from a header, as a proxy on this machine sends it."""
     with caplog.at_level(logging.INFO, logger="balcony_runtime.serve.requests"):
-        for told in ("203.0.113.9", "x" * 1000, "fe80::1%" + "x" * 1000):
+        for told in ("203.0.113.9", "x" * 1000, "fe80::1%" + "x" * 1000, "::ffff:203.0.113.9"):
             http.request("Y" * 1000, "/nothing", headers={"x-forwarded-for": told})
-        until(lambda: len(caplog.records) == 3)
+        until(lambda: len(caplog.records) == 4)
     lines = [json.loads(record.getMessage()) for record in caplog.records]
-    assert [line["client"] for line in lines] == ["203.0.113.9", "", "fe80::1"]
+    assert [line["client"] for line in lines] == ["203.0.113.9", "", "fe80::1", "203.0.113.9"]
     assert {line["method"] for line in lines} == {"Y" * 20}
 
 

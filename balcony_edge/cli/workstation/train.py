@@ -226,10 +226,10 @@ def _begun(
 ) -> dict[int, Balcony]:
     """Balconies to start from. On a resume the checkpoint has their weights, but not which layer they are copies of."""
     from balcony_export.model.balcony import init_balconies
-    from balcony_export.model.balcony_files import load_balconies, read_index
+    from balcony_export.model.balcony_files import layer_of, load_balconies
 
     if resume:
-        return init_balconies(loaded, layers, kind, layer=read_index(start)["layer"])
+        return init_balconies(loaded, layers, kind, layer=layer_of(start, loaded))
     return load_balconies(start, loaded, layers)
 
 

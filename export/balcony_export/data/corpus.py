@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ class Corpus:
 
     train: Rows
     held_out: Rows
-    sources: dict[str, dict[str, Any]]  # file name -> documents, tokens, sha256
+    sources: dict[str, dict[str, Any]]  # file name -> documents, tokens, sha256 (a pipe has none)
     digest: str  # SHA-256 of the rows, which a resumed run compares
 
 
@@ -171,9 +170,10 @@ def _read(
         if not documents:
             raise InputError(f"{path}: has no documents: give {CHAT_FORMS}")
         documents.sort(key=lambda document: document.key)
-        # a pipe is empty by now, and to open a named one again would wait for a writer
-        with Path(os.devnull if path.is_fifo() else path).open("rb") as file:
-            facts: dict[str, Any] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        facts: dict[str, Any] = {}
+        if not path.is_fifo():  # a pipe is empty by now, and a named one would wait for a writer
+            with path.open("rb") as file:
+                facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         if (name := normalize("NFC", path.name)) in mix:
             used.add(name)
             facts["share"] = mix[name]

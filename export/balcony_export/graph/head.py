@@ -20,7 +20,9 @@ def build_norm(exits: ExitModel) -> ir.Model:
     """The final norm of the full depth: ``hidden`` → ``normed``."""
     norm = rms_norm_operator(exits.parts.norm)
     if norm is None:
-        raise UnsupportedModelError(f"{type(exits.parts.norm).__name__}: the final norm is not an RMSNorm")
+        raise UnsupportedModelError(
+            f"{type(exits.parts.norm).__name__}: is the final norm: export represents RMSNorms only: give a model with those"
+        )
     scale = _initializer("norm.weight", norm.scale)
     hidden = _hidden(norm.scale.dtype, exits.parts.embed.embedding_dim)
     attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", norm.epsilon), ir.AttrInt64("stash_type", 1)]

@@ -146,7 +146,9 @@ def rms_norm_operator(norm: nn.Module) -> RMSNorm | None:
     weight = getattr(norm, "weight", None)
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if "LayerNorm" in type(norm).__name__:
-        raise UnsupportedModelError(f"{type(norm).__name__}: subtracts the mean: export represents RMSNorms only")
+        raise UnsupportedModelError(
+            f"{type(norm).__name__}: subtracts the mean: export represents RMSNorms only: give a model with those"
+        )
     if "RMSNorm" not in type(norm).__name__ or weight is None or epsilon is None:
         return None
     probe = torch.linspace(-3, 3, 2 * weight.numel()).reshape(2, -1)

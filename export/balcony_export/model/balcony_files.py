@@ -241,6 +241,18 @@ def load_balconies(
     return balconies
 
 
+def layer_of(directory: Path, model: PreTrainedModel) -> int | None:
+    """Index of the layer of ``model`` that the balconies of a directory began as copies of; None for the kind ``none``.
+
+    Raises:
+        CheckpointError: The index cannot be read, or is about another base model.
+    """
+    index = read_index(directory)
+    _check_base(directory, index, fingerprint(model))
+    layer: int | None = index["layer"]
+    return layer
+
+
 def is_whole(directory: Path, exit_layer: int) -> bool:
     """Whether a directory has a balcony for this exit whose file is the one that the index names."""
     try:

@@ -251,10 +251,17 @@ def test_norms_that_are_no_rms_norm_are_refused_by_name(make_tiny: Any, place: s
     """StarCoder2 and StableLM have LayerNorm; whoever adds such a model to the list is told."""
     exits = ExitModel(make_tiny("llama", num_hidden_layers=2))
     layer_norm = torch.nn.LayerNorm(32)
-    with pytest.raises(UnsupportedModelError, match="LayerNorm: subtracts the mean"):
+    with pytest.raises(UnsupportedModelError, match=r"LayerNorm: subtracts the mean: .*: give a model"):
         if place == "a layer":
             exits.parts.layers[1].input_layernorm = layer_norm
             with tracing(exits.model, [exits.parts.layers]):
                 raise AssertionError("it was not refused")
         exits.model.model.norm = layer_norm
         build_norm(ExitModel(exits.model))
+
+
+def test_a_final_norm_of_another_kind_is_refused_by_name(make_tiny: Any) -> None:
+    model = make_tiny("llama", num_hidden_layers=2)
+    model.model.norm = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"Identity: is the final norm: .*: give a model"):
+        build_norm(ExitModel(model))

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from balcony_edge.cli import app
 from balcony_edge.cli.workstation import train as verb
-from balcony_edge.errors import BalconyError, InputError, TrainingError, UnsupportedModelError
+from balcony_edge.errors import BalconyError, CheckpointError, InputError, TrainingError, UnsupportedModelError
 from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import fingerprint, read_index, save_balconies
 from balcony_export.model.checkpoint import load_model
@@ -187,6 +187,18 @@ def test_copies_of_another_layer_go_on_with_resume(tiny_checkpoint: Path, text_f
     trained(*command, "--steps", "2")
     assert trained(*command, "--steps", "4", "--resume")["steps"] == 4
     assert read_index(out)["layer"] == 1
+
+
+def test_a_run_does_not_go_on_with_balconies_of_a_larger_model(
+    tiny_checkpoint: Path, make_tiny: Callable[..., Any], text_file: Path, tmp_path: Path
+) -> None:
+    """They are copies of its layer 8, and this model has five layers."""
+    larger, begun, out = make_tiny("llama", num_hidden_layers=9), tmp_path / "begun", tmp_path / "out"
+    save_balconies(begun, init_balconies(larger, (2,)), fingerprint(larger))
+    command = (tiny_checkpoint, "2", text_file, out)
+    trained(*command, "--steps", "2")
+    again = ("--steps", "4", "--resume", "--start", str(begun))
+    refused(CheckpointError, "belong to another base model", *command, *again)
 
 
 def test_attention_that_the_fused_kernel_cannot_do_is_trained(

@@ -86,5 +86,7 @@ def test_a_pipe_is_read_once(make_tokenizer: Callable[[], Any], tmp_path: Path) 
     text = PackedText(tmp_path / "corpus.safetensors", [Path(f"/dev/fd/{reads}")], make_tokenizer(), seq_len=24)
     os.close(reads)
     assert text.corpus.train.num_tokens > 0
+    (facts,) = text.corpus.sources.values()
+    assert set(facts) == {"documents", "tokens"}, "the hash of what is left in it is not that of the text"
     text.keep()
     assert not (tmp_path / "corpus.safetensors").exists(), "another text may come through a pipe of this name"

@@ -62,7 +62,7 @@ class Names:
     """
 
     def __init__(self, name: str, own: Budget, manifest: Manifest, folder: Path | None) -> None:
-        self.name, self._manifest, self._folder = name, manifest, folder
+        self.name, self._manifest, self._folder = normalize("NFC", name), manifest, folder
         #: Name → budget; the first is the model itself.
         self.budgets: Mapping[str, Budget] = {}
         self.read(own)
@@ -100,7 +100,7 @@ class Names:
             RefusedError: the model is unknown, or a header is not a number.
             BudgetError: a key or a value is refused.
         """
-        name = name or self.name
+        name = normalize("NFC", name or self.name)
         base = self.budgets.get(name)
         if base is None:
             name = name[:100]

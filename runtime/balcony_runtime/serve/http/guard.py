@@ -141,9 +141,11 @@ def is_loopback(host: str) -> bool:
 def client_of(scope: Scope) -> str:
     """Address of the client; uvicorn takes it from X-Forwarded-For if the peer is on this machine. Empty for other texts."""
     try:
-        return str(ipaddress.ip_address(scope["client"][0].partition("%")[0]))
+        found = ipaddress.ip_address(scope["client"][0].partition("%")[0])
     except (TypeError, ValueError):  # there is none
         return ""
+    # over `--host ::` IPv4 comes as ::ffff:192.0.2.7, which Python before 3.13 writes as ::ffff:c000:207
+    return str(getattr(found, "ipv4_mapped", None) or found)
 
 
 def answer_of(refusal: RefusedError) -> JSONResponse:
