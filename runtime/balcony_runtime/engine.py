@@ -172,7 +172,9 @@ class TokenSequence:
         self.exits = engine.exit_layers
         self.batch_size, self.max_length = batch_size, max_length
         row_bytes = 4 * batch_size * max_length * max(engine.manifest.model.num_attention_heads, 1)
-        self._pass_rows = max(1, min(MAX_PASS_ROWS, MAX_SCORE_BYTES // row_bytes))
+        rows = max(1, min(MAX_PASS_ROWS, MAX_SCORE_BYTES // row_bytes))
+        # Portions of a prompt are multiples of MAX_PASS_ROWS, 256: passes of fewer rows must end there too.
+        self._pass_rows = rows if rows == MAX_PASS_ROWS else 1 << rows.bit_length() - 1
         self.length = 0
         self.state = state or engine.backend.new_state(batch_size, max_length)
         self._tokens = np.empty((max_length, batch_size), np.int64)  # pages take memory when tokens are written

@@ -212,6 +212,19 @@ def test_a_mistral_with_its_own_package_installed_has_a_tokenizer_to_export(
     assert load_tokenizer(model_copy).backend_tokenizer.get_vocab_size() > 0
 
 
+def test_a_tokenizer_keeps_the_rules_of_its_file(model_copy: Path) -> None:
+    """transformers makes a ``GPT2Tokenizer`` with GPT-2's rules; SmolLM's file has this class and takes digits apart."""
+    document = json.loads((model_copy / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, document["pre_tokenizer"]]}
+    (model_copy / "tokenizer.json").write_text(json.dumps(document))
+    named = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<end>"}
+    (model_copy / "tokenizer_config.json").write_text(json.dumps(named))
+    found = load_tokenizer(model_copy)
+    parts = found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("\n\n12")
+    assert [text for text, _ in parts] == ["ĊĊ", "1", "2"] and found.eos_token == "<end>"
+
+
 def test_a_damaged_tokenizer_is_named(model_copy: Path) -> None:
     (model_copy / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "newer"}}')
     with pytest.raises(CheckpointError, match=r"cannot be loaded .*: give a Hugging Face directory") as caught:
@@ -293,6 +306,30 @@ def test_a_gguf_file_of_falcon_mamba_is_refused(normed: bool, tmp_path: Path) ->
         checkpoint._check_gguf(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize(("end", "refused"), [("<｜end▁of▁sentence｜>", True), ("<|im_end|>", False)])
+def test_a_gguf_file_whose_control_tokens_transformers_respells_is_refused(
+    end: str, refused: bool, tmp_path: Path
+) -> None:
+    """As in DeepSeek-R1-Distill-Qwen: the token would be cut into bytes, and get a second id after the token table."""
+    tokens: dict[str, Any] = {"tokenizer_model": "gpt2", "tokenizer_pre": "qwen2", "token_list": ["a", end]}
+    write_gguf(tmp_path / "m.gguf", "qwen2", eos_token_id=1, **tokens)
+    with pytest.raises(CheckpointError, match=f"has the control token {end}") if refused else contextlib.nullcontext():
+        checkpoint._check_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("qwen2", False), ("smollm", False), ("mpt", False), ("deepseek-llm", True), (None, True)]
+)
+def test_a_gguf_file_that_splits_text_by_an_unknown_rule_is_refused(
+    name: str | None, refused: bool, tmp_path: Path
+) -> None:
+    """transformers would split by GPT-2's rule. Files of before May 2024 (Qwen 1.5) name none."""
+    rule = {} if name is None else {"tokenizer_pre": name}
+    write_gguf(tmp_path / "m.gguf", "qwen2", tokenizer_model="gpt2", **rule)
+    with pytest.raises(CheckpointError, match="splits text by the rule") if refused else contextlib.nullcontext():
+        checkpoint._check_gguf(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize(
     ("name", "apart"), [("smollm", True), ("refact", True), ("minerva-7b", True), ("qwen2", False)]
 )
@@ -300,6 +337,15 @@ def test_gguf_files_that_take_digits_apart_are_known_by_their_rule(name: str, ap
     """llama.cpp has one rule for these names, and transformers knows none of them."""
     write_gguf(tmp_path / "m.gguf", "llama", tokenizer_pre=name)
     assert checkpoint._splits_digits(tmp_path / "m.gguf") is apart
+
+
+def test_a_gguf_tokenizer_has_the_tokens_of_its_file_only(tmp_path: Path) -> None:
+    """transformers adds ``<|endoftext|>`` after the last token of a file without it (Llama 3): no token table has that row."""
+    tokens: dict[str, Any] = {"token_list": ["a", "b", "ab", "<end>"], "token_merges": ["a b"], "eos_token_id": 3}
+    write_gguf(tmp_path / "m.gguf", "llama", tokenizer_model="gpt2", tokenizer_pre="llama-bpe", **tokens)
+    found = load_tokenizer(tmp_path / "m.gguf")
+    assert found.get_vocab() == {"a": 0, "b": 1, "ab": 2, "<end>": 3}
+    assert found("ab<end>").input_ids == [2, 3]
 
 
 def test_a_quantized_model_on_the_hub_is_refused_and_a_missing_package_is_one_line(

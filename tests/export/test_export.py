@@ -119,6 +119,14 @@ def test_a_state_space_has_no_longest_context() -> None:
     assert longest_context(transformers.LlamaConfig(max_position_embeddings=77)) == 77
 
 
+def test_yarn_takes_the_length_that_it_scales_to() -> None:
+    """Qwen 2.5's page adds this rope for 131,072 tokens, and max_position_embeddings stays 32,768."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert longest_context(transformers.Qwen2Config(max_position_embeddings=32768, rope_parameters=rope)) == 131072
+    longer = {**rope, "factor": 2.0}  # as in files whose length counts the scaling already
+    assert longest_context(transformers.Qwen2Config(max_position_embeddings=131072, rope_parameters=longer)) == 131072
+
+
 def test_context_length_has_bounds(make_tiny: Callable[..., Any]) -> None:
     model = make_tiny("llama")
     assert describe(model, "x", 64).context_length == 64

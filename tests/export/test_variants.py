@@ -219,6 +219,20 @@ def test_an_extracted_phi3_has_the_rope_that_transformers_4_takes(
     assert np.abs(got - reference_logits(exits, IDS)[2]).max() <= 1e-5 * np.abs(got).max()
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "wanted"),
+    [("granite-hybrid", "layer_types", ["mamba", "attention", "attention"]), ("lfm2", "block_ff_dim", 48)],
+)
+def test_an_extracted_exit_has_the_names_that_other_engines_read(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path, name: str, key: str, wanted: Any
+) -> None:
+    """transformers 5 renames Granite 4's layers and drops LFM2's width; transformers 4 and llama.cpp read the old names."""
+    model = make_tiny(name, intermediate_size=48)
+    extract(ExitModel.open(model, (2,)), make_tokenizer(), 2, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())[key] == wanted
+    assert load_model(tmp_path / "out").config.num_hidden_layers == 3
+
+
 @pytest.mark.parametrize("name", ["falcon-h1", "llama", "granite"])
 def test_an_exit_of_a_bfloat16_checkpoint_is_extracted(
     name: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path

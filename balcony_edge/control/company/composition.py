@@ -79,13 +79,11 @@ class Composer:
         waits_ms = [view.bound_ms - price_ms for view in waiting if not view.first and view.bound_ms < math.inf]
         limit_ms = min([limit_ms, *waits_ms])
         # Rounds with more rows next to them may be slower than their price, compared with the others.
-        offset = slowdown.offsets[max((index for _, index in chosen), default=0)]  # and those to a deep exit as well
-        share, portion = math.exp(-max(slowdown.offsets[WITH_CATCH_UP], offset, 0.0)), None
-        step_ms = limit_ms * math.exp(-offset)
-        if price_ms > step_ms:
+        share, portion = math.exp(-max(slowdown.offsets[WITH_CATCH_UP], 0.0)), None
+        if price_ms > limit_ms:
             portion = self._in_portions(chosen, limit_ms, share)
             if portion is None:
-                chosen, price_ms = self._lowered(chosen, price_ms, step_ms)
+                chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
         # A target that was given up still says how long a gap may not be. A deadline that has passed does not.
         periods_ms = [view.period_ms or view.stream.budget.tpot_ms or math.inf for view, _ in chosen]
         calm_ms = min([self._calm_ms, *periods_ms])
@@ -104,7 +102,7 @@ class Composer:
                 return chosen, chunk, price_ms
             if prompt.bound_ms == math.inf and all(view.may_be_late for view in others):  # or it might never begin
                 return self._with_prompt(prompt, [], 0.0, calm_ms)
-        return self._with_backlog(chosen, price_ms, slack_ms, slowdown)
+        return self._with_backlog(chosen, price_ms, slack_ms)
 
     def _leave_out(self, chosen: Chosen, price_ms: float, behind: bool) -> tuple[Chosen, float, list[View]]:
         """Leave out streams that can wait for the next round, while this one takes too long.
@@ -182,8 +180,9 @@ class Composer:
             return False
         rounds = 0.0
         for stage, due in enumerate(seen.stage_rows[: prompt.goal + 1]):
-            rows = costs.stages[stage].rows_within(slack_ms, due, seen.context_length)
-            rounds += due / rows if rows else math.inf
+            if due:  # a stage that has run all its rows needs no round
+                rows = costs.stages[stage].rows_within(slack_ms, due, seen.context_length)
+                rounds += due / rows if rows else math.inf
         if rounds * (price_ms + slack_ms) <= prompt.bound_ms:
             return False
         return all(view.may_be_late or view.bound_ms > whole_ms for view in others)
@@ -215,20 +214,16 @@ class Composer:
                 return chunk, self._chunk_ms(view, chunk)
         return None, 0.0
 
-    def _with_backlog(
-        self, chosen: Chosen, price_ms: float, slack_ms: float, slowdown: Slowdown
-    ) -> tuple[Chosen, Chunk | None, float]:
+    def _with_backlog(self, chosen: Chosen, price_ms: float, slack_ms: float) -> tuple[Chosen, Chunk | None, float]:
         """Let a stream enter the deeper exit that it is assigned, or work off rows on the way to it."""
         rising = [(view, index) for view, index in chosen if index < view.goal and index == view.present]
-        offsets, deepest = slowdown.offsets, max((index for _, index in chosen), default=0)
         for view, index in rising:
             if view.tokens < view.stream.budget.dwell_tokens:
                 continue
             for entered in range(view.goal, index, -1):
                 risen = [(one, entered if one is view else at) for one, at in chosen]
                 risen_ms = self._price(risen)
-                slower = math.exp(max(offsets[max(entered, deepest)] - offsets[deepest], 0.0))
-                if slower * risen_ms - price_ms <= slack_ms:
+                if risen_ms - price_ms <= slack_ms:
                     return risen, None, risen_ms
         chunk, chunk_ms = self.catch_up([view for view, _ in rising], slack_ms)
         return chosen, chunk, price_ms + chunk_ms
@@ -254,7 +249,10 @@ class Composer:
             before = _before(seen.context_length, seen.stage_rows[stage])
             most = _rows_within(unit, slack_ms, max(ready, PLENTY), before)
             if ready >= least and most and min(ready / most, 1.0) > fullest:
-                fullest, best = min(ready / most, 1.0), Chunk(seen.key, stage, _in_passes(unit, ready, most))
+                # Who is in a hurry or has a backlog fills the time.
+                patient = view.first and view.bound_ms == math.inf
+                rows = _in_passes(unit, seen.stage_rows[stage], most) if patient else most
+                fullest, best = min(ready / most, 1.0), Chunk(seen.key, stage, min(ready, rows))
         return best
 
     def _backlog(self, view: View, slack_ms: float) -> Chunk | None:
@@ -311,13 +309,13 @@ def _ready(view: View, stage: int) -> int:
     return rows[stage] - max(rows[stage - 1] if stage else 0, 0 if runs_all else 1)
 
 
-def _in_passes(unit: UnitCost, ready: int, most: int) -> int:
-    """As many of the rows that are ready as fit; whole passes if not all do.
+def _in_passes(unit: UnitCost, due: int, most: int) -> int:
+    """As many of the rows that are due as fit; whole passes if not all do.
 
     The rows of a prompt then share passes as they do if it runs at once, and so have the same last bits.
     """
-    if ready <= most or unit.pass_rows is None or most < unit.pass_rows:
-        return min(ready, most)
+    if due <= most or unit.pass_rows is None or most < unit.pass_rows:
+        return most
     return most - most % unit.pass_rows
 
 

@@ -112,38 +112,18 @@ class Goals:
                 for view, claim in zip(views, claims, strict=True)
             ]
             within_ms = min(spare_ms, limit_ms - wish_ms)
-            exits, price_ms = self._assigned(capped, within_ms, lax_rows, slowdown, known)
+            exits, price_ms = assign(self._prices, self._quality, capped, within_ms, lax_rows, known)
             if price_ms <= spare_ms:
                 break
         fits = price_ms <= spare_ms * luck
         if not fits and prompt is not None and self._may_jump(prompt, views):
             spare_ms = limit_ms
             lowest = [claim._replace(highest=claim.lowest) for claim in claims]
-            exits, price_ms = self._assigned(lowest, spare_ms, lax_rows, slowdown)
+            exits, price_ms = assign(self._prices, self._quality, lowest, spare_ms, lax_rows)
             fits = price_ms <= spare_ms * luck
         hysteresis = min((view.stream.budget.hysteresis for view in views), default=0.0)
-        free, _ = self._assigned(claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows, slowdown, known)
+        free, _ = assign(self._prices, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows, known)
         return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], fits
-
-    def _assigned(
-        self, claims: list[Claim], limit_ms: float, lax_rows: int, slowdown: Slowdown, known: Steps | None = None
-    ) -> tuple[list[int], float]:
-        """:func:`.assign`, if a round is as much slower than its price as earlier rounds to its deepest exit were.
-
-        If they were too slow, shallower exits are tried whose rounds were less so. The time returned has this slowness in it.
-        """
-        exits, took_ms, least = [claim.lowest for claim in claims], math.inf, math.inf
-        highest = max((claim.highest for claim in claims), default=0)
-        for top in range(highest, max(exits, default=0) - 1, -1):
-            if (offset := slowdown.offsets[top]) >= least:
-                continue
-            least, slower = offset, math.exp(offset)
-            capped = [claim._replace(highest=min(claim.highest, top)) for claim in claims]
-            found, price_ms = assign(self._prices, self._quality, capped, limit_ms / slower, lax_rows, known)
-            exits, took_ms = found, price_ms * slower
-            if took_ms <= limit_ms and max(found, default=top) == top:
-                break
-        return exits, took_ms
 
     def _claims(self, views: Sequence[View]) -> tuple[list[Claim], float, int]:
         """Claims on a round, its longest time, and the number of streams that are not tight for which it must have room."""

@@ -215,12 +215,11 @@ class JointController:
             found.append((key, exits[goal], room_ms * math.exp(quantile * deviation)))
             streams[key] = StreamState(at, goal, tokens + 1, met)
         price_ms += prices.passes_ms(passes)
-        offset = slowdown.offsets[deepest]
-        limit_ms *= math.exp(-offset)
         assigned_for = self._goals.made_for(state, tuple(who), slowdown)
         if not found or price_ms > limit_ms or assigned_for is not state.assigned_for:
             return None
-        predicted_ms, slower_ms = price_ms * math.exp(mean + offset), price_ms * math.exp(offset)
+        slower_ms = price_ms * math.exp(slowdown.offsets[deepest])
+        predicted_ms = slower_ms * math.exp(mean)
         why, share = (_Why(predicted_ms, len(found), None, None),), _prompt_share(state, now_s)
         moves = []
         for key, exit_layer, most_ms in found:

@@ -129,6 +129,10 @@ def longest_context(config: Any) -> int:
     """
     lengths = [int(getattr(config, "max_position_embeddings", UNBOUNDED_CONTEXT))]
     for _, rope in _ropes(config):
+        if rope.get("rope_type") == "yarn" and rope.get("factor"):
+            # the models' pages (Qwen 2.5 and 3) add this rope and leave max_position_embeddings at the length before it
+            scaled = rope["factor"] * rope["original_max_position_embeddings"]
+            lengths[0] = max(lengths[0], int(scaled))
         if rope.get("rope_type") in STATIC_AT_FIRST_ROPE:
             first = rope.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None

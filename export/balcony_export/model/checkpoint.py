@@ -23,14 +23,17 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    GPT2Tokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -50,8 +53,14 @@ _READ_ERRORS = (
 _OTHER_SCALES = (("gemma2", 46), ("gemma3", 62))
 #: GGUF architectures whose classes have no biases as transformers configures them.
 _WITHOUT_BIASES = ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3")
+#: Kinds of Granite 4's layers, as transformers 5 calls them → as its files do, and as other engines read them.
+_GRANITE_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
+#: The same for GPT-2's rule alone, which transformers takes for all names that it does not know.
+_GPT2_RULE = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum")
 #: Names that llama.cpp gives to one way of splitting text: each digit by itself, then GPT-2's rule (``llama-vocab.cpp``).
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+#: Last of the letters that stand for bytes in byte-level vocabularies (GPT-2's ``bytes_to_unicode``).
+_LAST_BYTE = "\u0143"
 #: Control token of all of Mistral's own tokenizers with more than 100,000 tokens (Tekken).
 _INSTRUCTION = "[INST]"
 #: Tensors of factors on the rotary frequencies: of Llama 3, and the two of Phi-3 with a context of 128k and Phi-4-mini.
@@ -150,6 +159,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     wanted: dict[str, Any] = {**options, "mistral_format": False}
     with _explained(source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
+        if not options and isinstance(tokenizer, GPT2Tokenizer) and _has_rules(where):
+            # transformers makes this class with GPT-2's rules, whatever tokenizer.json says: SmolLM takes digits apart.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(where)
         suspected = getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False
         if suspected and _INSTRUCTION in tokenizer.get_vocab():
             # transformers has only warned that this file splits text in another way than Mistral's own tokenizer. It goes by
@@ -157,6 +169,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             wanted["fix_mistral_regex"] = True
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if options:
+        _drop_additions(tokenizer, Path(where) / options["gguf_file"])
     if options and _splits_digits(Path(where) / options["gguf_file"]):
         # The conversion keeps only the byte level, but these split digits first (llama.cpp's ids are the reference).
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -169,6 +183,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     transformers 5 writes ``rope_parameters`` only. transformers 4 and engines built on it read ``rope_theta`` and
     ``rope_scaling``, and silently assume 10,000 and no scaling if they are missing. So both old names are also written.
+    Granite 4 keeps the old names of its layers, and LFM2 its own name of the width of its MLPs, which llama.cpp reads.
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -185,7 +200,11 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                 kept = ("short_factor", "long_factor")
                 config["rope_scaling"] = {"type": rope["rope_type"]} | {key: rope[key] for key in kept}
                 config["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if config["model_type"] == "granitemoehybrid":
+        config["layer_types"] = [_GRANITE_KINDS[kind] for kind in model.config.layer_types]
+    elif config["model_type"] == "lfm2":
+        config["block_ff_dim"] = model.config.intermediate_size
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def demo_model_path() -> Path:
@@ -351,6 +370,15 @@ def _misread(reader: Any) -> Iterator[str]:
     if norms is not None and norms.contents():
         yield "is a Falcon-Mamba, which transformers reads from GGUF files as a Mamba without its norms"
     count = reader.get_field(f"{architecture}.block_count")
+    model, split = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if model is not None and model.contents() == "gpt2":
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import (  # noqa: PLC0415  # only GGUF needs it
+            GGUF_PRE_TOKENIZER_SPLITS,
+        )
+
+        name = "default" if split is None else str(split.contents())
+        if name not in {*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_APART, *_GPT2_RULE}:
+            yield f"splits text by the rule '{name}', which transformers does not know in GGUF files"
     if (architecture, None if count is None else int(count.contents())) in _OTHER_SCALES:
         yield (
             f"this size of {architecture} scales its attention in another way than the others, and GGUF files do not say so"
@@ -358,11 +386,51 @@ def _misread(reader: Any) -> Iterator[str]:
     biases = [name for name in names if _GGUF_BIAS.match(name)]
     if biases and architecture in _WITHOUT_BIASES:
         yield f"has {biases[0]}, a bias that transformers silently ignores in GGUF files of {architecture}"
+    if (token := _respelled(reader)) is not None:
+        yield f"has the control token {token}, which transformers takes for ordinary letters in GGUF files"
+
+
+def _respelled(reader: Any) -> str | None:
+    """The token that begins or ends texts, if transformers spells it by its bytes (DeepSeek-R1-Distill-Qwen).
+
+    It then adds the name once more, after the last row of the token table.
+    """
+    model, tokens = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "tokens"))
+    if model is None or tokens is None or model.contents() != "gpt2":
+        return None
+    for key in ("bos_token_id", "eos_token_id"):
+        place = reader.get_field(f"tokenizer.ggml.{key}")
+        if place is None or not 0 <= place.contents() < len(tokens.data):
+            continue
+        token = str(tokens.contents(int(place.contents())))
+        if any(letter > _LAST_BYTE for letter in token):
+            return token
+    return None
 
 
 def _has_tokenizer(path: Path) -> bool:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
     return any((path / name).is_file() for name in names)
+
+
+def _has_rules(where: str) -> bool:
+    """Whether a directory, or a model in the hub's cache, has a tokenizer.json."""
+    if Path(where).is_dir():
+        return (Path(where) / "tokenizer.json").is_file()
+    return isinstance(try_to_load_from_cache(where, "tokenizer.json"), str)
+
+
+def _drop_additions(tokenizer: Any, path: Path) -> None:
+    """Remove tokens that the GGUF does not have: transformers adds GPT-2's ``<|endoftext|>`` after the last of Llama 3's."""
+    from gguf import GGUFReader  # noqa: PLC0415  # see _check_gguf
+
+    count = len(GGUFReader(path).fields["tokenizer.ggml.tokens"].data)
+    backend = tokenizer.backend_tokenizer
+    if max(backend.get_added_tokens_decoder(), default=0) < count:
+        return
+    document = json.loads(backend.to_str())
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < count]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(document))
 
 
 def _splits_digits(path: Path) -> bool:

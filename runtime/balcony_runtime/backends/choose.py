@@ -14,7 +14,7 @@ import numpy as np
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, Manifest
 from balcony_edge.device.machine import checked_threads, this_device
-from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError
+from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.webgpu import provider
@@ -79,7 +79,11 @@ def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
         if _runs_here(manifest.engines[name], capability):
             return Choice("tensorrt", name, f"it has engines for this GPU (compute capability {capability})")
     missing = f"no engines for compute capability {capability} and the TensorRT that is installed"
-    if names and "CUDAExecutionProvider" in checked_onnxruntime().get_available_providers():
+    try:
+        providers = checked_onnxruntime().get_available_providers()
+    except MissingDependencyError as error:  # [tensorrt] alone brings none
+        raise MissingDependencyError(f"{missing}; {error}") from error
+    if names and "CUDAExecutionProvider" in providers:
         return Choice("cuda", names[0], f"{missing}; ONNX Runtime has CUDA")
     return Choice("cpu", None, f"{missing}, and ONNX Runtime has no CUDA here", unfit=True)
 

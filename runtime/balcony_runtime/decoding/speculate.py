@@ -115,15 +115,15 @@ class Speculator:
         outcome = run_round(sequence, turn.ids, turn.sampler, planned)
         if outcome is None:
             return None
-        tokens, logits = outcome
+        tokens, logits, drafts = outcome
         kept = len(tokens) - 1
-        self.learn(planned, kept, (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6)
+        self.learn(planned._replace(drafts=drafts), kept, (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6)
         return Made(
             [np.array([token], np.int64) for token in tokens],
             [row[None] for row in logits],
             self._exits[-1],
-            f"drafted {planned.drafts} at {planned.exit_layer}, kept {kept}",
-            planned.drafts,
+            f"drafted {drafts} at {planned.exit_layer}, kept {kept}",
+            drafts,
         )
 
     def plan(self, costs: CostModel, standing: Standing, most_ms: float, slowdown: float = 1.0) -> DraftRound | None:
@@ -197,10 +197,11 @@ def _further_ms(costs: CostModel, rows: tuple[int, ...], context_length: int) ->
 
 def run_round(
     sequence: TokenSequence, ids: IntArray, sampler: Sampler, planned: DraftRound
-) -> tuple[list[int], FloatArray] | None:
+) -> tuple[list[int], FloatArray, int] | None:
     """Draft tokens, check them, keep the prefix that the full depth agrees with, and roll back the rest.
 
-    Gives n tokens, of which all but the last are drafts, and the logits of the full depth from which each was taken, (n, V).
+    Gives n tokens, of which all but the last are drafts, the logits of the full depth from which each was taken, (n, V),
+    and the number of drafts that were made.
     None if no draft can be made (a balcony's logits are NaN), or the structure has no token after one: a plain step follows.
     Drafts that were made before a balcony's logits became NaN are checked: where they become so depends on the drafts, and
     to draw such tokens anew would make them rarer than at the full depth.
@@ -239,4 +240,4 @@ def run_round(
     else:
         tokens.append(int(sampler.pick(logits[-1:])[0]))
     sequence.rollback(begin + len(tokens))
-    return tokens, logits[: len(tokens)]
+    return tokens, logits[: len(tokens)], len(drafts)

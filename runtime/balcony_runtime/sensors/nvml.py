@@ -122,7 +122,8 @@ class Nvml:
         shares: list[float] = [one.smUtil / 100 for one in ours if one.timeStamp > newest_us - _PROCESS_WINDOW_US]
         if shares:
             return sum(shares) / len(shares)
-        known: set[int] = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
+        # Drivers before 510 lack it. Under its name without a version, pynvml then raises an error of another tree.
+        known: set[int] = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses_v3(gpu)}
         return 0.0 if own in known else None
 
     def close(self) -> None:

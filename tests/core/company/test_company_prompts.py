@@ -70,6 +70,21 @@ def test_portions_of_a_prompt_end_where_its_passes_end() -> None:
     arrival = Arrival(0.0, 2000, 1, Budget())
     simulate_company(costs, [arrival], quality=QUALITY, physics=Physics(noise=0.0), log=followed)
     assert portions > 3 and cursors[:2] == [2000, 2000] and 2000 - cursors[2] > 1
+    # no last row is left over for a pass by itself, where all rows but one fit
+    controller = JointController(costs, QUALITY)
+    rest = stream(1, made_tokens=0, stage_rows=(0, 0, 340), balcony_rows=(340, 340, 1), context_length=339)
+    assert controller.decide(SETTLED, RoundSeen((rest,), now_s=10.0, absent_ms=92.0))[1].chunk == Chunk(1, 2, 256)
+
+
+def test_a_prompt_that_is_due_has_all_the_time_that_is_left_in_a_round() -> None:
+    """29 ms take 461 rows of stage 0: a pass of 256 and most of another one."""
+    units = tuple(replace(unit, marginal_row_ms=0.05, pass_rows=256) for unit in SMALL.stages)
+    rows: dict[str, Any] = {"stage_rows": (2000,) * 3, "balcony_rows": (2000, 2000, 1), "context_length": 1999}
+    for budget, count in ((Budget(), 256), (Budget(ttft_ms=5000.0), 461)):
+        prompt = stream(1, budget, made_tokens=0, started_s=10.0, **rows)
+        seen = RoundSeen((stream(0, Budget(tpot_ms=40.0)), prompt), now_s=10.0)
+        _, found = JointController(replace(SMALL, stages=units), QUALITY).decide(SETTLED, seen)
+        assert exits(found) == {0: 8} and found.chunk == Chunk(1, 0, count)
 
 
 def test_the_first_rows_of_a_prompt_do_not_pay_for_the_keys_of_the_last() -> None:
@@ -202,6 +217,14 @@ def test_a_prompt_that_would_be_late_runs_at_once_while_the_others_may_be_late()
     for ttft_ms in (400.0, 40.0):
         _, found = decided([other, due._replace(budget=Budget(ttft_ms=ttft_ms))])
         assert 0 in exits(found) and 1 not in exits(found), ttft_ms
+
+
+def test_a_stage_that_has_run_its_rows_makes_no_prompt_late() -> None:
+    """Next to a token run 50 rows of stage 1, or 44 of stage 2: nine rounds of 24 ms, and the prompt has 584."""
+    rows = {**PROMPT, "stage_rows": (0, 200, 200)}
+    prompt = stream(1, Budget(ttft_ms=600.0, min_exit=8), started_s=10.0, **rows)
+    state, found = decided([stream(0, Budget(tpot_ms=25.0)), prompt])
+    assert exits(found) == {0: 8} and found.chunk == Chunk(1, 1, 50) and state.streams[1].met
 
 
 def test_prompts_that_came_lately_take_depth_before_the_next_one_comes() -> None:

@@ -15,7 +15,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
 from balcony_edge.cli.device.doctor import engine_facts
 from balcony_edge.device.machine import Gpu, this_device
-from balcony_edge.errors import BundleError, ContextLengthError, DeviceError, InputError
+from balcony_edge.errors import BundleError, ContextLengthError, DeviceError, InputError, MissingDependencyError
 from balcony_export.tensorrt.graphs import Format
 from balcony_runtime.backends import choose as choose_module
 from balcony_runtime.backends.accelerator import cuda, tensorrt
@@ -161,6 +161,20 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert choose(anywhere).device == "cpu", "7.5 must be named"
 
 
+def test_auto_says_that_no_engines_fit_without_onnxruntime(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With [tensorrt] alone, after an update of TensorRT: it would not run the engines with ONNX Runtime either."""
+
+    def absent() -> None:
+        raise MissingDependencyError("ONNX Runtime is not installed: pip install it")
+
+    old = {"a": engine_set(builder="tensorrt_rtx 0.1")}
+    manifest = Bundle.open(tiny.path).manifest.model_copy(update={"engines": old})
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "89")
+    monkeypatch.setattr(choose_module, "checked_onnxruntime", absent)
+    with pytest.raises(MissingDependencyError, match=r"no engines for compute capability 89 .*; ONNX Runtime is not"):
+        choose(manifest)
+
+
 def test_auto_takes_a_gpu_and_no_software(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Bundle.open(tiny.path).manifest
     found = provider.Provider(("x",), (), [SOFTWARE, CARD])
@@ -255,6 +269,8 @@ def test_cuda_errors_are_one_line_with_a_cure() -> None:
         (errors.cudaErrorMemoryAllocation, "out of memory .*build the engine set with a smaller --context-length"),
         (errors.cudaErrorNoDevice, "no CUDA-capable device .*: install NVIDIA's driver"),
         (errors.cudaErrorLaunchFailure, "this process can no longer use the GPU"),
+        (errors.cudaErrorContained, "this process can no longer use the GPU"),  # of an H100: an error of its memory
+        (errors.cudaErrorTensorMemoryLeak, "this process can no longer use the GPU"),
         (errors.cudaErrorInvalidValue, "nvidia-smi"),
     ):
         with pytest.raises(DeviceError, match=cure) as caught:

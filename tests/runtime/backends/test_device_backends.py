@@ -18,8 +18,8 @@ import tensorrt_rtx
 from cuda.bindings import runtime as real
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import BundleError, DeviceError, InputError
-from balcony_runtime.backends.accelerator import tensorrt
+from balcony_edge.errors import BundleError, DeviceError, EngineBuildError, InputError
+from balcony_runtime.backends.accelerator import tensorrt, tensorrt_builder
 from balcony_runtime.backends.accelerator.device import Region
 from balcony_runtime.backends.accelerator.tensorrt_builder import Builder, make_log
 from balcony_runtime.backends.accelerator.workspace import Workspace
@@ -217,6 +217,18 @@ def test_kernels_are_kept_for_the_next_start(gpu: cuda_runtime.Runtime, engine_s
         assert trt.contexts[0].config.cache.serialize() == kept.read_bytes() != b"[]"
 
 
+def test_kernels_are_kept_if_nobody_closes_the_backend(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    with stand_in.installed(gpu, "rtx"):
+        built = stand_in.with_engines(engine_sets, SETS["rtx"])
+        backend = tensorrt.open_backend(built, SETS["rtx"])
+        written(Engine(backend))
+        del backend
+        gc.collect()
+    (kept,) = built.engine_directory(SETS["rtx"]).glob("kernels-89.cache")
+    assert kept.read_bytes() != b"[]"
+    gpu._c.standInReset()  # its memory goes with the process
+
+
 def test_files_and_contexts_that_fail_are_one_line_and_free_everything(
     gpu: cuda_runtime.Runtime, engine_sets: Bundle
 ) -> None:
@@ -238,6 +250,28 @@ def test_files_and_contexts_that_fail_are_one_line_and_free_everything(
     assert gpu.left() == ""
 
 
+def test_a_tensorrt_that_cannot_start_is_one_line(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The enterprise TensorRT makes no object without a GPU, or with a driver older than its CUDA."""
+
+    def nothing(log: Any) -> Any:
+        log.log(tensorrt_rtx.ILogger.WARNING, "CUDA initialization failure\nwith error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    why = r"cannot start \(CUDA initialization failure with error: 35\): install or update NVIDIA's driver"
+    monkeypatch.setattr(stand_in.TensorRT, "Runtime", lambda _, log: nothing(log))
+    with stand_in.installed(gpu, "tensorrt"):
+        built = stand_in.with_engines(engine_sets, SETS["tensorrt"])
+        with pytest.raises(DeviceError, match=f"tensorrt {why}"):
+            tensorrt.open_backend(built, SETS["tensorrt"])
+    assert gpu.left() == ""
+    module = SimpleNamespace(__version__="11.1", ILogger=tensorrt_rtx.ILogger, Builder=nothing)
+    monkeypatch.setattr(tensorrt_builder, "import_tensorrt", lambda _: module)
+    with pytest.raises(EngineBuildError, match=f"tensorrt 11.1 {why}"):
+        Builder("tensorrt")
+
+
 def test_engines_too_large_for_the_gpu_are_not_to_be_built_again(
     gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +282,22 @@ def test_engines_too_large_for_the_gpu_are_not_to_be_built_again(
     with stand_in.installed(gpu, "rtx"):
         built = stand_in.with_engines(engine_sets, SETS["rtx"])
         with pytest.raises(DeviceError, match=r"embed.engine: .*\(out of memory\)\): free memory"):
+            tensorrt.open_backend(built, SETS["rtx"])
+    assert gpu.left() == ""
+
+
+def test_engines_that_the_driver_is_too_old_for_are_not_to_be_built_again(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX for CUDA 13, with the driver and the `cuda-python` of CUDA 12."""
+
+    def old(loader: Any, data: bytes) -> None:
+        loader._log.log(tensorrt_rtx.ILogger.ERROR, "CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(stand_in._Loader, "deserialize_cuda_engine", old)
+    with stand_in.installed(gpu, "rtx"):
+        built = stand_in.with_engines(engine_sets, SETS["rtx"])
+        with pytest.raises(DeviceError, match=r"embed.engine: .*insufficient.*\): update NVIDIA's driver"):
             tensorrt.open_backend(built, SETS["rtx"])
     assert gpu.left() == ""
 
@@ -434,7 +484,7 @@ def test_the_real_tensorrt_goes_as_far_as_its_own_driver(gpu: cuda_runtime.Runti
     built = Bundle.open(engine_sets.path)
     assert built.manifest.engines[name].compute_capabilities == ("89",)
     with pytest.raises(
-        BundleError, match=r"lm_head.engine: TensorRT cannot load it .*driver.*: build it again here"
+        DeviceError, match=r"lm_head.engine: TensorRT cannot use this GPU's driver \(.*: update NVIDIA's driver"
     ) as caught:
         tensorrt.open_backend(built, name)
     assert "\n" not in str(caught.value)

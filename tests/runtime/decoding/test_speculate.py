@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +19,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError
-from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS
+from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS, Turn
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.speculate import (
     MEMORY,
@@ -125,7 +127,7 @@ def test_a_round_keeps_the_prefix_and_rolls_the_rest_back(llm: LLM) -> None:
     while len(made) < 10:
         outcome = run_round(sequence, np.array([made[-1]]), sampler, DraftRound(3, 3, 1.0, 1.0))
         assert outcome is not None
-        tokens, logits = outcome
+        tokens, logits, _ = outcome
         made += tokens
         assert sequence.length == len(prompt) + len(made) - 1  # the last token is not in the sequence yet
         assert 1 <= len(tokens) == len(logits) <= 4
@@ -282,6 +284,22 @@ def test_an_exit_that_never_agreed_does_not_count_as_one_that_was_never_evaluate
     assert (speculator.acceptance(2), speculator.acceptance(3)) == (0.0, 0.5)
     only_bad = Speculator(EXITS, {2: 0.0, 3: 0.0, 5: 1.0})
     assert only_bad.plan(costs(), Standing(50, 100, NONE), float("inf")) is None
+
+
+def test_drafts_that_were_not_made_are_not_judged(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A balcony's logits are NaN after one of the drafts that were planned."""
+    prompt, sequence = PROMPTS[5], llm.engine.new_sequence(max_length=64)
+    ids = sequence.advance(5, prompt)[:, -1].argmax(-1)
+    sampler, step = Sampler(SamplingParams(), np.array([prompt]), llm.engine.manifest.model.vocab_size), sequence.step
+    monkeypatch.setattr(
+        sequence, "step", lambda *move: step(*move) * (np.nan if sequence.length > len(prompt) + 1 else 1)
+    )
+    speculator = Speculator(EXITS, {2: 0.5, 3: 0.0})
+    turn = Turn(sequence, ids, sampler, Budget(), costs(), math.inf, 1.0, time.perf_counter_ns(), 20)
+    made = speculator.attempt(turn)
+    assert made is not None and made.drafted == 1 and made.words.startswith("drafted 1 at 2, kept ")
+    kept, judged = len(made.ids) - 1, MEMORY * PRIOR_DRAFTS
+    assert speculator.acceptance(2) == pytest.approx((judged * 0.5 + kept) / (judged + 1))
 
 
 def test_drafts_after_a_refused_one_are_not_judged() -> None:

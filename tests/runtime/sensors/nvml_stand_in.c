@@ -11,7 +11,7 @@
  *   NVML_AGO_MS          its samples are older by so much
  *   NVML_UNPLACED        questions about the place on the PCI bus answer GPU_IS_LOST
  *   NVML_QUIET           it has not used the GPU lately: no samples
- * NVML_OLD_DRIVER at compile time leaves out what drivers before 535 do not export.
+ * NVML_OLD_DRIVER at compile time leaves out what drivers before 510 do not export.
  * Layouts and codes are those of nvml.h.
  */
 #include <stdio.h>
@@ -151,6 +151,7 @@ int nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice device, unsigned long l
 }
 #endif
 
+#ifndef NVML_OLD_DRIVER
 int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice device, unsigned *count, nvmlProcessInfo *infos) {
     int code = refusal("ComputeRunningProcesses", device);
     unsigned users = user_pid() ? 1 : 0;
@@ -163,6 +164,7 @@ int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice device, unsigned *count, 
     if (users) infos[0] = (nvmlProcessInfo){user_pid(), 1ull << 30, ~0u, ~0u};
     return SUCCESS;
 }
+#endif
 
 /* Samples of 0.6 s and 0.1 s ago (more by NVML_AGO_MS), in µs of the time of day; those up to ``since`` are left out. */
 int nvmlDeviceGetProcessUtilization(nvmlDevice device, nvmlProcessSample *samples, unsigned *count,

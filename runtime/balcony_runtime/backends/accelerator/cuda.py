@@ -44,6 +44,8 @@ _LOST = (
     "cudaErrorInvalidPc",
     "cudaErrorLaunchFailure",
     "cudaErrorECCUncorrectable",
+    "cudaErrorContained",
+    "cudaErrorTensorMemoryLeak",
 )
 _log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from balcony_runtime.backends.accelerator.tensorrt_builder import (
     import_tensorrt,
     make_log,
     one_line,
+    started,
 )
 
 _log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class TensorRTExecutor:
 
     Raises:
         BundleError: the set has no engines, or they were built by another TensorRT or for other GPUs.
-        DeviceError: the GPU does not have enough memory for them.
+        DeviceError: the GPU has too little memory for them or too old a driver, or TensorRT cannot start.
     """
 
     def __init__(self, directory: Path, engines: EngineSet, device: CudaDevice) -> None:
@@ -50,7 +52,7 @@ class TensorRTExecutor:
         self.most_members: int | None = engines.batch_size
         self._warned: set[str] = set()
         self._log = make_log(self._trt)
-        self._runtime = self._trt.Runtime(self._log)
+        self._runtime = started(self._trt.Runtime, self._log, MODULES[engines.target], DeviceError)
         self._engines = {}
         for graph, spec in engines.engines.items():
             if graph == "backbone":  # the whole backbone is for other tools
@@ -61,6 +63,10 @@ class TensorRTExecutor:
                 raise DeviceError(
                     f"{directory / spec.file}: the GPU has too little memory for it ({self._why()}): free memory of the GPU, "
                     "or build with a smaller --precision, such as int4"
+                )
+            if engine is None and "driver" in self._log.last_error.lower():  # engines that are built again need it, too
+                raise DeviceError(
+                    f"{directory / spec.file}: TensorRT cannot use this GPU's driver ({self._why()}): update NVIDIA's driver"
                 )
             if engine is None:
                 raise BundleError(
@@ -76,6 +82,8 @@ class TensorRTExecutor:
         self._contexts = {
             (name, p): self._new_context(name, p) for name, e in self._engines.items() for p in _profiles_of(e)
         }
+        # At close(), when the executor is collected, or at the exit of Python: not every program closes what it loads.
+        self._end = weakref.finalize(self, self._kernels.save)
 
     def prepare(self, graph: str, tensors: Mapping[str, Region], *, to_capture: bool = False) -> Launch:
         profile = _profile_for(self._table[graph].inputs[0].name, tensors, self._engines[graph])
@@ -93,7 +101,7 @@ class TensorRTExecutor:
 
     def close(self) -> None:
         self._contexts.clear()
-        self._kernels.save()
+        self._end()
         self._engines.clear()
 
     def _bind(self, graph: str, context: Any, tensors: Mapping[str, Region]) -> None:

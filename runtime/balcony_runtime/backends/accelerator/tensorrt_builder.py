@@ -67,6 +67,28 @@ def import_tensorrt(target: Target) -> Any:
         raise MissingDependencyError(f"{name} is not installed: {cure}") from error
 
 
+def started(make: Callable[[Any], Any], log: Any, name: str, error: type[BalconyError]) -> Any:
+    """A builder or a runtime. The binding raises TypeError where the library makes none, as without a GPU or its driver.
+
+    Args:
+        make: class of the object.
+        log: log of :func:`make_log`, which the object writes to.
+        name: name of the TensorRT.
+        error: class of the error.
+
+    Raises:
+        BalconyError: it cannot start; one line with the reason in the log, which is a warning in some versions.
+    """
+    log.forget()
+    try:
+        return make(log)
+    except TypeError as nothing:
+        why = one_line(log.last_error or " ".join(log.warnings))
+        raise error(
+            f"{name} cannot start ({why}): install or update NVIDIA's driver; in a container: start it with --gpus all"
+        ) from nothing
+
+
 def gpus_of(engines: EngineSet) -> tuple[str, ...]:
     """Compute capabilities that a set's engines run on; empty: that of the machine that built them."""
     if engines.compute_capabilities or engines.target != "rtx":
@@ -110,7 +132,7 @@ class Builder:
         self._capabilities = [self._capability(text) for text in compute_capabilities]
         self._timing_cache = timing_cache
         self._log = make_log(self._trt)
-        self._builder = self._trt.Builder(self._log)
+        self._builder = started(self._trt.Builder, self._log, self.name, EngineBuildError)
 
     def build(self, path: Path, spec: GraphSpec, progress: Callable[[float], None] = lambda done: None) -> BuiltEngine:
         """Build one graph.
