@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, get_args
 from balcony_edge.budget import Budget, Rail
 from balcony_edge.control.observed import unseen, watts
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import InfeasibleError
+from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime.backends.base import closed
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ class SensorsOnDemand:
                 sensors = self._sensors = Sensors(device_sources())
                 if self._closed:
                     raise closed()
-                sensors.start()
+                try:
+                    sensors.start()
+                except InputError as error:  # closed since the line above: it refuses to start, and names another cure
+                    raise closed() from error
                 self._latest, self._settled_s = sensors.latest, time.monotonic() + FIRST_READINGS_S
         return self._latest()
 

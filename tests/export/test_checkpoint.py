@@ -339,11 +339,16 @@ def test_gguf_files_that_take_digits_apart_are_known_by_their_rule(name: str, ap
     assert checkpoint._splits_digits(tmp_path / "m.gguf") is apart
 
 
-def test_a_gguf_tokenizer_has_the_tokens_of_its_file_only(tmp_path: Path) -> None:
+def test_a_gguf_tokenizer_has_the_tokens_of_its_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers adds ``<|endoftext|>`` after the last token of a file without it (Llama 3): no token table has that row."""
     tokens: dict[str, Any] = {"token_list": ["a", "b", "ab", "<end>"], "token_merges": ["a b"], "eos_token_id": 3}
     write_gguf(tmp_path / "m.gguf", "llama", tokenizer_model="gpt2", tokenizer_pre="llama-bpe", **tokens)
+    reads: list[Any] = []
+    reader = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: (reads.append(path), reader(path))[1])
     found = load_tokenizer(tmp_path / "m.gguf")
+    ours = [path for path in reads if isinstance(path, Path)]  # transformers gives a text
+    assert len(ours) == 2, "a read of 128,000 tokens takes seconds: one for the checks, one for the rule"
     assert found.get_vocab() == {"a": 0, "b": 1, "ab": 2, "<end>": 3}
     assert found("ab<end>").input_ids == [2, 3]
 

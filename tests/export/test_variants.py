@@ -20,7 +20,7 @@ from balcony_edge.errors import CheckpointError, InputError
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.balcony import KINDS, Balcony, init_balconies
 from balcony_export.model.balcony_files import fingerprint, load_balconies, save_balconies
-from balcony_export.model.checkpoint import load_model
+from balcony_export.model.checkpoint import load_model, load_tokenizer
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 from balcony_export.tensorrt.graphs import Format
@@ -231,6 +231,16 @@ def test_an_extracted_exit_has_the_names_that_other_engines_read(
     extract(ExitModel.open(model, (2,)), make_tokenizer(), 2, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())[key] == wanted
     assert load_model(tmp_path / "out").config.num_hidden_layers == 3
+
+
+def test_an_extracted_tokenizer_has_a_class_that_transformers_4_knows(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """llama.cpp's converter and engines built on it refuse `TokenizersBackend`, the name in transformers 5."""
+    extract(ExitModel.open(make_tiny("llama"), (2,)), make_tokenizer(), 2, tmp_path / "out")
+    named = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert named["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert load_tokenizer(tmp_path / "out")("the fox").input_ids == make_tokenizer()("the fox").input_ids
 
 
 @pytest.mark.parametrize("name", ["falcon-h1", "llama", "granite"])

@@ -12,6 +12,7 @@ from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime import on_demand
 from balcony_runtime.on_demand import SensorsOnDemand
+from balcony_runtime.sensors import Sensors
 
 WATTS = Budget(power_w=20.0, power_rail="cpu", on_infeasible="error")
 
@@ -76,6 +77,23 @@ def test_sensors_that_are_closed_while_they_start_are_stopped(monkeypatch: pytes
     sensors = SensorsOnDemand(None)
     sensors.latest()
     assert (Late.started, Late.closed) == (1, 1)
+
+
+def test_sensors_that_are_closed_just_before_they_start_say_that_the_bundle_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The real ones refuse to start then, and name a cure for those who made them themselves."""
+
+    class Slow(Sensors):
+        def start(self, **options: Any) -> Slow:
+            sensors.close()
+            return super().start(**options)
+
+    monkeypatch.setattr("balcony_runtime.sensors.Sensors", Slow)
+    monkeypatch.setattr("balcony_runtime.sensors.device_sources", tuple)
+    sensors = SensorsOnDemand(None)
+    with pytest.raises(InputError, match="this bundle was closed: load it again"):
+        sensors.latest()
 
 
 def test_what_is_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

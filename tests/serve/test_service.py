@@ -193,6 +193,20 @@ def test_metrics(http: httpx.Client, server: Server) -> None:
     assert "late_tokens_total Tokens after the first that missed tpot_ms." in page
 
 
+def test_a_model_is_counted_under_one_name(serve: Callable[..., Server]) -> None:
+    """Whichever form of Unicode a client writes it in."""
+    server = serve(name="t\u00efny")
+    line = (
+        'gen_ai_server_time_to_first_token_seconds_count{gen_ai_operation_name="chat",'
+        'gen_ai_provider_name="balcony-edge",gen_ai_request_model="t\u00efny"}'
+    )
+    for name in ("t\u00efny", "ti\u0308ny"):
+        answer = httpx.post(f"{server.url}{CHAT}", json=HELLO | {"model": name}, timeout=60)
+        assert answer.json()["model"] == "t\u00efny"
+    until(lambda: is_free(server))
+    assert metric(server.url, line) == 2
+
+
 def test_what_sensors_measure(serve: Callable[..., Server], tiny: Any) -> None:
     """Power and energy in ``/props``, answers and metrics, from readings whose counter grows by 2.5 J whenever it is read."""
     joules, manifest = itertools.count(100.0, 2.5), Bundle.open(tiny.path).manifest

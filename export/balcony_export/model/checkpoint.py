@@ -55,10 +55,10 @@ _OTHER_SCALES = (("gemma2", 46), ("gemma3", 62))
 _WITHOUT_BIASES = ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3")
 #: Kinds of Granite 4's layers, as transformers 5 calls them → as its files do, and as other engines read them.
 _GRANITE_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
-#: The same for GPT-2's rule alone, which transformers takes for all names that it does not know.
-_GPT2_RULE = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum")
 #: Names that llama.cpp gives to one way of splitting text: each digit by itself, then GPT-2's rule (``llama-vocab.cpp``).
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+#: The same for GPT-2's rule alone, which transformers takes for all names that it does not know.
+_GPT2_RULE = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum")
 #: Last of the letters that stand for bytes in byte-level vocabularies (GPT-2's ``bytes_to_unicode``).
 _LAST_BYTE = "\u0143"
 #: Control token of all of Mistral's own tokenizers with more than 100,000 tokens (Tekken).
@@ -170,7 +170,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if options:
-        _drop_additions(tokenizer, Path(where) / options["gguf_file"])
+        _drop_additions(tokenizer)
     if options and _splits_digits(Path(where) / options["gguf_file"]):
         # The conversion keeps only the byte level, but these split digits first (llama.cpp's ids are the reference).
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -187,6 +187,11 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    named = json.loads(path.read_text(encoding="utf-8"))
+    if named.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 has the older name only, 5 has both
+        named["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
@@ -420,12 +425,11 @@ def _has_rules(where: str) -> bool:
     return isinstance(try_to_load_from_cache(where, "tokenizer.json"), str)
 
 
-def _drop_additions(tokenizer: Any, path: Path) -> None:
+def _drop_additions(tokenizer: Any) -> None:
     """Remove tokens that the GGUF does not have: transformers adds GPT-2's ``<|endoftext|>`` after the last of Llama 3's."""
-    from gguf import GGUFReader  # noqa: PLC0415  # see _check_gguf
-
-    count = len(GGUFReader(path).fields["tokenizer.ggml.tokens"].data)
     backend = tokenizer.backend_tokenizer
+    # the file's own tokens are those of the tokenizer's model; the file is not read again, which takes seconds
+    count = max(backend.get_vocab(with_added_tokens=False).values()) + 1
     if max(backend.get_added_tokens_decoder(), default=0) < count:
         return
     document = json.loads(backend.to_str())
