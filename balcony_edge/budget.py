@@ -182,9 +182,9 @@ class Budget(BaseModel):
     """How much the depth of this reply counts where several replies share the device and one of them must give. Of replies
     that wait, the heaviest begins first."""
     priority: Literal["limits", "latency"] = "limits"
-    """Which of the two is kept if ceilings (power, degrees, utilization) and latency targets contradict each other."""
+    """Which of the two is kept if ceilings (power, degrees, utilization, charge) and latency targets contradict each other."""
     dwell_tokens: Annotated[int, Field(strict=True, ge=0)] = 8
-    """Tokens to stay at an exit before a deeper one. A switch to a shallower exit never waits."""
+    """Tokens to stay at an exit before a deeper one. A switch to a shallower exit does not wait for them."""
     hysteresis: Annotated[float, Field(strict=True, ge=0, le=0.5, allow_inf_nan=False)] = 0.05
     """Share of a target that a deeper exit must leave free before a switch to it."""
     on_infeasible: Literal["shallowest", "best_effort", "error"] = "shallowest"

@@ -53,7 +53,7 @@ PLENTY = 64
 CREDIT_SHARE = 0.5
 #: Wait before the second sprint, in tokens, and how often that wait may double.
 FIRST_WAIT, MOST_DOUBLINGS = 64, 4
-#: Tokens in a row at the deepest exit after which earlier sprints are forgotten.
+#: Tokens in a row at the deepest exit after which earlier sprints, and the wait for the next one, are forgotten.
 HELD = 64
 
 
@@ -80,6 +80,7 @@ class Recovery(NamedTuple):
         """
         credit, sprints = self.credit, 0 if held >= HELD else self.sprints
         wait = self.wait if self.goal is not None else max(self.wait - 1, 0)
+        wait = 0 if held >= HELD else wait  # a load that comes now is another one
         if last is not None and tpot_ms < math.inf:
             late = 1.0 if last.measured_ms > tpot_ms else 0.0
             credit = min(max(credit + CREDIT_SHARE * (1 - probability) - late, -1.0), 1.0)

@@ -314,7 +314,8 @@ class Controller:
             why: object = way.words(exits)
         elif infeasible:
             which = "shallowest" if chosen == plan.lowest else "closest"
-            expected = expected_words(seen, now_ms[chosen] * factor, steady_ms[chosen] * factor)
+            later_ms = self._later_ms(seen)[chosen] * factor
+            expected = expected_words(seen, now_ms[chosen] * factor, steady_ms[chosen] * factor, later_ms)
             why = f"infeasible: {expected} at the {which} exit"
         else:
             why = Because(outlook, exits, chosen, current, seen)
@@ -393,14 +394,17 @@ class Controller:
             left_ms *= math.exp(-slowdown.mean - plan.quantile * deviation)
             limits_ms = [left_ms * math.exp(-offset) for offset in slowdown.offsets]
         if seen.deadline_runs:
-            later_ms = self._prices.exact_ms(seen.context_length + seen.remaining // 2)
-            rooms_ms, enters = deadline_rooms(seen, slowdown, later_ms, plan.lowest, plan.quantile, luck)
+            rooms_ms, enters = deadline_rooms(seen, slowdown, self._later_ms(seen), plan.lowest, plan.quantile, luck)
             limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
             may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
         if limits_ms is not None:
             room_ms = list(map(min, room_ms, limits_ms))
         first_ms = limits_ms if first else None
         return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise, first_ms)
+
+    def _later_ms(self, seen: Observation) -> list[float]:
+        """Prices of a step at each exit in the middle of the rest that a deadline needs."""
+        return self._prices.exact_ms(seen.context_length + seen.remaining // 2)
 
     def _tick(
         self, plan: _Plan, governor: Governor, slowdown: Slowdown, steady_ms: list[float], seen: Observation

@@ -243,13 +243,14 @@ def _within(budget: Budget, made_tokens: int, decision: Decision) -> str:
     return "within its ceilings" if budget.needs_sensors else "without a target"
 
 
-def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
+def expected_words(seen: Observation, now_ms: float, steady_ms: float, later_ms: float | None = None) -> str:
     """Name each latency target of a token, as a key of a budget file, with the value that is expected at an exit.
 
     Args:
         seen: observation that the decision is made from.
         now_ms: expected time of the next step at the exit; at the first token it includes the prompt's rows.
-        steady_ms: expected time of a later step.
+        steady_ms: expected time of the step after it.
+        later_ms: expected time of a step in the middle of the rest that a deadline needs; None if it is the same.
     """
     budget, words = seen.budget, []
     if budget.tpot_ms is not None:
@@ -257,7 +258,7 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float) -> str:
         words.append((steady_ms > budget.tpot_ms, f"tpot_ms = {budget.tpot_ms:g}: {takes}"))
     if seen.deadline_runs and budget.deadline_s is not None:
         # without the waits of a pace, which are cut when the time runs out
-        all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * steady_ms) / 1000
+        all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * (later_ms or steady_ms)) / 1000
         takes = f"{budget.expected_tokens} tokens take {_shown(all_s, budget.deadline_s, '.3g', '.6g')} s"
         words.append((all_s > budget.deadline_s, f"deadline_s = {budget.deadline_s:g}: {takes}"))
     if seen.made_tokens == 0 and budget.ttft_ms is not None:
@@ -283,10 +284,11 @@ def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[
     if missed := governor.out_of_reach(budget):
         words.append(f"infeasible: {', '.join(missed)} out of reach")
     if governor.binding:
-        pace = f", paced to {1000 / period_ms:.1f} tokens a second" if period_ms else ""
+        usual_ms = 0.0 if budget.max_pace_tps is None else 1000 / budget.max_pace_tps  # no ceiling asks for this wait
+        pace = f", paced to {1000 / period_ms:.1f} tokens a second" if period_ms > usual_ms else ""
         if budget.tpot_ms is not None and period_ms > budget.tpot_ms:
             pace += f", which gives up tpot_ms = {budget.tpot_ms:g}"
         words.append(f"limited by {', '.join(governor.binding)}{pace}")
     if lost := governor.unseen(budget):
-        words.append(f"no reading for {', '.join(lost)}: latency only")
+        words.append(f"no reading for {', '.join(lost)}: not held")
     return tuple(words)

@@ -251,7 +251,8 @@ def _settle(
     floor_tps = least_pace_tps(budget, demand.pace_tps)
     short = share < 1 and (not budget.pacing or share < floor_tps * step_s[demand.lowest])
     short = short or (room < floor_tps * step_s[demand.lowest] and share <= LEAST_SHARE)
-    late = share < 1 and share < demand.pace_tps * step_s[demand.lowest]
+    delays = budget.pacing and budget.priority == "limits"  # else no token is later than its latency target
+    late = delays and share < 1 and share < demand.pace_tps * step_s[demand.lowest]
     out = [key for key in limiting if key not in within] if short else []
     out = out or (["latency"] if late else [])
     at_once = [key for key, deepest in caps.items() if deepest < demand.lowest]

@@ -223,7 +223,7 @@ def test_sensors_that_are_lost_leave_latency_and_it_is_said() -> None:
             4 + tick * 0.2, (*hot, Reading("c", "board", 4 + tick * 0.2, watts=float("nan"), celsius=999.0))
         )
     assert (decision.exit_layer, decision.period_ms) == (30, 0.0)
-    assert decision.reason.endswith("no reading for power_w, temperature_c: latency only")
+    assert decision.reason.endswith("no reading for power_w, temperature_c: not held")
 
 
 # --- Pace, deadline, first token. ---------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ def merged_ceilings(budgets: Sequence[Budget]) -> Budget:
     the same order. Watts and joules of other rails are then not held (:func:`left_out`).
     No token is delayed if one budget forbids it; else the highest ``min_pace_tps`` is left, and the latency targets, too, if
     one budget has them before its ceilings.
+    If all replies have a pace, the fastest is kept, because a token also takes the joules of its wait.
     """
     return _merged(frozenset(budgets))
 
@@ -58,6 +59,9 @@ def _merged(budgets: frozenset[Budget]) -> Budget:
         kept["pacing"] = False
     elif any(budget.min_pace_tps is not None for budget in budgets):
         kept["min_pace_tps"] = max(map(slowest_tps, budgets))
+    paces = [budget.max_pace_tps for budget in budgets if budget.max_pace_tps is not None]
+    if paces and len(paces) == len(budgets):  # else a round comes as soon as the one before has ended
+        kept["max_pace_tps"] = max(paces)
     return Budget.model_validate(kept)
 
 

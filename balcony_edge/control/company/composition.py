@@ -56,10 +56,9 @@ class Composer:
         steps: list[View] = []
         for view in ready:
             (prompts if view.first else steps).append(view)
-        aims = absent_ms < math.inf or any(
-            view.period_ms < math.inf or (view.first and view.room_ms < math.inf) for view in (*ready, *waiting)
-        )
-        # Without any target, that of a reader at its token included, a deeper exit is taken at once, with all pending rows.
+        aims = absent_ms < math.inf or any(view.stream.budget.has_target for view in (*ready, *waiting))
+        # Without any target, ceiling or pace, that of a reader at its token included, a deeper exit is taken at once, with all
+        # pending rows.
         chosen = [(view, view.present if aims else view.goal) for view in steps]
         behind = any(view.present < view.goal for view in steps) or any(view.room_ms < math.inf for view in prompts)
         found = self._composed(chosen, prompts, waiting, slowdown, behind)

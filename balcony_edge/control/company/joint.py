@@ -92,14 +92,14 @@ class _Why(NamedTuple):
 
     predicted_ms: float
     streams: int
-    unmet: Budget | None
+    unmet: str | None
     fits: int | None
 
     def __str__(self) -> str:
         count = f"{self.streams} {'stream' if self.streams == 1 else 'streams'}"
         why = f"a round of {count} takes {self.predicted_ms:.1f} ms"
         if self.unmet is not None:
-            return f"infeasible in this company: {targets_of(self.unmet)}; {why}"
+            return f"infeasible in this company: {self.unmet}; {why}"
         return why if self.fits is None else f"{why}; {self.fits} fits, with a backlog"
 
 
@@ -218,8 +218,8 @@ class JointController:
         assigned_for = self._goals.made_for(state, tuple(who), slowdown)
         if not found or price_ms > limit_ms or assigned_for is not state.assigned_for:
             return None
-        slower_ms = price_ms * math.exp(slowdown.offsets[deepest])
-        predicted_ms = slower_ms * math.exp(mean)
+        offset = slowdown.offsets[deepest]
+        predicted_ms, slower_ms = price_ms * math.exp(mean + offset), price_ms * math.exp(offset)
         why, share = (_Why(predicted_ms, len(found), None, None),), _prompt_share(state, now_s)
         moves = []
         for key, exit_layer, most_ms in found:
@@ -298,7 +298,7 @@ class JointController:
         if view.met and index >= view.goal and ceilings is None:  # most tokens, with as few calls as possible
             return Decision(exits[index], predicted_ms, price_ms, probability, False, None, 0.0, 0.0, usual)
         fits = exits[view.goal] if index < view.goal else None
-        why = _Why(predicted_ms, streams, None if view.met else budget, fits)
+        why = _Why(predicted_ms, streams, None if view.met else targets_of(budget, view.first), fits)
         made = exits[index], predicted_ms, price_ms, probability
         if ceilings is None:
             return Decision(*made, infeasible=not view.met, words=(why,))

@@ -111,7 +111,8 @@ def scale_of(slowdown: Slowdown, probability: float) -> float:
     return math.exp(-slowdown.mean - quantile_of(probability) * slowdown.deviation)
 
 
-def targets_of(budget: Budget) -> str:
-    """The latency targets of a budget, in words."""
-    keys = [key for key in ("tpot_ms", "ttft_ms", "deadline_s") if getattr(budget, key) is not None]
+def targets_of(budget: Budget, first: bool = True) -> str:
+    """The latency targets of a budget, in words; for a token that is not the first, without ``ttft_ms``."""
+    asked = ("tpot_ms", "ttft_ms", "deadline_s") if first else ("tpot_ms", "deadline_s")
+    keys = [key for key in asked if getattr(budget, key) is not None]
     return " and ".join(f"{key} = {getattr(budget, key):g}" for key in keys) or "its ceilings"

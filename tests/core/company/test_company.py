@@ -187,6 +187,9 @@ def test_a_target_that_nobody_could_hold_drags_nobody_down() -> None:
     _, found = decided([streams[0], refused])
     assert [key for key, _ in found.refused] == [1]
     assert "infeasible in this company: tpot_ms = 1" in found.refused[0][1]
+    begun = refused._replace(budget=Budget(tpot_ms=1.0, ttft_ms=500.0, on_infeasible="error"))
+    _, found = decided([streams[0], begun])
+    assert "infeasible in this company: tpot_ms = 1;" in found.refused[0][1], "its first token was in time"
 
 
 def test_a_backlog_gets_the_time_that_is_left() -> None:
@@ -363,3 +366,11 @@ def test_a_backlog_leaves_time_for_who_will_ask_in_a_moment() -> None:
     assert exits(found) == {0: 8} and found.chunk is None, "whole, if nobody is there"
     _, found = decided([behind], known, absent_ms=15.0)
     assert exits(found) == {0: 4} and found.chunk is not None and found.price_ms <= 5.0 + 15.0
+
+
+def test_no_token_pays_for_the_whole_backlog_when_a_ceiling_is_lifted() -> None:
+    """800 rows at each of two stages take 400 ms. Rows next to a round take a quarter of a second at most."""
+    rows = {"stage_rows": (1, 800, 800), "balcony_rows": (1, 800, 1), "context_length": 900}
+    known = SETTLED._replace(streams={key: StreamState(0, 2, 50) for key in (0, 1)})
+    _, found = decided([stream(key, Budget(power_w=8.0), **rows) for key in (0, 1)], known)
+    assert set(exits(found).values()) == {4} and found.chunk is not None and found.price_ms < 260.0

@@ -11,6 +11,7 @@ from balcony_edge.control.company.ceilings import longest_pause_s, merged_ceilin
 from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import CompanyState, LearnedAlone, StreamState
 from balcony_edge.control.governor import Governor
+from balcony_edge.control.response import GAUGES, Fit, Load
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.readings import Reading
 from tests.support.company import SETTLED, decided, exits, stream
@@ -164,6 +165,19 @@ def test_joules_take_depth_from_a_company(most_j: float, slower: float, exit_lay
     slow = SETTLED._replace(slowdown=SETTLED.slowdown._replace(mean=math.log(slower)))
     state, found = decided([stream(0, Budget(energy_j_per_token=most_j)), stream(1)], slow, readings=power)
     assert set(exits(found).values()) == {exit_layer} and not state.governor.infeasible
+
+
+def test_joules_of_a_company_count_the_wait_for_the_pace() -> None:
+    """Rounds of two take 10.75, 7.625 and 5.375 ms. In a gap of 40 ms these are 0.145, 0.126 and 0.112 J, of which 0.08 J
+    are spent anyway."""
+    sure = Load(1.0, fits=(Fit(2.0, 6.0, 1e-9, 0.0, 1e-9),) * len(GAUGES))
+    before = SETTLED._replace(governor=Governor(power=sure, rail="board"))
+    power = (Reading("board", "board", 10.0, watts=8.0),)
+    paced = Budget(energy_j_per_token=0.13, max_pace_tps=25.0)
+    state, _ = decided([stream(0, paced), stream(1, paced)], before, readings=power)
+    assert state.governor.ceiling == 1, "as for a reply that is alone"
+    state, _ = decided([stream(0, paced), stream(1)], before, readings=power)
+    assert state.governor.ceiling == 2, "the other one waits for nothing"
 
 
 def test_joules_take_depth_between_the_shallowest_and_the_deepest_exit_of_all() -> None:

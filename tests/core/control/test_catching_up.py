@@ -147,6 +147,7 @@ def test_each_sprint_waits_twice_as_long_until_the_deepest_exit_is_held() -> Non
     )
     counted = recovery.counted(None, 23.0, 0.9, held=HELD - 1)
     assert (counted.wait, counted.sprints) == (waits[-1] - 1, recovery.sprints)
+    assert recovery.counted(None, 23.0, 0.9, held=HELD).wait == 0, "the next one may begin at once"
     assert recovery.counted(None, 23.0, 0.9, held=HELD).towards(8).wait == FIRST_WAIT
 
 

@@ -17,7 +17,7 @@ from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.control.step_prices import CONTEXT_STEP
 from balcony_edge.device.costs import UnitCost
 from balcony_edge.device.readings import Reading
-from tests.support.prices import SMALL
+from tests.support.prices import DEMO, SMALL
 
 STEADY = (1, 1, 1)
 WATT = (Reading("x", "board", 10.0, watts=1.0),)
@@ -196,3 +196,10 @@ def test_a_busy_share_leaves_the_pace_of_a_gap_if_latency_comes_first(
     state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=0.1))
     seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
     assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
+
+
+def test_a_deadline_out_of_reach_names_the_time_with_the_context_to_come() -> None:
+    """10,000 tokens take 122 s at the price of the next one, and 144 s at that of the middle one, whose context is longer."""
+    seen = Observation(Budget(deadline_s=130, expected_tokens=10_005), 64, (1,) * 4, (1,) * 4, made_tokens=5)
+    decision = Controller(DEMO).decide(ControllerState.initial(), seen)[1]
+    assert decision.infeasible and "deadline_s = 130: 10005 tokens take 144 s" in decision.reason

@@ -52,9 +52,12 @@ def test_the_slow_loop_says_each_thing_that_it_knows() -> None:
         "critical_temperature_c = 90: the hottest sensor is at 91 °C",
         "infeasible: temperature_c, power_w out of reach",
         "limited by power_w, temperature_c",
-        "no reading for power_w, temperature_c: latency only",
+        "no reading for power_w, temperature_c: not held",
     )
     assert device_words(Governor(), budget, 100.0) == ()
+    reader, frugal = Budget(energy_j_per_token=1, max_pace_tps=6), Governor(binding=("energy_j_per_token",))
+    assert device_words(frugal, reader, 1000 / 6) == ("limited by energy_j_per_token",), "its own pace, with any energy"
+    assert device_words(frugal, reader, 200.0) == ("limited by energy_j_per_token, paced to 5.0 tokens a second",)
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,10 @@ def test_depth_without_pacing_is_all_that_can_give_way() -> None:
     slow = before._replace(short_s=-SETTLING_S, asked=(("temperature_c", 60.0),), share=0.3, integral=0.0)
     late = govern(slow, demand(Budget(temperature_c=60, tpot_ms=20), 1.0, degrees(59.0, 1.0), pace_tps=50.0))
     assert late.infeasible == ("latency",), "the pace that it leaves is too slow"
+    first = Budget(temperature_c=60, tpot_ms=20, priority="latency")
+    for kept in (first, Budget(temperature_c=60, tpot_ms=20, pacing=False)):
+        held = govern(slow, demand(kept, 1.0, degrees(59.0, 1.0), pace_tps=50.0))
+        assert held.infeasible == (), "no token waits for longer than its target"
     free = govern(Governor(ticked_s=0.9), demand(budget, 1.0, degrees(30.0, 1.0)))
     assert (free.ceiling, free.infeasible) == (3, ())
 
