@@ -72,7 +72,8 @@ class Entry(_Frozen):
         python       time of a decode step at a fixed exit outside the engine's own calls
         controller   the same under a target, which the controller checks at every token; every price includes it
 
-    ``predicted_ms`` is the price by ``costs``, without the decision: all of these are measured at fixed exits.
+    ``predicted_ms`` is the price by ``costs``, without the decision: all of these are measured at fixed exits. That of a
+    decode block is the price of its middle step.
     """
 
     kind: Kind
@@ -155,18 +156,21 @@ class Sustained(_Frozen):
 class MemoryUse(_Frozen):
     """Memory of the measuring process: private bytes once the bundle was loaded, and the peak of the resident ones.
 
-    ``per_1k_tokens_bytes`` is the size of one sequence's caches and row buffers.
+    ``sequence_bytes`` is the size of a sequence's recurrent states, which does not grow with its tokens, and
+    ``per_1k_tokens_bytes`` that of its caches and row buffers for 1,000 tokens.
     """
 
     loaded_bytes: int | None
     peak_bytes: int | None
+    sequence_bytes: Count = 0
     per_1k_tokens_bytes: Count
 
     def simulated(self, stages: int) -> dict[str, Any]:
         """Constants of a simulated device with this memory; none if it is unknown. A row of each stage has an equal part."""
         if self.loaded_bytes is None:
             return {}
-        return {"base_memory_bytes": self.loaded_bytes, "row_bytes": round(self.per_1k_tokens_bytes / 1000 / stages)}
+        row_bytes = round(self.per_1k_tokens_bytes / 1000 / stages)
+        return {"base_memory_bytes": self.loaded_bytes + self.sequence_bytes, "row_bytes": row_bytes}
 
 
 class Conditions(_Frozen):

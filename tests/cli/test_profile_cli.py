@@ -98,6 +98,16 @@ def test_plan_and_compare_print_for_people_and_programs(measured: Path, tiny: An
     refused("-o diff.txt: must be one of json", "compare", measured, measured, "-o", "diff.txt")
 
 
+def test_profiles_that_share_only_passes_are_compared_by_these(measured: Path, tmp_path: Path) -> None:
+    """As after `profile -d 0` and `profile -d 512`: an empty table would hide that the device is slower."""
+    document = json.loads(measured.read_text())
+    steps = ("prefill", "decode", "switch_up", "switch_down")
+    document["entries"] = [entry for entry in document["entries"] if entry["kind"] not in steps]
+    (tmp_path / "passes.json").write_text(json.dumps(document))
+    done = invoke_here("compare", measured, tmp_path / "passes.json")
+    assert done.returncode == 0 and "LM head" in done.stdout and "0 of 0" not in done.stdout, done.stdout
+
+
 def test_bad_input_is_one_line(measured: Path, tiny: Any, bundle_copy: Path, tmp_path: Path) -> None:
     refused("there is no such directory", "profile", tmp_path / "none")
     (bundle_copy / "weights.bin").write_bytes(b"\0" * (bundle_copy / "weights.bin").stat().st_size)

@@ -273,6 +273,17 @@ def test_plan_never_makes_up_what_was_not_measured() -> None:
         make_plan(make_profile(), Budget(exit_layer=5))
 
 
+def test_no_wait_brings_power_below_that_of_the_idle_device() -> None:
+    power = tuple(
+        Power(exit_layer=layer, rail="board", source="r", busy_w=10, idle_w=4, joules_per_token=0.2) for layer in (4, 8)
+    )
+    reachable = make_plan(make_profile(power=power), Budget(power_w=6))
+    assert reachable.feasible and [exit_.met for exit_ in reachable.exits] == [None, None]
+    below = make_plan(make_profile(power=power), Budget(power_w=3))
+    assert not below.feasible and [exit_.met for exit_ in below.exits] == [False, False]
+    assert below.nearest == {"power_w": 10} and below.notes == ()
+
+
 def test_compare_tells_chance_from_difference() -> None:
     first = make_profile()
     second = make_profile(
@@ -370,6 +381,15 @@ def test_plan_counts_the_memory_of_a_reply() -> None:
     checks = [plan.exits[0].checks[0] for plan in plans]
     assert [check.expected for check in checks] == [pytest.approx(1001.92)] * 2
     assert [check.met for check in checks] == [False, True]
+
+
+def test_states_of_recurrent_layers_do_not_grow_with_the_reply() -> None:
+    """1 GB once loaded, and 100 MB of states: as much after 192 tokens as after 500."""
+    memory = MemoryUse(loaded_bytes=10**9, peak_bytes=None, sequence_bytes=10**8, per_1k_tokens_bytes=0)
+    for prompt_tokens in (64, 372):
+        plan = make_plan(make_profile(memory=memory), Budget(memory_mb=1200), prompt_tokens=prompt_tokens)
+        assert plan.exits[0].checks[0].expected == pytest.approx(1100)
+    assert memory.simulated(2) == {"base_memory_bytes": 1_100_000_000, "row_bytes": 0}
 
 
 def test_a_plan_takes_depth_for_memory_as_the_controller_does() -> None:

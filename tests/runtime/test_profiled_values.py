@@ -18,7 +18,7 @@ from balcony_runtime.profiler import conditions, run
 from balcony_runtime.profiler.cells import Bench, Key
 from balcony_runtime.profiler.conditions import ConditionWatch, Meter
 from balcony_runtime.profiler.grid import Grid
-from balcony_runtime.profiler.results import fit_costs, spread
+from balcony_runtime.profiler.results import entries, fit_costs, spread
 from balcony_runtime.profiler.timing import chance_ms, summarise
 from balcony_runtime.sensors import Sensors
 from tests.runtime.test_profiler import SMALL, Counter, NoPower
@@ -48,6 +48,22 @@ def test_a_switch_costs_what_it_takes_beyond_its_rows() -> None:
     down = {Key("switch_down", 4, 8, rows=3, context=102): [[13.2 + 0.4]]}
     assert costs_with(down).switch_ms == pytest.approx(0.4)
     assert costs_with({Key("switch_up", 8, 4, rows=3, context=102): [[20.0]]}).switch_ms == 0.0
+
+
+def test_a_long_block_is_priced_at_its_middle() -> None:
+    """`-d 0 -n 1003`: attention takes 10 ms per 1,000 keys, so the block's median is 5 ms above a step after 0 tokens."""
+    passes = {
+        Key("catch_up", 4, rows=rows, context=end - 1): [[9.0 + rows + 0.01 * end]]
+        for end in (16, 300, 2000)
+        for rows in (1, 2, 8)
+    }
+    ends = {Key("norm", 4, context=15): [[0.5]], Key("lm_head", 4, context=15): [[2.0]]}
+    block = [12.5 + 0.01 * (context + 1) for context in range(2, 1003)]
+    blocks = {**passes, **ends, Key("decode", 4): [block, block]}
+    costs, _ = fit_costs(blocks, (4,))
+    assert costs.steady_ms(4, 0) == pytest.approx(12.51)
+    (step,) = (found for found in entries(blocks, costs) if found.kind == "decode")
+    assert step.context == 0 and step.predicted_ms == pytest.approx(step.timing.p50_ms)
 
 
 def test_the_spread_is_that_of_the_log_normal() -> None:
@@ -120,7 +136,7 @@ def test_the_sustained_speed_is_that_of_the_end(tiny: Any, monkeypatch: pytest.M
     monkeypatch.setattr(run, "_gaps", block)
     with LLM.open(tiny.path, threads=1) as llm, Sensors([NoPower()]) as sensors:
         bench = Bench(llm, Grid.make(256, **SMALL))
-        found, whole = run._sustain(bench, 1.0, [[1.0]], ConditionWatch(sensors), lambda *_: None)
-    assert found is not None and whole
+        found, stopped = run._sustain(bench, 1.0, [[1.0]], ConditionWatch(sensors), lambda *_: None)
+    assert found is not None and stopped is None
     assert (found.burst.p50_ms, found.sustained.p50_ms, found.slowdown) == (1.0, 3.0, 3.0)
     assert found.moments[0].p50_ms == 1.0 and found.moments[-1].p50_ms == 3.0

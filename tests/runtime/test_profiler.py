@@ -21,9 +21,16 @@ from balcony_edge.device.readings import Reading
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime.decoding.prices import split_experts
 from balcony_runtime.llm import LLM
-from balcony_runtime.profiler import run
+from balcony_runtime.profiler import conditions, run
 from balcony_runtime.profiler.cells import Bench, Key
-from balcony_runtime.profiler.conditions import ConditionWatch, Meter, measured_rails, private_bytes, why_no_power
+from balcony_runtime.profiler.conditions import (
+    ConditionWatch,
+    Meter,
+    measured_rails,
+    peak_bytes,
+    private_bytes,
+    why_no_power,
+)
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit
 from balcony_runtime.profiler.grid import Grid, parse_values
 from balcony_runtime.profiler.results import entries, fit_costs
@@ -216,6 +223,15 @@ def test_the_memory_of_a_loaded_bundle_is_what_a_ceiling_counts(monkeypatch: pyt
     for readings, told in (((Reading("psutil:process", "process", 0.0, memory_bytes=7),), 7), ((), None)):
         monkeypatch.setattr(System, "read", lambda _, now_s, readings=readings: SourceSample(readings))
         assert private_bytes() == told
+
+
+def test_the_peak_is_that_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ru_maxrss` is also that of the program that started it."""
+    status = "VmPeak:\t  9000 kB\nVmHWM:\t    7000 kB\nVmRSS:\t    6000 kB"
+    monkeypatch.setattr(conditions, "text_of", lambda _: status)
+    assert peak_bytes() == 7000 * 1024
+    monkeypatch.setattr(conditions, "text_of", lambda _: None)  # macOS, or gVisor
+    assert (peak_bytes() or 0) > 10**7
 
 
 def test_cells_leave_their_sequences_as_they_found_them(llm: LLM) -> None:
@@ -426,6 +442,27 @@ def test_a_rail_that_vanishes_is_named_and_not_half_there(llm: LLM, monkeypatch:
     assert "power of the board rail was lost while it was measured" in profile.conditions.notes
 
 
+class Hot(Counter):
+    """A device that is too hot only while its power is measured."""
+
+    hot = False
+
+    def read(self, now_s: float) -> SourceSample:
+        return SourceSample(tuple(dataclasses.replace(one, throttled=self.hot) for one in super().read(now_s).readings))
+
+
+def test_clocks_that_are_held_down_while_power_is_measured_are_named(llm: LLM) -> None:
+    source, grid = Hot(), dataclasses.replace(Grid.make(256, **SMALL), power_s=0.3)
+
+    def progress(step: str, _: float) -> None:
+        source.hot = step == "power"
+
+    with Sensors([source], rate_hz=10) as sensors:
+        conditions = measure_profile(llm, sensors, grid, progress).conditions
+    assert conditions.throttled is True
+    assert any(note.startswith("clocks were held down while power was measured") for note in conditions.notes)
+
+
 def test_an_error_after_the_measurement_keeps_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(*_: Any) -> Any:
         raise DeviceError("CUDA: the launch failed")
@@ -439,6 +476,22 @@ def test_an_error_after_the_measurement_keeps_it(llm: LLM, monkeypatch: pytest.M
         monkeypatch.setattr(run, "_rounds", lost)
         with pytest.raises(DeviceError):
             measure_profile(llm, sensors, Grid.make(256, **SMALL), lambda *_: None)
+
+
+def test_an_error_in_the_sustained_run_keeps_what_it_measured(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = iter([[1.0], [2.0]])
+
+    def then_lost(_: Bench) -> list[float]:
+        if (found := next(blocks, None)) is None:
+            raise DeviceError("CUDA: the launch failed")
+        return found
+
+    monkeypatch.setattr(run, "BURST_S", 0.0)
+    monkeypatch.setattr(run, "_gaps", then_lost)
+    with Sensors([NoPower()]) as sensors:
+        profile = measure_profile(llm, sensors, Grid.make(256, **SMALL), lambda *_: None, sustain_s=60.0)
+    assert profile.sustained is not None and profile.sustained.slowdown == 2.0 and not profile.complete
+    assert any(note.endswith("until then: CUDA: the launch failed") for note in profile.conditions.notes)
 
 
 def test_watts_of_a_moment_are_the_boards() -> None:

@@ -97,6 +97,7 @@ def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...],
     shown = [
         item for item in found if everything or item.entry.kind in ("prefill", "decode", "switch_up", "switch_down")
     ]
+    shown = shown or list(found)  # two profiles of other -p and -d have only single passes in common
     for item in shown:
         style = ("red" if item.ratio > 1 else "green") if item.significant else None
         table.add_row(

@@ -38,6 +38,11 @@ class State(Protocol):
         """Bytes of memory that row buffers and KV caches currently take, and logits where a backend counts them."""
         ...
 
+    @property
+    def recurrent_bytes(self) -> int:
+        """The part of them that states of recurrent layers take, with their copies: it does not grow with the rows."""
+        ...
+
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """The decode step: write one token of each member, (B,), to row ``row`` and return the logits of an exit, (B, V).
 
@@ -106,6 +111,9 @@ class State(Protocol):
 
 class RowsOnly:
     """The part of a :class:`State` about rollbacks, for graphs that keep only rows: they go on from any of them."""
+
+    #: See :class:`State`.
+    recurrent_bytes = 0
 
     def stage_resumes(self, stage: int, rows: int) -> int:
         """See :class:`State`."""

@@ -181,8 +181,15 @@ class Bench:
         """
         if self._whole:
             return self.llm.engine.max_length, self._whole_bytes
-        sequence = max(self._filled.values(), key=lambda s: s.length)
+        sequence = self._longest()
         return sequence.length, sequence.state.memory_bytes
+
+    def recurrent_bytes(self) -> int:
+        """The part of these bytes that is of recurrent layers' states, which are not the price of a token."""
+        return 0 if self._whole else self._longest().state.recurrent_bytes
+
+    def _longest(self) -> TokenSequence:
+        return max(self._filled.values(), key=lambda s: s.length)
 
     def _prefill(self, exit_layer: int, length: int) -> Blocks:
         self.llm.budget = Budget(exit_layer=exit_layer)

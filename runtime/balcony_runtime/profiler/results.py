@@ -12,7 +12,7 @@ import numpy as np
 from balcony_edge.bundle.manifest import Estimate, Manifest
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import BundleFacts, Entry, Kind, Metric, QualityFigure, Residual
-from balcony_runtime.profiler.cells import Key
+from balcony_runtime.profiler.cells import WARM_TOKENS, Key
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit, residual
 from balcony_runtime.profiler.timing import summarise
 
@@ -95,7 +95,16 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None
 
 
 def _typical(blocks: Blocks) -> dict[Key, float]:
-    return {key: median([sample for block in found for sample in block]) for key, found in blocks.items()}
+    return {
+        _middle(key, found): median([sample for block in found for sample in block]) for key, found in blocks.items()
+    }
+
+
+def _middle(key: Key, found: list[list[float]]) -> Key:
+    """The key with the context of a decode block's middle step: its median is the time of that step, not of its first."""
+    if key.kind != "decode":
+        return key
+    return replace(key, context=key.context + WARM_TOKENS + (len(found[0]) - 1) // 2)
 
 
 def _fixed_ms(typical: Mapping[Key, float]) -> float:
@@ -161,7 +170,7 @@ def entries(blocks: Blocks, costs: CostModel) -> tuple[Entry, ...]:
     """The entry of each quantity, with its predicted time: its price without a decision, since all exits are fixed here."""
     fixed = replace(costs, overhead_ms=_fixed_ms(_typical(blocks)))
     return tuple(
-        Entry(**asdict(key), timing=summarise(found), predicted_ms=predicted_ms(fixed, key))
+        Entry(**asdict(key), timing=summarise(found), predicted_ms=predicted_ms(fixed, _middle(key, found)))
         for key, found in blocks.items()
     )
 

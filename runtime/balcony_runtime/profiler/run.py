@@ -86,12 +86,11 @@ def measure_profile(
         progress("power", 0.95)
         rails = measured_rails(sensors)  # now: a counter that stands still shows it at its second reading only
         if rails:
-            power, lost = _power(bench, Meter(sensors, rails), rails, grid.power_s)
-            notes += [f"power of the {rail} rail was lost while it was measured" for rail in lost]
+            power = _noted_power(bench, sensors, rails, watch, notes)
         if sustain_s:
-            sustained, whole = _sustain(bench, sustain_s, burst, watch, progress)
-            if not whole:
-                raise KeyboardInterrupt
+            sustained, stopped = _sustain(bench, sustain_s, burst, watch, progress)
+            if stopped is not None:
+                raise stopped
     except KeyboardInterrupt:
         complete = False
         notes.append("interrupted: the profile has the measurements until then")
@@ -109,6 +108,7 @@ def measure_profile(
     costs, residuals = results.fit_costs(blocks, manifest.exit_layers, None if mixture is None else mixture.share)
     entries = results.entries(blocks, costs)
     tokens, state_bytes = bench.state_bytes()
+    sequence_bytes = bench.recurrent_bytes()
     return DeviceProfile(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool=version("balcony-edge"),
@@ -128,7 +128,8 @@ def measure_profile(
         memory=MemoryUse(
             loaded_bytes=loaded_bytes,
             peak_bytes=peak_bytes(),
-            per_1k_tokens_bytes=round(state_bytes / tokens * 1000),
+            sequence_bytes=sequence_bytes,
+            per_1k_tokens_bytes=round((state_bytes - sequence_bytes) / tokens * 1000),
         ),
         quality=results.quality_figures(manifest),
     )
@@ -195,6 +196,19 @@ def _tight(found: list[list[float]]) -> bool:
     return chance_ms(found) <= max(TIGHT * typical, 0.01)
 
 
+def _noted_power(
+    bench: Bench, sensors: Sensors, rails: dict[Rail, tuple[str, ...]], watch: ConditionWatch, notes: list[str]
+) -> tuple[Power, ...]:
+    """Measure power, and note what was lost and whether clocks were held down meanwhile."""
+    meter = Meter(sensors, rails)
+    power, lost = _power(bench, meter, rails, bench.grid.power_s)
+    if meter.throttled and not watch.throttled:
+        notes.append("clocks were held down while power was measured: cool the device, and measure again")
+    watch.throttled |= meter.throttled
+    notes += [f"power of the {rail} rail was lost while it was measured" for rail in lost]
+    return power
+
+
 def _power(
     bench: Bench, meter: Meter, rails: dict[Rail, tuple[str, ...]], seconds: float
 ) -> tuple[tuple[Power, ...], list[Rail]]:
@@ -244,11 +258,12 @@ def _burst(bench: Bench, watch: ConditionWatch) -> list[list[float]]:
 
 def _sustain(
     bench: Bench, seconds: float, burst: list[list[float]], watch: ConditionWatch, progress: Progress
-) -> tuple[Sustained | None, bool]:
-    """Decode at full depth without a pause; Ctrl-C ends it early. Returns the result, and whether the run was complete."""
+) -> tuple[Sustained | None, BaseException | None]:
+    """Decode at full depth without a pause. Returns the result, and the interrupt or error that ended it early."""
     begin_s, moments = time.perf_counter(), []
     samples: list[tuple[float, list[float]]] = []
-    due_s, whole = 0.0, True
+    due_s = 0.0
+    stopped: BaseException | None = None
     try:
         while (now_s := time.perf_counter() - begin_s) < seconds:
             progress(f"sustained load, {seconds - now_s:.0f} s left", 0.95 + 0.05 * now_s / seconds)
@@ -266,10 +281,10 @@ def _sustain(
                         watts=watch.watts(),
                     )
                 )
-    except KeyboardInterrupt:
-        whole = False
+    except (KeyboardInterrupt, BalconyError) as error:  # such as a GPU that is lost after minutes of load
+        stopped = error
     if not samples:
-        return None, whole
+        return None, stopped
     spent_s = time.perf_counter() - begin_s
     late = [block for at_s, block in samples if at_s >= spent_s * (1 - SUSTAINED_SHARE)] or [samples[-1][1]]
     found = Sustained(
@@ -279,7 +294,7 @@ def _sustain(
         sustained=summarise(late),
         moments=tuple(moments),
     )
-    return found, whole
+    return found, stopped
 
 
 def _gaps(bench: Bench) -> list[float]:

@@ -120,7 +120,8 @@ def _readable(schema: Any) -> Any:
 
 #: As at OpenAI, a schema that is not ``strict`` may have keywords that the grammar cannot enforce: they are left out.
 _LENIENT = {"lenient": True, "coerce_one_of": True}
-_LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+#: What patterns may have and the grammar's expressions may not: look-around, edges of words, references back.
+_FOREIGN = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bBkZ0-9]")
 #: Keywords whose keys are names, which may be those of keywords.
 _NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 
@@ -129,17 +130,26 @@ def lenient(schema: Any) -> Any:
     """A schema whose keywords that the grammar does not have are left out; anything else as it is."""
     if not isinstance(schema, Mapping):
         return schema
-    return {"x-guidance": JSON_FORM | _LENIENT, **_without_look_around(schema)}
+    return {"x-guidance": JSON_FORM | _LENIENT, **_without_foreign(schema)}
 
 
-def _without_look_around(schema: Any) -> Any:
-    """A schema without the patterns that need look-around, which the grammar's regular expressions do not have."""
+def _without_foreign(schema: Any) -> Any:
+    """A schema without the patterns that the grammar's regular expressions cannot have, such as those with look-around.
+
+    Properties whose names such a pattern describes may have any name, and keep their schemas.
+    """
+
+    def foreign(pattern: Any) -> bool:
+        return isinstance(pattern, str) and _FOREIGN.search(pattern) is not None
 
     def without(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-        pattern = schema.get("pattern")
-        if not isinstance(pattern, str) or not _LOOK_AROUND.search(pattern):
-            return schema
-        return {key: value for key, value in schema.items() if key != "pattern"}
+        left = {key: value for key, value in schema.items() if key != "pattern" or not foreign(value)}
+        named = schema.get("patternProperties")
+        if isinstance(named, Mapping) and (dropped := [one for pattern, one in named.items() if foreign(pattern)]):
+            left["patternProperties"] = {pattern: one for pattern, one in named.items() if not foreign(pattern)}
+            if schema.get("additionalProperties") is False:
+                left["additionalProperties"] = {"anyOf": dropped}
+        return left
 
     return _each(schema, without)
 

@@ -8,8 +8,10 @@ exits or sampling.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -43,9 +45,13 @@ MOST_STATES = 20_000
 #: name, and texts, classes and comments, which may hold it.
 _GBNF = re.compile(r"^[^\S\n]*root\s*::=", re.MULTILINE)
 _START = re.compile(r"""("(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*)|(?<![\w-])start(?![\w-])""")
+#: Characters that llama.cpp's GBNF writes as numbers. llguidance's reader drops leading zeros, after which they are none.
+_ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 #: Mark of llguidance's own form. A search holds Python's lock, so these three expressions take linear time on any text. The one
 #: in llguidance (``any_to_lark``) takes minutes for 200,000 blank lines.
-_LARK = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:)", re.MULTILINE)
+_LARK = re.compile(r"^[^\S\n]*(%llguidance\b|!?\??start\s*[:\[])", re.MULTILINE)
+#: Texts of a grammar, and names of tokens, such as ``<think>``.
+_NAMED = re.compile(r'"(?:\\.|[^"\\\n])*"|<[^<>\s]+>')
 #: Most rules of a GBNF grammar: llguidance's reader takes time with the square of their number.
 MOST_RULES = 2000
 #: Longest reason from the compiler that a message quotes.
@@ -105,22 +111,36 @@ class Grammars:
             return self._guide(self._kept[asked], asked)
 
     def _guide(self, matcher: LLMatcher, asked: Structure) -> Guide:
-        return Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends, self.tokenizer.vocab_size)
+        tokens = self._tokenizer_of(asked).vocab_size
+        return Guide(matcher.deep_copy(), asked.kind, self._vocab_size, self._ends, tokens)
+
+    def _tokenizer_of(self, asked: Structure) -> LLTokenizer:
+        """The tokenizer for a structure: only a grammar names marks that are tokens, outside of its texts."""
+        named = asked.kind == "grammar" and any(one[0] == "<" for one in _NAMED.findall(asked.text))
+        return self._with_marks if named else self.tokenizer
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
-        """The bundle's tokenizer as llguidance needs it, made once (0.4 s for 49,000 tokens).
+        """The bundle's tokenizer as llguidance needs it, made once (0.4 s for 49,000 tokens); texts have no marks.
 
         Raises:
             InputError: llguidance cannot use it, or the bundle has no end-of-sequence token.
             MissingDependencyError: llguidance is not installed.
         """
+        return self._made(_without_marks)
+
+    @cached_property
+    def _with_marks(self) -> LLTokenizer:
+        """The same with the names of marks, for grammars; errors as for :attr:`tokenizer`."""
+        return self._made(str)
+
+    def _made(self, changed: Callable[[str], str]) -> LLTokenizer:
         llguidance = _llguidance()
         if not self._ends:
             raise InputError(
                 "this bundle has no end-of-sequence token, with which a structured reply ends: export a model with one"
             )
-        text, ends = self._text(), list(self._ends)
+        text, ends = changed(self._text()), list(self._ends)
         try:
             try:
                 made: LLTokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=ends)
@@ -133,7 +153,7 @@ class Grammars:
         return made
 
     def _compile(self, asked: Structure) -> LLMatcher:
-        llguidance, tokenizer = _llguidance(), self.tokenizer
+        llguidance, tokenizer = _llguidance(), self._tokenizer_of(asked)
         matchers = llguidance.LLMatcher
         if asked.kind == "grammar" and asked.text.count("::=") > MOST_RULES:
             raise _refused(asked.kind, f"has more than {MOST_RULES:,} rules")
@@ -149,7 +169,7 @@ class Grammars:
 
                 form = asked.text
                 if _GBNF.search(form) or not _LARK.search(form):
-                    form = gbnf_to_lark(_without_start(form))
+                    form = gbnf_to_lark(_without_start(_ESCAPED.sub(_written_out, form)))
                 grammar = matchers.grammar_from_lark(form)
         except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
             raise _refused(asked.kind, str(error) or type(error).__name__) from None
@@ -281,6 +301,30 @@ class Guide:
     def _refuse_error(self) -> None:
         if self._matcher.is_error():
             raise _refused(self._kind, self._matcher.get_error())
+
+
+def _without_marks(tokenizer: str) -> str:
+    """A tokenizer.json in which added tokens such as ``<think>`` have other names.
+
+    llguidance takes them for control tokens, which no text matches, but splits certain text with the tokenizer, which would
+    find them: "<think>" in a schema or an expression could not be written. Tools name them by number.
+    """
+    found = json.loads(tokenizer)
+    pieces = found["model"].get("vocab")
+    for token in found.get("added_tokens") or ():
+        name = token["content"]
+        is_mark = name.startswith("<") and name.endswith(">") and not token["special"]
+        if is_mark and isinstance(pieces, dict) and name not in pieces:  # the id of a piece follows from its name
+            token["content"] = f"<\ufdd0{token['id']}>"  # no text has this noncharacter by chance
+    return json.dumps(found)
+
+
+def _written_out(found: re.Match[str]) -> str:
+    """The character that an escape writes as a number, one of ASCII with two digits; other escapes as they are."""
+    code = int(found[1] or found[2] or "d800", 16)
+    if 0xD800 <= code < 0xE000 or code > sys.maxunicode:
+        return found[0]
+    return chr(code) if code >= 0x80 else f"\\x{code:02x}"
 
 
 def _without_start(grammar: str) -> str:

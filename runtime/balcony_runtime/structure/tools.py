@@ -66,12 +66,19 @@ def _tool(given: Any) -> Tool:
             f"tools: parameters of {name}: must be a JSON schema of an object: give {{'type': 'object', ...}}"
         )
     # A small model would go on to invent arguments, which the schema allows unless it says otherwise.
-    closed = {} if _OPEN & schema.keys() else _CLOSED
+    closed = {} if _OPEN & schema.keys() or _requires_others(schema) else _CLOSED
     schema = {**schema, "type": "object", **closed}
     try:
         return Tool(name, schema_text(_with_form(schema) if function.get("strict") is True else lenient(schema)))
     except RecursionError:
         raise InputError(f"tools: parameters of {name}: are nested too deeply: give fewer levels") from None
+
+
+def _requires_others(schema: Mapping[str, Any]) -> bool:
+    """Whether it requires properties that ``properties`` does not list; closed, no object would follow it."""
+    required, listed = schema.get("required"), schema.get("properties")
+    names = {name for name in required if isinstance(name, str)} if isinstance(required, list | tuple) else set()
+    return not names <= set(listed if isinstance(listed, Mapping) else ())
 
 
 #: Keywords by which properties may follow that ``properties`` does not list.

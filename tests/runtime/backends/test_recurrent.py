@@ -181,6 +181,14 @@ def test_a_profile_measures_each_pass(export_tiny: Callable[[str], Any], archite
             assert found and all(blocks and min(blocks) > 0 for blocks in found.values())
 
 
+def test_a_profile_knows_what_does_not_grow_with_the_tokens(export_tiny: Callable[[str], Any]) -> None:
+    with balcony_edge.load(export_tiny("mamba2").path) as llm:
+        bench = Bench(llm, Grid.make(64, quick=True, prompts=(16,), tokens=3, depths=(16,), pending=(3,)))
+        state: Any = bench._sequence("pass", 40, room=0).state
+        states = sum(kept.nbytes for kept in state._memory.states.values())
+        assert 0 < bench.recurrent_bytes() == states < bench.state_bytes()[1]
+
+
 def test_the_end_of_a_prompt_is_a_checkpoint_in_company_too(hybrid: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, lengths = TokenSequence.checkpoint, []
 

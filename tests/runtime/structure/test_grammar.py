@@ -13,8 +13,9 @@ import pydantic
 import pytest
 
 from balcony_edge.errors import InputError
-from balcony_runtime.structure.asked import Structure, structure_of
+from balcony_runtime.structure.asked import Structure, lenient, structure_of
 from balcony_runtime.structure.grammar import Grammars
+from balcony_runtime.structure.tools import tools_of
 from tests.runtime.structure.test_structure import END, guide_of
 
 
@@ -98,6 +99,46 @@ def test_a_property_may_have_the_name_of_a_keyword() -> None:
     found = json.loads(structure_of(json_schema=schema).text)
     assert "pattern" in found["properties"]["default"] and "pattern" in found["properties"]["const"]
     assert found["enum"] == schema["enum"]
+
+
+@pytest.mark.parametrize("rule", ["start:", "?start:", "!start:"])
+def test_the_rule_start_of_lark_may_have_marks(grammars: Grammars, rule: str) -> None:
+    """As in the example of vLLM's documentation, which begins with ``?start``."""
+    guide = guide_of(grammars, grammar=f'{rule} animal\nanimal: "ab" | "ac"')
+    tokens = [*grammars.tokenizer.tokenize_str("ac"), END]
+    assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
+
+
+@pytest.mark.parametrize("pattern", [r"\bfox\b", r"^(a)\1$", r"^(?!x)", r"^\\d\b"])
+def test_a_lenient_schema_may_have_patterns_that_no_grammar_has(grammars: Grammars, pattern: str) -> None:
+    """Also as names of properties, whose values still follow their schema."""
+    named = {"patternProperties": {pattern: {"const": 1}}, "additionalProperties": False}
+    for schema, good, bad in (
+        ({"type": "string", "pattern": pattern}, '"x"', "1"),
+        ({"type": "object", **named}, '{"x": 1}', '{"x": 2}'),
+    ):
+        guide = guide_of(grammars, json_schema=lenient(schema))
+        for text in (bad, good):
+            one, tokens = guide.fork(), [*grammars.tokenizer.tokenize_str(text), END]
+            taken = all(one.permits(token) and one.accept(token) is None for token in tokens)
+            assert taken == (text == good), text
+    kept = {"type": "string", "pattern": r"^\\bfox$"}  # a backslash and the letter b
+    assert lenient(kept)["pattern"] == kept["pattern"]
+
+
+def test_a_tool_may_require_what_it_does_not_describe(grammars: Grammars) -> None:
+    parameters = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a", "b"]}
+    (tool,) = tools_of([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    guide = guide_of(grammars, json_schema=tool.schema)
+    assert grammars.tokenizer.decode_str(guide.forced(100)).startswith('{"a": 1, ')
+
+
+def test_llama_cpps_grammars_may_have_numbers_of_characters(grammars: Grammars) -> None:
+    r"""llguidance's reader drops the zeros of ``\u00e9``, and its grammars have no ``\U``."""
+    grammar = 'root ::= [\\u00e8-\\u00ea] [^\\u0000-\\u001f] "\\u00df\\U0001F600" "\\\\u00df"'
+    guide = guide_of(grammars, grammar=grammar)
+    tokens = [*grammars.tokenizer.tokenize_str("éaß\U0001f600\\u00df"), END]
+    assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
 
 
 def test_what_is_kept_is_bounded_in_length(grammars: Grammars, monkeypatch: Any) -> None:

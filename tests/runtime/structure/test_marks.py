@@ -17,6 +17,7 @@ from balcony_runtime.structure.calls import CallReader, read
 from balcony_runtime.structure.formats import formats
 from balcony_runtime.structure.grammar import Grammars
 from balcony_runtime.telling import StopStrings, told
+from tests.runtime.structure.test_structure import guide_of
 from tests.runtime.structure.test_tools import END, MARK_ID, TEMPLATES, TOOLS, box_of, function, texts_of, walk
 from tests.support.templates import write_template
 
@@ -115,3 +116,24 @@ def test_no_stop_string_goes_over_the_mark_of_a_call(shown: bool, stop: str) -> 
     decoder: Any = SimpleNamespace(kept_rows=0, sequence=SimpleNamespace(pending_rows=0))
     tokens = [(token.id, token.text) for token in told(iter(steps), decoder, asked, tuple)]
     assert [call.name for call in read(box, tokens).calls] == ["stop", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({"regex": "<think>no</think>yes"}, "<think>no</think>yes"),
+        ({"json_schema": {"const": "<think>"}}, '"<think>"'),
+        ({"grammar": 'start: "<think>no"'}, "<think>no"),
+    ],
+)
+def test_a_text_may_spell_a_mark(tagged: str, asked: dict[str, Any], wanted: str) -> None:
+    """Other tokens spell it: the mark's own is no text."""
+    grammars = Grammars(lambda: tagged, 320, (END,))
+    tokens = walk(grammars, guide_of(grammars, **asked), np.random.default_rng(1), [])
+    assert tokens[-1] == END and not set(TAGS.values()) & set(tokens)
+    assert Tokenizer.from_str(tagged).decode(tokens) == wanted
+
+
+def test_a_grammar_may_name_a_mark(tagged: str) -> None:
+    guide = guide_of(Grammars(lambda: tagged, 320, (END,)), grammar='start: <think> "no"')
+    assert guide.permits(TAGS["<think>"])

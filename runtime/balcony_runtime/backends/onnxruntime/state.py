@@ -193,8 +193,12 @@ class OnnxRuntimeState:
         written = [caches[stage].rows for stage in range(len(self._stages))]
         reached = [written[0], *written]
         rows = sum(touched_bytes(part, 1, count) for part, count in zip(self._rows, reached, strict=True))
-        states = sum(states.nbytes for states in self._memory.states.values())
-        return self._logits.nbytes + rows + states + sum(cache.touched_bytes() for cache in caches)
+        return self._logits.nbytes + rows + self.recurrent_bytes + sum(cache.touched_bytes() for cache in caches)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Bytes of the states of recurrent layers and of their copies."""
+        return sum(states.nbytes for states in self._memory.states.values())
 
     def largest_cached(self, turned: int) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
         """Graph → input → :meth:`.Cache.largest` of its cache, over members and rows, (H, d)."""
