@@ -131,12 +131,12 @@ def _target(path: Path, given: str, error_class: type[BalconyError], cure: str) 
     """The file behind the links of a path; a directory, a device or a pipe is refused, because it cannot be replaced."""
     target = Path(os.path.realpath(path))
     try:
-        exists(target)  # raises the error that Path hides from Python 3.14 on
+        there = exists(target)
         if target.is_dir():
             raise error_class(f"{given}: is a directory: name a file in it")
-        if target.exists() and not target.is_file():
+        if there and not target.is_file():
             raise error_class(f"{given}: cannot be written (it is not a regular file): {cure}")
-        if target.exists() and _is_mounted(target):
+        if there and _is_mounted(target):
             raise error_class(f"{given}: cannot be replaced (it is a mount of its own): mount its directory instead")
     except OSError as error:  # a name that is too long, or a directory that may not be entered
         raise error_class(f"{given}: cannot be written ({error.strerror}): {cure}") from error

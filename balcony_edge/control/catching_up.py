@@ -78,9 +78,10 @@ class Recovery(NamedTuple):
 
         ``held`` is the number of tokens in a row at the deepest exit.
         """
-        credit, sprints = self.credit, 0 if held >= HELD else self.sprints
+        credit, sprints = self.credit, self.sprints
         wait = self.wait if self.goal is not None else max(self.wait - 1, 0)
-        wait = 0 if held >= HELD else wait  # a load that comes now is another one
+        if held >= HELD:  # a load that comes now is another one
+            sprints = wait = 0
         if last is not None and tpot_ms < math.inf:
             late = 1.0 if last.measured_ms > tpot_ms else 0.0
             credit = min(max(credit + CREDIT_SHARE * (1 - probability) - late, -1.0), 1.0)

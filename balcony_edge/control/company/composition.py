@@ -243,13 +243,12 @@ class Composer:
             least: number of rows for which a pass is worth while.
         """
         seen, best, fullest = view.stream, None, 0.0
+        patient = view.first and view.bound_ms == math.inf  # who is in a hurry or has a backlog fills the time
         for stage in stages:
             unit, ready = self._costs.stages[stage], _ready(view, stage)
             before = _before(seen.context_length, seen.stage_rows[stage])
             most = _rows_within(unit, slack_ms, max(ready, PLENTY), before)
             if ready >= least and most and min(ready / most, 1.0) > fullest:
-                # Who is in a hurry or has a backlog fills the time.
-                patient = view.first and view.bound_ms == math.inf
                 rows = _in_passes(unit, seen.stage_rows[stage], most) if patient else most
                 fullest, best = min(ready / most, 1.0), Chunk(seen.key, stage, min(ready, rows))
         return best

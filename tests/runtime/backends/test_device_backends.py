@@ -272,32 +272,28 @@ def test_a_tensorrt_that_cannot_start_is_one_line(
         Builder("tensorrt")
 
 
-def test_engines_too_large_for_the_gpu_are_not_to_be_built_again(
-    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("Error Code 1: Cuda Runtime (out of memory)", r"embed.engine: .*\(out of memory\)\): free memory"),
+        # TensorRT-RTX for CUDA 13, with the driver and the `cuda-python` of CUDA 12
+        (
+            "CUDA driver version is insufficient for CUDA runtime version",
+            r"embed.engine: .*insufficient.*\): update NVIDIA's driver",
+        ),
+    ],
+    ids=["too large", "driver too old"],
+)
+def test_engines_that_are_right_but_cannot_be_loaded_are_not_to_be_built_again(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch, error: str, message: str
 ) -> None:
-    def full(loader: Any, data: bytes) -> None:
-        loader._log.log(tensorrt_rtx.ILogger.ERROR, "Error Code 1: Cuda Runtime (out of memory)")
+    def refuse(loader: Any, data: bytes) -> None:
+        loader._log.log(tensorrt_rtx.ILogger.ERROR, error)
 
-    monkeypatch.setattr(stand_in._Loader, "deserialize_cuda_engine", full)
+    monkeypatch.setattr(stand_in._Loader, "deserialize_cuda_engine", refuse)
     with stand_in.installed(gpu, "rtx"):
         built = stand_in.with_engines(engine_sets, SETS["rtx"])
-        with pytest.raises(DeviceError, match=r"embed.engine: .*\(out of memory\)\): free memory"):
-            tensorrt.open_backend(built, SETS["rtx"])
-    assert gpu.left() == ""
-
-
-def test_engines_that_the_driver_is_too_old_for_are_not_to_be_built_again(
-    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TensorRT-RTX for CUDA 13, with the driver and the `cuda-python` of CUDA 12."""
-
-    def old(loader: Any, data: bytes) -> None:
-        loader._log.log(tensorrt_rtx.ILogger.ERROR, "CUDA driver version is insufficient for CUDA runtime version")
-
-    monkeypatch.setattr(stand_in._Loader, "deserialize_cuda_engine", old)
-    with stand_in.installed(gpu, "rtx"):
-        built = stand_in.with_engines(engine_sets, SETS["rtx"])
-        with pytest.raises(DeviceError, match=r"embed.engine: .*insufficient.*\): update NVIDIA's driver"):
+        with pytest.raises(DeviceError, match=message):
             tensorrt.open_backend(built, SETS["rtx"])
     assert gpu.left() == ""
 

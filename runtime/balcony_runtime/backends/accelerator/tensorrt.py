@@ -18,7 +18,7 @@ from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet
-from balcony_edge.errors import BundleError, DeviceError
+from balcony_edge.errors import BalconyError, BundleError, DeviceError
 from balcony_edge.files import write_atomically
 from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.backends.accelerator.cuda import CudaDevice
@@ -59,20 +59,8 @@ class TensorRTExecutor:
                 continue
             self._log.forget()
             engine = self._runtime.deserialize_cuda_engine((directory / spec.file).read_bytes())
-            if engine is None and "outofmemory" in self._log.last_error.lower().replace(" ", ""):
-                raise DeviceError(
-                    f"{directory / spec.file}: the GPU has too little memory for it ({self._why()}): free memory of the GPU, "
-                    "or build with a smaller --precision, such as int4"
-                )
-            if engine is None and "driver" in self._log.last_error.lower():  # engines that are built again need it, too
-                raise DeviceError(
-                    f"{directory / spec.file}: TensorRT cannot use this GPU's driver ({self._why()}): update NVIDIA's driver"
-                )
             if engine is None:
-                raise BundleError(
-                    f"{directory / spec.file}: TensorRT cannot load it on this GPU, compute capability {device.capability} "
-                    f"({self._why()}): build it again here with {_build(engines)}"
-                )
+                raise self._refusal(directory / spec.file, _build(engines))
             self._engines[graph] = engine
         # Passes run one after another on one stream, so all can use the same memory.
         sizes = [e.get_device_memory_size_for_profile_v2(p) for e in self._engines.values() for p in _profiles_of(e)]
@@ -158,6 +146,21 @@ class TensorRTExecutor:
                 f"{graph}: TensorRT takes no optimization profile {profile} ({why}): build it again"
             ) from error
         return context
+
+    def _refusal(self, path: Path, build: str) -> BalconyError:
+        """Why an engine cannot be loaded, by the log; ``build`` is the command that builds it again."""
+        error, why = self._log.last_error.lower(), self._why()
+        if "outofmemory" in error.replace(" ", ""):
+            return DeviceError(
+                f"{path}: the GPU has too little memory for it ({why}): free memory of the GPU, "
+                "or build with a smaller --precision, such as int4"
+            )
+        if "driver" in error:  # engines that are built again need it, too
+            return DeviceError(f"{path}: TensorRT cannot use this GPU's driver ({why}): update NVIDIA's driver")
+        return BundleError(
+            f"{path}: TensorRT cannot load it on this GPU, compute capability {self._device.capability} "
+            f"({why}): build it again here with {build}"
+        )
 
     def _why(self) -> str:
         return one_line(self._log.last_error)

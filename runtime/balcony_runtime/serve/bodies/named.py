@@ -85,6 +85,10 @@ class Names:
             found[normalize("NFC", path.stem)] = budget  # macOS may write names in another form than clients
         self.budgets = {self.name: own, **{f"{self.name}:{key}": budget for key, budget in found.items()}}
 
+    def listed(self, name: str | None) -> str:
+        """A name in the form in which /v1/models has it; None: the model's own."""
+        return normalize("NFC", name or self.name)
+
     def budget(
         self, name: str | None, headers: Mapping[str, str], body: Any, most_tokens: int | None = None
     ) -> Budget | None:
@@ -100,7 +104,7 @@ class Names:
             RefusedError: the model is unknown, or a header is not a number.
             BudgetError: a key or a value is refused.
         """
-        name = normalize("NFC", name or self.name)
+        name = self.listed(name)
         base = self.budgets.get(name)
         if base is None:
             name = name[:100]

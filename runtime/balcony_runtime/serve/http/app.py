@@ -14,7 +14,6 @@ from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
-from unicodedata import normalize
 
 import numpy as np
 from starlette.applications import Starlette
@@ -156,7 +155,7 @@ class _Routes:
         if not (name := request.path_params["name"]):
             return await self.models(request)
         self._service.names.budget(name, {}, None)
-        return JSONResponse(self._model(normalize("NFC", name)))
+        return JSONResponse(self._model(self._service.names.listed(name)))
 
     def _model(self, name: str) -> dict[str, Any]:
         service = self._service

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from unicodedata import normalize
 
 import numpy as np
 
@@ -276,7 +275,7 @@ class Service:
         asked_s, meter = time.monotonic(), EnergyMeter(self.llm.readings)
         most_tokens = None if asked.max_tokens is None else min(max(asked.max_tokens, 1), self.llm.engine.max_length)
         budget = self.names.budget(asked.model, headers, asked.budget, most_tokens)
-        model, count = normalize("NFC", asked.model or self.names.name), len(asked.prompts) * asked.n
+        model, count = self.names.listed(asked.model), len(asked.prompts) * asked.n
         others, most = len(self.slots) + self._preparing, self.limits.parallel + self.limits.queue
         if others and others + count > most:  # a request that is larger than the queue has it to itself
             raise busy(f"{others} replies run or wait, and {most} may: try again later", "queue_full", self.retry_s)
