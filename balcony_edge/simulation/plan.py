@@ -23,10 +23,7 @@ REPLY_TOKENS = 128
 #: Targets that chance plays a part in.
 _BY_CHANCE = ("tpot_ms", "ttft_ms", "deadline_s")
 #: Targets that a profile cannot predict: they depend on the room, on other processes or on the battery.
-_UNKNOWN = (
-    *("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
-    "battery_floor_percent",
-)
+_UNKNOWN = ("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization", "battery_floor_percent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +143,7 @@ class _Planner:
         self, profile: DeviceProfile, budget: Budget, prompt_tokens: int, agreement: dict[int, float | None]
     ) -> None:
         self.profile, self.budget, self.rail = profile, budget, profile.rail_of(budget)
+        self.power = profile.powered(self.rail)
         self.agreement = {**agreement, profile.costs.exits[-1]: 1.0}
         self.prompt_tokens, self.tokens = prompt_tokens, budget.expected_tokens or REPLY_TOKENS
         self.context = prompt_tokens + self.tokens // 2
@@ -207,8 +205,7 @@ class _Planner:
         Returns:
             Shares of exits, reason for the last token, gaps between tokens (ms), and joules a token.
         """
-        profile = self.profile
-        power = profile.powered(self.rail)
+        profile, power = self.profile, self.power
         known = {"on_infeasible": "shallowest"} if budget.on_infeasible == "error" else {}
         unknown = dict.fromkeys(_UNKNOWN)
         memory = profile.memory.simulated(len(profile.costs.exits))
@@ -249,6 +246,7 @@ class _Planner:
             "min_agreement": plan.agreement,
             **dict.fromkeys(_UNKNOWN),
         }
+        idle_w = 0.0 if self.power is None else self.power[0]  # no wait goes below it
         checks = []
         for target, expected in expectations.items():
             asked = getattr(budget, target)
@@ -260,7 +258,7 @@ class _Planner:
                 met = probability >= budget.probability
             elif expected is not None:
                 met = expected >= asked if target == "min_agreement" else expected <= asked
-            if target == "power_w" and met is False and budget.pacing and self._idle_w() < asked:
+            if target == "power_w" and met is False and budget.pacing and idle_w < asked:
                 met = None  # this is the power without pacing; waits between tokens may bring it down
             checks.append(Check(target, asked, expected, probability, met))
         if any(check.target == "power_w" and check.met is None and check.expected is not None for check in checks):
@@ -269,19 +267,13 @@ class _Planner:
             checks = [replace(check, met=None) if check.target in waits and check.met else check for check in checks]
         return checks
 
-    def _idle_w(self) -> float:
-        """Power of the idle device, which no wait goes below; 0 if it was not measured."""
-        power = self.profile.powered(self.rail)
-        return 0.0 if power is None else power[0]
-
     def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:
         """Energy from one token to the next, including that of the idle device while it waits for the pace."""
         wait_s = max(1 / (self.budget.max_pace_tps or math.inf) - tpot_ms / 1000, 0.0)
         step_j = self._step_j(exit_layer)
         if step_j is None or not wait_s:
             return step_j
-        power = self.profile.powered(self.rail)
-        return None if power is None else step_j + power[0] * wait_s
+        return None if self.power is None else step_j + self.power[0] * wait_s
 
     def _step_j(self, exit_layer: int) -> float | None:
         """Energy of a step at the planned context: the measured one, times the ratio of the times of the two steps."""

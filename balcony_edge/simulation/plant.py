@@ -110,7 +110,7 @@ class SimulatedDevice:
         self.charge, self.throttled, self.rows_run = physics.charge, False, 0
         self._sampled_s, self._sampled_j, self._sampled_busy_s = 0.0, 0.0, 0.0
         self._used_s, self._own_s = 0.0, 0.0  # sums of utilization over time
-        self._past: list[tuple[float, float]] = [(0.0, 0.0)]  # (time, joules) of every sample so far
+        self._past: list[tuple[float, float]] = []  # (time, joules) of every sample so far
         self._shown_s, self._shown_w, self._summed_j = -math.inf, physics.idle_w, 0.0
         self.readings = self._sample(physics.idle_w, 0.0)
 
@@ -261,9 +261,8 @@ class Plant(SimulatedDevice):
         price_ms = self.costs.steps_ms(*self.rows_due(), self.length + self._new - 1)[index]
         self.length += self._new
         self._new = 1
-        for stage in range(index + 1):
-            self.rows_run += self.length - self._stages[stage]
-            self._stages[stage] = self.length
+        self._stages[: index + 1] = [self.length] * (index + 1)
+        self.rows_run = sum(self._stages)
         if index < len(self._balconies):
             self._balconies[index] = self.length
         self.work(price_ms)
@@ -274,14 +273,14 @@ class Plant(SimulatedDevice):
         gap_ms, self.emitted_s = (self.now_s - self.emitted_s) * 1000, self.now_s
         return gap_ms, step_ms
 
-    def _run(self, stage: int, rows: int, *, balcony: bool = False) -> float:
+    def _run(self, stage: int, rows: int, *, balcony: bool) -> float:
         """Run pending rows through one graph and return the price. Asking for more rows than are ready is a bug."""
         cursors = self._balconies if balcony else self._stages
         ready = self._stages[stage] if balcony else self._stages[stage - 1] if stage else self.length
         if not 0 < rows <= ready - cursors[stage]:
             raise AssertionError(f"{rows} rows of stage {stage} asked for, {ready - cursors[stage]} are ready")
         cursors[stage] += rows
-        self.rows_run += 0 if balcony else rows
+        self.rows_run = sum(self._stages)
         unit = (self.costs.balconies if balcony else self.costs.stages)[stage]
         return unit.pass_ms(rows, self.length, 1 if balcony else None)
 

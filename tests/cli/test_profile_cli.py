@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
-from tests.support.command import invoke, invoke_here, refused
+from tests.support.command import invoke, invoke_here, refused, unmeasured
 
 GRID = ("--quick", "-p", "16", "-n", "5", "-d", "0,40", "--pending", "2,5", "-r", "3", "--threads", "1")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -137,7 +137,7 @@ def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tiny: Any, tmp_path: P
     quiet = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     program = f"{limit}{quiet}from balcony_edge.cli import main; main()"
     command = [sys.executable, "-W", "ignore", "-c", program, "profile", str(tiny.path), "-o", str(path), *GRID]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=unmeasured())
     assert done.returncode == 1 and "cannot be written" in done.stderr and "free space" in done.stderr, done.stderr
     assert "time between tokens" in done.stdout, "what was measured is shown all the same"
     assert list(tmp_path.iterdir()) == []

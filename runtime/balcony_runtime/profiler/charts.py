@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from balcony_edge.device.profile import DeviceProfile
+from balcony_edge.device.profile import DeviceProfile, Entry
 from balcony_edge.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -107,23 +107,15 @@ def _quality(profile: DeviceProfile, unit: str, costs: dict[int, float], name: s
 
 
 def _by_length(profile: DeviceProfile, kind: Any) -> Chart | None:
-    entries = profile.select(kind)
-    lengths = {entry.context if kind == "decode" else entry.rows for entry in entries}
+    entries, decode = profile.select(kind), kind == "decode"
+    lengths = {entry.context if decode else entry.rows for entry in entries}
     if len(lengths) < 2:  # one point is not a curve, and the table shows it
         return None
-    decode = kind == "decode"
     figure = _figure("tokens of context" if decode else "tokens of prompt", "ms")
     for layer in profile.bundle.exit_layers:
         own = sorted((e for e in entries if e.exit_layer == layer), key=lambda e: (e.context, e.rows))
         x = [entry.context if decode else entry.rows for entry in own]
-        figure.add_scatter(
-            x=x,
-            y=[entry.timing.p50_ms for entry in own],
-            error_y={"type": "data", "array": [entry.timing.uncertainty_ms for entry in own]},
-            mode="lines+markers",
-            marker=_marker(profile, layer),
-            name=f"exit {layer}",
-        )
+        _add_medians(figure, x, own, _marker(profile, layer), f"exit {layer}")
         figure.add_scatter(
             x=x,
             y=[entry.predicted_ms for entry in own],
@@ -165,14 +157,8 @@ def _switches(profile: DeviceProfile) -> Chart | None:
     figure = _figure("pending rows", "ms of the step that switches")
     for index, way in enumerate(dict.fromkeys((entry.from_exit, entry.exit_layer) for entry in entries)):
         own = sorted((e for e in entries if (e.from_exit, e.exit_layer) == way), key=lambda e: e.rows)
-        figure.add_scatter(
-            x=[entry.rows - 1 for entry in own],
-            y=[entry.timing.p50_ms for entry in own],
-            error_y={"type": "data", "array": [entry.timing.uncertainty_ms for entry in own]},
-            mode="lines+markers",
-            marker={"color": COLOURS[index % len(COLOURS)], "size": 9},
-            name=f"{way[0]} → {way[1]}",
-        )
+        marker = {"color": COLOURS[index % len(COLOURS)], "size": 9}
+        _add_medians(figure, [entry.rows - 1 for entry in own], own, marker, f"{way[0]} → {way[1]}")
     text = "Up: the deeper stages take in the pending rows in one pass. Down: the balcony takes them in, keys and values only."
     return Chart("switches", "Cost of a switch", text, figure)
 
@@ -201,6 +187,18 @@ def _sustained(profile: DeviceProfile) -> Chart | None:
         figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "title": "°C", "showgrid": False})
     text = f"At the end, a token takes {run.slowdown:.2f} times as long as in the first seconds."
     return Chart("sustained", "Sustained load compared with a burst", text, figure)
+
+
+def _add_medians(figure: Any, x: list[int], own: list[Entry], marker: dict[str, Any], name: str) -> None:
+    """Add a line of medians with their 95 % intervals."""
+    figure.add_scatter(
+        x=x,
+        y=[entry.timing.p50_ms for entry in own],
+        error_y={"type": "data", "array": [entry.timing.uncertainty_ms for entry in own]},
+        mode="lines+markers",
+        marker=marker,
+        name=name,
+    )
 
 
 def _marker(profile: DeviceProfile, layer: int) -> dict[str, Any]:

@@ -67,10 +67,9 @@ class Grid:
         def default(*values: int) -> tuple[int, ...]:
             return tuple(sorted({min(value, context_length // 4) for value in values}))
 
-        block = max(min(10 if quick else 18, context_length // 4), 3) if tokens is None else tokens
         grid = cls(
             prompts=prompts or (default(128) if quick else default(32, 128, 512, 1024)),
-            tokens=block,
+            tokens=max(min(10 if quick else 18, context_length // 4), 3) if tokens is None else tokens,
             depths=depths or (default(128, 1024) if quick else default(0, 128, 512, 1024, 2048)),
             pending=pending or (default(16) if quick else default(1, 16, 128)),
             pass_rows=tuple(rows for rows in (QUICK_PASS_ROWS if quick else PASS_ROWS) if rows <= context_length),

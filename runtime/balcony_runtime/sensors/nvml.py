@@ -33,11 +33,10 @@ _LIMITS = (
 #: A process's utilization is averaged over this many µs before its newest sample; NVML takes 1 to 6 samples a second.
 _PROCESS_WINDOW_US = 1_000_000
 
-_LIBRARY_CURE = (
-    "with an NVIDIA GPU: install its driver; in a container: start it with the NVIDIA Container Toolkit (--gpus all)"
-)
 _CURES = {
-    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: _LIBRARY_CURE,
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: (
+        "with an NVIDIA GPU: install its driver; in a container: start it with the NVIDIA Container Toolkit (--gpus all)"
+    ),
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the driver: sudo modprobe nvidia, then look at nvidia-smi",
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "library and kernel module have different driver versions: reboot",
     pynvml.NVML_ERROR_NO_PERMISSION: "let this user open /dev/nvidia*",

@@ -105,9 +105,8 @@ class DeviceBackend(Closing):
         if not self.executor.in_place:
             return None
         with self.alone():
-            for memory in list(self.returned):  # that of the measured prices, which no member takes
-                self.returned.remove(memory)
-                memory.free()
+            while self.returned:  # memory of the measured prices, which no member takes
+                self.returned.pop().free()
             return DevicePool(self, min(members, self.engines.batch_size))
 
     def close(self) -> None:

@@ -120,7 +120,7 @@ class Builder:
             MissingDependencyError: this TensorRT is not installed.
             EngineBuildError: this TensorRT does not know a compute capability, or cannot start.
         """
-        self._trt, self._target, self._batch = import_tensorrt(target), target, batch_size
+        self._trt, self._batch = import_tensorrt(target), batch_size
         self.name = f"{MODULES[target]} {self._trt.__version__}"
         #: Compute capabilities that the engines are built for; empty: the library's default.
         self.compute_capabilities = tuple(compute_capabilities)
@@ -130,7 +130,7 @@ class Builder:
 
                 self.compute_capabilities = (compute_capability(),)
         self._capabilities = [self._capability(text) for text in compute_capabilities]
-        self._timing_cache = timing_cache
+        self._timing_cache = timing_cache if target == "tensorrt" else None
         self._log = make_log(self._trt)
         self._builder = started(self._trt.Builder, self._log, self.name, EngineBuildError)
 
@@ -247,7 +247,7 @@ class Builder:
         # On by default: products in float32 would round their inputs to 10 bits, as float16 does.
         config.clear_flag(self._trt.BuilderFlag.TF32)
         config.progress_monitor = _make_monitor(self._trt, progress)
-        if self._timing_cache is not None and self._target == "tensorrt":
+        if self._timing_cache is not None:
             held = self._timing_cache.read_bytes() if self._timing_cache.is_file() else b""
             cache = config.create_timing_cache(held)
             if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -265,8 +265,7 @@ class Builder:
         data = self._builder.build_serialized_network(network, config)
         if config.progress_monitor.cancelled:
             raise KeyboardInterrupt
-        cache = None if data is None or self._target != "tensorrt" else config.get_timing_cache()
-        if cache is not None and self._timing_cache is not None:
+        if data is not None and self._timing_cache is not None and (cache := config.get_timing_cache()) is not None:
             timings = bytes(cache.serialize())
             write_atomically(self._timing_cache, timings, EngineBuildError, "name another --timing-cache")
         return data

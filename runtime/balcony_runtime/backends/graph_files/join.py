@@ -41,9 +41,7 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
         model = list(message_fields(part.model))
         head = head or b"".join(encoded_field(*field) for field in model if field[0] != proto.MODEL_GRAPH)
         fields = list(message_fields(next(value for number, _, value in model if number == proto.MODEL_GRAPH)))
-        ports = {
-            _name(v, proto.VALUE_NAME) for number, _, v in fields if number in (proto.GRAPH_INPUT, proto.GRAPH_OUTPUT)
-        }
+        ports = {_name(v) for number, _, v in fields if number in (proto.GRAPH_INPUT, proto.GRAPH_OUTPUT)}
 
         def renamed(name: str, part: Part = part, ports: set[str] = ports) -> str:
             return part.passed.get(name, name) if name in ports or not name else f"{part.name}.{name}"
@@ -60,7 +58,7 @@ def join(parts: Iterable[Part], keep: Iterable[str]) -> bytes:
             elif number == proto.GRAPH_INITIALIZER:
                 body += encoded_field(number, kind, _with_names(value, {proto.TENSOR_NAME: renamed}))
             elif number in (proto.GRAPH_VALUE_INFO, proto.GRAPH_INPUT, proto.GRAPH_OUTPUT):
-                name = renamed(_name(value, proto.VALUE_NAME))
+                name = renamed(_name(value))
                 new = number == proto.GRAPH_VALUE_INFO
                 if number == proto.GRAPH_INPUT and name not in produced | asked:
                     asked.add(name)
@@ -85,5 +83,5 @@ def _with_names(message: bytes, renames: Mapping[int, Callable[[str], str]]) -> 
     return bytes(result)
 
 
-def _name(message: bytes, number: int) -> str:
-    return next(value.decode() for found, _, value in message_fields(message) if found == number)
+def _name(port: bytes) -> str:
+    return next(value.decode() for number, _, value in message_fields(port) if number == proto.VALUE_NAME)

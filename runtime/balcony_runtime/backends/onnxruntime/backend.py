@@ -172,7 +172,7 @@ class OnnxRuntimeBackend(Closing):
         self.manifest: Manifest = bundle.manifest
         quantized = self.manifest.quantization
         refuse_too_old(self.manifest.model, None if quantized is None else quantized.kv_bits)
-        self.threads = threads = checked_threads(threads)
+        threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway
         self.graphs = "lowered" if self.manifest.cpu else "portable"

@@ -17,7 +17,7 @@ import io
 import math
 import mmap
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,29 +91,27 @@ def mapped() -> list[tuple[int, int]]:
     return found
 
 
-def use_large_pages(before: Iterable[tuple[int, int]]) -> int:
+def use_large_pages(before: Sequence[tuple[int, int]]) -> int:
     """Move memory that was not :func:`mapped` ``before`` into large pages; returns the bytes that were moved.
 
     Does nothing where the system offers no large pages, is older than this call, or has too little memory.
     """
     if _MADVISE is None:
         return 0
-    old, moved = list(before), 0
-    try:
+    moved = 0
+    with contextlib.suppress(OSError, ValueError):
         if "[never]" in (_LARGE_PAGES / "enabled").read_text(encoding="ascii"):
             return 0
         size = int((_LARGE_PAGES / "hpage_pmd_size").read_text(encoding="ascii"))
         with Path("/proc/self/pagemap").open("rb", buffering=0) as pages:
             for begin, end in mapped():
                 for start in range(-(-begin // size) * size, end - size + 1, size):
-                    known = any(first < start + size and start < last for first, last in old)
+                    known = any(first < start + size and start < last for first, last in before)
                     if known or _present(pages, start, size) < USED:
                         continue
                     where = ctypes.c_void_p(start), ctypes.c_size_t(size)
                     _MADVISE(*where, mmap.MADV_HUGEPAGE)
                     moved += size if _MADVISE(*where, _COLLAPSE) == 0 else 0
-    except (OSError, ValueError):
-        return moved
     return moved
 
 

@@ -50,7 +50,7 @@ class Cache:
         self._allocate()
 
     def _allocate(self) -> None:
-        self._hold(self.max_capacity, self._empty(self.batch_size, self.max_capacity))
+        self._hold(self.max_capacity, self._empty(self.max_capacity))
 
     def _hold(self, capacity: int, arrays: list[npt.NDArray[Any]]) -> None:
         self.held = _Held(capacity, arrays, [value_of(array) for array in arrays])
@@ -74,9 +74,9 @@ class Cache:
             touched_bytes(array, axis, self.rows) for array, axis in zip(self.held.arrays, self.axes, strict=False)
         )
 
-    def _empty(self, batch_size: int, capacity: int) -> list[npt.NDArray[Any]]:
+    def _empty(self, capacity: int) -> list[npt.NDArray[Any]]:
         shapes = [
-            [batch_size, *sizes[: axis - 1], capacity, *sizes[axis - 1 :]]
+            [self.batch_size, *sizes[: axis - 1], capacity, *sizes[axis - 1 :]]
             for axis, sizes in zip(self.axes, self.sizes, strict=True)
         ]
         return [zeros(tuple(shape), dtype) for shape, dtype in zip(shapes, self.dtypes, strict=True)]
@@ -119,14 +119,14 @@ class _PrefixCache(Cache):
     """Cache (B, S, F). With one member, growing binds a longer prefix and moves nothing; a larger batch is copied."""
 
     def _allocate(self) -> None:
-        self._whole = self._empty(1, self.max_capacity) if self.batch_size == 1 else []
+        self._whole = self._empty(self.max_capacity) if self.batch_size == 1 else []
         self._hold(0, [])
 
     def grow(self, rows: int) -> None:
         capacity, old = min(bucketed(rows), self.max_capacity), self.held
         arrays = [whole[:, :capacity] for whole in self._whole]
         if not arrays:
-            arrays = self._empty(self.batch_size, capacity)
+            arrays = self._empty(capacity)
             for new, array in zip(arrays, old.arrays, strict=False):  # at first there are no old arrays
                 new[:, : old.capacity] = array
             self.rows = max(self.rows, old.capacity)
