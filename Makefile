@@ -7,7 +7,7 @@
 # make test-webgpu  the tests on ONNX Runtime's WebGPU provider, on any adapter: Mesa's for CPUs will do; part of make test
 # make test-gpu  on a machine with an NVIDIA GPU: everything that needs one, in pieces that are not run twice, and a report with
 #                the card's name in .cache/gpu-report; needs no network; takes 40 minutes at most, and goes on when it is run again
-#                (MINUTES=9 for less, ONLY=limits for one piece)
+#                (MINUTES=9 for less, ONLY=limits for one piece and what it needs)
 # make test-arm  the wheel and the switching tests on aarch64 in qemu's emulation: tens of minutes; needs Debian's qemu-user and mmdebstrap
 # make check  the checks without the tests: lint, format, types, import contracts
 # make reference  the public API as pages in .cache/reference, from the docstrings

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 
 import balcony_edge
@@ -47,14 +48,16 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, prompt: str) -> None:
         try:
             stream = self.server.llm.stream(prompt, max_new_tokens=self.server.tokens)
+            first = next(stream, None)  # a full queue and a device that fails are told before the status is sent
         except balcony_edge.BalconyError as error:
-            self.send_error(400, str(error))
+            ours = isinstance(error, balcony_edge.BusyError | balcony_edge.DeviceError)
+            self.send_error(503 if ours else 400, str(error))
             return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain; charset=utf-8")
-        self.end_headers()
         with stream:  # closes the stream and frees its memory when the reader disconnects
-            for token in stream:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
+            self.end_headers()
+            for token in chain(() if first is None else (first,), stream):
                 self.wfile.write(token.text.encode())
                 self.wfile.flush()
 

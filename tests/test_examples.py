@@ -11,10 +11,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,3 +171,26 @@ def test_the_timelines_axis_hides_no_late_token(tiny: Any, tmp_path: Path) -> No
     low, high = top.get_ylim()
     assert low < 20 and high > 5000 and top.get_title().endswith("1 of 7 tokens late")
     plt.close("all")
+
+
+def test_a_server_tells_what_is_refused_at_the_first_token() -> None:
+    """A full queue is known only there; the answer was 200 and empty, with a traceback in the log."""
+    spec = importlib.util.spec_from_file_location("embed_in_server", EXAMPLES / "embed_in_server.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def full() -> Iterator[Any]:
+        raise balcony_edge.BusyError("64 replies wait for others to end: try again later")
+        yield
+
+    with module.Server(0, SimpleNamespace(stream=lambda prompt, **_: full()), 8) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}/"
+            with pytest.raises(urllib.error.HTTPError, match="64 replies wait") as refused:
+                urllib.request.urlopen(urllib.request.Request(url, b"the fox"), timeout=60)
+        finally:
+            server.shutdown()
+    assert refused.value.code == 503
+    refused.value.close()

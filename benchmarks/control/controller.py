@@ -75,14 +75,14 @@ LOADS = (
 
 
 def controlled(load: str, seed: int, tokens: int) -> list[tuple[int, float]]:
-    """``(exit, gap ms)`` of every token after the first under the controller."""
+    """``(exit, gap ms)`` of every token after the first :data:`SETTLING` under the controller."""
     plant = Plant(COSTS, DEVICE, parse_load(load), seed=seed)
     run = simulate(COSTS, plant, Budget(tpot_ms=TARGET_MS), tokens=tokens)
     return [(token.decision.exit_layer, token.latency_ms) for token in run[SETTLING:]]
 
 
 def driven(load: str, seed: int, tokens: int, choose: Callable[[float | None], int]) -> list[tuple[int, float]]:
-    """``(exit, gap ms)`` of every token after the first under a policy that sees the last gap."""
+    """``(exit, gap ms)`` of every token after the first :data:`SETTLING` under a policy that sees the last gap."""
     plant, out, gap = Plant(COSTS, DEVICE, parse_load(load), seed=seed), [], None  # type: Plant, list[tuple[int, float]], float | None
     for _ in range(tokens):
         exit_layer = choose(gap)
@@ -92,7 +92,7 @@ def driven(load: str, seed: int, tokens: int, choose: Callable[[float | None], i
 
 
 def oracle(load: str, seed: int, tokens: int) -> list[tuple[int, float]]:
-    """``(exit, gap ms)`` of every token after the first, at steady prices and without a backlog.
+    """``(exit, gap ms)`` of every token, at steady prices and without a backlog.
 
     The oracle knows the load but not the noise.
     """

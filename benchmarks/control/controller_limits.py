@@ -29,8 +29,13 @@ GAUGES: dict[str, dict[str, Any]] = {
     "mean of 10 s, every 10 s": {"gauge_average_s": 10.0, "gauge_period_s": 10.0},
 }
 
+#: Length of the windows in which a mean power is compared with its budget.
+WINDOW_S = 5.0
+#: Budget of the runs with each kind of gauge.
+POWER_W = 6.0
 
-def windows(run: list[SimulatedToken], after_s: float, window_s: float = 5.0) -> list[float]:
+
+def windows(run: list[SimulatedToken], after_s: float) -> list[float]:
     """True mean watts of the windows that begin after a time."""
     values = []
     for begin in range(len(run)):
@@ -39,21 +44,21 @@ def windows(run: list[SimulatedToken], after_s: float, window_s: float = 5.0) ->
         joules = seconds = 0.0
         for token in run[begin + 1 :]:
             joules, seconds = joules + token.watts * token.latency_ms / 1000, seconds + token.latency_ms / 1000
-            if seconds >= window_s:
+            if seconds >= WINDOW_S:
                 values.append(joules / seconds)
                 break
     return values
 
 
-def gauges(costs: CostModel, device: Physics, power_w: float = 6.0) -> list[dict[str, Any]]:
+def gauges(costs: CostModel, device: Physics) -> list[dict[str, Any]]:
     """Measure a power limit with every kind of gauge, on an idle device and under a load that comes and goes."""
     rows = []
     for load in ("idle", "square:high=1.5,period_s=20"):
         for name, gauge in GAUGES.items():
             plant = Plant(costs, replace(device, **gauge), parse_load(load))
-            run = simulate(costs, plant, Budget(power_w=power_w), tokens=10**6, seconds=90)
+            run = simulate(costs, plant, Budget(power_w=POWER_W), tokens=10**6, seconds=90)
             shares = [
-                watts / power_w for watts in windows(run, after_s=30 if gauge.get("gauge_period_s", 0) > 1 else 20)
+                watts / POWER_W for watts in windows(run, after_s=30 if gauge.get("gauge_period_s", 0) > 1 else 20)
             ]
             gaps = [token.latency_ms for token in run if token.time_s > 20]
             rows.append(

@@ -13,9 +13,10 @@ from balcony_edge.simulation.loads import parse_load
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import SimulatedToken, simulate
 from benchmarks.control.controller import COSTS, DEVICE, SETTLING_S, TARGET_MS, oracle
+from benchmarks.control.controller_limits import WINDOW_S
 
 SQUARE = "square:high=1.7,period_s=6"
-POWER_W, LIMIT_C, WINDOW_S = 4.4, 55.0, 5.0
+POWER_W, LIMIT_C = 4.4, 55.0
 
 
 def plot(path: Path) -> None:
@@ -73,11 +74,11 @@ def _exits(axes: Any, run: list[SimulatedToken]) -> None:
     axes.set_ylabel("exit layer")
 
 
-def _mean_watts(run: list[SimulatedToken], window_s: float = WINDOW_S) -> list[float]:
+def _mean_watts(run: list[SimulatedToken]) -> list[float]:
     values, joules, seconds, begin = [], 0.0, 0.0, 0
     for token in run:
         joules, seconds = joules + token.watts * token.latency_ms / 1000, seconds + token.latency_ms / 1000
-        while seconds > window_s:
+        while seconds > WINDOW_S:
             first = run[begin]
             joules, seconds = joules - first.watts * first.latency_ms / 1000, seconds - first.latency_ms / 1000
             begin += 1

@@ -30,7 +30,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.device.machine import cpu_name
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.llm import LLM
-from benchmarks.control.policies import always_paying, read_prompts
+from benchmarks.control.policies import always_paying, has_exact_products, read_prompts
 
 TOKENS, STRETCH, SHALLOW_TOKENS = 128, 16, 6
 #: Budgets of the stretches of a reply; all of them give the full depth's tokens.
@@ -99,9 +99,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100)
     arguments = parser.parse_args()
     with LLM.open(arguments.bundle) as llm:
-        quantization = llm.engine.manifest.quantization
+        exact = has_exact_products(llm.engine.manifest)
         found = measure(llm, read_prompts(llm, arguments.prompts, arguments.count))
-    if quantization is None or quantization.accuracy_level == 1:
+    if exact:
         bars = {"replies are the full depth's": found["equal"] == found["replies"]}
     else:
         bars = {"divergence rate <= flip rate + 2 s.e.": is_noise(found)}

@@ -12,7 +12,8 @@ thresholds of confidence exits on a text and adds ``confident`` in the same two 
 The forced ones give a curve of agreement over speed, for comparison with the fixed exits. ``--plot FILE`` draws it.
 
 The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
-``speculated``: share of tokens from rounds, ``kept``: share of drafts kept, ``early``: share of tokens that exited early) and
+``same_as_plain``: share of tokens that equal those of the plain reply, ``speculated``: share of tokens from rounds, ``kept``:
+share of drafts kept, ``early``: share of tokens that exited early) and
 ``bars``. The bars: policies on auto reach at least 0.97 of plain, and lossless replies equal the plain ones. Exit code 1 if
 one is missed.
 """
@@ -26,6 +27,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -33,9 +35,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_edge.bundle.manifest import ConfidenceSpec
+from balcony_edge.bundle.manifest import ConfidenceSpec, Manifest
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.machine import cpu_name
+from balcony_edge.errors import InputError
+from balcony_export.data.documents import read_documents, read_records
 from balcony_runtime.decoding.confident import Confident
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.speculate import Speculator
@@ -47,6 +51,8 @@ TOKENS, PROMPTS, ROUNDS = 96, 6, 5
 #: Shares of tokens that may exit early with another token than the full depth's.
 PROMISES = (0.02, 0.05, 0.1, 0.2)
 CALIBRATION_TOKENS = 6000
+#: Lines of a file of prompts.
+FORM = 'JSON Lines with "instruction" or "text"'
 
 
 class Run(NamedTuple):
@@ -100,20 +106,36 @@ def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> 
     return hits / total
 
 
+def has_exact_products(manifest: Manifest) -> bool:
+    """Whether one row and many rows are rounded alike, so that draft rounds must give the tokens of the full depth."""
+    quantization = manifest.quantization
+    return manifest.precision != "float16" and (quantization is None or quantization.accuracy_level == 1)
+
+
 def always_paying(costs: CostModel) -> CostModel:
     """Prices under which shallow steps are almost free and deep ones are not, so that rounds and trials always pay."""
     return replace(costs, stages=(UnitCost(1e-3), *(UnitCost(1e3) for _ in costs.exits[1:])))
 
 
 def read_prompts(llm: LLM, path: Path, count: int) -> list[list[int]]:
-    """Tokens of the first texts of a file, each cut to 400 characters."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
-    return [llm.encode(str(record.get("instruction") or record.get("text"))[:400]) for record in records]
+    """Tokens of the first texts of a file, each cut to 400 characters.
+
+    Raises:
+        InputError: the file cannot be read, or a line has no text.
+    """
+    found = []
+    for where, record in islice(read_records(path, FORM), count):
+        fields = record if isinstance(record, dict) else {}
+        text = fields.get("instruction") or fields.get("text")
+        if not isinstance(text, str):
+            raise InputError(f'{where}: has neither an "instruction" nor a "text": give {FORM}')
+        found.append(llm.encode(text[:400]))
+    return found
 
 
 def learned_thresholds(llm: LLM, path: Path) -> dict[float, ConfidenceSpec]:
     """Learn thresholds on the beginning of a text; returns promise → thresholds."""
-    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    texts = [document.text for document in read_documents(path)]
     documents: list[list[int]] = []
     while texts and sum(map(len, documents)) < CALIBRATION_TOKENS:
         documents.append(llm.encode(texts.pop(0), chat=False)[:128])
@@ -192,7 +214,7 @@ def main() -> int:
     """Parse the command line, run, print."""
     parser = argparse.ArgumentParser(description="Comparison of policies; see the module's docstring.")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompts", type=Path, required=True, help='JSON Lines with "instruction" or "text"')
+    parser.add_argument("--prompts", type=Path, required=True, help=FORM)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--calibrate", type=Path, help='JSON Lines with "text", for confidence exits')
     parser.add_argument("--plot", type=Path)
@@ -202,9 +224,7 @@ def main() -> int:
         prompts = read_prompts(llm, arguments.prompts, PROMPTS)
         thresholds = learned_thresholds(llm, arguments.calibrate) if arguments.calibrate else {}
         policies = measure(llm, prompts, arguments.rounds, thresholds)
-        manifest = llm.engine.manifest
-        rounds_nothing = manifest.quantization is None or manifest.quantization.accuracy_level == 1
-        exact = rounds_nothing and manifest.precision != "float16"
+        exact = has_exact_products(llm.engine.manifest)
     bars = {
         f"{name} >= 0.97 of plain": row["of_plain"] >= 0.97
         for name, row in policies.items()
@@ -213,8 +233,6 @@ def main() -> int:
     if exact:
         lossless = [policies[f"speculative, {kind}"]["same_as_plain"] for kind in ("auto", "forced")]
         bars["lossless replies are the plain ones"] = min(lossless) == 1.0
-    if arguments.plot is not None:
-        plot(policies, arguments.plot)
     document = {
         "benchmark": "policies",
         "bundle": str(arguments.bundle),
@@ -229,6 +247,8 @@ def main() -> int:
     for name, row in policies.items():
         print(f"{name:22} {row}", file=sys.stderr)
     print(json.dumps(document))
+    if arguments.plot is not None:  # last: a picture that cannot be written costs no figures
+        plot(policies, arguments.plot)
     return 0 if all(bars.values()) else 1
 
 

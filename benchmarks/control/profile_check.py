@@ -30,15 +30,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.device.profile import DeviceProfile
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import WARM_TOKENS, Bench, Key, prompt, switched
 from balcony_runtime.profiler.grid import Grid
-from benchmarks.rounds import Neighbours
+from benchmarks.rounds import Neighbours, p95
 
 COMBINATIONS, ROUNDS = 50, 5
 LONGEST, MOST_PENDING = 1500, 200
@@ -104,7 +102,7 @@ def held_out(llm: LLM, profile: DeviceProfile, count: int) -> dict[str, Any]:
         drifts.append(median(now) / reference.timing.p50_ms)
         shares.append(median(errors) * drifts[-1] - 1)
     sizes = [abs(share) for share in shares]
-    middle, high = median(sizes), float(np.quantile(sizes, 0.95))
+    middle, high = median(sizes), p95(sizes)
     worst = max(range(count), key=sizes.__getitem__)
     return {
         "combinations": count,

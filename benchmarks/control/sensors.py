@@ -15,15 +15,16 @@ import time
 from pathlib import Path
 from statistics import median
 
+from balcony_edge.control.verdict import nearest_rank
 from balcony_runtime.sensors import Sensors, device_sources
 
 RATE_HZ = 5.0
 
 
-def look_us(sensors: Sensors, rounds: int = 2000) -> list[float]:
+def look_us(sensors: Sensors) -> list[float]:
     """Times of many calls of ``latest()`` in microseconds, sorted."""
     times = []
-    for _ in range(rounds):
+    for _ in range(2000):
         began = time.perf_counter_ns()
         sensors.latest()
         times.append((time.perf_counter_ns() - began) / 1000)
@@ -66,7 +67,7 @@ def main() -> None:
         "rate_hz": RATE_HZ,
         "readings": parts,
         "latest_us_p50": round(median(looks), 2),
-        "latest_us_p99": round(looks[len(looks) * 99 // 100], 2),
+        "latest_us_p99": round(nearest_rank(looks, 0.99), 2),
         "cpu_share_of_one_core": round(median(shares), 5),
         "iterations_above_1_ms": {name: round(median(values), 6) for name, values in loops.items()},
         "read_ms": {source.source: round(source.read_ms or 0.0, 3) for source in health},

@@ -99,7 +99,10 @@ def measure(shape: str, precision: str, directory: Path) -> dict[str, Any]:
     """Measure one shape at one precision; the checkpoint is kept, the bundle is not."""
     checkpoint, bundle = directory / shape, directory / f"{shape}-bundle"
     if not checkpoint.is_dir():
-        _in_a_process("-m", "benchmarks.models.edge_size", str(checkpoint), "--make", shape)
+        part = directory / f"{shape}.part"  # shards without their last one are not taken for a checkpoint
+        shutil.rmtree(part, ignore_errors=True)
+        _in_a_process("-m", "benchmarks.models.edge_size", str(part), "--make", shape)
+        part.rename(checkpoint)
     size_gb = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 1e9
     shutil.rmtree(bundle, ignore_errors=True)
     begin = time.perf_counter()

@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import tempfile
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 import transformers
 
 from balcony_edge.budget import Budget
+from balcony_edge.errors import MissingDependencyError
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 from balcony_export.model.exits import ExitModel
@@ -34,6 +36,12 @@ from balcony_runtime.llm import LLM
 from benchmarks.peer_workers.install import ROOT, python_of
 from benchmarks.peer_workers.process import Worker
 
+#: Environments in which the other engines run.
+PEERS = ("llama-cpp", "onnxruntime-genai")
+#: Nouns of the prompts.
+WORDS = (
+    "river", "bridge", "winter", "market", "letter", "garden", "engine", "planet", "doctor", "island", "music", "teacher",
+)  # fmt: skip
 #: Name of a Hugging Face module → name of its GGUF tensor, within a block of a Llama.
 BLOCK = {
     "input_layernorm": "attn_norm",
@@ -74,6 +82,13 @@ def write_gguf(model: Any, source: Path, target: Path) -> None:
     writer.close()
 
 
+def texts(count: int) -> list[str]:
+    """Prompts of two words each; up to 132 of them differ."""
+    pairs = list(permutations(WORDS, 2))
+    chosen = (pairs[7 * place % len(pairs)] for place in range(count))  # 7 and 132 have no common factor
+    return [f"The {first} and the {second}" for first, second in chosen]
+
+
 def peer_replies(
     peer: str, module: str, model: Path, prompts: list[list[int]], tokens: int
 ) -> tuple[str, list[list[int]]]:
@@ -95,24 +110,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=24)
     options = parser.parse_args()
+    if absent := [peer for peer in PEERS if not python_of(peer).exists()]:  # before minutes of export
+        raise MissingDependencyError(f"{', '.join(absent)}: not installed: run `python benchmarks/peers.py --install`")
     model, tokenizer = load_model(demo_model_path()), load_tokenizer(demo_model_path())
     exits = ExitModel.open(model, (options.exit,), options.balconies)
-    words = [
-        "river",
-        "bridge",
-        "winter",
-        "market",
-        "letter",
-        "garden",
-        "engine",
-        "planet",
-        "doctor",
-        "island",
-        "music",
-        "teacher",
-    ]
-    texts = [f"The {words[i % len(words)]} and the {words[(5 * i + 3) % len(words)]}" for i in range(options.prompts)]
-    prompts = [list(tokenizer(text).input_ids) for text in texts]
+    prompts = [list(tokenizer(text).input_ids) for text in texts(options.prompts)]
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         small = extract(exits, tokenizer, options.exit, home / "small")

@@ -5,7 +5,8 @@
 
 Every exit decodes the same random prompt. The fastest of ``--rounds`` counts, because other load can only slow a GPU down.
 ``--graphs on off`` runs TensorRT with and without CUDA graphs. ``--batch 1 2`` also decodes two sequences at once, as in the
-paper; TensorRT's engines must be built for that (``build --batch 2``).
+paper. Engines must be built for both (``build --context-length 2112 --batch 2``): by default they hold 2,048 rows of one
+sequence.
 
 The last line is JSON: ``gpu`` (name, driver, compute capability), ``engine``, ``runs`` (``batch``, ``exit_layer``,
 ``cuda_graphs``, ``tokens_per_s``, ``speedup`` over the full depth). On the 8B shape the exit at 0.5× should be at least 1.8
@@ -24,7 +25,7 @@ import numpy as np
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.machine import this_device
-from balcony_edge.errors import BundleError, InputError
+from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.choose import open_backend
 from balcony_runtime.engine import Engine
@@ -126,9 +127,11 @@ def main() -> None:
     parser.add_argument("--graphs", choices=["on", "off"], nargs="+", default=["on"])
     options = parser.parse_args()
     if options.shape is not None:
+        if options.output is None:
+            parser.error("--shape: needs a directory for the bundle: give it with --output")
         export_shape(options.shape, options.output)
     elif options.bundle is None:
-        raise BundleError("no bundle: name one, or give --shape and --output to make one")
+        parser.error("no bundle: name one, or give --shape and --output to make one")
     else:
         print(json.dumps(measure(options)))
 

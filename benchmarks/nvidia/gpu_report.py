@@ -4,7 +4,7 @@
 
 A piece is a few commands. Its result is a file in the directory, and a piece with a file is not run again, so the whole can be
 interrupted and continued. A call takes at most `--minutes`: it starts no piece that could exceed them, and the next call goes
-on. `--again` runs failed pieces once more.
+on. `--again` runs failed pieces once more. `--only` runs the pieces that it names, and what they need.
 Nothing is downloaded: what the pieces need must be installed. Without a GPU each piece fails with one line.
 
 The report is `report.md` in the directory: the card, driver and packages, then each piece with its result. Tests of the
@@ -383,9 +383,10 @@ def main(arguments: Sequence[str] | None = None, made: Callable[[Path], tuple[Pi
     texts = [file.read_text(encoding="utf-8") for pattern in TEXTS for file in sorted(ROOT.glob(pattern))]
     (directory / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
     everything = made(directory)
+    wanted = chosen(everything, options.only, parser)
     for piece in everything:
         before = stored(directory, piece.name)
-        if options.only and piece.name not in options.only:
+        if piece.name not in wanted:
             continue
         if before is not None and (before["passed"] or not options.again):
             continue
@@ -403,6 +404,17 @@ def main(arguments: Sequence[str] | None = None, made: Callable[[Path], tuple[Pi
     passed = write_report(directory, everything, waiting)
     print(directory / "report.md")
     return 0 if passed else 1
+
+
+def chosen(everything: Sequence[Piece], only: Sequence[str] | None, parser: argparse.ArgumentParser) -> set[str]:
+    """Names of the pieces to run: all, or those of ``--only`` and what they need."""
+    names = [piece.name for piece in everything]
+    if unknown := set(only or ()) - set(names):
+        parser.error(f"--only {', '.join(sorted(unknown))}: must be of {', '.join(names)}")
+    found = set(only or names)
+    for piece in reversed(everything):  # what a piece needs comes before it
+        found |= set(piece.needs) if piece.name in found else set()
+    return found
 
 
 def complain(problem: str) -> int:

@@ -9,8 +9,8 @@ trained from scratch with as many steps as the base model (Table 4): balconies w
 Every exit is scored on the same held-out rows: cross-entropy on the text (nats a token), KL and top-1 agreement to the
 variant's own full depth.
 
-The last line is JSON: ``steps``, ``parameters``, ``variants`` (name → exit → ``cross_entropy``, ``kl``, ``agreement``),
-``seconds``.
+The last line is JSON: ``steps``, ``parameters``, ``base_cross_entropy``, ``variants`` (name → exit → ``cross_entropy``,
+``kl``, ``agreement``), ``seconds``.
 """
 
 from __future__ import annotations
@@ -189,20 +189,21 @@ def main() -> None:
     config = transformers.LlamaConfig(**SIZES)
     config._attn_implementation = "sdpa"
     base = transformers.LlamaForCausalLM(config)
+    runs = variants(base, corpus, options.steps)
+    if unknown := set(options.only or ()) - set(runs):
+        parser.error(f"--only {sorted(unknown)[0]!r}: is not a variant: give some of {', '.join(map(repr, runs))}")
     depth = SIZES["num_hidden_layers"]
     # the base model: the averaged loss over a single sub-model, the model itself
     alone = JointTrainer(base, corpus, JointConfig((), "scratch", "none", options.steps, ROWS, rate=2e-3))
     alone.run()
     found: dict[str, Scores] = {}
     print(f"base model: cross-entropy {alone.evaluate()[depth].cross_entropy:.3f}", flush=True)
-    for name, run in variants(base, corpus, options.steps).items():
+    for name, run in runs.items():
         if options.only and name not in options.only:
             continue
         found[name] = run()
         cells = "  ".join(f"{e}: {s.cross_entropy:.3f} ({s.agreement:.0%})" for e, s in found[name].items())
         print(f"{name:<52} {cells}", flush=True)
-    if options.plot is not None:
-        plot(found, options.plot)
     document = {
         "benchmark": "ablations",
         "steps": options.steps,
@@ -212,6 +213,8 @@ def main() -> None:
         "seconds": round(time.monotonic() - begin),
     }
     print(json.dumps(document))
+    if options.plot is not None:  # last: a picture that cannot be written costs no figures
+        plot(found, options.plot)
 
 
 if __name__ == "__main__":

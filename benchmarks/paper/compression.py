@@ -20,8 +20,9 @@ All are exported. KL and agreement to the uncut model and cross-entropy with the
 rows; bytes are what a token reads. Speed is decoding after 32 tokens, in interleaved rounds of all bundles and exits; the uncut
 full depth is 1. A method that ``DIR`` has already is not made again, and ``--rounds 0`` leaves speed out.
 
-The last line is JSON: ``model``, ``steps``, ``points``: method → exit → ``bytes``, ``kl``, ``agreement``, ``cross_entropy``,
-``speedup``, ``best`` (no other point has both fewer bytes and a smaller KL).
+The last line is JSON: ``model``, ``steps``, ``points``: method → exit → ``bytes``, ``kl``, ``kl_error`` (standard error),
+``agreement``, ``cross_entropy``, ``speedup``, ``best`` (no other point reads at most as many bytes at a KL that is at most as
+large).
 """
 
 from __future__ import annotations
@@ -261,7 +262,9 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
         shutil.rmtree(place / "bundle", ignore_errors=True)  # of a run that was killed before it was judged
         export_bundle(exits, subject.tokenizer, place / "bundle", options)
         points[name] = judged(subject, place / "bundle")
-        record.write_text(json.dumps(made))
+        part = record.with_suffix(".part")  # a killed run must not lose the points of the earlier ones
+        part.write_text(json.dumps(made))
+        part.replace(record)
         cells = [f"{e}: {p['bytes'] / 1e6:.1f} MB {p['kl']:.3f} {p['agreement']:.1%}" for e, p in points[name].items()]
         print(f"{name:<28} {'  '.join(cells)}  ({time.monotonic() - begin:.0f} s)", flush=True)
     return points
@@ -384,8 +387,6 @@ def main() -> None:
         measure_speed(points, options.work, options.rounds, options.threads)
         document |= {"cpu": cpu_name(), "rounds": options.rounds, **neighbours.report()}
     mark_best(points)
-    if options.plot is not None:
-        plot(points, options.plot, options.model)
     table: list[list[Any]] = [["method", "exit", "MB", "speed-up", "KL", "agreement", "cross-entropy", ""]]
     for name, exits in points.items():
         for e, row in exits.items():
@@ -393,6 +394,8 @@ def main() -> None:
             table.append([name, e, *cells, row["cross_entropy"], "best" if row["best"] else ""])
     print("\n".join(aligned(table)))
     print(json.dumps({**document, "points": points}))
+    if options.plot is not None:  # last: a picture that cannot be written costs no figures
+        plot(points, options.plot, options.model)
 
 
 if __name__ == "__main__":

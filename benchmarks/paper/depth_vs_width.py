@@ -279,14 +279,14 @@ def main() -> None:
     neighbours = Neighbours()
     planes = measure_quality(options.text, options.balconies, options.tune_steps) if options.text is not None else {}
     speed = measure_speed(options.rounds)
-    if options.plot is not None:
-        plot(speed, planes, options.plot)
     for name, row in speed.items():
         print(
             f"{name:<24} {row['parameters'] / 1e6:6.1f} M  {row['tokens_per_s']:7.1f} tokens/s  {row['speedup']:.2f}×"
         )
     document = {"benchmark": "depth_vs_width", "cpu": cpu_name(), "rounds": options.rounds, **neighbours.report()}
     print(json.dumps({**document, "speed": speed, "quality": planes}))
+    if options.plot is not None:  # last: a picture that cannot be written costs no figures
+        plot(speed, planes, options.plot)
 
 
 if __name__ == "__main__":

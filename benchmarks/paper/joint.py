@@ -175,8 +175,8 @@ class JointTrainer:
         """
         sums = {e: [0.0, 0.0, 0.0] for e in self.exits.exit_layers}
         count = 0
-        for rows in np.array_split(np.arange(len(self.corpus.held_out.tokens)), len(self.corpus.held_out.tokens)):
-            tokens, mask = self._batch(self.corpus.held_out, rows)
+        for row in range(len(self.corpus.held_out.tokens)):
+            tokens, mask = self._batch(self.corpus.held_out, [row])
             kept, labels = mask[:, :-1], tokens[:, 1:][mask[:, :-1]]
             logits = [torch.log_softmax(one[:, :-1][kept], -1) for one in self._logits(tokens)]
             count += len(labels)

@@ -1,6 +1,6 @@
 """Comparison of recipes for distillation on a small budget: same number of training tokens, same held-out rows.
 
-    python benchmarks/paper/recipes.py --data TEXT [--tokens 200000 | --minutes M] [--only NAME ...] [--work DIR]
+    python benchmarks/paper/recipes.py --data DIR [--tokens 200000 | --minutes M] [--only NAME ...] [--work DIR]
 
 The name of each trial says how it differs from the shipped recipe; ``paper`` is the paper's rate of 5e-4 and cosine
 (section 4.1) on this budget, with AdamW: the paper names no optimizer. Rows, their order and the held-out rows are the same
@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from balcony_edge.errors import InputError
 from balcony_export.data.corpus import Corpus, Rows, build_corpus
 from balcony_export.data.documents import read_records
 from balcony_export.model.balcony import Balcony
@@ -205,6 +206,10 @@ def sample_replies(model: Any, tokenizer: Any, data: Path, output: Path, tokens:
         for _, record in read_records(path, "JSON Lines")
         if isinstance(record, dict) and isinstance(record.get("instruction"), str)
     ]
+    if not records:
+        raise InputError(
+            f'{data}: has no .jsonl file with "instruction": give a directory with one, or leave these trials out by --only'
+        )
     order = np.random.default_rng(0).permutation(len(records))
     tokenizer.padding_side = "left"
     torch.manual_seed(0)
@@ -249,7 +254,9 @@ class Bench:
             else:
                 sampled = self.work / "sampled.jsonl"
                 if not sampled.is_file():
-                    sample_replies(self.model, self.tokenizer, self.data, sampled, self.tokens)
+                    part = sampled.with_suffix(".part")  # replies of an interrupted run are not taken for all
+                    sample_replies(self.model, self.tokenizer, self.data, part, self.tokens)
+                    part.rename(sampled)
                 files = [sampled]
             if kind == "mixed":
                 given, own = self.corpus("given", seq_len), self.corpus("sampled", seq_len)
@@ -329,7 +336,9 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="directory of text to distil on")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="directory of text to distil on, with instructions for sampled replies"
+    )
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--minutes", type=float, help="training time of each trial, instead of --tokens")
     parser.add_argument("--only", nargs="+", choices=list(TRIALS), default=list(TRIALS))

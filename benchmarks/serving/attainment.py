@@ -325,7 +325,7 @@ def measure(bundle: Bundle, text: Path, loads: Sequence[float], arrival_s: float
     quality = {layer: value for layer, value in manifest.agreement.items() if value is not None}
     quality[manifest.exit_layers[-1]] = 1.0
     if len(quality) < len(manifest.exit_layers):
-        raise InputError(f"{bundle.path}: its exits were not evaluated: export it with --evaluate TEXT")
+        raise InputError(f"{bundle.path}: its exits were not evaluated: run `balcony-edge eval BUNDLE --text TEXT`")
     name = manifest.model.name
     tokenizer = server.tokenizer(bundle, folder)
     ours: list[str | Path] = [
@@ -432,6 +432,8 @@ def main() -> int:
         "--seconds", type=float, default=ARRIVAL_S, help="time over which the requests of a load arrive"
     )
     arguments = parser.parse_args()
+    if arguments.bundle is None and not arguments.install:
+        parser.error("give a bundle, or --install")
     try:
         if arguments.install:
             server.install()
@@ -462,9 +464,9 @@ def main() -> int:
     for line in aligned([columns, *([point[key] for key in columns] for point in found["points"])]):
         print(line, file=sys.stderr)
     missed = print_bars(found["bars"])
-    if arguments.plot is not None:
-        plot(found, arguments.plot)
     print(json.dumps(found, ensure_ascii=False))
+    if arguments.plot is not None:  # last: a picture that cannot be written costs no figures
+        plot(found, arguments.plot)
     return missed
 
 

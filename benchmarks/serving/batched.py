@@ -87,7 +87,7 @@ def main() -> int:
     }
     missed = print_bars(bars)
     document = {"benchmark": "batched", "cpu": cpu_name(), "bundle": arguments.bundle.name, **found}
-    print(json.dumps(document | {"neighbours": neighbours.report(), "bars": bars}))
+    print(json.dumps({**document, **neighbours.report(), "bars": bars}))
     return missed
 
 

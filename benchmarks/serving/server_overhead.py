@@ -17,9 +17,9 @@ import logging
 import multiprocessing
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,12 @@ BARS = {1: 0.97, 8: 0.92}
 
 
 def together(count: int, work: Callable[[], None]) -> float:
-    """Seconds that some threads take to do the same work."""
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    begin = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - begin
+    """Seconds that some threads take to do the same work. A failure in one of them is raised here: it has no time."""
+    with ThreadPoolExecutor(count) as threads:
+        begin = time.perf_counter()
+        for done in [threads.submit(work) for _ in range(count)]:
+            done.result()
+        return time.perf_counter() - begin
 
 
 def in_process(llm: LLM, count: int, tokens: int) -> float:
@@ -55,17 +53,23 @@ def in_process(llm: LLM, count: int, tokens: int) -> float:
 
 
 def http_rate(pipe: Connection, count: int, tokens: int) -> float:
-    """Tokens a second of the other process's streams."""
+    """Tokens a second of the other process's streams; exits with a message if one of them failed."""
     pipe.send((count, tokens))
-    return float(pipe.recv())
+    found = pipe.recv()
+    if isinstance(found, str):
+        raise SystemExit(f"a stream over HTTP failed: {found}")
+    return float(found)
 
 
 def clients(port: int, pipe: Connection) -> None:
-    """Process of the clients: for every (streams, tokens) that the pipe gives, returns tokens a second."""
+    """Process of the clients: for every (streams, tokens) that the pipe gives, returns tokens a second, or what failed."""
     while (asked := pipe.recv()) is not None:
         count, tokens = asked
         body = {"prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-        pipe.send(count * tokens / together(count, lambda body=body: _read(port, body)))  # type: ignore[misc]
+        try:
+            pipe.send(count * tokens / together(count, lambda body=body: _read(port, body)))  # type: ignore[misc]
+        except (AssertionError, OSError, http.client.HTTPException) as error:
+            pipe.send(f"{type(error).__name__}: {error}")
 
 
 def _read(port: int, body: dict[str, Any]) -> None:
@@ -74,7 +78,7 @@ def _read(port: int, body: dict[str, Any]) -> None:
     last = b""
     for line in connection.getresponse():
         last = line if line.strip() else last
-    assert last.startswith(b"data: [DONE]")
+    assert last.startswith(b"data: [DONE]"), f"it ended with {last!r}"
     connection.close()
 
 

@@ -18,6 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import balcony_edge
 from balcony_edge import Chat
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
+from benchmarks.rounds import interleave, ratio
 
 MOST_SHARE = 0.05
 NEXT = "And what happened after that?"
@@ -34,12 +37,6 @@ def first_token(chat: Chat) -> Token:
     """The first token of the next turn, at full depth, with log-probabilities."""
     with chat.send(NEXT, max_new_tokens=1, ignore_eos=True, logprobs=8) as stream:
         return next(stream)
-
-
-def timed(make: Any, *arguments: Any) -> tuple[float, Token]:
-    begin = time.perf_counter()
-    token = first_token(make(*arguments))
-    return time.perf_counter() - begin, token
 
 
 def measure(llm: LLM, text: str, folder: Path, rounds: int) -> dict[str, Any]:
@@ -59,26 +56,28 @@ def measure(llm: LLM, text: str, folder: Path, rounds: int) -> dict[str, Any]:
         again.messages = list(messages)
         return again
 
-    seconds: dict[str, list[float]] = {"fresh": [], "restored": [], "restored, 8 bits": []}
+    cases: dict[str, Callable[[], Chat]] = {
+        "fresh": fresh,
+        "restored": partial(Chat.load, llm, whole),
+        "restored, 8 bits": partial(Chat.load, llm, small),
+    }
     found: dict[str, Token] = {}
-    for _ in range(rounds):
-        for name, make, arguments in (
-            ("fresh", fresh, ()),
-            ("restored", Chat.load, (llm, whole)),
-            ("restored, 8 bits", Chat.load, (llm, small)),
-        ):
-            took, found[name] = timed(make, *arguments)
-            seconds[name].append(took)
+
+    def timed(name: str) -> float:
+        begin = time.perf_counter()
+        found[name] = first_token(cases[name]())
+        return time.perf_counter() - begin
+
+    seconds = interleave({name: partial(timed, name) for name in cases}, rounds)
     live, rows = first_token(chat), chat.sequence.length
     likeliest, logprob = live.top_logprobs[0]
     best = {name: dict(token.top_logprobs) for name, token in found.items()}
-    shares = [a / b for a, b in zip(seconds["restored"], seconds["fresh"], strict=True)]
     return {
         "rows": rows,
         "fresh_s": round(statistics.median(seconds["fresh"]), 3),
         "restored_s": round(statistics.median(seconds["restored"]), 3),
         "restored_8_bits_s": round(statistics.median(seconds["restored, 8 bits"]), 3),
-        "share": round(statistics.median(shares), 4),
+        "share": round(ratio(seconds["restored"], seconds["fresh"]), 4),
         "equal_to_the_bit": dict(live.top_logprobs) == best["restored"],
         "difference_8_bits": round(abs(best["restored, 8 bits"].get(likeliest, math.inf) - logprob), 4),
         "file_mb": [round(size / 1e6, 1) for size in sizes],

@@ -56,6 +56,8 @@ from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
 from benchmarks.serving.simulated import mixes, simulation
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
+#: Shared steps or rounds that are timed one by one; the first four do not count.
+STEPS = 24
 COUNTS = (4, 8)
 #: Share of tokens that the classes of ``targets`` want in time, and so the bar.
 PROBABILITY = 0.95
@@ -72,10 +74,10 @@ def rate(llm: LLM, count: int, how: str, seed: int) -> float:
     asked = prompts(llm, count, seed)
     if how == "threads":
         with ThreadPoolExecutor(count) as threads:
-            call = partial(llm.generate, max_new_tokens=NEW_TOKENS, ignore_eos=True)
-            replies = list(threads.map(call, asked))
-        seconds = max(sum(token.latency_ms for token in reply.tokens[1:]) for reply in replies) / 1000
-        return count * (NEW_TOKENS - 1) / seconds
+            found = list(threads.map(partial(_arrivals_s, llm), asked))
+        begin_s = max(times_s[0] for times_s in found)  # as below: from when every reply has a token
+        made = sum(time_s > begin_s for times_s in found for time_s in times_s)
+        return made / (max(times_s[-1] for times_s in found) - begin_s)
     with llm.together() as replies_at_once:
         streams = [replies_at_once.add(ids, max_new_tokens=NEW_TOKENS, ignore_eos=True) for ids in asked]
         while any(not stream.reply.tokens for stream in streams):
@@ -85,6 +87,10 @@ def rate(llm: LLM, count: int, how: str, seed: int) -> float:
         while replies_at_once.open:
             replies_at_once.step()
         return (count * NEW_TOKENS - made) / (time.perf_counter() - begin)
+
+
+def _arrivals_s(llm: LLM, ids: list[int]) -> list[float]:
+    return [time.perf_counter() for _ in llm.stream(ids, max_new_tokens=NEW_TOKENS, ignore_eos=True)]
 
 
 def alone_rate(llm: LLM, seed: int) -> float:
@@ -116,7 +122,7 @@ def throughput(llm: LLM, rounds: int) -> dict[str, Any]:
     }
 
 
-def steps_ms(llm: LLM, exits: Sequence[int], steps: int = 24) -> tuple[float, float]:
+def steps_ms(llm: LLM, exits: Sequence[int]) -> tuple[float, float]:
     """Median time of a shared step of streams at these exits, and of its part outside the engine, ms."""
     pool = SequencePool.of(llm.engine, len(exits))
     assert pool is not None, "this bundle's graphs share no passes"
@@ -126,7 +132,7 @@ def steps_ms(llm: LLM, exits: Sequence[int], steps: int = 24) -> tuple[float, fl
         sequence.advance(llm.exit_layers[-1], ids)
         sequence.catch_up()
     times, outside = [], []
-    for _ in range(steps):
+    for _ in range(STEPS):
         begin_ns, busy_ns = time.perf_counter_ns(), _busy_ns(pool, members)
         pool.step([PoolMove(sequence, layer, 100) for sequence, layer in zip(members, exits, strict=True)])
         took_ns = time.perf_counter_ns() - begin_ns
@@ -144,7 +150,7 @@ def _busy_ns(pool: SequencePool, members: Sequence[TokenSequence]) -> int:
 
 
 def mixed(llm: LLM, rounds: int) -> dict[str, Any]:
-    """Item ``mixed``: predicted / measured, over rounds in which the full depth of four streams calibrates the prices."""
+    """Item ``mixed``: predicted / measured; the full depth of four streams in the same round calibrates the prices."""
     prices, exits = RoundPrices(llm.costs), llm.exit_layers
     index = {layer: place for place, layer in enumerate(exits)}
     ones = (1,) * len(exits)
@@ -158,13 +164,13 @@ def mixed(llm: LLM, rounds: int) -> dict[str, Any]:
         "two and two": (exits[0], exits[0], exits[-1], exits[-1]),
     }
     found = interleave({name: partial(_round_ms, llm, layers) for name, layers in groups.items()}, rounds)
-    scale = median(found["full depth"]) / price(groups["full depth"])
+    full_ms, full_price_ms = found.pop("full depth"), price(groups["full depth"])
     return {
-        "measured_ms": {name: round(median(times), 2) for name, times in found.items()},
+        "measured_ms": {name: round(median(times), 2) for name, times in ({"full depth": full_ms} | found).items()},
         "predicted_of_measured": {
-            name: round(scale * price(groups[name]) / median(found[name]), 3) for name in groups if name != "full depth"
+            name: round(price(groups[name]) / full_price_ms * ratio(full_ms, times), 3) for name, times in found.items()
         },
-        "prices_of_measured_at_full_depth": round(1 / scale, 3),
+        "prices_of_measured_at_full_depth": round(full_price_ms / median(full_ms), 3),
     }
 
 
@@ -213,18 +219,18 @@ def python_share(llm: LLM) -> dict[str, Any]:
     }
 
 
-def _round_us(llm: LLM, count: int, rounds: int = 24) -> float:
+def _round_us(llm: LLM, count: int) -> float:
     """Median time of a round outside the engine, from asking for tokens to having their text. No target takes depth."""
     llm.costs  # noqa: B018 - measured before anybody waits
     budget, outside = Budget(tpot_ms=1e4), []
     with llm.together() as replies:
         for ids in prompts(llm, count, 8):
-            replies.add(ids, budget=budget, max_new_tokens=rounds + 2 * count + 8, ignore_eos=True)
+            replies.add(ids, budget=budget, max_new_tokens=STEPS + 2 * count + 8, ignore_eos=True)
         while any(not stream.reply.tokens for stream in replies.open):
             replies.step()
         assert llm.pool is not None, "this bundle's graphs share no passes"
         members = [sequence for sequence in llm.pool.members if sequence is not None]
-        for _ in range(rounds):
+        for _ in range(STEPS):
             begin_ns, busy_ns = time.perf_counter_ns(), _busy_ns(llm.pool, members)
             replies.step()
             outside.append(time.perf_counter_ns() - begin_ns - (_busy_ns(llm.pool, members) - busy_ns))
@@ -409,6 +415,8 @@ def main() -> int:
     only, quick = set(arguments.only.split(",")), arguments.quick
     if unknown := only - set(parser.get_default("only").split(",")):
         parser.error(f"--only {', '.join(sorted(unknown))}: must be of {parser.get_default('only')}")
+    if arguments.bundle is None and not only & {"simulation", "mixes"}:
+        parser.error(f"--only {arguments.only}: needs a bundle: name one")
     neighbours = Neighbours()
     found: dict[str, Any] = {"benchmark": "streams", "quick": quick, "cpu": cpu_name()}
     if arguments.bundle is not None:
@@ -432,7 +440,7 @@ def main() -> int:
             print(json.dumps(row), file=sys.stderr)
     if "mixes" in only:
         found["mixes"] = mixes(20 if quick else 10_000)
-    found |= {"neighbours": neighbours.report(), "bars": bars(found)}
+    found |= {**neighbours.report(), "bars": bars(found)}
     missed = print_bars(found["bars"])
     print(json.dumps(found, ensure_ascii=False))
     return missed

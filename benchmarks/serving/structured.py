@@ -38,7 +38,7 @@ from typing import Any
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.device.machine import cpu_name
-from balcony_edge.errors import InputError
+from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from benchmarks.rounds import bar, interleave, print_bars, ratio
@@ -209,6 +209,15 @@ def main() -> int:
     items = given.only.split(",")
     if unknown := set(items) - {"speed", "schemas"}:
         parser.error(f"--only {', '.join(sorted(unknown))}: must be speed, schemas or both")
+    try:
+        return run(given, items)
+    except BalconyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(given: argparse.Namespace, items: Sequence[str]) -> int:
+    """Measure and print; 1 if a bar is missed."""
     result: dict[str, Any] = {"benchmark": "structured", "cpu": cpu_name(), "bundle": given.bundle.name}
     bars: dict[str, dict[str, Any]] = {}
     if given.random:

@@ -1,6 +1,6 @@
 """LiteLLM's router over two servers, one of which is killed (SIGKILL) while streams run.
 
-    pip install litellm==1.110.2 pyyaml
+    pip install '.[cpu,serve]' litellm==1.110.2 pyyaml
     python examples/deploy/litellm_failover.py BUNDLE [--requests 200] [--clients 16] [--server balcony-edge]
 
 The router has the settings of litellm.yaml, and the addresses of two servers that this script starts. After a third of the

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,3 +37,22 @@ def test_the_peers_replies_begin_together(monkeypatch: pytest.MonkeyPatch, count
     llm: Any = None
     assert batched.peer_rate("http://127.0.0.1:1", llm, count, 0) == pytest.approx(count * 47 / 0.47)
     assert asked == [made]
+
+
+def test_the_share_of_others_has_the_same_place_in_every_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["batched", "bundle"])
+    monkeypatch.setattr(batched.server, "refuse_missing", lambda *_: None)
+    monkeypatch.setattr(batched.balcony_edge, "load", lambda _: nullcontext())
+    monkeypatch.setattr(batched, "measure", lambda *_: {"of_llama_cpp": {1: 1.1}})
+    assert batched.main() == 0
+    assert {"others_cpu_share", "load_1m"} <= set(json.loads(capsys.readouterr().out))
+
+
+def test_the_page_names_the_benchmarks_that_report_the_share_of_others() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    told = (folder / "README.md").read_text(encoding="utf-8").partition("CPU time of other programs. Only")[2]
+    for path in folder.rglob("*.py"):
+        if path.name != "rounds.py" and "Neighbours()" in path.read_text(encoding="utf-8"):
+            assert f"`{path.stem}`" in told, path

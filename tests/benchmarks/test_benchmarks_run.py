@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.errors import InputError, MissingDependencyError
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.speculate import Speculator
 from benchmarks.control import policies
 from benchmarks.engine import memory
 from benchmarks.models import extracted
+from benchmarks.paper import recipes
 
 
 def test_a_policy_that_is_forced_teaches_the_others_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +69,66 @@ def test_another_engine_is_told_the_length_of_a_reply(monkeypatch: pytest.Monkey
     monkeypatch.setattr(extracted, "Worker", Recorder)
     assert extracted.peer_replies("llama.cpp", "llama_cpp", Path("m"), [[1, 2, 3], [4]], 24) == ("1", [[1, 2], [1, 2]])
     assert seen == {"max_length": 27}
+
+
+def test_missing_engines_are_told_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(extracted, "python_of", lambda peer: tmp_path / peer)
+    monkeypatch.setattr(extracted, "load_model", None)
+    monkeypatch.setattr("sys.argv", ["extracted"])
+    with pytest.raises(MissingDependencyError, match="llama-cpp, onnxruntime-genai: not installed: run `python"):
+        extracted.main()
+
+
+def test_replies_of_an_interrupted_run_are_not_taken_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run reads what has the final name; nor is a file of no replies written for a text without instructions."""
+
+    def interrupted(model: Any, tokenizer: Any, data: Path, output: Path, tokens: int) -> None:
+        output.write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    bench = recipes.Bench.__new__(recipes.Bench)  # without the demo model
+    bench.data, bench.work, bench.tokens, bench.corpora = tmp_path, tmp_path, 10, {}
+    bench.model = bench.tokenizer = None
+    with pytest.raises(InputError, match=r'has no \.jsonl file with "instruction"'):
+        bench.corpus("sampled", 64)
+    monkeypatch.setattr(recipes, "sample_replies", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.corpus("sampled", 64)
+    assert not (tmp_path / "sampled.jsonl").exists()
+
+
+def test_prompts_are_lines_of_json(tmp_path: Path) -> None:
+    """`str.splitlines` also ends lines at U+2028, which JSON has in texts; a line without a text was the prompt "None"."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"text": "one\u2028two"}\n\n{"instruction": "three"}\n{"text": "four"}\n', encoding="utf-8")
+    llm: Any = SimpleNamespace(encode=lambda text, **_: [text])
+    assert policies.read_prompts(llm, file, 2) == [["one\u2028two"], ["three"]]
+    file.write_text('{"messages": []}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r'prompts\.jsonl:1: has neither an "instruction" nor a "text"'):
+        policies.read_prompts(llm, file, 2)
+
+
+def test_figures_are_printed_before_they_are_drawn(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A directory that is not there cost the figures of half an hour."""
+    prompts, picture = tmp_path / "prompts.jsonl", tmp_path / "none" / "picture.png"
+    prompts.write_text('{"text": "the fox"}\n', encoding="utf-8")
+    row = {"of_plain": 1.0, "same_as_plain": 1.0}
+    found = {f"speculative, {kind}": row for kind in ("auto", "forced")}
+
+    def refused(*_: Any) -> None:
+        raise FileNotFoundError(picture)
+
+    monkeypatch.setattr(policies, "measure", lambda *_: found)
+    monkeypatch.setattr(policies, "plot", refused)
+    monkeypatch.setattr("sys.argv", ["policies", str(tiny.path), "--prompts", str(prompts), "--plot", str(picture)])
+    with pytest.raises(FileNotFoundError):
+        policies.main()
+    assert json.loads(capsys.readouterr().out)["policies"] == found
+
+
+def test_no_prompt_of_the_extracted_exit_comes_twice() -> None:
+    texts = extracted.texts(20)
+    assert len(texts) == len(set(texts)) == 20
+    assert len(set(extracted.texts(132))) == 132

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.control import lossless
 from benchmarks.control.lossless import is_noise
 
 
@@ -10,3 +16,13 @@ def test_both_rates_have_an_error() -> None:
     flips = {"replies": 100, "compared": 7000, "flip_rate": 0.01, "flip_se": 0.00088}
     assert is_noise({**flips, "divergence_rate": 85 / 7000}), "1.5 standard errors"
     assert not is_noise({**flips, "divergence_rate": 95 / 7000}), "2.4"
+
+
+@pytest.mark.parametrize(
+    ("precision", "level", "exact"),
+    [("float32", None, True), ("float16", None, False), ("int4", 1, True), ("int4", 4, False)],
+)
+def test_replies_must_be_equal_where_products_are_exact(precision: str, level: int | None, exact: bool) -> None:
+    quantization = None if level is None else SimpleNamespace(accuracy_level=level)
+    manifest: Any = SimpleNamespace(precision=precision, quantization=quantization)
+    assert lossless.has_exact_products(manifest) is exact

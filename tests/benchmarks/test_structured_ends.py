@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,3 +24,13 @@ def test_ends_count_with_random_schemas_as_well(tiny: Any, monkeypatch: pytest.M
     )
     assert structured.main() == 0
     assert seen == [6.0]
+
+
+def test_a_directory_without_schemas_is_one_line(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["structured", str(tiny.path), "--only", "schemas", "--from", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", given)
+    assert structured.main() == 2
+    said = f"error: --from {tmp_path}: has no .json files: give a directory of schemas"
+    assert capsys.readouterr().err.splitlines()[-1] == said

@@ -7,6 +7,7 @@ import argparse
 import fcntl
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -254,3 +255,36 @@ def test_a_piece_says_where_it_is_shorter_than_the_papers_table() -> None:
         (command,) = piece.commands
         tokens = int(command[command.index("--tokens") + 1])
         assert tokens == 2048 or f"{tokens:,} tokens" in piece.about
+
+
+def test_the_page_builds_engines_that_hold_table_3() -> None:
+    """The engines that `build` makes by default hold neither prompt and reply of the paper nor two sequences."""
+    block = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8").split("\n## Checking\n", 1)[1]
+    (built,) = re.findall(r"^    balcony-edge build (.+?) +#", block, re.MULTILINE)
+    (measured,) = re.findall(r"^    python -m benchmarks\.nvidia\.gpu bundle .*?--batch ([\d ]+)", block, re.MULTILINE)
+    group: Any = get_command(app)
+    options = group.commands["build"].make_context("build", shlex.split(built)).params
+    assert options["batch_size"] >= max(map(int, measured.split()))
+    assert options["context_length"] >= gpu.PROMPT_TOKENS + 2048  # the default of --tokens
+
+
+def test_a_named_piece_brings_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory without results `ONLY=limits` ran nothing, and a misspelt name ran nothing without a word."""
+    monkeypatch.setattr(gpu_report, "free_gb", lambda _: 100.0)
+    card, says = json.dumps({"name": "x", "packages": {}}), (*SAYS, "print('done')")
+
+    def made(directory: Path) -> tuple[Piece, ...]:
+        first = Piece("card", "the card", ((*SAYS, f"print({card!r})"),), ())
+        return (
+            first,
+            Piece("bundle", "", (says,)),
+            Piece("limits", "", (says,), ("bundle",)),
+            Piece("other", "", (says,)),
+        )
+
+    _, text = report(tmp_path, "--only", "limits", made=made)
+    assert (
+        all(f"| {name} | passed |" in text for name in ("card", "bundle", "limits")) and "| other | not run |" in text
+    )
+    with pytest.raises(SystemExit):
+        report(tmp_path, "--only", "limit", made=made)
