@@ -114,8 +114,8 @@ class Request:
 
     def forget_untold(self, sequence: TokenSequence) -> None:
         """Take the rows of tokens that were made and not told out of the sequence of a reply that has ended."""
-        rows = len(self.ids) + self.told - 1  # the last token of a reply has no row
-        if self.told and sequence.length > rows:
+        rows = len(self.ids) + max(self.told - 1, 0)  # the last token of a reply has no row
+        if sequence.length > rows:
             with contextlib.suppress(InputError):  # the engine was closed meanwhile
                 sequence.rollback(rows)
 

@@ -1,9 +1,9 @@
 """Chat templates: programs that come with a model, rendered in a sandbox with bounds on time and size.
 
 Owns the environment: jinja2's immutable sandbox (no access to Python's attributes, no change of its input), a clock that every
-loop and macro checks, and a meter of all values that a template makes. A template is an untrusted program, and jinja2 bounds
-neither its time nor its memory: doubling a text thirty times takes a gigabyte and no time. The environment therefore only has
-filters and methods whose results are bounded before they are made, or are no longer than their input.
+loop, macro, filter and test checks, and a meter of all values that a template makes. A template is an untrusted program, and
+jinja2 bounds neither its time nor its memory: doubling a text thirty times takes a gigabyte and no time. The environment
+therefore only has filters and methods whose results are bounded before they are made, or are no longer than their input.
 """
 
 from __future__ import annotations
@@ -171,6 +171,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters = {
             name: _measured(filter_) for name, filter_ in (self.filters | own).items() if name in (*_FILTERS, *own)
         }
+        tests: dict[str, Any] = self.tests
+        self.tests = {name: _timed(test) for name, test in tests.items()}
         self.tick, self.joined, self.made = _tick, _joined, _made
 
     def concat(self, pieces: Iterable[str]) -> str:
@@ -339,12 +341,24 @@ def _measured(filter_: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(filter_)  # keeps jinja2's marks for extra arguments
     def measured(*args: Any, **options: Any) -> Any:
+        _tick()  # ``map`` calls a filter once for each element
         for value in (*args, *options.values()):
             if isinstance(value, jinja2.runtime.Macro | jinja2.utils.Namespace | jinja2.runtime.LoopContext):
                 _writable(value)
         return _made(filter_(*args, **options))
 
     return measured
+
+
+def _timed(test: Callable[..., Any]) -> Callable[..., Any]:
+    """A test that checks the clock: ``select`` calls it once for each element, and ``in`` may take milliseconds."""
+
+    @functools.wraps(test)
+    def timed(*args: Any, **options: Any) -> Any:
+        _tick()
+        return test(*args, **options)
+
+    return timed
 
 
 def _to_json(

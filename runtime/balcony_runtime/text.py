@@ -48,6 +48,8 @@ RECENT_TEXTS = 1024
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+#: Most other roles of a conversation. Each is compared with every control token's name, which takes up to two milliseconds.
+MOST_ROLES = 64
 #: Marks of turns. Some are not special tokens (DeepSeek's for users and the assistant): replies show them, as in transformers,
 #: and stop strings find them, but no message writes them.
 _TURN = re.compile(r"\W.*(user|assistant|system).*\W", re.IGNORECASE)
@@ -208,7 +210,12 @@ class TextCodec:
         names = self._control_tokens
         if not names:
             return self._ids(self._tokenizer, self._render(messages, variables))
-        for role in {_MARKS.sub("", message["role"]) for message in messages} - _ROLES:
+        roles = {_MARKS.sub("", message["role"]) for message in messages} - _ROLES
+        if len(roles) > MOST_ROLES:
+            raise InputError(
+                f"messages of {len(roles)} unusual roles: at most {MOST_ROLES} are taken: give the usual ones"
+            )
+        for role in roles:
             if any(role in name or overlap(role, name) or overlap(name, role) for name in names):
                 raise InputError(
                     f"role = {shown(role)}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"

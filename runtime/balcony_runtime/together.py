@@ -96,7 +96,12 @@ class Together(Closing):
         return tokens
 
     def empty(self, rows: int) -> AbstractContextManager[TokenSequence]:
-        """An empty sequence of so many rows. What it has at the end is there for the next prompt that begins alike."""
+        """An empty sequence of so many rows. What it has at the end is there for the next prompt that begins alike.
+
+        Raises:
+            InputError: the rows would never fit into the memory that the budget leaves.
+        """
+        self._scheduler.most_rows(rows)
         return self._requests.sequence((), rows)
 
     def pause(self, stream: TokenStream) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from balcony_edge.errors import InputError
+from balcony_edge.errors import InputError, shown
 from balcony_runtime.backends.base import IntArray
 
 
@@ -67,7 +67,7 @@ def whole(name: str, value: int, least: int | None = None, *, cure: str = "give 
     Raises:
         InputError: the value is not an integer, or is less than ``least``.
     """
-    refused = InputError(f"{name} = {value!r}: must be a whole number: give an integer")
+    refused = InputError(f"{name} = {shown(value)}: must be a whole number: give an integer")
     if isinstance(value, bool):  # False is not None: ``logprobs=False`` would ask for log-probabilities
         raise refused
     try:
@@ -75,5 +75,5 @@ def whole(name: str, value: int, least: int | None = None, *, cure: str = "give 
     except TypeError:
         raise refused from None
     if least is not None and number < least:
-        raise InputError(f"{name} = {number}: must be at least {least}: {cure}")
+        raise InputError(f"{name} = {shown(number)}: must be at least {least}: {cure}")
     return number

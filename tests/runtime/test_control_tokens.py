@@ -108,6 +108,8 @@ def test_a_role_is_no_part_of_a_control_token(bundle_copy: Path) -> None:
         with pytest.raises(InputError, match=refusal):
             codec.encode([{"role": role, "content": "x"}])
     assert codec.encode([{"role": "critic", "content": "x"}])
+    with pytest.raises(InputError, match="messages of 65 unusual roles: at most 64 are taken"):
+        codec.encode([{"role": f"critic {number}", "content": "x"} for number in range(65)])
 
 
 def spaced(prepends: bool) -> Tokenizer:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balcony_edge.errors import InputError
+from balcony_runtime.structure.formats import plain_messages, without_system
 from balcony_runtime.structure.marks import ThoughtReader, overlap
 from balcony_runtime.structure.tools import tools_of
 from tests.support.properties import examples
@@ -54,6 +57,16 @@ NONE = (
 def test_system_messages_where_a_template_takes_them(bundle_copy: Path, rule: str, turns: str, shown: str) -> None:
     codec = write_template(bundle_copy, rule + SHOWN)
     assert codec.decode(codec.encode(said(turns))).strip() == shown
+
+
+@pytest.mark.parametrize(
+    ("role", "joined"), [("user", without_system), ("tool", lambda messages: plain_messages(messages, ()))]
+)
+def test_many_messages_are_joined_in_linear_time(role: str, joined: Callable[[Any], list[dict[str, Any]]]) -> None:
+    begin = time.process_time()
+    (one,) = joined([{"role": role, "content": "x" * 40}] * 60_000)
+    assert one["role"] == "user" and one["content"].count("x") == 40 * 60_000
+    assert time.process_time() - begin < 1
 
 
 def test_a_reply_that_stopped_before_its_first_word_comes_back(bundle_copy: Path) -> None:

@@ -330,6 +330,7 @@ GREEDY = {
     "slices": "{% set x = 'x' * 3000000 %}{% set n = namespace(x=[]) %}"
     "{% for i in range(3000) %}{% set n.x = n.x + [x[1:]] %}{% endfor %}",
     "macros without a loop": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "tests without a loop": "{{ (['ab'] * 5000) | select('in', 'a' * 4000000) | list | length }}",
     "another clock": "{% set _balcony_tick = 1 %}{% macro tick() %}{% endmacro %}"
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
 }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,11 +22,7 @@ import httpx
 import pytest
 
 import balcony_edge
-from balcony_edge.budget import Budget
-from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import InputError
-from balcony_runtime.serve.bodies.asked import Asked
-from balcony_runtime.serve.bodies.named import Names
+from balcony_runtime.serve.bodies.asked import Asked, read_asked
 from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.http import server as server_module
 from balcony_runtime.serve.http.app import SMALL_BODY
@@ -39,7 +34,6 @@ from balcony_runtime.serve.work.shapes import Shapes
 from balcony_runtime.structure.asked import Structure
 from balcony_runtime.structure.grammar import Grammars
 from tests.serve.client import CHAT, HELLO, SLOW, is_free, until
-from tests.support.command import refused
 
 
 @pytest.fixture(scope="module")
@@ -325,49 +319,19 @@ def test_a_process_that_may_open_no_more_files_keeps_its_watchdog(monkeypatch: p
     server_module._notify("WATCHDOG=1")
 
 
-def test_budget_files_that_may_not_be_listed_stay_as_they_are(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their directory, or one above it, became private. From Python 3.14 on, `is_dir` then says no."""
-    (tmp_path / "voice.toml").write_text("tpot_ms = 30\n")
-    names = Names("tiny", Budget(), Bundle.open(tiny.path).manifest, tmp_path)
-    before = names.budgets
-
-    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
-        def asked(path: Any = ".", *arguments: Any, **options: Any) -> Any:
-            if str(path) == str(tmp_path):
-                raise PermissionError(errno.EACCES, "Permission denied")
-            return real(path, *arguments, **options)
-
-        return asked
-
-    for name in ("scandir", "listdir"):
-        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
-    monkeypatch.setattr(Path, "is_dir", lambda _: False)
-    with pytest.raises(InputError, match=r"^--budgets .*: cannot be read \(Permission denied\): make it readable$"):
-        names.read(Budget())
-    assert names.budgets is before and "tiny:voice" in before
-
-
-def test_names_that_are_not_utf_8_are_not_served(tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """JSON cannot hold them: all of /v1/models would be an error."""
-    for name in ("\udcff", "voice"):
-        (tmp_path / f"{name}.toml").write_text("tpot_ms = 30\n")
-    names = Names("tiny", Budget(), Bundle.open(tiny.path).manifest, tmp_path)
-    assert "tiny:voice" in names.budgets and all(map(str.isprintable, names.budgets))
-    assert "is not offered: its name is not UTF-8" in caplog.text
-    refused(
-        "--served-model-name: is not valid UTF-8", "serve", tmp_path, "--port", "0", "--served-model-name", "\udcff"
-    )
-
-
-def test_a_budget_file_of_a_mac_has_the_name_that_clients_send(tiny: Any, tmp_path: Path) -> None:
-    (tmp_path / "fu\u0308r.toml").write_text("tpot_ms = 30\n")
-    for own in ("tiny", "ti\u0308ny"):
-        names = Names(own, Budget(), Bundle.open(tiny.path).manifest, tmp_path)
-        for asked in (f"{own}:f\u00fcr", f"{own}:fu\u0308r"):  # the second one is the name of the file
-            assert names.budget(asked, {}, None) == Budget(tpot_ms=30)
-        assert names.budget(own, {}, None) is None
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_keeps_nothing_of_its_body(http: httpx.Client, server: Server, stream: bool) -> None:
+    """Bodies of replies in progress and in line would be in memory together, as objects of twenty times their size."""
+    message = HELLO["messages"][0] | {"kept by nobody": [[]]}
+    variables = {"kept by nobody": [[]]}
+    content = json.dumps(SLOW | {"messages": [message], "chat_template_kwargs": variables, "stream": stream})
+    del message, variables
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(http.post, CHAT, content=content)
+        until(lambda: any(slot["n_decoded"] for slot in http.get("/slots").json()))
+        gc.collect()
+        assert not [one for one in gc.get_objects() if type(one) is dict and "kept by nobody" in one]
+        assert not answer.done() and answer.result().status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -402,6 +366,22 @@ def test_texts_that_are_tokenized_count_as_bodies(
         gate.set()
         assert first.result() == 200
     assert tokenize(200_000) == 200
+
+
+def test_a_large_body_is_read_while_others_are_answered(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, gate = threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **options: Any) -> Asked:
+        begun.set()
+        assert gate.wait(5)
+        return read_asked(*args, **options)
+
+    monkeypatch.setattr("balcony_runtime.serve.http.app.read_asked", slowly)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(http.post, CHAT, json=HELLO | {"chat_id": "x" * LARGE_BODY})
+        assert begun.wait(20) and http.get("/health").status_code == 200
+        gate.set()
+        assert answer.result().status_code == 200
 
 
 def test_a_server_that_is_stopped_while_it_loads_serves_nobody(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:

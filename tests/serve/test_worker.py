@@ -16,7 +16,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
 from balcony_runtime.scheduling import stream
 from balcony_runtime.scheduling.admission import row_bytes
-from balcony_runtime.serve.work.jobs import Item, Job
+from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
 from balcony_runtime.serve.work.worker import Found, Worker
 
 
@@ -147,6 +147,20 @@ def test_times_of_a_reply_count_from_its_request(llm: LLM) -> None:
     assert waits.stream is not None
     held = {verdict.key: verdict.held for verdict in waits.stream.reply.verdicts}
     assert held == {"ttft_ms": False, "deadline_s": False}
+
+
+def test_a_prompt_that_is_only_scored_keeps_to_the_memory_of_the_budget(llm: LLM) -> None:
+    """As a reply that makes tokens; the next one has room."""
+    llm.budget = Budget(kv_memory_mb=45.5 * row_bytes(llm.engine.manifest) / 1e6)
+    sent = Sent(llm)
+    sent.worker.start()
+    for key, rows in ((1, 60), (2, 45)):
+        sent.worker.submit(Job(key, 0, list(range(rows)), None, score=0))
+        sent.until(key, key)
+    sent.worker.stop()
+    (refused,) = sent.items[1]
+    assert "kv_memory_mb: 60 tokens do not fit, which has room for 45" in str(refused)
+    assert isinstance(sent.items[2][0], Scores) and isinstance(sent.items[2][1], Ended)
 
 
 def test_a_budget_that_changes_while_its_reply_waits(llm: LLM) -> None:

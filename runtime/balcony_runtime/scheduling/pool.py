@@ -151,7 +151,7 @@ class SequencePool:
             but: sequences whose rows are not copied, because they will have more of them soon.
 
         Returns:
-            Number of rows that came from another sequence.
+            Number of rows that it has now and had not before.
         """
         wanted = sequence.tokens[0].copy()
         with self._locked(), sequence.lock, ExitStack() as held:
@@ -186,7 +186,7 @@ class SequencePool:
             if donor is None:
                 return 0
             self._count(has, rows)
-            return rows
+            return rows - has
 
     def _take_over(self, sequence: TokenSequence, ended: TokenSequence, rows: int) -> None:
         """Give a sequence the member of one that has ended, with its first rows."""

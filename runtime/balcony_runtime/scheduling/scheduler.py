@@ -123,6 +123,10 @@ class Scheduler:
         if self._pool is not None:
             self._pool.close()
 
+    def most_rows(self, rows: int) -> int | None:
+        """Rows that all sequences together may have, or None; errors as for :meth:`.Bounds.most_rows`."""
+        return self._bounds.most_rows(rows, self._row_bytes)
+
     def new_sequence(self, tokens: Sequence[int], rows: int) -> TokenSequence:
         """A sequence for a prompt and its reply, of which the first rows may be there already.
 
@@ -209,7 +213,7 @@ class Scheduler:
             waiting = sum(not stream.admitted for stream in self._all)
             if waiting >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
-            self._bounds.most_rows(rows, self._row_bytes)
+            self.most_rows(rows)
             stream = Stream(next(self._keys), decoder, rows, cancelled)
             self._streams[stream.key] = stream
             return stream
@@ -320,7 +324,7 @@ class Scheduler:
             if self._pool.holds(sequence) or sequence.stage_cursor[0] <= decoder.kept_rows:
                 with stream.isolated():
                     if rows := self._pool.look_again(sequence, {one.sequence for one in begins}):
-                        decoder.kept_rows = rows
+                        decoder.kept_rows += rows
 
     def _admit_next(self) -> bool:
         """Admit the first stream in order that there is memory and time for; whether there was one.
@@ -348,7 +352,7 @@ class Scheduler:
             InputError: its rows would never fit into the memory that the budget leaves.
         """
         others = [one for one in self._all if one.admitted]
-        most = self._bounds.most_rows(stream.rows, self._row_bytes)
+        most = self.most_rows(stream.rows)
         if most is not None and (left := most - sum(one.rows for one in others)) < stream.rows:
             return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
         if not others:

@@ -147,8 +147,8 @@ def _without_foreign(schema: Any) -> Any:
         named = schema.get("patternProperties")
         if isinstance(named, Mapping) and (dropped := [one for pattern, one in named.items() if foreign(pattern)]):
             left["patternProperties"] = {pattern: one for pattern, one in named.items() if not foreign(pattern)}
-            if schema.get("additionalProperties") is False:
-                left["additionalProperties"] = {"anyOf": dropped}
+            if (others := schema.get("additionalProperties", True)) is not True:
+                left["additionalProperties"] = {"anyOf": dropped if others is False else [others, *dropped]}
         return left
 
     return _each(schema, without)

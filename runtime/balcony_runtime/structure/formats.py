@@ -5,6 +5,7 @@ Owns the choice of a format for a chat template, and the messages for templates 
 
 from __future__ import annotations
 
+import itertools
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -67,17 +68,15 @@ def plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mappin
         tools: functions that the model may call; may be empty.
     """
     found: list[dict[str, Any]] = []
-    for message in messages:
-        if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if found and found[-1]["role"] == "user" and found[-1]["content"].startswith("<tool_response>"):
-                found[-1]["content"] += f"\n{text}"  # results of one turn: many templates want turns to alternate
-            else:
-                found.append({"role": "user", "content": text})
+    for is_result, group in itertools.groupby(messages, lambda one: one["role"] == "tool"):
+        if is_result:  # results of one turn: many templates want turns to alternate
+            texts = (f"<tool_response>\n{one['content']}\n</tool_response>" for one in group)
+            found.append({"role": "user", "content": "\n".join(texts)})
             continue
-        calls = [_written(call["function"]) for call in message.get("tool_calls") or ()]
-        rest = {key: value for key, value in message.items() if key != "tool_calls"}
-        found.append(rest | {"content": "\n".join(filter(None, [message["content"], *calls]))})
+        for message in group:
+            calls = [_written(call["function"]) for call in message.get("tool_calls") or ()]
+            rest = {key: value for key, value in message.items() if key != "tool_calls"}
+            found.append(rest | {"content": "\n".join(filter(None, [message["content"], *calls]))})
     if tools:
         listed = "\n".join(_json(tool["function"]) for tool in tools)
         instruction = _INSTRUCTION.format(tools=listed)
@@ -106,12 +105,14 @@ def _of_user(message: Mapping[str, Any]) -> Mapping[str, Any]:
 def _joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The conversation with one message for neighbours of the system or of the user: templates want turns to alternate."""
     found: list[dict[str, Any]] = []
+    texts: list[list[str]] = []  # of each; adding to a text that grows takes time with the square of their number
     for message in messages:
         if found and message["role"] == found[-1]["role"] and message["role"] in ("system", "user"):
-            found[-1] = found[-1] | {"content": f"{found[-1]['content']}\n\n{message['content']}"}
+            texts[-1].append(message["content"])
         else:
             found.append(dict(message))
-    return found
+            texts.append([message["content"]])
+    return [one | {"content": "\n\n".join(parts)} for one, parts in zip(found, texts, strict=True)]
 
 
 def _written(function: Mapping[str, Any]) -> str:

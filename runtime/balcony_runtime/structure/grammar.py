@@ -50,8 +50,9 @@ _ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 #: Mark of llguidance's own form. A search holds Python's lock, so these three expressions take linear time on any text. The one
 #: in llguidance (``any_to_lark``) takes minutes for 200,000 blank lines.
 _LARK = re.compile(r"^[^\S\n]*(%llguidance\b|!?\??start\s*[:\[])", re.MULTILINE)
-#: Texts of a grammar, and names of tokens, such as ``<think>``.
-_NAMED = re.compile(r'"(?:\\.|[^"\\\n])*"|<[^<>\s]+>')
+#: Texts of a grammar, and names of tokens, such as ``<think>``. Escapes outside of texts are skipped as a whole: a quote that
+#: ends nothing would otherwise begin a search to the end of the line at every escaped quote after it.
+_NAMED = re.compile(r'\\.|"(?:\\.|[^"\\\n])*"|<[^<>\s]+>')
 #: Most rules of a GBNF grammar: llguidance's reader takes time with the square of their number.
 MOST_RULES = 2000
 #: Longest reason from the compiler that a message quotes.

@@ -334,3 +334,17 @@ def test_an_interrupt_while_the_pool_is_made_leaves_it_to_the_next_reply(
         patch.setattr(SequencePool, "of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         llm.generate([1, 2], max_new_tokens=1)
     assert llm.pool is not None
+
+
+def test_rows_that_a_prompt_has_run_itself_are_not_cached(llm: LLM) -> None:
+    """A portion of 40 rows has run when another reply with the same 160 first tokens ends: 120 rows are its."""
+    prompt = list(range(10, 170))
+    with llm.together() as replies:
+        late = replies.add([*prompt, 1], max_new_tokens=2, ignore_eos=True)
+        (stream,) = llm._requests.scheduler._streams.values()
+        stream.sequence.run_stage(0, 40)
+        with llm._requests.sequence([*prompt, 2], 170) as other:
+            other.advance(5, [*prompt, 2][other.length :])
+        while replies.open:
+            replies.step()
+    assert late.reply.cached_tokens == 120 and len(late.reply.tokens) == 2

@@ -483,13 +483,13 @@ def test_recorded_rounds_are_decided_again(llm: LLM, tmp_path: Path) -> None:
     for text, message in (
         (lines[0].replace('"rounds": 5', '"rounds": 7'), "version 7 of rounds, must be 5"),
         ("\n".join([lines[0], "{}", lines[1]]), "line 2 is not a line of rounds"),
-        (
-            "\n".join([lines[0], lines[1].replace('"balcony_rows": [', '"balcony_rows": [1, '), *lines[2:]]),
-            "line 2 is not",
-        ),
-        (
-            "\n".join([lines[0], lines[1].replace('"stage_rows": [', '"stage_rows": [-1, '), *lines[2:]]),
-            "line 2 is not",
+        *(
+            ("\n".join([lines[0], lines[1].replace(old, new), *lines[2:]]), "line 2 is not")
+            for old, new in (
+                ('"balcony_rows": [', '"balcony_rows": [1, '),
+                ('"stage_rows": [', '"stage_rows": [-1, '),
+                ('"ended": [', '"ended": [Infinity], "was": ['),
+            )
         ),
         ("\n".join([lines[0].replace('"quality": [', '"quality": [0.5, '), *lines[1:]]), "not readable as a trace"),
         (lines[0], "contains no rounds"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 import pydantic
 import pytest
 
+import balcony_edge
+from balcony_edge import SamplingParams
 from balcony_edge.errors import InputError
 from balcony_runtime.structure.asked import Structure, lenient, structure_of
 from balcony_runtime.structure.grammar import Grammars
 from balcony_runtime.structure.tools import tools_of
-from tests.runtime.structure.test_structure import END, guide_of
+from tests.runtime.structure.test_structure import END, PERSON, PROMPT, guide_of
+from tests.support.command import printed
 
 
 def test_the_end_is_allowed_exactly_where_the_structure_ends(grammars: Grammars) -> None:
@@ -122,6 +126,11 @@ def test_a_lenient_schema_may_have_patterns_that_no_grammar_has(grammars: Gramma
             one, tokens = guide.fork(), [*grammars.tokenizer.tokenize_str(text), END]
             taken = all(one.permits(token) and one.accept(token) is None for token in tokens)
             assert taken == (text == good), text
+    mixed = {**named, "additionalProperties": {"const": 2}}
+    for text in ('{"x": 1}', '{"x": 2}'):
+        guide = guide_of(grammars, json_schema=lenient({"type": "object", **mixed}))
+        tokens = [*grammars.tokenizer.tokenize_str(text), END]
+        assert all(guide.permits(token) and guide.accept(token) is None for token in tokens), text
     kept = {"type": "string", "pattern": r"^\\bfox$"}  # a backslash and the letter b
     assert lenient(kept)["pattern"] == kept["pattern"]
 
@@ -139,6 +148,15 @@ def test_llama_cpps_grammars_may_have_numbers_of_characters(grammars: Grammars) 
     guide = guide_of(grammars, grammar=grammar)
     tokens = [*grammars.tokenizer.tokenize_str("éaß\U0001f600\\u00df"), END]
     assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
+
+
+def test_names_of_tokens_are_found_in_linear_time(grammars: Grammars) -> None:
+    """The search holds Python's lock, and so would hold up all replies."""
+    marked, tokenizer = 'start: "\\\\" /[\\"]/ <end> # "\n', grammars.tokenizer
+    assert grammars._tokenizer_of(Structure("grammar", marked)) is not tokenizer
+    begin = time.process_time()
+    assert grammars._tokenizer_of(Structure("grammar", 'start: "' + '\\"' * 20_000)) is tokenizer
+    assert time.process_time() - begin < 1
 
 
 def test_what_is_kept_is_bounded_in_length(grammars: Grammars, monkeypatch: Any) -> None:
@@ -189,3 +207,29 @@ def test_a_structure_that_is_being_compiled_holds_up_no_other(grammars: Grammars
     for thread in threads:
         thread.join(30)
     assert compiled == [Structure("regex", "new")]
+
+
+def test_a_structure_is_compiled_once(tiny: Any, monkeypatch: Any) -> None:
+    compiled: list[Structure] = []
+    compile_: Callable[..., Any] = Grammars._compile
+    monkeypatch.setattr(Grammars, "_compile", lambda self, asked: compiled.append(asked) or compile_(self, asked))
+    with balcony_edge.load(tiny.path) as llm:
+        for _ in range(3):
+            llm.generate(PROMPT, sampling=SamplingParams(json_schema=PERSON), max_new_tokens=3)
+        for number in range(33):
+            llm.compile_grammar(SamplingParams(regex=f"{number}"))
+        llm.compile_grammar(SamplingParams(json_schema=PERSON))  # 32 others were used since
+        assert len(compiled) == 35
+
+
+def test_a_missing_package_is_named(tiny: Any) -> None:
+    program = (
+        "import sys; sys.modules['llguidance'] = None\n"
+        "import balcony_edge\n"
+        "llm = balcony_edge.load(sys.argv[1])\n"
+        "llm.generate('the fox', max_new_tokens=2)\n"
+        "try:\n    llm.generate('the fox', sampling=balcony_edge.SamplingParams(regex='a'))\n"
+        "except balcony_edge.BalconyError as error:\n    print(error)\n"
+    )
+    said = printed(program, tiny.path)
+    assert "pip install 'balcony-edge[structured]'" in said and said.count("\n") == 1

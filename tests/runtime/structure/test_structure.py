@@ -28,10 +28,9 @@ from balcony_runtime.decoding.policy import Made, Turn
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
-from balcony_runtime.structure.asked import Structure, structure_of
+from balcony_runtime.structure.asked import structure_of
 from balcony_runtime.structure.grammar import Grammars, Guide
 from benchmarks.serving import schemas
-from tests.support.command import printed
 from tests.support.properties import CHANCE, examples
 
 PERSON: dict[str, Any] = {
@@ -131,6 +130,23 @@ def test_a_reply_that_was_cut_leaves_no_rows_of_tokens_that_were_not_told(llm: L
         assert reply.tokens[-1].forced and llm.pool is not None
         tokens = [*prompt, *(token.id for token in reply.tokens)]
         assert llm.pool.forget(tokens) == len(tokens) - 1
+
+
+def test_a_reply_that_ends_in_its_first_step_leaves_no_rows_of_forced_tokens(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client goes away while the prompt runs, so none of its tokens is told."""
+    prompt = PROMPT * 8
+    stream = llm.stream(prompt, sampling=SamplingParams(json_schema=PERSON))
+    forced = stream.request.sampler.forced
+
+    def gone(most: int) -> list[int]:
+        stream.cancel()
+        return forced(most)
+
+    monkeypatch.setattr(stream.request.sampler, "forced", gone)
+    assert list(stream) == [] and llm.pool is not None
+    assert llm.pool.forget(prompt) == len(prompt)
 
 
 def test_forced_tokens_run_no_engine(llm: LLM) -> None:
@@ -467,29 +483,3 @@ def test_a_rule_of_llama_cpps_grammars_may_be_named_start(llm: Any) -> None:
     grammar = 'root ::= start "b" [start] # start\nstart ::= "start"'
     reply = llm.generate(PROMPT, sampling=SamplingParams(grammar=grammar, temperature=1.0, seed=1))
     assert reply.text[:6] == "startb" and reply.text[6:] in "start" and len(reply.text) == 7
-
-
-def test_a_structure_is_compiled_once(tiny: Any, monkeypatch: Any) -> None:
-    compiled: list[Structure] = []
-    compile_: Callable[..., Any] = Grammars._compile
-    monkeypatch.setattr(Grammars, "_compile", lambda self, asked: compiled.append(asked) or compile_(self, asked))
-    with balcony_edge.load(tiny.path) as llm:
-        for _ in range(3):
-            llm.generate(PROMPT, sampling=SamplingParams(json_schema=PERSON), max_new_tokens=3)
-        for number in range(33):
-            llm.compile_grammar(SamplingParams(regex=f"{number}"))
-        llm.compile_grammar(SamplingParams(json_schema=PERSON))  # 32 others were used since
-        assert len(compiled) == 35
-
-
-def test_a_missing_package_is_named(tiny: Any) -> None:
-    program = (
-        "import sys; sys.modules['llguidance'] = None\n"
-        "import balcony_edge\n"
-        "llm = balcony_edge.load(sys.argv[1])\n"
-        "llm.generate('the fox', max_new_tokens=2)\n"
-        "try:\n    llm.generate('the fox', sampling=balcony_edge.SamplingParams(regex='a'))\n"
-        "except balcony_edge.BalconyError as error:\n    print(error)\n"
-    )
-    said = printed(program, tiny.path)
-    assert "pip install 'balcony-edge[structured]'" in said and said.count("\n") == 1

@@ -56,6 +56,8 @@ def decoded_varint(encoded: bytes) -> int:
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
+        if shift > 63:  # a long run of such bytes would take time with its square
+            raise ValueError("a number has more than ten bytes")
         byte = message[at]
         at += 1
         value |= (byte & 127) << shift

@@ -19,6 +19,9 @@ from balcony_edge.errors import BudgetError, InputError
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 
 _log = logging.getLogger(__name__)
+#: Longest name that is looked up. Unpatched versions of Python bring marks of a text into order in quadratic time, under their
+#: lock (https://github.com/python/cpython/issues/149079), and a name could be as long as a body.
+LONGEST_NAME = 1000
 #: Header → key of a budget. Those with ``llm-d`` are llm-d's present names.
 HEADERS = {
     "x-slo-ttft-ms": "ttft_ms",
@@ -87,7 +90,7 @@ class Names:
 
     def listed(self, name: str | None) -> str:
         """A name in the form in which /v1/models has it; None: the model's own."""
-        return normalize("NFC", name or self.name)
+        return normalize("NFC", name[:LONGEST_NAME]) if name else self.name
 
     def budget(
         self, name: str | None, headers: Mapping[str, str], body: Any, most_tokens: int | None = None

@@ -25,6 +25,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from balcony_edge.errors import BalconyError, ContextLengthError
+from balcony_runtime.llm import LLM
+from balcony_runtime.requests import longest
 from balcony_runtime.serve.bodies.asked import Asked, messages_of, read_asked, refuse_unsupported, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import REASON, RefusedError, bad, busy, refusal_of, too_long
@@ -33,7 +35,7 @@ from balcony_runtime.serve.http.openapi import document
 from balcony_runtime.serve.work.answers import Answer, GoneError, gone
 from balcony_runtime.serve.work.energy import powers
 from balcony_runtime.serve.work.jobs import Job
-from balcony_runtime.serve.work.service import Service
+from balcony_runtime.serve.work.service import LARGE_BODY, Service
 from balcony_runtime.serve.work.slots import ACTIONS
 from balcony_runtime.text import TextCodec
 from balcony_runtime.tokens import refuse_foreign
@@ -179,17 +181,20 @@ class _Routes:
     async def _complete(self, request: Request, *, chat: bool) -> ASGIApp:
         self._service.refuse_unready()
         async with self._body(request) as body:
-            asked = read_asked(body, chat=chat)
+            read = partial(read_asked, body, chat=chat)  # of 8 MB it takes seconds, in which no stream would go on
+            asked = await self._service.in_thread(read, len(body)) if len(body) > LARGE_BODY else read()
+            del read  # it holds the body
             watch = asyncio.create_task(gone(request.receive))
             try:
                 answer = await self._answer(asked, len(body), request, watch)
             except BaseException:
                 watch.cancel()
                 raise
+        del asked, body  # the answer lasts, and needs neither prompts nor text
         request.scope[LOGGED] = True
         try:
             answer.begin(watch)
-            if asked.stream:
+            if answer.asked.stream:
                 await answer.opening()
                 return answer.stream
             whole = await answer.whole()
@@ -244,6 +249,8 @@ class _Routes:
                 around = prompt is not None
             encode = partial(llm.encode, text, chat=False, control_tokens=special, add_special_tokens=around)
             ids = await self._service.in_thread(encode, size) if text else []
+        if with_pieces:
+            _refuse_long(llm, len(ids))
         tokens = ids if not with_pieces else await self._service.in_thread(partial(_pieces, llm.codec, ids), size)
         return JSONResponse({"tokens": tokens, "count": len(ids), "max_model_len": llm.engine.max_length})
 
@@ -252,6 +259,7 @@ class _Routes:
         llm = self._service.llm
         async with self._body(request) as body:
             tokens = Fields(body, DETOKENIZE).tokens("tokens")
+            _refuse_long(llm, len(tokens))
             if tokens:
                 refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
             decode = partial(llm.codec.decode, tokens, control_tokens=True)
@@ -357,6 +365,19 @@ def _too_large(most: int) -> RefusedError:
     return RefusedError(
         413, f"the body has more than {most} bytes: send less, or raise --max-body-mb", "body_too_large"
     )
+
+
+def _refuse_long(llm: LLM, tokens: int) -> None:
+    """Refuse to show more tokens than the context has.
+
+    A body of 8 MB may name tokens whose texts are forty times as long, and an answer stays until its client has read it.
+    """
+    if tokens > (most := llm.engine.max_length):
+        whose, _ = longest(llm.engine)
+        raise ContextLengthError(
+            f"{tokens} tokens: this exceeds the available context size ({most} in this {whose}), and more are not shown: "
+            "send fewer"
+        )
 
 
 def _pieces(codec: TextCodec, ids: Sequence[int]) -> list[dict[str, Any]]:

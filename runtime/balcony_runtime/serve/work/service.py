@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -314,6 +314,8 @@ class Service:
             for index, (ids, _, request) in enumerate(prepared)
         ]
         self._jobs |= {job.key: job for job in jobs}
+        # What only the preparation needs may be large, and would stay until the answer ends.
+        asked = replace(asked, prompts=(), tooling={}, template={}, budget=None)
         shapes = Shapes(asked, model, self.llm.codec, [text for _, text, _ in prepared], meter)
         on_close = partial(self._closed, model=model, client=client)
         found = Answer(asked, shapes, jobs, self._parts.worker, self.limits.request_s, lambda: self.retry_s, on_close)

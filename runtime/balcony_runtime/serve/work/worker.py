@@ -150,11 +150,12 @@ class Worker:
             try:
                 resolved = self._llm.resolved(job.budget)
                 exit_layer = resolved.allowed_exits(self._llm.exit_layers)[-1]
+                borrowed = self._together.empty(len(job.ids))
             except Exception as error:  # the job ends, and the others go on
                 self._fail(job, error)
                 continue
             job.begin()
-            self._scoring[job] = _scored(self._together.empty(len(job.ids)), job.ids, exit_layer, job.score)
+            self._scoring[job] = _scored(borrowed, job.ids, exit_layer, job.score)
 
     def _begin(self, job: Job) -> None:
         if job.request is None:

@@ -1,113 +1,27 @@
-"""The server's page in a real browser: Chromium without a window, driven through WebDriver as a person would use it."""
+"""The server's page in a real browser, used as a person would use it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
 from tests.serve.conftest import with_template
+from tests.serve.page.steps import MARKS, ask, chats, choose, complaints, ended, held_back, part, slide, tokens, until
 from tests.serve.test_reach import THINKS
 
-pytest.importorskip("selenium")  # `make test` installs it
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
-
-BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        sys.platform != "linux" or BROWSER is None or DRIVER is None,
-        reason="no browser: apt-get install chromium chromium-driver",
-    ),
-]
-PAGE_SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with Chrome(options, ChromeService(DRIVER)) as driver:
-        yield driver
-
-
-@pytest.fixture
-def page(browser: Chrome, server: Server) -> Iterator[Chrome]:
-    """The page after it has loaded, in a window of a laptop's size. It writes nothing on the console in any test."""
-    browser.set_window_size(1200, 900)
-    browser.get(server.url)
-    until(browser, lambda: chats(browser))
-    yield browser
-    assert complaints(browser) == []
-
-
-def complaints(browser: Chrome) -> list[str]:
-    """Warnings and errors on the page's console since the last call."""
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
-
-
-def until(browser: Chrome, found: Callable[[], Any]) -> Any:
-    return WebDriverWait(browser, PAGE_SECONDS, poll_frequency=0.02).until(lambda _: found())
-
-
-def chats(browser: Chrome) -> list[WebElement]:
-    return browser.find_elements(By.CSS_SELECTOR, "#chats section")
-
-
-def part(chat: WebElement, name: str) -> WebElement:
-    return chat.find_element(By.CLASS_NAME, name)
-
-
-def ask(chat: WebElement, text: str) -> None:
-    part(chat, "text").send_keys(text, Keys.ENTER)
-
-
-def choose(chat: WebElement, name: str) -> None:
-    part(chat, "model").find_element(By.CSS_SELECTOR, f"option[value='{name}']").click()
-
-
-def tokens(chat: WebElement) -> list[WebElement]:
-    return chat.find_elements(By.CSS_SELECTOR, ".answer span")
-
-
-def ended(chat: WebElement) -> bool:
-    return part(chat, "send").is_enabled()
-
-
-def slide(browser: Chrome, slider: WebElement, value: int) -> None:
-    """Move a slider as a person does: its value changes, and the page hears of it."""
-    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
-    browser.execute_script(script, slider, value)
-
-
-def held_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Hold prompts back until the event that is returned is set."""
-    gate, encode = threading.Event(), server.service.llm.encode
-
-    def slowly(*args: Any, **options: Any) -> list[int]:
-        assert gate.wait(60)
-        return encode(*args, **options)
-
-    monkeypatch.setattr(server.service.llm, "encode", slowly)
-    return gate
+pytestmark = MARKS
 
 
 def test_a_reply_in_the_colours_of_its_exits(page: Chrome, http: httpx.Client) -> None:
@@ -215,18 +129,6 @@ def test_a_target_replaces_the_fixed_exit_of_a_name(page: Chrome, name: str) -> 
     assert not chat.find_elements(By.CLASS_NAME, "error")
 
 
-def test_a_refused_message_can_be_sent_again(page: Chrome, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    (chat,) = chats(page)
-    monkeypatch.setattr(server.service, "draining", True)
-    ask(chat, "hello")
-    until(page, lambda: chat.find_elements(By.CLASS_NAME, "error"))
-    assert part(chat, "text").get_property("value") == "hello"
-    assert part(chat, "status-text").get_property("textContent") == "Error: the server is stopping: use another one"
-    assert not chat.find_elements(By.CLASS_NAME, "you")  # the model has not heard of it
-    assert page.switch_to.active_element == part(chat, "text")
-    assert all(" 503 " in complaint for complaint in complaints(page))
-
-
 def test_stop_ends_the_reply(page: Chrome, server: Server) -> None:
     (chat,) = chats(page)
     choose(chat, "tiny:slow")
@@ -307,6 +209,9 @@ def test_a_token_that_is_tapped_says_why(page: Chrome) -> None:
         log.send_keys(key)
         assert part(chat, "why").text == shown[place].get_attribute("title")
         assert shown[place].get_attribute("title") in part(chat, "status-text").get_property("textContent")
+    for modifier in ("alt", "ctrl", "meta", "shift"):  # back to the page before, or a longer selection
+        options = f"{{key: 'ArrowLeft', {modifier}Key: true, cancelable: true}}"
+        assert page.execute_script(f"return arguments[0].dispatchEvent(new KeyboardEvent('keydown', {options}))", log)
 
 
 def test_the_strip_is_drawn_anew_after_the_window_has_changed(page: Chrome) -> None:
@@ -315,18 +220,6 @@ def test_the_strip_is_drawn_anew_after_the_window_has_changed(page: Chrome) -> N
     for width in (700, 1100):
         page.set_window_size(width, 900)
         until(page, lambda: page.execute_script(fits, part(chat, "strip")))
-
-
-def test_an_empty_reply_is_told_and_its_question_can_be_sent_again(page: Chrome) -> None:
-    (chat,) = chats(page)
-    piece = '{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"balcony":{"exit":null}}'
-    page.execute_script(
-        "window.fetch = async () => new Response(`data: ${arguments[0]}\\n\\ndata: [DONE]\\n\\n`)", piece
-    )
-    ask(chat, "hello")
-    until(page, lambda: chat.find_elements(By.CLASS_NAME, "error") and ended(chat))
-    assert "the model ended it at once" in part(chat, "error").text
-    assert part(chat, "text").get_property("value") == "hello" and not chat.find_elements(By.CLASS_NAME, "you")
 
 
 def test_an_answer_is_apart_from_its_thought(page: Chrome) -> None:
@@ -393,41 +286,6 @@ def test_one_connection_is_left_for_the_sliders(page: Chrome) -> None:
     assert not add.is_enabled()
     part(chats(page)[-1], "close").click()
     assert add.is_enabled() and page.switch_to.active_element == add
-
-
-def test_a_model_that_loads_is_no_error(browser: Chrome, serve: Callable[..., Server]) -> None:
-    server = serve()
-    loaded, server.service._loaded = server.service._loaded, None
-    browser.get(server.url)
-    until(browser, lambda: "The model is loading" in browser.find_element(By.ID, "trouble").text)
-    server.service._loaded = loaded
-    until(browser, lambda: chats(browser))
-    assert browser.find_element(By.ID, "trouble").text == ""
-    assert all(" 503 " in complaint for complaint in complaints(browser))
-
-
-def test_errors_are_shown(page: Chrome) -> None:
-    (chat,) = chats(page)
-    choose(chat, "tiny:strict")
-    ask(chat, "hello")
-    until(page, lambda: chat.find_elements(By.CLASS_NAME, "error") and ended(chat))
-    assert "tpot_ms = 1e-06" in part(chat, "error").text and not tokens(chat)
-    assert [
-        entry["message"].split(" ")[0] for entry in page.get_log("browser")
-    ]  # the browser itself reports the status 422
-
-
-def test_a_key_is_asked_for(browser: Chrome, serve: Callable[..., Server]) -> None:
-    browser.get(serve(api_key="secret").url)
-    until(browser, lambda: "key" in browser.find_element(By.ID, "trouble").text.lower())
-    assert not chats(browser)
-    browser.find_element(By.ID, "key").send_keys("wrong, \u043a\u043b\u044e\u0447", Keys.TAB)  # no header may have it
-    until(browser, lambda: "not the server's key" in browser.find_element(By.ID, "trouble").text)
-    browser.find_element(By.ID, "key").clear()
-    browser.find_element(By.ID, "key").send_keys("secret", Keys.TAB)
-    until(browser, lambda: chats(browser))
-    assert browser.find_element(By.ID, "trouble").text == ""
-    assert "401" in complaints(browser)[0]
 
 
 def test_watts_where_a_sensor_measures_them(browser: Chrome, serve: Callable[..., Server]) -> None:
