@@ -82,7 +82,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 def shown(value: object) -> str:
     """A value as a message shows it: on one line of bounded length."""
     try:
-        text = repr(value)
+        text = " ".join(line.strip() for line in repr(value).splitlines())  # an array has several
     except ValueError:  # Python writes no integer of more than 4,300 digits
         text = f"{type(value).__name__} with a number that is too long to show"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -21,11 +22,13 @@ import balcony_edge
 from balcony_edge.bundle.manifest import MANIFEST, BlockSpec, Manifest
 from balcony_edge.cli import app
 from balcony_edge.cli.options import OnDevice
+from balcony_edge.simulation.plant import RANGES, Physics
 from balcony_runtime.backends.choose import DeviceName
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, Token, TokenStream
 from balcony_runtime.sensors.jetson import _scope
+from balcony_runtime.sensors.sampler import MAX_RATE_HZ
 from balcony_runtime.serve.bodies.fields import COMPLETION, FOREIGN
 from balcony_runtime.serve.bodies.refusal import _KINDS
 from balcony_runtime.serve.http.connections import KEEP_ALIVE_S
@@ -76,6 +79,7 @@ def test_the_page_of_the_server_has_its_bounds() -> None:
         f"is silent within the TLS handshake | {limits.head_s:g} s |",
         f"keeps a connection idle between two requests | {KEEP_ALIVE_S} s, longer",
         f"sends its body slowly | 408 after {limits.body_s:g} s |",
+        f"| 408 | `slow_body` | the body takes longer than {limits.body_s:g} s |",
         f"its reply is paused; after {limits.unread_s:g} s in which it read less",
         f"opens many connections | {limits.connections} at most",
         f"over {limits.bodies_bytes / 1e6:g} MB with those of others",
@@ -200,10 +204,37 @@ def test_terms_that_the_architecture_uses_are_in_its_table() -> None:
     assert terms >= {"prices", "slowdown", "pace", "round", "member", "portable set", "lowered set"}
 
 
+def test_the_advice_on_int4_has_the_figures_of_both_models() -> None:
+    """Those of their tables, at the full depth."""
+    text = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
+    measured = re.findall(r"^\| \*\*int4\*\* \| \d+ \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    advice = text.split("1. Take int4 first.", 1)[1].split("\n2. ", 1)[0]
+    assert len(measured) == 2
+    assert set(re.findall(r"\d+\.\d+", advice)) == {figure for pair in measured for figure in pair}
+
+
+def test_the_page_of_the_controller_has_the_constants_that_no_profile_replaces() -> None:
+    """The others are the profile's, or depend on it: as `physics` of `simulate` takes them."""
+    text = (ROOT / "docs" / "controller.md").read_text(encoding="utf-8")
+    replaced = {"noise", "base_memory_bytes", "row_bytes", "idle_w", "busy_w", "throttle_c", "kelvin_per_watt"}
+    (others,) = re.findall(r"^\| the others \| (.+) \|$", text, re.MULTILINE)
+    told = {key: float(value) for key, value in re.findall(r"`(\w+)=([\d.]+)`", others)}
+    assert told == {key: float(getattr(Physics(), key)) for key in RANGES.keys() - replaced}
+
+
 def test_every_page_is_linked() -> None:
     linked = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for page in ROOT.glob("docs/[!R]*.md"):  # docs/README.md is the index
         assert f"{page.name})" in linked or f"{page.name}#" in linked, f"no page links to docs/{page.name}"
+
+
+def test_budgets_and_profiles_of_examples_are_in_the_repository() -> None:
+    """Or the page makes them, with `-o`."""
+    for page in (ROOT / "README.md", *ROOT.glob("docs/[!L]*.md")):
+        text = page.read_text(encoding="utf-8")
+        made = set(re.findall(r"-o (\S+\.json)", text)) | {"my-device.json"}  # docs/profiling.md
+        named = set(re.findall(r"--(?:budget|profile) (\S+\.(?:toml|json))", text)) - made
+        assert not [name for name in named if not (ROOT / name).exists()], page
 
 
 def test_the_api_page_names_everything() -> None:
@@ -235,6 +266,12 @@ def test_the_page_of_sensors_lists_the_sources_in_order_of_trust(tmp_path: Path)
     table = text.split("\n## Sources\n", 1)[1].split("\n###", 1)[0]
     told = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert told == [source.name for source in balcony_edge.device_sources(tmp_path)]
+
+
+def test_the_page_of_sensors_has_the_rate_of_reading() -> None:
+    default = inspect.signature(balcony_edge.Sensors).parameters["rate_hz"].default
+    told = f"reads it `rate_hz` times a second ({default:g}; {MAX_RATE_HZ:g} at most)"
+    assert told in (ROOT / "docs" / "sensors.md").read_text(encoding="utf-8")
 
 
 def test_the_errors_of_a_reply_are_named() -> None:

@@ -133,7 +133,8 @@ def _explain(error: OSError) -> bool:
     full = error.errno in (errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
     cure = "free space or files, or name another path" if full else "make it accessible, or name another path"
     line = f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}"
-    known = full or error.errno in (errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+    closed = (errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+    known = full or error.errno in closed
     if error.filename is None and error.errno == errno.ENOENT:  # of os.getcwd, for a relative path
         known, line = True, "balcony-edge: the current directory was removed: change to another one"
     elif error.filename is None:  # an error of a standard stream

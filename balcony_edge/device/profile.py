@@ -118,7 +118,10 @@ class Residual(_Frozen):
 
 
 class Power(_Frozen):
-    """Average power of one rail while the device decoded at one exit, and while it was idle before that."""
+    """Average power of one rail while the device decoded at one exit, and while it was idle before that.
+
+    ``context`` is that of the middle token; None in older profiles: :attr:`DeviceProfile.least_context`.
+    """
 
     exit_layer: Layer
     rail: Rail
@@ -126,6 +129,7 @@ class Power(_Frozen):
     busy_w: Watts
     idle_w: Watts | None
     joules_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    context: Count | None = None
 
 
 class Moment(_Frozen):

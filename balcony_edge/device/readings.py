@@ -6,6 +6,7 @@ measure is None, never 0: a controller without a reading says so instead of stee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -63,9 +64,10 @@ class Reading:
     throttled: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON-ready values, without those that were not measured."""
+        """Fields as JSON-ready values, without those that were not measured or are no finite number."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        finite = (one for one in values.items() if not isinstance(one[1], float) or math.isfinite(one[1]))
+        return {name: value for name, value in finite if value is not None}
 
     @staticmethod
     def from_dict(values: Any) -> Reading:

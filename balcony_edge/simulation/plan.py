@@ -14,6 +14,7 @@ from statistics import fmean
 from balcony_edge.budget import UNEVALUATED_BUNDLE, UNEVALUATED_PROFILE, Budget
 from balcony_edge.control.controller import probability_of, quantile_of
 from balcony_edge.control.deadline import BURST_TOKENS
+from balcony_edge.control.governor import slowest_tps
 from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
@@ -182,6 +183,13 @@ class _Planner:
                 math.exp(quantile * self._deviation(check.target)) if check.probability is not None else 1.0
             )
 
+        def least_w(plan: ExitPlan) -> float:
+            """Power at the slowest pace that waits may leave; without waits that of decoding."""
+            power, busy_w = self.profile.powered(self.rail), plan.watts or 0.0
+            if power is None or not self.budget.pacing:
+                return busy_w
+            return power[0] + (busy_w - power[0]) * min(slowest_tps(self.budget) * plan.tpot_ms / 1000, 1.0)
+
         for target in dict.fromkeys(check.target for plan in possible for check in plan.checks):
             checks = [check for plan in possible for check in plan.checks if check.target == target]
             expected = [check.expected for check in checks if check.expected is not None]
@@ -189,6 +197,8 @@ class _Planner:
                 continue
             if target == "min_agreement":
                 found[target] = max(expected)
+            elif target == "power_w":
+                found[target] = min(map(least_w, possible))
             else:
                 found[target] = reachable(checks[0], min(expected))
         if not found:
@@ -196,7 +206,8 @@ class _Planner:
             best = min(possible, key=lambda plan: sum(check.met is False for check in plan.checks))
             for check in best.checks:
                 if check.met is False and check.expected is not None:
-                    found[check.target] = reachable(check, check.expected)
+                    watts = least_w(best) if check.target == "power_w" else None
+                    found[check.target] = reachable(check, check.expected) if watts is None else watts
         return found
 
     def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float], float | None]:
@@ -278,7 +289,10 @@ class _Planner:
     def _step_j(self, exit_layer: int) -> float | None:
         """Energy of a step at the planned context: the measured one, times the ratio of the times of the two steps."""
         measured_j, costs = self.profile.joules_per_token(exit_layer, self.rail), self.profile.costs
-        longer = costs.steady_ms(exit_layer, self.context) / costs.steady_ms(exit_layer, self.profile.least_context)
+        power, context = self.profile.power_at(exit_layer, self.rail), self.profile.least_context
+        if power is not None and power.context is not None:
+            context = power.context
+        longer = costs.steady_ms(exit_layer, self.context) / costs.steady_ms(exit_layer, context)
         return None if measured_j is None else measured_j * longer
 
 

@@ -114,7 +114,7 @@ def _trace(exits: ExitModel, options: ExportOptions, progress: ProgressCallback)
         graphs[f"balcony_{exit_layer}"] = traced
     graphs["norm"] = head.build_norm(exits)
     graphs["lm_head"] = head.build_head(exits)
-    lowered = lower.lower_all(graphs, spec) if lower.can_lower(exits) else {}
+    lowered = lower.lower_all(graphs, spec) if lower.can_lower(spec, exits.rotated) else {}
     for one in graphs.values():
         spell_out(one)
         write_in_standard_operators(one)
@@ -312,7 +312,8 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if isinstance(template, dict):  # several by name, of which one is for chats
         if "default" not in template:
             raise CheckpointError(
-                f"the tokenizer has chat templates {', '.join(template)} and none called 'default': keep one of them"
+                f"the tokenizer has chat templates {', '.join(template)} and none called 'default': give the one for chats "
+                "that name"
             )
         template = template["default"]
     return template if isinstance(template, str) else None
@@ -326,7 +327,7 @@ def _refuse_misfits(exits: ExitModel, spec: ModelSpec, scheme: Scheme | None, *,
         return
     if scheme.kv_bits == 8 and not spec.num_attention_heads:
         raise InputError(f"--precision {scheme}: the model has no attention, so no keys and values: leave kv=8 out")
-    if not lower.can_lower(exits):
+    if not lower.can_lower(spec, exits.rotated):
         raise InputError(
             f"--precision {scheme}: the model's heads have {spec.head_dim} values, of which {exits.rotated} are rotated, and "
             "ONNX Runtime's fused attention, which quantized bundles use, takes multiples of 16: export with fp32"

@@ -56,7 +56,7 @@ def parse_budget(text: str) -> float:
     except ValueError:
         value = -1.0
     if key != "kl" or not 0 < value < 100:
-        raise InputError(f"--quality-budget {text}: must be kl= and nats above 0, e.g. kl=0.02")
+        raise InputError(f"--quality-budget {text}: must be kl= and nats above 0 and below 100: give e.g. kl=0.02")
     return value
 
 

@@ -145,15 +145,10 @@ def verify(
         quantized = manifest.quantization
         if quantized is not None and quantized.kv_bits == 8:
             subjects = {", int8 cache": bundle}
-        elif (
-            quantized is not None
-            and quantized.accuracy_level == 4
-            and quantized.bits == 8
-            and mixture(exits.model.config)
-        ):
-            subjects = {", level 4": bundle}  # 8-bit experts have no other level
         elif quantized is not None and quantized.accuracy_level == 4:
-            subjects = {", level 1": at_level_1(bundle, scratch), ", level 4": bundle}
+            subjects = {", level 4": bundle}
+            if quantized.bits == 4 or mixture(exits.model.config) is None:  # 8-bit experts have no other level
+                subjects = {", level 1": at_level_1(bundle, scratch), **subjects}
         phases: dict[str, _Logits] = {}
         for suffix, subject in subjects.items():
             with Engine.of(subject, device="cpu") as engine:  # not an engine set of it, whose rounding is another

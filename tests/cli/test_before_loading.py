@@ -81,3 +81,14 @@ def test_a_pipe_is_not_emptied_by_the_look_at_it() -> None:
     refuse_unreadable([pipe])
     assert [document.text for document in read_documents(pipe)] == ["the fox", "the dog"]
     os.close(reads)
+
+
+def test_a_quality_budget_is_refused_by_the_bound_that_it_exceeds(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    command = ("export", tiny_checkpoint, "--exits", "2", "-o", tmp_path / "b", "--quality-budget", "kl=100")
+    refused_here("--quality-budget kl=100: must be kl= and nats above 0 and below 100: give e.g. kl=0.02", *command)
+
+
+def test_gpus_are_not_named_for_the_tensorrt_that_builds_for_its_own(tmp_path: Path) -> None:
+    """The builder would send the user to --target tensorrt, which is given."""
+    command = ("build", tmp_path, "--target", "tensorrt", "--sm", "87")
+    refused_here("--sm with --target tensorrt: it builds for the GPU of this machine only: leave --sm out", *command)

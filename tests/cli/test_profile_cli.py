@@ -333,6 +333,15 @@ def test_a_profile_of_a_busy_device_says_so_whenever_it_is_used(measured: Path, 
     assert f"While it was measured: {note}" in report(DeviceProfile.load(busy))
 
 
+def test_a_report_has_the_memory_of_recurrent_layers(measured: Path) -> None:
+    """Their states do not grow with the tokens: of Mamba nearly all memory of a reply."""
+    from balcony_runtime.profiler.report import _facts
+
+    profile = DeviceProfile.load(measured)
+    memory = profile.memory.model_copy(update={"sequence_bytes": 86_000_000})
+    assert "<td>86.0 MB</td>" in _facts(profile.model_copy(update={"memory": memory}))
+
+
 def test_a_report_of_a_slow_device_has_its_rate(measured: Path) -> None:
     from balcony_runtime.profiler.report import _summary
 
@@ -355,6 +364,15 @@ def test_a_name_that_looks_like_a_cell_is_a_text(measured: Path) -> None:
     named = profile.residuals[0].model_copy(update={"part": "<td onclick=forged()>"})
     page = report.report(profile.model_copy(update={"residuals": (named,)}))
     assert "<td onclick=forged()>" not in page and "&lt;td onclick=forged()&gt;" in page
+
+
+def test_ten_seconds_and_more_are_no_powers_of_ten(measured: Path) -> None:
+    report = pytest.importorskip("balcony_runtime.profiler.report")
+    pytest.importorskip("plotly", reason="the report is an extra: pip install 'balcony-edge[report]'")
+    profile = DeviceProfile.load(measured)
+    entry = profile.select("decode")[0].model_copy(update={"predicted_ms": 12345.678})
+    page = report.report(profile.model_copy(update={"entries": (entry,)}))
+    assert '<td data-value="12345.678">12346</td>' in page
 
 
 def test_a_report_without_its_library_names_the_cure(tiny: Any, tmp_path: Path) -> None:

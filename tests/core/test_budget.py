@@ -108,8 +108,15 @@ def test_something_else_than_keys() -> None:
 
 @pytest.mark.parametrize(
     "keys",
-    [{"a\nb": 1}, {"tpot_ms": "x\ny" * 1000}, {"x" * 5000: 1}, {"expected_tokens": 10**5000}, {"zzz": [10**5000]}],
-    ids=["newline", "long", "long key", "number", "list"],
+    [
+        {"a\nb": 1},
+        {"tpot_ms": "x\ny" * 1000},
+        {"tpot_ms": np.zeros((2, 2))},
+        {"x" * 5000: 1},
+        {"expected_tokens": 10**5000},
+        {"zzz": [10**5000]},
+    ],
+    ids=["newline", "long", "array", "long key", "number", "list"],
 )
 def test_every_message_is_one_line_of_bounded_length(keys: dict[str, Any]) -> None:
     with pytest.raises(BudgetError) as caught:

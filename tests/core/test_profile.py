@@ -273,15 +273,24 @@ def test_plan_never_makes_up_what_was_not_measured() -> None:
         make_plan(make_profile(), Budget(exit_layer=5))
 
 
+def test_joules_of_a_long_block_are_those_of_its_middle() -> None:
+    """A block of 400 tokens after 128 others: the measured mean is that of a token after 328, not of the first one."""
+    power = (Power(exit_layer=4, rail="board", source="r", busy_w=10, idle_w=2, joules_per_token=0.2, context=328),)
+    plan = make_plan(make_profile(power=power), Budget(energy_j_per_token=1), prompt_tokens=264)
+    assert plan.exits[0].joules_per_token == pytest.approx(0.2)
+
+
 def test_no_wait_brings_power_below_that_of_the_idle_device() -> None:
     power = tuple(
         Power(exit_layer=layer, rail="board", source="r", busy_w=10, idle_w=4, joules_per_token=0.2) for layer in (4, 8)
     )
     reachable = make_plan(make_profile(power=power), Budget(power_w=6))
     assert reachable.feasible and [exit_.met for exit_ in reachable.exits] == [None, None]
-    below = make_plan(make_profile(power=power), Budget(power_w=3))
+    below = make_plan(make_profile(power=power), Budget(power_w=3), prompt_tokens=64)
     assert not below.feasible and [exit_.met for exit_ in below.exits] == [False, False]
-    assert below.nearest == {"power_w": 10} and below.notes == ()
+    least_w = 4 + 6 * COSTS.steady_ms(4, 128) / 1000  # at one token a second
+    assert below.nearest == {"power_w": pytest.approx(least_w)} and below.notes == ()
+    assert make_plan(make_profile(power=power), Budget(power_w=least_w), prompt_tokens=64).feasible
 
 
 def test_compare_tells_chance_from_difference() -> None:

@@ -164,6 +164,13 @@ def _of_a_later_format(path: Path) -> None:
     (path / "balconies.json").write_text(json.dumps({"format_version": 9, "exits": [2, 3]}))
 
 
+def _train(path: Path) -> None:
+    """A record that is a list."""
+    index = json.loads((path / "balconies.json").read_text())
+    index["exits"]["3"]["training"] = [7]
+    (path / "balconies.json").write_text(json.dumps(index))
+
+
 def _escape(path: Path) -> None:
     index = json.loads((path / "balconies.json").read_text())
     index["exits"]["3"]["file"] = "../outside.safetensors"
@@ -185,6 +192,7 @@ def _escape(path: Path) -> None:
         ),
         (_edit("exits", []), "is damaged"),
         (_escape, "is damaged"),
+        (_train, "is damaged"),
         (lambda path: (path / "balconies.json").unlink(), r"has no balconies\.json"),
         (lambda path: (path / "balconies.json").write_text("{"), "is damaged"),
     ],
@@ -336,3 +344,13 @@ def test_a_mean_of_what_is_not_alike_is_refused(
     with pytest.raises(InputError, match="1 directory to average: give two or more"):
         average([tmp_path / "two"], tmp_path / "mean")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_mean_of_balconies_without_a_record_is_written(tmp_path: Path, make_tiny: Callable[..., Any]) -> None:
+    model = make_tiny("llama")
+    for name in ("one", "two"):
+        save_balconies(tmp_path / name, init_balconies(model, (2,)), fingerprint(model))
+        index = json.loads((tmp_path / name / "balconies.json").read_text())
+        del index["exits"]["2"]["training"]
+        (tmp_path / name / "balconies.json").write_text(json.dumps(index))
+    assert average([tmp_path / "one", tmp_path / "two"], tmp_path / "mean") == (2,)

@@ -113,6 +113,10 @@ _SHARD = b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
             _write("model.safetensors", (100_000).to_bytes(8, "little") + b"[" * 100_000),
             "is not a safetensors file, or is cut short",
         ),
+        *(
+            (_write("model.safetensors", len(header).to_bytes(8, "little") + header), "is not a safetensors file")
+            for header in (b'{"a": {"data_offsets": [0]}}', b'{"a": {"data_offsets": [0, "4"]}}')
+        ),
         (_write("config.json", b"{}"), r"config\.json: has no model_type"),
         (_configured(model_type="no_such_model"), "cannot be loaded .*no_such_model"),
         (_configured(hidden_size="32"), "cannot be loaded .*hidden_size"),
@@ -245,6 +249,19 @@ def test_truncated_gguf_is_named(demo: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "cut.gguf")
 
 
+def test_a_part_of_a_gguf_file_is_not_called_damaged(tmp_path: Path) -> None:
+    """As Qwen publishes its 7B: to download a part again would not help."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 2)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"m\.gguf: is one of 2 parts of a GGUF file: join them"):
+        checkpoint._check_gguf(tmp_path / "m.gguf")
+
+
 def write_gguf(path: Path, architecture: str, tensor: str = "output_norm.weight", **fields: Any) -> None:
     """Write a GGUF file with one tensor and some fields, named as the writer's methods are (``block_count``)."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -255,6 +272,14 @@ def write_gguf(path: Path, architecture: str, tensor: str = "output_norm.weight"
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_gguf_file_whose_texts_are_damaged_is_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "qwen2")
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content.replace(b"qwen2", b"\xffwen2", 1))
+    with pytest.raises(CheckpointError, match=r"m\.gguf: is damaged \(.*utf-8.*\): download it again"):
+        load_model(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("scaling", ["rope_freqs.weight", "rope_factors_short.weight", "yarn", "none"])

@@ -149,7 +149,8 @@ def test_of_several_chat_templates_the_default_is_taken(make_tiny: Any, make_tok
     _write_tokenizer(model, tokenizer, _chat_template(tokenizer), tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
     tokenizer.chat_template = {"tool_use": "tools"}
-    with pytest.raises(CheckpointError, match="has chat templates tool_use and none called 'default'"):
+    words = "has chat templates tool_use and none called 'default': give the one for chats that name"
+    with pytest.raises(CheckpointError, match=words):
         export_bundle(ExitModel(model), tokenizer, tmp_path / "out", OPTIONS, traced=cast(Any, "no trace is needed"))
     assert not (tmp_path / "out").exists()
 

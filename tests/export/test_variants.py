@@ -243,6 +243,19 @@ def test_an_extracted_tokenizer_has_a_class_that_transformers_4_knows(
     assert load_tokenizer(tmp_path / "out")("the fox").input_ids == make_tokenizer()("the fox").input_ids
 
 
+def test_an_extracted_tokenizer_names_further_control_tokens_as_transformers_4_does(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """It refuses the list of transformers 5, `extra_special_tokens`, with an AttributeError (SmolLM2, Qwen)."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    extract(ExitModel.open(make_tiny("llama"), (2,)), tokenizer, 2, tmp_path / "out")
+    named = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert named["additional_special_tokens"] == ["<end>"] and "extra_special_tokens" not in named
+    loaded: Any = load_tokenizer(tmp_path / "out")
+    assert loaded.extra_special_tokens == ["<end>"]
+
+
 @pytest.mark.parametrize("name", ["falcon-h1", "llama", "granite"])
 def test_an_exit_of_a_bfloat16_checkpoint_is_extracted(
     name: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path
@@ -310,9 +323,19 @@ def test_extraction_warns_of_layers_that_do_not_follow_their_number(make_tiny: C
     )
     assert str(warning("gemma3", 5, **by_rule)).startswith("layer_types: the last layer is not what its number says")
     assert warning("smollm3", 3, **by_rule) is warning("gemma3", 3, **by_rule) is None
+    assert str(warning("qwen3.5", 4, **by_rule)).startswith("layer_types: the last layer is not what its number says")
+    assert warning("qwen3.5", 3, **by_rule) is None
     letters: dict[str, Any] = {"num_hidden_layers": 8, "sliding_window_pattern": "LLLG"}  # as in EXAONE 4.0 32B
     letters["layer_types"] = [*["sliding_attention"] * 3, "full_attention"] * 2
     assert str(warning("exaone4", 4, **letters)).startswith("layer_types: the last layer is not what its number says")
     assert warning("exaone4", 3, **letters) is None
     assert warning("exaone4", 3, sliding_window=None, layer_types=["full_attention"] * 5) is None  # as in that of 1.2B
     assert [warning(name, 3) for name in ("llama", "gemma3", "smollm3", "lfm2", "qwen3")] == [None] * 5
+
+
+def test_an_extracted_lfm2_lists_the_layers_of_its_own_that_attend(make_tiny: Callable[..., Any]) -> None:
+    """The files of LFM2-350M, 700M and 1.2B have this list and no layer_types; some engines go by the list."""
+    model = make_tiny("lfm2", layer_types=None, full_attn_idxs=[1, 3])
+    small = submodel(ExitModel(model, init_balconies(model, (2,))), 2).config
+    assert (small.full_attn_idxs, small.layer_types) == ([1, 2], ["conv", "full_attention", "full_attention"])
+    assert layout_warning(model.config, small) is None

@@ -83,6 +83,8 @@ def build(
         raise InputError(f"--precision {precision}: --block and --rounded-as are for int4: leave them out")
     if graphs_only and (sm or whole or timing_cache is not None):
         raise InputError("--graphs-only: --sm, --whole and --timing-cache only affect engines: leave them out")
+    if sm and target == "tensorrt":
+        raise InputError("--sm with --target tensorrt: it builds for the GPU of this machine only: leave --sm out")
     if timing_cache is not None and target == "rtx":
         raise InputError("--timing-cache: TensorRT-RTX does not time kernels while it builds: leave it out")
     if timing_cache is not None:

@@ -287,8 +287,9 @@ class Composer:
         place = view.stream.key, index
         found = self._tokens.get(place)
         if found is None:
-            _, _, context, stage_rows, balcony_rows, _, _, _, shares, _ = view.stream
-            found = self._tokens[place] = self._prices.token(index, stage_rows, balcony_rows, context, shares)
+            seen = view.stream
+            price = self._prices.token(index, seen.stage_rows, seen.balcony_rows, seen.context_length, seen.shares)
+            found = self._tokens[place] = price
         return found
 
 

@@ -194,7 +194,7 @@ class JointController:
         mean, deviation, prices, exits = slowdown.mean, slowdown.deviation, self._prices, self._costs.exits
         streams, who, found, now_s = dict(state.streams), [], [], seen.now_s
         price_ms, passes, deepest, limit_ms = 0.0, 0, 0, math.inf
-        for key, budget, context, stage_rows, balcony_rows, made, _, asked_s, shares, _ in seen.streams:
+        for key, budget, context, stage_rows, balcony_rows, made, _, asked_s, shares, _, _ in seen.streams:
             _, lowest, highest, _, quantile, gap_only = self._facts(budget)
             known = streams.get(key)
             if known is None or not made or not gap_only:
@@ -319,7 +319,7 @@ class JointController:
     def _only_feared(self, views: Sequence[View], slowdown: Slowdown) -> bool:
         """Whether it is the load of earlier replies that the only stream cannot meet, and no step of its own was measured."""
         view = views[0]
-        if len(views) > 1 or view.stream.made_tokens >= UNMEASURED:
+        if len(views) > 1 or view.stream.made_tokens - view.stream.forced_tokens >= UNMEASURED:
             return False
         eased = math.exp(max(slowdown.mean, 0.0))
         eased_view = view._replace(period_ms=view.period_ms * eased, room_ms=view.room_ms * eased)

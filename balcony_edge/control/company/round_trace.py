@@ -184,7 +184,7 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
         quality = tuple(float(value) for value in header["quality"])
         if len(quality) != len(costs.exits):
             raise ValueError("qualities of another number of exits")
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (OSError, OverflowError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise InputError(f"{name}: not readable as a trace of rounds ({type(error).__name__}): {_AGAIN}") from error
     budgets: dict[int, Budget] = {}
     readings: tuple[Reading, ...] = ()
@@ -210,7 +210,7 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
             rounds.append(RecordedRound(seen, outcome, str(line["reason"]), tuple(map(int, line["ended"]))))
         except BalconyError as error:
             raise InputError(f"{name}: line {number}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OverflowError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number == len(lines) and rounds:
                 break
             raise InputError(

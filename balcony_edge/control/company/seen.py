@@ -31,6 +31,7 @@ class StreamSeen(NamedTuple):
         asked_s: time at which its next token was asked for; time that its reader takes does not count.
         shares: whether its rows share passes with those of others; else its steps run by themselves.
         late: number of its tokens that missed ``tpot_ms``.
+        forced_tokens: number of ``made_tokens`` that no step made, because the structure of the reply left no other.
     """
 
     key: int
@@ -43,6 +44,7 @@ class StreamSeen(NamedTuple):
     asked_s: float
     shares: bool = True
     late: int = 0
+    forced_tokens: int = 0
 
 
 class LearnedAlone(NamedTuple):

@@ -80,7 +80,7 @@ def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, in
         scale: :func:`scale_of` for the probability of its budget.
         now_s: present time.
     """
-    _, budget, _, _, _, made_tokens, started_s, asked_s, _, _ = stream
+    _, budget, _, _, _, made_tokens, started_s, asked_s, _, _, _ = stream
     lowest, highest = bounds
     waited_ms = 1000 * (now_s - asked_s)
     period_ms = budget.tpot_ms or math.inf

@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 from balcony_edge.errors import InputError
 from balcony_export.data.documents import CHAT_FORMS, Document, files_in, read_documents, require_two_tokens
 
-_Tokens = npt.NDArray[np.int32]
 _BATCH = 512  # documents per call of the tokenizer: bounds its memory and keeps its threads busy
 
 
@@ -152,7 +151,7 @@ def digest_of(train: Rows, held_out: Rows) -> str:
 
 class _KeyedDocument(NamedTuple):
     key: str  # SHA-256 of its text: an order that does not depend on file names or on places in a file
-    tokens: _Tokens
+    tokens: npt.NDArray[np.int32]
 
 
 def _read(

@@ -124,7 +124,7 @@ def markdown(report: Report) -> str:
     """The tables as Markdown, with notes on the numbers and the paper's own results."""
     parts = []
     for table in tables(report):
-        lines = [_line(table.header), _line(["---"] * len(table.header)), *(_line(row) for row in table.rows)]
+        lines = [_line(table.header), _line(("---",) * len(table.header)), *(_line(row) for row in table.rows)]
         parts.append(f"**{table.title}**\n\n" + "\n".join(lines))
     notes = [
         "# params: parameters of the layers that run, without token table and LM head; of a mixture of experts, all. ±: "
@@ -213,5 +213,5 @@ def _title(name: str, task: TaskQuality) -> str:
     return title if task.metric == "acc" else f"{title} {task.metric}"
 
 
-def _line(cells: tuple[str, ...] | list[str]) -> str:
+def _line(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cells) + " |"

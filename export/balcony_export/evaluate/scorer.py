@@ -262,13 +262,12 @@ def bundle_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises a plain Exception for any damage
         raise BundleError(f"{path}: cannot be read as a tokenizer ({error}): export the bundle again") from error
-    special: dict[str, Any] = special_tokens(bundle) if "special_tokens.json" in bundle.manifest.files else {}
+    named = "special_tokens.json" in bundle.manifest.files  # it names all that there are
+    special: dict[str, Any] = special_tokens(bundle) if named else {}
     model = bundle.manifest.model
     if model.eos_token_ids:
         special.setdefault("eos_token", backend.id_to_token(model.eos_token_ids[0]))
-    if (
-        model.bos_token_id is not None and "special_tokens.json" not in bundle.manifest.files
-    ):  # the file names all that there are
+    if model.bos_token_id is not None and not named:
         special.setdefault("bos_token", backend.id_to_token(model.bos_token_id))
     template = None
     if "chat_template.jinja" in bundle.manifest.files:

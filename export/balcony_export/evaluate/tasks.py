@@ -267,6 +267,8 @@ def _with_shots(path: Path, shots: Mapping[str, Any], answers: Sequence[str]) ->
     rows = _records(path, _fields(template) | ({by} if by else set()), answers)
     pools: dict[Any, list[tuple[dict[str, Any], str]]] = {}
     for row in rows:
+        if by and not isinstance(row[by], str):
+            raise InputError(f"{path}: {by} = {shown(row[by])}: must be a text: give its name")
         pool = pools.setdefault(row[by] if by else None, [])
         if len(pool) <= count:  # one more than are shown, because an example is never its own shot
             pool.append((row, apply_template(template, row)))

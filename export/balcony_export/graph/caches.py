@@ -27,7 +27,6 @@ class WritingCache(RecurrentCache):
     Attributes:
         past: What the layers kept before the pass.
         rows: Rows of the pass.
-        present: What they keep after it, in the same order.
     """
 
     def __init__(self, past: Memory, rows: RowPositions) -> None:

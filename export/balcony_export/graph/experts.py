@@ -138,11 +138,8 @@ def router_operator(router: Any) -> _Router:
     spread = 2.0 * weight.shape[1] ** -0.5
     probe = (spread * torch.randn(_TRIAL_ROWS, weight.shape[1], generator=random)).to(weight.dtype)
     logits = torch.nn.functional.linear(probe, weight).float()
-    made: _Router | None
-    if "expert_bias" in inspect.signature(router.forward).parameters:
-        made = _biased(trial, probe, logits)
-    else:
-        made = _plain(trial, probe, logits)
+    rule = _biased if "expert_bias" in inspect.signature(router.forward).parameters else _plain
+    made = rule(trial, probe, logits)
     if made is None:
         raise UnsupportedModelError(
             f"{type(router).__name__}: routes neither by the largest probabilities or their shares, nor by the shares of the "

@@ -19,8 +19,6 @@ from balcony_edge.bundle.manifest import ModelSpec
 from balcony_export.graph import passes
 from balcony_export.graph.experts import fuse
 from balcony_export.graph.ir_tools import MICROSOFT, SINK, initializer, split_by_head
-from balcony_export.model.architecture import describe
-from balcony_export.model.exits import ExitModel
 
 INT32 = ir.TensorType(ir.DataType.INT32)
 SKIP_NORM = "SkipSimplifiedLayerNormalization"
@@ -29,9 +27,9 @@ SKIP_NORM = "SkipSimplifiedLayerNormalization"
 NO_SINK = -1e30
 
 
-def can_lower(exits: ExitModel) -> bool:
-    """Whether ONNX Runtime's ``GroupQueryAttention`` takes the model's heads, and the part of them that is rotated."""
-    return describe(exits.model, "").head_dim % 16 == 0 and exits.rotated % 16 == 0
+def can_lower(spec: ModelSpec, rotated: int) -> bool:
+    """Whether ONNX Runtime's ``GroupQueryAttention`` takes the model's heads, of which ``rotated`` values are rotated."""
+    return spec.head_dim % 16 == 0 and rotated % 16 == 0
 
 
 def lower_all(graphs: Mapping[str, ir.Model], spec: ModelSpec) -> dict[str, ir.Model]:

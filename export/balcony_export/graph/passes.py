@@ -60,13 +60,10 @@ def plain_products(model: ir.Model) -> None:
     layer reads twice keep a ``Transpose``: the tracer folds it for a single reader only. Postcondition: weights of layers are
     operands of ``MatMul``, (K, N).
     """
-    turned: dict[ir.Value, ir.Value] = {}
 
     def transposed(weight: ir.Value) -> ir.Value:
-        if weight not in turned:
-            assert weight.const_value is not None
-            turned[weight] = initializer(model, f"{weight.name}.transposed", weight.const_value.numpy().T)
-        return turned[weight]
+        assert weight.const_value is not None
+        return initializer(model, f"{weight.name}.transposed", weight.const_value.numpy().T)
 
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
@@ -76,8 +73,7 @@ def plain_products(model: ir.Model) -> None:
         weight = node.inputs[1] if node.op_type == "Gemm" and len(node.inputs) == 2 else None
         if weight is None or weight.const_value is None or "transB" not in node.attributes:
             continue
-        value = transposed(weight)
-        product = ir.Node("", "MatMul", [node.inputs[0], value])
+        product = ir.Node("", "MatMul", [node.inputs[0], transposed(weight)])
         product.metadata_props.update(node.metadata_props)
         replace_node(model, node, [product])
     common.RemoveUnusedNodesPass()(model)

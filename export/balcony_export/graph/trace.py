@@ -28,14 +28,17 @@ OPSET = 24
 
 
 class _Trace(nn.Module):
-    """Base of the traced modules: the rope tables, and the call of one decoder layer."""
+    """Base of the traced modules: the rope tables, the parts of a balcony, and the call of one decoder layer."""
 
-    def __init__(self, exits: ExitModel, context_length: int) -> None:
+    def __init__(self, exits: ExitModel, context_length: int, balcony: Balcony | None = None) -> None:
         super().__init__()
         self.layer_type = exits.layer_type
         for kind, (cos, sin) in exits.rotary_tables(context_length).items():
             self.register_buffer(f"rope_cos_{kind}", cos)
             self.register_buffer(f"rope_sin_{kind}", sin)
+        if balcony is not None:
+            self.layer: Any = balcony.layer
+            self.norm = balcony.norm
 
     def _rows(self, start: torch.Tensor, rows: int, capacity: int) -> RowPositions:
         return RowPositions(start, start[:, None] + torch.arange(rows)[None, :], capacity, {}, {})
@@ -85,11 +88,6 @@ class _BalconyTrace(_Trace):
     operations that only the output needs. The second call has the query rows and reads the cache.
     """
 
-    def __init__(self, exits: ExitModel, context_length: int, balcony: Balcony) -> None:
-        super().__init__(exits, context_length)
-        self.layer: Any = balcony.layer
-        self.norm = balcony.norm
-
     def forward(
         self,
         rows: torch.Tensor,
@@ -109,11 +107,6 @@ class _BalconyTrace(_Trace):
 
 class _StatelessTrace(_Trace):
     """An exit without attention: an MLP, or the norm alone."""
-
-    def __init__(self, exits: ExitModel, context_length: int, balcony: Balcony) -> None:
-        super().__init__(exits, context_length)
-        self.layer: Any = balcony.layer
-        self.norm = balcony.norm
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.layer is not None:

@@ -113,5 +113,5 @@ def widen(models: Iterable[ir.Model], weights: Mapping[int, torch.Tensor], dtype
         elif not (value.name or "").startswith("rope_"):
             raise CheckpointError(
                 f"weight {value.name}: tracing computes it from others, which does not work for a "
-                f"{next(iter(weights.values())).dtype} checkpoint: load it in float32"
+                f"{next(iter(weights.values())).dtype} checkpoint: load it in float32 (export without --no-verify)"
             )

@@ -21,26 +21,15 @@ from balcony_export.model.experts import mixture
 from balcony_export.model.layer import memory_of
 
 #: ``config.model_type`` of the architectures whose export is covered by parity tests.
-DENSE = (
+SUPPORTED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "granite"),
     *("ministral", "olmo2", "phi3", "exaone4", "arcee", "hunyuan_v1_dense"),
+    # mixtures of experts
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"),
+    # models with layers that keep a convolution's inputs or a recurrent state
+    *("lfm2", "lfm2_moe", "mamba", "falcon_mamba", "mamba2", "bamba", "granitemoehybrid", "falcon_h1"),
+    *("qwen3_next", "qwen3_5_text"),
 )
-#: The same for mixtures of experts.
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared")
-#: The same for models with layers that keep a convolution's inputs or a recurrent state.
-HYBRIDS = (
-    "lfm2",
-    "lfm2_moe",
-    "mamba",
-    "falcon_mamba",
-    "mamba2",
-    "bamba",
-    "granitemoehybrid",
-    "falcon_h1",
-    "qwen3_next",
-    "qwen3_5_text",
-)
-SUPPORTED = DENSE + MIXTURES + HYBRIDS
 #: Rotary embeddings whose table does not depend on the length of the sequence (transformers ``ROPE_INIT_FUNCTIONS``).
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 #: Those whose table changes only beyond the length that the model was first trained for; export stays below it.

@@ -55,11 +55,11 @@ def average(directories: Sequence[Path], output: Path) -> tuple[int, ...]:
             raise CheckpointError(f"balcony {exit_}: the directories have tensors of other shapes: train them again")
         means[int(exit_)] = {name: torch.stack([one[name].float() for one in found]).mean(0) for name in found[-1]}
         check_finite(output, int(exit_), means[int(exit_)])
-        record = dict(entry["training"] or {})
+        record = dict(entry.get("training") or {})
         for figure in ("held_out_kl", "held_out_agreement"):
             record.pop(figure, None)
         if "rows" in record:  # a next run begins after the rows that any of them has learned from
-            known = [index["exits"][exit_]["training"] or {} for _, index in runs]
+            known = [index["exits"][exit_].get("training") or {} for _, index in runs]
             record["rows"] = max(one["rows"] for one in known if one.get("corpus") == record.get("corpus"))
         records[int(exit_)] = record | {"mean_of": [index["exits"][exit_]["sha256"] for _, index in runs]}
     with fresh_directory(output) as directory:

@@ -148,12 +148,12 @@ def check_directory(path: Path, described: dict[str, Any], like: Balcony) -> dic
 
 
 def save_balconies(
-    directory: str | Path, balconies: dict[int, Balcony], base: dict[str, Any], training: dict[str, Any] | None = None
+    path: Path, balconies: dict[int, Balcony], base: dict[str, Any], training: dict[str, Any] | None = None
 ) -> None:
     """Write balconies into a directory, next to those of other exits that are already in it.
 
     Args:
-        directory: Made if it does not exist.
+        path: The directory, made if it does not exist.
         balconies: Exit layer → balcony.
         base: :func:`fingerprint` of the model that they belong to.
         training: Record of their training, kept with each of them; None for untrained ones.
@@ -161,7 +161,6 @@ def save_balconies(
     Raises:
         InputError, CheckpointError: As :func:`check_directory`, or a value is not finite.
     """
-    path = Path(directory)
     (kind,), (layer,) = ({getattr(balcony, key) for balcony in balconies.values()} for key in ("kind", "copies"))
     like = next(iter(balconies.values()))
     check_directory(path, base, like)
@@ -210,16 +209,13 @@ def write_balconies(
     write_together(written, CheckpointError, _CURE)
 
 
-def load_balconies(
-    directory: str | Path, model: PreTrainedModel, exits: tuple[int, ...] | None = None
-) -> dict[int, Balcony]:
+def load_balconies(path: Path, model: PreTrainedModel, exits: tuple[int, ...] | None = None) -> dict[int, Balcony]:
     """Read balconies for ``model``: all of a directory, or those of ``exits``.
 
     Raises:
         CheckpointError: A file is missing or was changed, the balconies belong to another base model, an exit is missing, or
             tensors have another shape or values that are not finite.
     """
-    path = Path(directory)
     index = read_index(path)
     _check_base(path, index, fingerprint(model))
     there = {int(key): entry for key, entry in index["exits"].items()}
@@ -332,7 +328,7 @@ def read_index(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}): make it readable") from error
     try:
-        index = json.loads(content)
+        index: dict[str, Any] = json.loads(content)
         version, module = index["format_version"], index.get("module")
         known = version == FORMAT_VERSION and module in KINDS
         complete = known and _is_complete(index)
@@ -345,7 +341,6 @@ def read_index(path: Path) -> dict[str, Any]:
         )
     if not complete:
         raise CheckpointError(f"{file}: is damaged: copy it again, or train again")
-    assert isinstance(index, dict)
     return index
 
 
@@ -361,6 +356,7 @@ def _is_complete(index: dict[str, Any]) -> bool:
             re.fullmatch(r"[1-9][0-9]{0,3}", key)
             and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", entry["file"])
             and isinstance(entry["sha256"], str)
+            and isinstance(entry.get("training"), dict | None)
             for key, entry in index["exits"].items()
         )
     )

@@ -191,7 +191,11 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     named = json.loads(path.read_text(encoding="utf-8"))
     if named.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 has the older name only, 5 has both
         named["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    if isinstance(
+        named.get("extra_special_tokens"), list
+    ):  # in transformers 4 this is a table; the list has another name
+        named["additional_special_tokens"] = named.pop("extra_special_tokens")
+    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
@@ -324,15 +328,16 @@ def _check_safetensors(path: Path) -> None:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length)) if length <= path.stat().st_size else {}
-        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        ends = (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+        size = 8 + length + max(ends, default=0)
     except OSError as error:
         cure = "make it readable, or download it again"
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): {cure}") from error
-    except (struct.error, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: is not a safetensors file, or is cut short: download it again") from error
-    if path.stat().st_size != 8 + length + end:
+    if path.stat().st_size != size:
         raise CheckpointError(
-            f"{path}: is {path.stat().st_size} bytes long, but its header says {8 + length + end}: download it again"
+            f"{path}: is {path.stat().st_size} bytes long, but its header says {size}: download it again"
         )
 
 
@@ -352,9 +357,19 @@ def _check_gguf(path: Path) -> None:
         end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise CheckpointError(f"{path}: is cut short or damaged: download it again") from error
+    parts = reader.get_field("split.count")
+    if parts is not None and int(parts.contents()) > 1:
+        raise CheckpointError(
+            f"{path}: is one of {parts.contents()} parts of a GGUF file: join them with `llama-gguf-split --merge`, "
+            "or give the model's safetensors"
+        )
     if end == 0 or path.stat().st_size < end:
         raise CheckpointError(f"{path}: is cut short: download it again")
-    if (what := next(_misread(reader), None)) is not None:
+    try:
+        what = next(_misread(reader), None)
+    except ValueError as error:  # a text that is not UTF-8
+        raise CheckpointError(f"{path}: is damaged ({error}): download it again") from error
+    if what is not None:
         raise CheckpointError(f"{path}: {what}: give the model's safetensors")
 
 

@@ -17,7 +17,6 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from balcony_edge.errors import InputError
 from balcony_export.graph.experts import GATE_UP, separated
 from balcony_export.graph.ir_tools import MICROSOFT, initializer, replace_node
 from balcony_export.model.experts import experts_in, is_experts
@@ -41,19 +40,17 @@ def quantize_experts(model: ir.Model, quantizer: Quantizer) -> None:
         weights = [node.inputs[place] for place in (_GATE_UP, _DOWN)]
         tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]
         names = [str(weight.name) for weight in weights if weight is not None]
-        size = _block_size(names[0], scheme.block_size, [int(tensor.shape[2]) for tensor in tensors])  # type: ignore[arg-type]
+        size = _block_size(scheme.block_size, [int(tensor.shape[2]) for tensor in tensors])  # type: ignore[arg-type]
         operands: list[ir.Value | None] = [*node.inputs[:2], *[None] * 13]
         for name, tensor, place, zeros in zip(names, tensors, (2, 5), (11, 12), strict=True):
             blocks = quantizer.experts(name, tensor, size)
             experts = int(tensor.shape[0])  # type: ignore[arg-type]
-            by_expert = [_by_expert(array, experts) for array in (blocks.packed, blocks.scales)]
-            operands[place] = initializer(model, f"{name}.blocks", by_expert[0])
-            operands[place + 1] = initializer(model, f"{name}.scales", by_expert[1])
+            operands[place] = initializer(model, f"{name}.blocks", _by_expert(blocks.packed, experts))
+            operands[place + 1] = initializer(model, f"{name}.scales", _by_expert(blocks.scales, experts))
             if blocks.zeros is not None:
                 operands[zeros] = initializer(model, f"{name}.zeros", _by_expert(blocks.zeros, experts))
         attributes: dict[str, Any] = {
-            **{key: value for key, value in node.attributes.items() if key != "activation_type"},
-            "activation_type": "swiglu",
+            **node.attributes,
             "expert_weight_bits": scheme.bits,
             "block_size": size,
             "accuracy_level": scheme.accuracy_level,
@@ -80,16 +77,11 @@ def can_round_experts(model: nn.Module) -> bool:
     return not any(width % SMALLEST_BLOCK for experts in mixtures for width in experts.down_proj.shape[1:])
 
 
-def _block_size(name: str, wanted: int, inputs: list[int]) -> int:
-    size = wanted
-    while any(width % size for width in inputs):
-        size //= 2
-    if size < SMALLEST_BLOCK:
-        raise InputError(
-            f"{name}: has {' and '.join(map(str, inputs))} inputs, and ONNX Runtime's quantized experts take multiples of "
-            f"{SMALLEST_BLOCK}: export with fp32"
-        )
-    return size
+def _block_size(wanted: int, inputs: list[int]) -> int:
+    """The wanted size, halved until it divides all inputs, which are multiples of :data:`SMALLEST_BLOCK`."""
+    while any(width % wanted for width in inputs):
+        wanted //= 2
+    return wanted
 
 
 def stored_experts(model: ir.Model, dequantized: Callable[..., npt.NDArray[np.float32]]) -> Iterator[tuple[str, Any]]:

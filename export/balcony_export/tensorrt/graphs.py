@@ -10,7 +10,6 @@ float32; the token table as a graph; the most probable token next to the logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,10 +66,8 @@ def tensorrt_graphs(bundle: Bundle, form: Format, rounding: Rounding | None = No
     """
     portable = bundle.portable()
     spec = portable.manifest.model
-    graphs, rounding = (
-        {"embed": _finished(build_embedding(portable), "embed", form)},
-        rounding or Rounding(form.block_size),
-    )
+    graphs = {"embed": _finished(build_embedding(portable), "embed", form)}
+    rounding = rounding or Rounding(form.block_size)
     for name, graph in portable.manifest.graphs.items():
         model = ir.external_data.load_to_model(load_graph(portable, graph.file))
         # each at once: half precision halves what is held before the next one is read
@@ -255,7 +252,7 @@ def _to_precision(model: ir.Model, activations: ir.DataType) -> None:
             if tensor.dtype != wanted:
                 value.const_value = ir.tensor(tensor.numpy().astype(wanted.numpy()), name=value.name)
             value.type = ir.TensorType(wanted)
-    for value in _values(model):
+    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
         if value.dtype in kinds:
             value.type = ir.TensorType(activations)
     for node in list(model.graph):
@@ -272,16 +269,11 @@ def _to_precision(model: ir.Model, activations: ir.DataType) -> None:
             node.replace_input_with(0, up.outputs[0])
             exact_output = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=node.outputs[0].shape)
             append_to_node(model, node, exact_output, [_cast(exact_output, activations)])
-    for output in list(model.graph.outputs):
-        if output.name == "logits":
-            _logits_in_float32(model, output)
-
-
-def _logits_in_float32(model: ir.Model, logits: ir.Value) -> None:
-    producer = logits.producer()
-    assert producer is not None
-    narrow = ir.Value(name="narrow_logits", type=logits.type, shape=logits.shape)
-    append_to_node(model, producer, narrow, [_cast(narrow, ir.DataType.FLOAT)])
+    for logits in [output for output in model.graph.outputs if output.name == "logits"]:
+        producer = logits.producer()
+        assert producer is not None
+        narrow = ir.Value(name="narrow_logits", type=logits.type, shape=logits.shape)
+        append_to_node(model, producer, narrow, [_cast(narrow, ir.DataType.FLOAT)])
 
 
 def _cast(value: ir.Value | None, to: ir.DataType) -> ir.Node:
@@ -289,9 +281,3 @@ def _cast(value: ir.Value | None, to: ir.DataType) -> ir.Node:
     assert value is not None
     node.outputs[0].type, node.outputs[0].shape = ir.TensorType(to), value.shape
     return node
-
-
-def _values(model: ir.Model) -> Iterable[ir.Value]:
-    yield from model.graph.inputs
-    for node in model.graph:
-        yield from node.outputs

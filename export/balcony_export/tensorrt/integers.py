@@ -27,7 +27,7 @@ class Rounding:
         given: Weight name → integers (N, K) and scales (N, blocks) of the weights rounded so far, here or earlier (by GPTQ).
     """
 
-    block_size: int = 64
+    block_size: int
     given: dict[str, tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]] = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ from balcony_export.graph.ir_tools import Chain, initializer, replace_node
 
 OPSET, IR_VERSION = 21, 10
 #: Score of a key that a row must not see: softmax turns it into 0 in float32.
-_UNSEEN = np.float32(-1e9)
+_UNSEEN = -1e9
 
 
 def plain_operators(model: ir.Model) -> None:
@@ -105,7 +105,7 @@ def _attention(chain: _Chain, node: ir.Node) -> None:
     if "softcap" in node.attributes:
         cap = chain.number(node.attributes["softcap"].as_float())
         scores = chain("Mul", chain("Tanh", chain("Div", scores, cap)), cap)
-    seen = chain("Where", mask, scores, chain.number(float(_UNSEEN)))
+    seen = chain("Where", mask, scores, chain.number(_UNSEEN))
     shares = chain.cast(chain("Softmax", seen, axis=-1), key.dtype)
     mixed = chain("MatMul", chain("Reshape", shares, chain.integers(0, kv_heads, -1, capacity)), value)
     chain("Reshape", mixed, chain.integers(0, heads, -1, width))

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -113,14 +112,14 @@ def block_attention(
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
-def use_block_attention(model: PreTrainedModel, *modules: nn.Module) -> None:
+def use_block_attention(*modules: nn.Module) -> None:
     """Let a model, and modules copied from its layers, use :func:`block_attention` instead of PyTorch's fused kernel.
 
     Models with eager attention keep it, because it may do what the fused kernel cannot (Gemma-2 caps its scores).
     """
     AttentionInterface.register(NAME, block_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    configs = {id(c): c for m in (model, *modules) for part in m.modules() if (c := getattr(part, "config", None))}
+    configs = {id(c): c for m in modules for part in m.modules() if (c := getattr(part, "config", None))}
     for config in configs.values():
         if config._attn_implementation == "sdpa":
             config._attn_implementation = NAME

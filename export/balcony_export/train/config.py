@@ -74,18 +74,21 @@ class TrainConfig:
             raise InputError("--steps (or --tokens) and --minutes: a run needs exactly one of them: give one")
         for name in ("seq_len", "batch_rows", "micro_rows", "evaluate_every"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: must be 1 or more")
+                raise self._refusal(name, "must be 1 or more")
         if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps = {self.steps}: must be 1 or more")
+            raise self._refusal("steps", "must be 1 or more")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise InputError(f"minutes = {self.minutes}: must be a number above 0")
+            raise self._refusal("minutes", "must be a number above 0")
         if self.vocabulary == 1:
             raise InputError("vocabulary = 1: half of it is drawn at random: give 2 or more, or 0 for all")
         if self.batch_rows % self.micro_rows:
-            raise InputError(f"{self.batch_rows} rows a step in passes of {self.micro_rows}: must be a multiple")
+            raise InputError(
+                f"{self.batch_rows} rows a step in passes of {self.micro_rows}: must be a multiple: give a --batch-rows that "
+                "--micro-rows divides"
+            )
         for name in ("rate", "vector_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} = {getattr(self, name)}: must be a positive number")
+                raise self._refusal(name, "must be a positive number")
         for name, low, high in (
             ("positions", 0, 10**9),
             ("vocabulary", 0, 10**9),
@@ -98,4 +101,8 @@ class TrainConfig:
             ("seed", 0, 2**63 - 1),
         ):
             if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} = {getattr(self, name)}: must be {low} to {high}")
+                raise self._refusal(name, f"must be {low} to {high}")
+
+    def _refusal(self, name: str, allowed: str) -> InputError:
+        """The error for a value that is out of range; options of `balcony-edge train` have the names of the settings."""
+        return InputError(f"{name} = {getattr(self, name)}: {allowed}: give another --{name.replace('_', '-')}")

@@ -221,7 +221,6 @@ class HeadLoss:
             grads.append(grad @ self.whole.weight)
         return torch.cat(losses), torch.cat(grads[1:] or grads)
 
-    @torch.no_grad()
     def ranking(self, full: torch.Tensor) -> torch.Tensor:
         """All tokens, the most probable in the full model on average first  # (n, D) -> (V,)"""
         return self.summed_probabilities(full).argsort(descending=True)

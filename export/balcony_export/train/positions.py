@@ -32,13 +32,14 @@ def pick_positions(
         loss: Kind of the loss.
     """
     seq_len = rows.tokens.shape[1]
-    valid = torch.arange(seq_len)[None] < torch.from_numpy(rows.lengths)[:, None]  # (B, T)
+    places, lengths = torch.arange(seq_len)[None], torch.from_numpy(rows.lengths)[:, None]  # (1, T), (B, 1)
+    valid = places < lengths  # (B, T)
     sizes = torch.linalg.vector_norm(states[:-1], dim=-1, dtype=torch.float32).cpu()  # (exits, B, T)
     usual = sizes.masked_fill(~valid, math.nan).nanmedian(dim=2, keepdim=True).values  # (exits, B, 1)
     valid &= (sizes < MASSIVE * usual).all(dim=0)
     valid[:, 0] = False  # the sink, massive or not
     if loss != "kl":  # the last token of a row has no next token
-        valid &= torch.arange(seq_len)[None] < torch.from_numpy(rows.lengths)[:, None] - 1
+        valid &= places < lengths - 1
     if not positions:
         return valid.flatten().nonzero()[:, 0]
     draws = np.stack([np.random.default_rng(seed).random(seq_len) for seed in seeds])

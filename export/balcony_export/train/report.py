@@ -149,12 +149,11 @@ def plot_curves(
     write_atomically(output, picture.getvalue(), TrainingError, "free space")
 
 
-def _smooth(values: Sequence[float], memory: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average with a memory of 0.95, corrected for its start."""
     out: list[float] = []
     average = weight = 0.0
     for value in values:
-        average = memory * average + (1 - memory) * value
-        weight = memory * weight + (1 - memory)
+        average, weight = 0.95 * average + 0.05 * value, 0.95 * weight + 0.05
         out.append(average / weight)
     return out

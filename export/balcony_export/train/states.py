@@ -109,8 +109,7 @@ class StateCache:
             os.truncate(filled_file, capacity)  # before the values: a killed run leaves no marked row without them
         _reserve(path, capacity * dtype.itemsize * math.prod(shape))
         _reserve(filled_file, capacity)
-        integer: Any = np.int16 if dtype.itemsize == 2 else np.int32
-        self.values: npt.NDArray[Any] = np.memmap(path, dtype=integer, mode="r+", shape=(capacity, *shape))
+        self.values: npt.NDArray[Any] = np.memmap(path, dtype=f"i{dtype.itemsize}", mode="r+", shape=(capacity, *shape))
         self.filled: npt.NDArray[np.uint8] = np.memmap(filled_file, dtype=np.uint8, mode="r+", shape=(capacity,))
         if not known:
             key_file.write_text(full_key)

@@ -133,7 +133,7 @@ class Trainer:
         frozen = (self.exits,) if self.full is self.exits else (self.exits, self.full)
         for one in frozen:
             if self.device.type == "cpu" and (can_compile() if compiled is None else compiled):
-                use_block_attention(*one.modules)  # type: ignore[arg-type]
+                use_block_attention(*one.modules)
             one.model.requires_grad_(False)
         # taken in float32, before the conversion: positions are angles, and bfloat16 has three digits
         with torch.no_grad():
@@ -359,10 +359,10 @@ class Trainer:
         """Write the run's state if it is finite, and those judged balconies that are better than the ones written before."""
         for exit_layer, balcony in self.balconies.items():
             self._require_finite(exit_layer, sum(float(one.detach().double().sum()) for one in balcony.parameters()))
-        for exit_layer, (kl, agreement, averaged) in (judged or {}).items() if self.processes.writes else ():
-            if exit_layer not in self.best or kl <= self.best[exit_layer][0]:
-                self.best[exit_layer] = (kl, agreement)
-                self._write(self.output, exit_layer, Judged(kl, agreement, averaged))
+        for exit_layer, one in (judged or {}).items() if self.processes.writes else ():
+            if exit_layer not in self.best or one.kl <= self.best[exit_layer][0]:
+                self.best[exit_layer] = one[:2]
+                self._write(self.output, exit_layer, one)
         state = {
             "step": self.step,
             "wall_s": self.wall_s,
@@ -390,10 +390,10 @@ class Trainer:
         trim_metrics(self.work / METRICS, self.step)
         if self.start is None or self.step:
             return
-        for exit_layer, (kl, agreement) in self.evaluate().items():
-            self.best[exit_layer] = (kl, agreement)
-            if self.processes.writes and self.start.home != self.output.resolve():
-                self._write(self.output, exit_layer, Judged(kl, agreement, False))
+        self.best = self.evaluate()
+        if self.processes.writes and self.start.home != self.output.resolve():
+            for exit_layer, held_out in self.best.items():
+                self._write(self.output, exit_layer, Judged(*held_out, False))
 
     def facts(self, held_out: tuple[float, float]) -> dict[str, Any]:
         """Record of the training for balconies.json."""

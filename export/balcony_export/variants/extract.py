@@ -53,8 +53,9 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
         if (entries := getattr(config, field, None)) and field in stored:
             # a balcony attends as the layer does that it began as a copy of
             setattr(config, field, [*entries[:exit_layer], *[entries[exits.copied]] * (len(layers) - exit_layer)])
-    if stored.get("attn_layer_indices") is not None:  # Bamba
-        config.attn_layer_indices = [index for index, layer in enumerate(layers) if memory_of(layer).attention]
+    for field in ("attn_layer_indices", "full_attn_idxs"):  # Bamba; the first LFM2, of which MLX reads only this
+        if stored.get(field) is not None:
+            setattr(config, field, [index for index, layer in enumerate(layers) if memory_of(layer).attention])
     config.num_hidden_layers = len(layers)
     config.tie_word_embeddings = parts.head.weight is parts.embed.weight  # transformers unties a head that differs
     if hasattr(config, "mlp_only_layers"):  # Qwen's mixtures say by number which layers are dense
@@ -82,7 +83,8 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
 def layout_warning(config: Any, small: Any) -> str | None:
     """A line for models whose layers follow a rule by number, from which the balcony's layer differs; None for others.
 
-    Some engines do not read the entries per layer. llama.cpp has the rules of SmolLM3, Gemma 2 and 3 and EXAONE 4 in its code.
+    Some engines do not read the entries per layer. llama.cpp has the rules of SmolLM3, Gemma 2 and 3 and EXAONE 4 in its
+    code, and for Qwen3-Next and Qwen 3.5 one interval in its files.
 
     Args:
         config: Configuration of the base model.

@@ -186,8 +186,9 @@ class Decoder:
         exit_layer, _, price_ms, _, _, catch_up, period_ms, *_ = decision
         if catch_up is not None:
             run_chunk(sequence, catch_up)
-        policy = self._policy
+        policy, ran = self._policy, sequence.rows_run
         attempted = None if policy is None else self._attempt(policy, ids, decision, begin_ns)
+        undone = attempted is None and sequence.rows_run > ran  # a round that gave no token: its time is no step's
         made = attempted or self._step(ids, exit_layer)
         if first:
             sequence.checkpoint()  # the end of the prompt, to which the next reply may go back
@@ -198,7 +199,7 @@ class Decoder:
         if not first and attempted is None:  # the time of a prompt says nothing about the slowdown of the next step
             if policy is not None:
                 self._teach(policy, decision, took_ms, sequence.rows_run - rows_before)
-            if price_ms:
+            if price_ms and not undone:
                 self._last = Measurement(exit_layer, price_ms, took_ms)
         elif made.price_ms:
             self._last = Measurement(made.exit_layer, made.price_ms, took_ms)
@@ -338,7 +339,10 @@ class Decoder:
         sequence, new = self.sequence, self._new_rows
         stage_rows, balcony_rows = sequence.rows_due(new)
         context, made, started_s, late = sequence.length + new - 1, self._made, self.started_s, self._late
-        return StreamSeen(key, budget, context, stage_rows, balcony_rows, made, started_s, asked_s, shares, late)
+        forced = self._forced
+        return StreamSeen(
+            key, budget, context, stage_rows, balcony_rows, made, started_s, asked_s, shares, late, forced
+        )
 
     @property
     def begun(self) -> bool:

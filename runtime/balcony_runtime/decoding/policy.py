@@ -38,6 +38,10 @@ class Probing:
         """Plan for the next token, because something was learned."""
         self._plan_at = 0
 
+    def put_off(self) -> None:
+        """Plan again after ``PLAN_TOKENS``."""
+        self._plan_at = self.tokens + PLAN_TOKENS
+
     def is_due(self) -> bool:
         """Whether to plan: a plan that was not worth it is made again after ``PLAN_TOKENS``."""
         return self.tokens >= self._plan_at or self.tokens == PROBE_TOKENS
@@ -51,7 +55,7 @@ class Probing:
         """Whether to use a plan with this expected speed-up (None: there is no plan), or to try it after so many tokens."""
         if speedup is not None and (speedup >= WORTH or self.tries):
             return True
-        self._plan_at = self.tokens + PLAN_TOKENS
+        self.put_off()
         return False
 
 

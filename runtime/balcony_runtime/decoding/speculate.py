@@ -113,11 +113,17 @@ class Speculator:
         sequence.run_balcony(planned.exit_layer, sequence.length)  # rows that plain steps left pending
         backlog_ns = time.perf_counter_ns() - backlog_ns
         outcome = run_round(sequence, turn.ids, turn.sampler, planned)
-        if outcome is None:
+        if outcome is None:  # as a refused draft: else a balcony whose logits are NaN would run at every token
+            self._probing = Probing()
+            self._probing.put_off()
+            kept_before, judged = self._counts[planned.exit_layer]
+            self._counts[planned.exit_layer] = (MEMORY * kept_before, MEMORY * judged + 1)
             return None
         tokens, logits, drafts = outcome
         kept = len(tokens) - 1
-        self.learn(planned._replace(drafts=drafts), kept, (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6)
+        took_ms = (time.perf_counter_ns() - turn.begin_ns - backlog_ns) / 1e6
+        # The price is that of all planned drafts: the time of fewer says nothing about it.
+        self.learn(planned._replace(drafts=drafts), kept, took_ms if drafts == planned.drafts else None)
         return Made(
             [np.array([token], np.int64) for token in tokens],
             [row[None] for row in logits],
@@ -167,14 +173,15 @@ class Speculator:
         self._since_plain = 0
         self._plain_ratio = _corrected(self._plain_ratio, measured_ms / predicted_ms)
 
-    def learn(self, planned: DraftRound, kept: int, measured_ms: float) -> None:
-        """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony."""
+    def learn(self, planned: DraftRound, kept: int, measured_ms: float | None) -> None:
+        """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony; None: unknown."""
         self._probing = Probing()
         self._since_plain += kept + 1
         before, judged = self._counts[planned.exit_layer]
         tried = min(kept + 1, planned.drafts)  # drafts after the first refused one were never judged
         self._counts[planned.exit_layer] = (MEMORY * before + kept, MEMORY * judged + tried)
-        self._round_ratio = _corrected(self._round_ratio, measured_ms / planned.price_ms)
+        if measured_ms is not None:
+            self._round_ratio = _corrected(self._round_ratio, measured_ms / planned.price_ms)
 
     def _check_ms(self, costs: CostModel, exit_layer: int, drafts: int, context_length: int) -> float:
         """Price of the full depth's pass over the last draft; the other rows are pending after the draft's exit."""

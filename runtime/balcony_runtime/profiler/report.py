@@ -159,6 +159,7 @@ def _facts(profile: DeviceProfile) -> str:
         "fingerprint": bundle.fingerprint[:16],
         "engine": f"{engine.name} {engine.version}, {engine.threads} threads",
         "memory": None if memory.peak_bytes is None else f"{memory.peak_bytes / 1e6:.0f} MB at the peak",
+        "recurrent states of a reply": f"{memory.sequence_bytes / 1e6:.1f} MB",
         "memory per 1,000 tokens": f"{memory.per_1k_tokens_bytes / 1e6:.1f} MB",
         "CPU clock": None
         if conditions.cpu_mhz is None
@@ -190,10 +191,13 @@ def _table(title: str, name: str, columns: Sequence[str], lines: Sequence[Line])
 
 
 def _cell(value: str | float | None) -> str:
-    """A cell: a text, or a number with four digits for readers and the exact value for programs."""
+    """A cell: a text, or a number with at least four digits for readers and the exact value for programs."""
     if isinstance(value, str):
         return f"<td>{html.escape(value)}</td>"
-    return "<td></td>" if value is None else f'<td data-value="{value!r}">{value:.4g}</td>'
+    if value is None:
+        return "<td></td>"
+    shown = f"{value:.4g}" if value < 1000 else f"{value:.0f}"  # from 10,000 on, the first form is 1.235e+04
+    return f'<td data-value="{value!r}">{shown}</td>'
 
 
 def _embedded(text: str) -> str:

@@ -239,6 +239,7 @@ def _power(
                 busy_w=watts,
                 idle_w=idle_w.get(rail),
                 joules_per_token=watts * spent_s / max(tokens, 1),
+                context=depth + bench.grid.tokens // 2,
             )
             for rail, watts in busy_w.items()
         ]

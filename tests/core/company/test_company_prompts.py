@@ -166,6 +166,15 @@ def test_a_load_of_earlier_replies_refuses_no_prompt_that_is_alone() -> None:
         assert [key for key, _ in found.refused] == refused
 
 
+def test_forced_tokens_of_a_reply_that_is_alone_measure_nothing() -> None:
+    """As for a single controller: a load of earlier replies counts once three of its tokens were made by steps."""
+    slow = SETTLED._replace(slowdown=SETTLED.slowdown._replace(mean=math.log(3)))
+    budget = Budget(tpot_ms=10.0, on_infeasible="error")
+    for forced, refused in ((6, []), (4, [1])):
+        _, found = decided([stream(1, budget, made_tokens=7, forced_tokens=forced)], slow)
+        assert [key for key, _ in found.refused] == refused
+
+
 def test_a_deadline_that_has_passed_next_to_a_prompt_that_is_due() -> None:
     """The first has no time left at all; it gives its target up, and the prompt's target is held."""
     over = stream(1, Budget(deadline_s=2.0, expected_tokens=50), started_s=0.0)

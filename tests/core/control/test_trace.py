@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.controller import ControllerState
-from balcony_edge.control.decision import Decision
+from balcony_edge.control.controller import Controller, ControllerState
+from balcony_edge.control.decision import Decision, Observation
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError
 from balcony_edge.simulation.loads import parse_load
 from balcony_edge.simulation.plant import Physics, Plant
@@ -82,6 +84,20 @@ def test_a_line_a_token_with_readings_where_they_changed(tmp_path: Path) -> None
     with_readings = [token for token in tokens if "readings" in token]
     assert 2 <= len(with_readings) < 50
     assert {reading["source"] for reading in with_readings[0]["readings"]} >= {"plant:board", "plant:cpu"}
+
+
+def test_readings_that_are_no_number_are_left_out(tmp_path: Path) -> None:
+    """A function of the user may give NaN. The controller does not use it, and JSON has no such number."""
+    readings = (Reading("own", "board", 1.0, watts=math.nan, celsius=50.0),)
+    seen = Observation(Budget(power_w=5), 64, (1,) * 4, (1,) * 4, now_s=1.0, readings=readings)
+    state = ControllerState.initial()
+    decision = Controller(DEMO).decide(state, seen)[1]
+    with TraceWriter(tmp_path / "run.jsonl") as trace:
+        trace.begin(state)
+        trace.write(DEMO, seen, decision, 20.0, 0)
+    found = read_trace(tmp_path / "run.jsonl")
+    assert found[0].seen.readings == (Reading("own", "board", 1.0, celsius=50.0),)
+    assert [again.reason for again in replay(found)] == [decision.reason]
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

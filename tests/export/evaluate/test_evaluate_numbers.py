@@ -280,6 +280,12 @@ def test_every_text_that_is_dropped_is_named(bundle_copy: Path) -> None:
         (
             "mmlu",
             "mmlu/dev_5shot.jsonl",
+            b'{"subject": ["law"], "question": "q", "choices": ["a", "b", "c", "d"], "answer": "A"}\n',
+            r"dev_5shot\.jsonl: subject = \['law'\]: must be a text",
+        ),
+        (
+            "mmlu",
+            "mmlu/dev_5shot.jsonl",
             b'{"subject": "law", "question": "q", "choices": ["a", "b", "c", "d"], "answer": "A"}\n' * 4,
             r"has 4 rows of law, but 5 are shown",
         ),

@@ -86,7 +86,7 @@ def test_the_command(
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["exits"]["5"]["kl"] == 0 and document["exits"]["2"]["cross_entropy"] > 0
     loaded = load_model(document["model"])
-    assert list(load_balconies(document["balconies"], loaded)) == [2, 3]
+    assert list(load_balconies(Path(document["balconies"]), loaded)) == [2, 3]
     with pytest.raises(InputError, match="has balconies of another model"):
         main([*command, "--objective", "unfrozen"])
     with pytest.raises(InputError, match="--objective sorted: its exits have no module"):

@@ -18,6 +18,7 @@ from balcony_edge.control.trace import TraceWriter, read_trace
 from balcony_edge.errors import BudgetError, BundleError, InputError, ProfileError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.sampling import SamplingParams
+from balcony_runtime.decoding.speculate import DraftRound, Speculator
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.text import TextCodec
@@ -164,6 +165,23 @@ def test_the_controller_is_told_which_tokens_were_forced(llm: LLM, tmp_path: Pat
     seen = read_trace(tmp_path / "run.jsonl")[-1].seen
     assert (seen.made_tokens, seen.forced_tokens) == (made, sum(token.forced for token in tokens[:made]))
     assert seen.forced_tokens > 0
+
+
+def test_a_round_that_gave_no_token_measures_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is no part of the plain step after it, from which the controller learns the load."""
+
+    def undone(sequence: Any, ids: Any, *_: Any) -> None:
+        sequence.step(2, ids)
+        time.sleep(0.3)
+        sequence.rollback(sequence.length - 1)
+
+    took_ms: list[float] = []
+    monkeypatch.setattr("balcony_runtime.decoding.speculate.run_round", undone)
+    monkeypatch.setattr(Speculator, "plan", lambda *_: DraftRound(2, 1, 1.0, 2.0))
+    monkeypatch.setattr("balcony_runtime.decoding.loop.Measurement", lambda *step: took_ms.append(step[2]))
+    budget = Budget(policy="lossless", tpot_ms=1e6)
+    assert len(list(llm.stream([1, 2, 3], budget=budget, max_new_tokens=5, ignore_eos=True))) == 5
+    assert took_ms and max(took_ms) < 300, "that of the last token, which leaves no place for drafts"
 
 
 def test_two_threads_do_not_get_one_sequence(llm: LLM) -> None:

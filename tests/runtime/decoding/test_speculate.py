@@ -300,6 +300,11 @@ def test_drafts_that_were_not_made_are_not_judged(llm: LLM, monkeypatch: pytest.
     assert made is not None and made.drafted == 1 and made.words.startswith("drafted 1 at 2, kept ")
     kept, judged = len(made.ids) - 1, MEMORY * PRIOR_DRAFTS
     assert speculator.acceptance(2) == pytest.approx((judged * 0.5 + kept) / (judged + 1))
+    assert speculator._round_ratio == 1.0, "the time of one draft is not that of all, which the price is for"
+    before = speculator.acceptance(2)
+    monkeypatch.setattr(sequence, "step", lambda *move: step(*move) * np.nan)
+    assert speculator.attempt(turn) is None and speculator.acceptance(2) < before, "no draft at all is a refused one"
+    assert planned(speculator, costs()) is None, "nor is it tried again at the next token"
 
 
 def test_drafts_after_a_refused_one_are_not_judged() -> None:

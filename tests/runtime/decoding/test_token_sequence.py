@@ -297,3 +297,10 @@ def test_numbers_that_are_not_whole_or_too_small(value: Any, least: int | None, 
         whole("rows", value, least)
     assert str(caught.value) == message
     assert whole("rows", np.int64(7)) == 7 and whole("rows", 1, 1) == 1 and whole("rows", -5) == -5
+
+
+def test_numbers_that_python_does_not_write_are_taken_or_refused_as_others() -> None:
+    huge = 10**5000
+    assert whole("rows", huge, 1) == huge
+    with pytest.raises(InputError, match="rows = int with a number that is too long to show: must be at least 1"):
+        whole("rows", -huge, 1)

@@ -207,8 +207,7 @@ class Recurrence:
 class _Functions:
     """Stand-ins for the functions of a mixer; each has the arguments and results of transformers' own."""
 
-    def __init__(self) -> None:
-        self._rows: _Rows
+    _rows: _Rows
 
     def causal_conv1d_fn(
         self,

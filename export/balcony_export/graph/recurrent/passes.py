@@ -198,9 +198,8 @@ def _step(name: str, shape: Sequence[int | str], given: Sequence[ir.Value]) -> i
     if beta:
         retrieved = builder.op("MatMul", builder.op("Transpose", key, perm=[0, 1, 2, 4, 3]), kept)
         value = builder.op("Mul", builder.op("Sub", value, retrieved), beta[0])
-    new = builder.op(
-        "Add", kept, builder.op("MatMul", key, value)
-    )  # a product of matrices is faster than one that broadcasts
+    # a product of matrices is faster than one that broadcasts
+    new = builder.op("Add", kept, builder.op("MatMul", key, value))
     out = builder.op("MatMul", query, new)  # (B, G, R, 1, dv)
     new.shape, out.shape = ir.Shape(shape), ir.Shape([*heads, 1, width])
     return ir.Graph([state, *rows], [new, out], nodes=builder.nodes, initializers=builder.constants, name=name)
