@@ -33,7 +33,7 @@ from balcony_edge.device.profile import (
 )
 from balcony_edge.device.tables import render
 from balcony_edge.errors import BudgetError, ProfileError
-from balcony_edge.simulation.plan import make_plan
+from balcony_edge.simulation.plan import _mixed, make_plan
 
 DEVICE = Machine(board=None, cpu="Fast", cpus=2, architecture="x86_64", memory_bytes=8 * 10**9, system="Linux 6")
 STAGE = UnitCost(10.0, 1.0, 2.0, 0.5, 128, 512, (Bend(4, 0.5, 0.25),))
@@ -227,6 +227,13 @@ def test_plan_says_which_exits_meet_a_target_and_how_surely() -> None:
     assert plan.feasible and plan.nearest == {} and plan.shares == {4: 1.0}
     assert plan.tokens_per_s == pytest.approx(1000 / price, rel=0.05)
     assert plan.agreement == 0.5 and plan.joules_per_token is None
+
+
+def test_a_mix_of_exits_is_weighed_by_its_shares() -> None:
+    """A quarter of the tokens at exit 4: agreement and joules of a plan."""
+    shares = {4: 0.25, 8: 0.75}
+    assert _mixed(shares, {4: 0.6, 8: 1.0}) == pytest.approx(0.9)
+    assert _mixed(shares, {4: None, 8: 1.0}) is None and _mixed({8: 1.0}, {4: None, 8: 0.7}) == 0.7
 
 
 def test_the_odds_of_a_first_token_have_the_error_of_its_price() -> None:

@@ -7,18 +7,20 @@ import math
 import os
 import time
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from balcony_edge.bundle.manifest import Estimate
 from balcony_edge.device.costs import CostModel
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import conditions, run
 from balcony_runtime.profiler.cells import Bench, Key
 from balcony_runtime.profiler.conditions import ConditionWatch, Meter
 from balcony_runtime.profiler.grid import Grid
-from balcony_runtime.profiler.results import entries, fit_costs, spread
+from balcony_runtime.profiler.results import entries, fit_costs, quality_figures, spread
 from balcony_runtime.profiler.timing import chance_ms, summarise
 from balcony_runtime.sensors import Sensors
 from tests.runtime.test_profiler import SMALL, Counter, NoPower
@@ -74,6 +76,22 @@ def test_the_spread_is_that_of_the_log_normal() -> None:
     assert spread({Key("prefill", 4, rows=5): [fast]}) == 0.0
 
 
+def test_figures_of_an_evaluation_keep_their_names() -> None:
+    """Plans and budgets with ``min_agreement`` go by them."""
+    agreement, kl, perplexity, average = (Estimate(value=value, stderr=value / 10) for value in (0.5, 0.25, 8.0, 40.0))
+    text = SimpleNamespace(agreement=agreement, kl=kl, perplexity=perplexity)
+    tasks = SimpleNamespace(tasks=("arc", "piqa"), average=average)
+    shallow = SimpleNamespace(exit_layer=4, quality=SimpleNamespace(text={"wiki": text}, summary=tasks))
+    manifest: Any = SimpleNamespace(exits=(shallow, SimpleNamespace(exit_layer=8, quality=None)))
+    found = [(one.exit_layer, one.metric, one.on, one.value, one.stderr) for one in quality_figures(manifest)]
+    assert found == [
+        (4, "agreement", "wiki", 0.5, 0.05),
+        (4, "kl", "wiki", 0.25, 0.025),
+        (4, "perplexity", "wiki", 8.0, 0.8),
+        (4, "average", "arc, piqa", 40.0, 4.0),
+    ]
+
+
 def test_intervals_of_few_rounds() -> None:
     assert chance_ms([[1.0], [2.0], [3.0]]) == pytest.approx(4.30 / math.sqrt(3))
     assert chance_ms([[1.0, 2.0, 3.0]]) == pytest.approx(1.96 * 1.253 / math.sqrt(3))
@@ -89,6 +107,17 @@ def test_a_busy_device_is_noted(own_s: float, share: float, note: bool, monkeypa
         found = ConditionWatch(sensors).report()
     assert found.others_cpu_share == pytest.approx(share)
     assert any(one.startswith("other processes used") for one in found.notes) is note
+
+
+def test_the_time_of_others_is_busy_and_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten seconds of all CPUs four are idle, and three are ours: one is of a program that we started."""
+    own = iter([(1.0, 1.0, 0.0, 0.0, 50.0), (2.0, 2.0, 0.5, 0.5, 55.0)])
+    kinds = iter([(100.0, 50.0, 7.0), (104.0, 55.0, 8.0)])
+    monkeypatch.setattr(os, "times", lambda: next(own))
+    monkeypatch.setattr(conditions, "cpu_seconds", lambda: next(kinds))
+    with Sensors([NoPower()]) as sensors:
+        found = ConditionWatch(sensors).report()
+    assert found.others_cpu_share == pytest.approx(0.3)
 
 
 def test_a_system_that_hides_its_load_tells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +144,14 @@ def test_a_pass_of_many_rows_is_timed_whole(tiny: Any, monkeypatch: pytest.Monke
 
 def test_joules_are_those_of_one_token(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM.open(tiny.path, threads=1) as llm, Sensors([Counter()], rate_hz=10) as sensors:
-        bench = Bench(llm, Grid.make(256, **SMALL))
+        bench = Bench(llm, Grid.make(256, **SMALL | {"depths": (40,)}))
         monkeypatch.setattr(bench, "decode", lambda *_: time.sleep(0.05))
         rails: dict[Any, tuple[str, ...]] = {"cpu": ("rapl:package-0",)}
         found, lost = run._power(bench, Meter(sensors, rails), rails, 0.3)
     assert len(found) == len(llm.exit_layers) and not lost
     for power in found:  # 20 W, five tokens in 50 ms or a little more
         assert 0.9 <= (power.joules_per_token or 0) / (20 * 0.05 / 5) <= 2.5
+    assert {power.context for power in found} == {42}  # that of the third of five tokens
 
 
 def test_the_sustained_speed_is_that_of_the_end(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from balcony_edge.control.company.assignment import Claim, assign, qualities
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.control.company.seen import CompanyState, RoundSeen, StreamState
+from balcony_edge.control.company.view import view_of
+from balcony_edge.control.deadline import UNSEEN_LOAD
 from balcony_edge.control.decision import Measurement
 from tests.support.company import ONES, QUALITY, SETTLED, decided, exits, stream
 from tests.support.prices import DEMO, SMALL
@@ -219,6 +221,17 @@ def test_a_pace_is_not_exceeded() -> None:
     assert set(exits(found)) == {1}
     _, found = decided([paced])
     assert not found.moves and found.wait_ms == pytest.approx(50.0 - 10.0), "the step takes 10 ms"
+
+
+def test_a_deadline_leaves_each_token_its_part_of_the_time() -> None:
+    """6 of 10 s are left for 60 of 100 tokens, on a device at half its speed; a part is kept for a load that has not begun."""
+    budget = Budget(deadline_s=10.0, expected_tokens=100, probability=0.9)
+    one = stream(1, budget, made_tokens=40, started_s=6.0, asked_s=9.99)
+    found = view_of(one, None, (0, 2), 0.5, now_s=10.0)
+    period_ms = 6000 / 60 * (1 - UNSEEN_LOAD * 1.28155)
+    assert found.period_ms == pytest.approx(0.5 * period_ms, rel=1e-5)
+    assert found.room_ms == pytest.approx(0.5 * (period_ms - 10), rel=1e-5)
+    assert view_of(one._replace(made_tokens=100), None, (0, 2), 0.5, now_s=10.0).period_ms == math.inf
 
 
 def test_admission_says_what_would_be_possible() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from balcony_edge.bundle.quality import record_confidence
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError, InputError
-from balcony_runtime.decoding.confident import CHECK_EVERY, MOST_CHECKED, Confident
-from balcony_runtime.decoding.policy import PROBE_TOKENS
+from balcony_runtime.decoding.confident import CHECK_EVERY, MOST_CHECKED, Confident, EarlyExits
+from balcony_runtime.decoding.policy import PROBE_TOKENS, Turn
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.thresholds import (
     CANDIDATES,
     MEASURES,
@@ -100,6 +102,8 @@ def test_the_promise_holds_for_all_exits_at_once() -> None:
         assert threshold.threshold == last_accepted(held, fits, levels, 0.02, 0.975)
         alone = last_accepted(held, fits, levels, 0.02, 0.95)
         assert alone is not None and threshold.threshold >= alone
+        early = held >= threshold.threshold
+        assert (threshold.exit_share, threshold.disagreement) == (early.mean(), (early & ~fits).mean())
 
 
 def test_as_many_exit_early_as_may_be_wrong() -> None:
@@ -142,6 +146,13 @@ def test_trying_follows_from_prices() -> None:
     assert losing.plan(COSTS, 0, DUE, EXITS, np.inf) is not None, "what was learned counts"
 
 
+def test_the_speedup_of_a_trial_by_hand() -> None:
+    # A plain token takes 1 + 2 + 5 + 0.01 + 0.5 ms, a try at exit 2 takes 1 + 0.3 + 0.5. Nine of ten tokens exit there, and
+    # leave their rows to the tenth: ten rows of 2 + 9 × 0.1 and 5 + 9 × 0.2 ms, 0.01 for the norm and 0.5 for the head.
+    found = Confident(EXITS, spec(share=0.9)).plan(COSTS, 0, DUE, EXITS, np.inf)
+    assert found is not None and found.speedup == pytest.approx(8.51 / (1.8 + 0.1 * 10.21))
+
+
 @pytest.mark.parametrize(("shares", "exit_layer"), [((0.9, 0.9), 2), ((0.3, 0.95), 3), ((0.9, 0.3), 2)])
 def test_the_exit_that_pays_most_is_tried(shares: tuple[float, float], exit_layer: int) -> None:
     known = {
@@ -182,6 +193,14 @@ def test_a_promise_that_slips_raises_the_threshold() -> None:
         slipping.check(2, agreed=index % 5 != 0)  # 20 %
     assert kept.thresholds[2] == 0.5 and kept.telemetry[2] == (400, 4)
     assert slipping.thresholds[2] > 0.9 and slipping.telemetry[2] == (400, 80)
+
+
+def test_the_promise_is_about_all_tokens() -> None:
+    """A tenth of them exit early, and a tenth of those disagree: that is 1 %, and the promise allows 2 %."""
+    policy = Confident(EXITS, spec(share=0.1))
+    for index in range(400):
+        policy.check(2, agreed=index % 10 != 9)
+    assert policy.thresholds[2] == 0.5 and policy.telemetry[2] == (400, 40)
 
 
 def test_checks_are_rationed() -> None:
@@ -325,6 +344,35 @@ def test_trials_teach_the_slowdown(tiny: Any, tmp_path: Path) -> None:
         learned = llm._requests._learned.state.slowdown
     assert exits == {2, 5}
     assert learned.factor < 0.5, "the tiny model is much faster than these prices"
+
+
+@pytest.mark.parametrize(("threshold", "exit_layer", "further_ms"), [(0.0, 2, 0.0), (1.0, 5, 2 + 5 + 0.01 + 0.5)])
+def test_a_trial_costs_what_it_has_run(tiny: Any, threshold: float, exit_layer: int, further_ms: float) -> None:
+    """The try takes 1 + 0.3 + 0.5 ms, an unsure token also the deeper stages, and both Python's share once.
+
+    The slowdown is learned from this price: one that is too low would take depth away on a calm device.
+    """
+    costs = replace(COSTS, overhead_ms=0.25)
+    with Engine.open(tiny.path) as engine:
+        sequence = engine.new_sequence(max_length=64)
+        ids = sequence.advance(5, [1, 2, 3])[:, -1].argmax(-1)
+        sequence.catch_up()  # the balconies too
+        sampler = Sampler(SamplingParams(), np.array([[1, 2, 3]]), engine.manifest.model.vocab_size)
+        turn = Turn(sequence, ids, sampler, Budget(policy="confident"), costs, math.inf, 1.0, 0, 9)
+        made = EarlyExits(Confident(EXITS, spec(threshold=threshold))).attempt(turn)
+    assert made is not None and made.exit_layer == exit_layer
+    assert made.price_ms == pytest.approx(1.0 + 0.3 + 0.5 + 0.25 + further_ms)
+
+
+def test_a_promise_that_slips_after_weeks_is_noticed() -> None:
+    """What was checked long ago does not outweigh the text of now, and a check takes no longer than on the first day."""
+    policy = Confident(EXITS, spec(share=0.5))
+    for index in range(20_000):
+        policy.check(2, agreed=index % 100 != 0)  # 1 %; the promise allows 4 % of the tokens that exit
+    assert policy.thresholds[2] == 0.5 and policy._recent[2].checked < 5_000
+    for index in range(3_000):
+        policy.check(2, agreed=index % 5 != 0)  # 20 %
+    assert policy.thresholds[2] > 0.5 and policy.telemetry[2] == (23_000, 800), "nothing of the telemetry is forgotten"
 
 
 def test_early_tokens_do_not_make_the_full_depth_too_dear(tiny: Any, tmp_path: Path) -> None:
