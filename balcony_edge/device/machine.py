@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 from collections.abc import Collection
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,9 @@ def best_threads(sysfs: Path = Path("/sys")) -> int:
 
     A pass is divided into equal parts, so it takes as long as the slowest core needs for its part: the n fastest cores, the
     slowest of which has capacity c, do n · c. Four slow cores beside four that are twice and a half as fast make a pass longer.
-    Intel's efficient cores, whose capacity older kernels do not tell, are left out, as llama.cpp does. The hyper-threads of a
-    core count once: they share its units.
+    Intel's efficient cores, whose capacity the kernel often does not tell, are left out, as llama.cpp does. Since Linux 6.16 it
+    then gives 1024 for every core: always next to cores with hyper-threads (drivers/cpufreq/intel_pstate.c). The hyper-threads
+    of a core count once: they share its units.
     """
     most = available_cpus()
     if not hasattr(os, "sched_getaffinity"):
@@ -187,8 +189,9 @@ def best_threads(sysfs: Path = Path("/sys")) -> int:
     cpus = _one_of_each_core(os.sched_getaffinity(0), sysfs)
     most = min(most, len(cpus))
     texts = [text_of(sysfs / f"devices/system/cpu/cpu{cpu}/cpu_capacity") or "" for cpu in cpus]
-    if not all(text.isdigit() for text in texts):  # the kernel knows no capacities
-        slow = _cpu_list(text_of(sysfs / "devices/cpu_atom/cpus") or "")
+    if not all(text.isdigit() for text in texts) or len(set(texts)) == 1:  # the kernel knows no capacities
+        kinds = ("cpu_atom", "cpu_lowpower")  # the second since Linux 6.13: the slowest cores of Arrow Lake-H
+        slow = {cpu for kind in kinds for cpu in _cpu_list(text_of(sysfs / f"devices/{kind}/cpus") or "")}
         return min(len([cpu for cpu in cpus if cpu not in slow]) or most, most)
     capacities = sorted(map(int, texts), reverse=True)[:most]
     return max(range(1, len(capacities) + 1), key=lambda count: count * capacities[count - 1])
@@ -231,13 +234,13 @@ def checked_threads(threads: int | None) -> int:
     if threads is None:
         return best
     most = MOST_THREADS_PER_CPU * cpus
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most:
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= most:
         raise InputError(
             f"threads = {threads!r}: this process may use {cpus} CPUs: give a whole number from 1 to {most}; {best} is best"
         )
     if threads > cpus:
         _log.warning("threads = %d, but this process may use %d CPUs: fewer threads are faster", threads, cpus)
-    return threads
+    return int(threads)  # NumPy has integers of its own
 
 
 def _sysctl(name: str) -> bytes:
@@ -258,8 +261,15 @@ def text_of(path: Path) -> str | None:
 
 
 def _memory_bytes(meminfo: str) -> int | None:
+    """Size of main memory; systems without procfs tell it to psutil."""
     found = re.search(r"^MemTotal:\s*(\d+) kB$", meminfo, re.MULTILINE)
-    return None if found is None else int(found.group(1)) * 1024
+    if found is not None:
+        return int(found.group(1)) * 1024
+    if sys.platform == "linux":
+        return None
+    import psutil  # noqa: PLC0415 - Linux does not need it
+
+    return int(psutil.virtual_memory().total)
 
 
 def _nvidia_gpus() -> tuple[Gpu, ...]:

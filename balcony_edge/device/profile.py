@@ -362,11 +362,11 @@ class DeviceProfile(_Frozen):
 
     @property
     def least_context(self) -> int:
-        """Least context of the decode steps, at which watts are measured; 0 without any."""
+        """Least context of the decode steps, after which the blocks begin that watts are measured on; 0 without any."""
         return min((entry.context for entry in self.select("decode")), default=0)
 
     def joules_per_token(self, exit_layer: int, rail: Rail) -> float | None:
-        """Measured energy of one token at an exit, at :attr:`least_context`; None if no sensor measures this rail."""
+        """Measured energy of one token at an exit, at :attr:`Power.context`; None if no sensor measures this rail."""
         found = self.power_at(exit_layer, rail)
         return None if found is None else found.joules_per_token
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -104,6 +105,8 @@ TWELVE = {f"cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu % 6},{cpu % 6 + 
 HYBRID = {f"cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu - cpu % 2}-{cpu - cpu % 2 + 1}" for cpu in range(8)} | {
     f"cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu}" for cpu in range(8, 16)
 }
+#: What Linux 6.16 gives next to hyper-threads, whose capacity it does not know.
+ALIKE = {f"cpu/cpu{cpu}/cpu_capacity": "1024" for cpu in range(16)}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +119,8 @@ HYBRID = {f"cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu - cpu % 2}-{cpu 
         (HYBRID, "8-15", (8, 9, 12), 3),  # the process may use efficient cores only
         (HYBRID, "8-11,12,13-15", (0, 1, 12), 1),
         (HYBRID, "eight", range(16), 12),
+        (HYBRID | ALIKE, "8-15", range(16), 4),
+        (TWELVE | ALIKE, None, range(12), 6),
     ],
 )
 def test_hyper_threads_and_efficient_cores_get_no_threads(
@@ -128,13 +133,23 @@ def test_hyper_threads_and_efficient_cores_get_no_threads(
 ) -> None:
     for name, text in files.items():
         file = tmp_path / "devices/system" / name
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{text}\n")
     if atom is not None:
         (tmp_path / "devices/cpu_atom").mkdir(parents=True)
         (tmp_path / "devices/cpu_atom/cpus").write_text(f"{atom}\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cpus))
     assert best_threads(tmp_path) == threads
+
+
+def test_slowest_cores_with_a_name_of_their_own_get_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Arrow Lake-H under Linux 6.13: six fast cores, eight efficient ones, and two for a low power."""
+    for kind, cpus in (("cpu_atom", "6-13"), ("cpu_lowpower", "14-15")):
+        (tmp_path / "devices" / kind).mkdir(parents=True)
+        (tmp_path / "devices" / kind / "cpus").write_text(f"{cpus}\n")
+    monkeypatch.setattr(machine, "available_cpus", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert best_threads(tmp_path) == 6
 
 
 @pytest.mark.parametrize(
@@ -188,7 +203,15 @@ def test_an_engine_takes_the_best_number_and_names_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "available_cpus", lambda: 8)
     monkeypatch.setattr(machine, "best_threads", lambda: 4)
     assert (checked_threads(None), checked_threads(8)) == (4, 8)
+    other: Any = np.int64(2)
+    assert type(checked_threads(other)) is int
     with pytest.raises(InputError, match=r"this process may use 8 CPUs: give a whole number from 1 to 32; 4 is best"):
         checked_threads(33)
     with pytest.raises(InputError, match="threads = True: "):
         checked_threads(True)
+
+
+def test_macos_and_windows_tell_the_size_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine._memory_bytes("") is None  # Linux without procfs
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert machine._memory_bytes("") == psutil.virtual_memory().total

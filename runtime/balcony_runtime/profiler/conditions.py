@@ -63,7 +63,8 @@ class ConditionWatch:
 
     def cpu_mhz(self) -> float | None:
         """Mean clock of the CPUs now."""
-        paths = sorted(Path("/sys/devices/system/cpu/cpufreq").glob("policy*/scaling_cur_freq"))
+        # Of each CPU, not of each policy: policies have different numbers of CPUs, as on an RK3588 with 4, 2 and 2.
+        paths = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
         khz = [int(text) for path in paths if (text := text_of(path)) and text.isdigit()]
         if khz:
             return fmean(khz) / 1000

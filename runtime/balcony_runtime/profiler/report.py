@@ -159,7 +159,7 @@ def _facts(profile: DeviceProfile) -> str:
         "fingerprint": bundle.fingerprint[:16],
         "engine": f"{engine.name} {engine.version}, {engine.threads} threads",
         "memory": None if memory.peak_bytes is None else f"{memory.peak_bytes / 1e6:.0f} MB at the peak",
-        "recurrent states of a reply": f"{memory.sequence_bytes / 1e6:.1f} MB",
+        "recurrent states of a reply": f"{memory.sequence_bytes / 1e6:.1f} MB" if memory.sequence_bytes else None,
         "memory per 1,000 tokens": f"{memory.per_1k_tokens_bytes / 1e6:.1f} MB",
         "CPU clock": None
         if conditions.cpu_mhz is None

@@ -13,6 +13,9 @@ from balcony_edge.device.readings import Reading
 from balcony_runtime.sensors.base import Absence, NothingOpen, SourceSample
 from balcony_runtime.sensors.sysfs import entries, number_or_none, text_or_none
 
+#: Files of which a battery has at least one. A charger that calls itself a battery (max77693, bq24190) has none of them.
+_GAUGES = {"capacity", "charge_now", "current_now", "energy_now", "power_now"}
+
 
 @dataclass(frozen=True, slots=True)
 class _State:
@@ -38,8 +41,12 @@ class Battery(NothingOpen):
         supplies = entries(self._directory)
         kinds = {supply: text_or_none(supply / "type") for supply in supplies}
         own = [supply for supply in supplies if text_or_none(supply / "scope") != "Device"]
-        self._batteries = tuple(supply for supply in own if kinds[supply] == "Battery")
-        self._mains = tuple(supply for supply in own if kinds[supply] in ("Mains", "USB", "Wireless"))
+        batteries = [supply for supply in own if kinds[supply] == "Battery"]
+        gauged = [one for one in batteries if not _GAUGES.isdisjoint(file.name for file in entries(one))]
+        self._batteries = tuple(gauged or batteries)
+        # USB_DCP, USB_PD and others: some drivers tell the kind of charger in the type (power_supply_sysfs.c)
+        feeding = ("Mains", "USB", "BrickID", "Wireless")
+        self._mains = tuple(supply for supply in own if (kinds[supply] or "").startswith(feeding))
 
     def read(self, now_s: float) -> SourceSample:
         if not self._batteries:

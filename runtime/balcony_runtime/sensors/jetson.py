@@ -7,10 +7,11 @@ rails and, on Thor's carrier, an INA238 (µW). Temperatures come from thermal zo
     Orin Nano, Orin NX  VDD_IN, VDD_CPU_GPU_CV, VDD_SOC                                      VDD_IN
     AGX Orin            VDD_GPU_SOC, VDD_CPU_CV, VIN_SYS_5V0; second chip: VDDQ_VDD2_1V8AO   sum of the first chip's
     Thor                VDD_GPU, VDD_CPU_SOC_MSS, VIN_SYS_5V0; INA238: VIN                   VIN
-    Nano, TX2           POM_5V_IN, POM_5V_GPU, POM_5V_CPU                                    POM_5V_IN
+    Nano                POM_5V_IN, POM_5V_GPU, POM_5V_CPU                                    POM_5V_IN
+    TX2                 VDD_IN, VDD_SYS_CPU, VDD_SYS_GPU and others                          VDD_IN
 
 VIN_SYS_5V0 feeds I/O and memory; VDDQ_VDD2_1V8AO is a part of it. The sum is the power of the module, which is less than that
-of module and carrier.
+of module and carrier. In JetPack 4, the last of Nano and TX2, the driver of INA3221 belongs to IIO instead of hwmon.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Jetson(NothingOpen):
             elif chip == "ina238":
                 label = text_or_none(directory / "label") or text_or_none(directory / "in1_label") or "VIN"
                 rails.append(_rail(directory, chip, label, 1, taken))
+        for directory in sorted(self._root.glob("bus/i2c/drivers/ina3221x/*/iio:device*")):
+            rails += _iio(directory, taken)
         self._rails = tuple(rails)
         self._summed = _parts_of_the_module(self._rails)
         self._load = self._find_load()
@@ -124,6 +127,17 @@ def _ina3221(directory: Path, taken: set[str]) -> list[_Rail]:
         for channel, label in labels.items()
         if label and label != "NC" and text_or_none(directory / f"in{channel}_enable") != "0"
     ]
+
+
+def _iio(directory: Path, taken: set[str]) -> list[_Rail]:
+    """Channels of an INA3221 under the driver of NVIDIA's kernel 4.9: mV and mA, as in hwmon."""
+    rails = []
+    for channel in (0, 1, 2):
+        label = text_or_none(directory / f"rail_name_{channel}")
+        if label and label != "NC":
+            volts, amperes = directory / f"in_voltage{channel}_input", directory / f"in_current{channel}_input"
+            rails.append(_Rail(directory.name, label, unique(f"ina3221:{label}", taken), None, volts, amperes))
+    return rails
 
 
 def _rail(directory: Path, chip: str, label: str, channel: int, taken: set[str]) -> _Rail:

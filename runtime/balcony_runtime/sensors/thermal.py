@@ -30,6 +30,9 @@ _CPU_CHIPS = {
     "k10temp": re.compile("T(die|ctl)"),
     "zenpower": re.compile("Tdie"),
 }
+#: Zone of the PMIC of a Jetson Nano, TX2 or Xavier. It does not measure: below its alarm at 120 °C the driver gives 100 °C
+#: (kernel, drivers/thermal/max77620_thermal.c).
+_NOT_MEASURED = "PMIC-Die"
 _SCOPES: tuple[tuple[Scope, re.Pattern[str]], ...] = (
     ("cpu", re.compile("cpu|x86_pkg_temp", re.IGNORECASE)),
     ("gpu", re.compile("gpu", re.IGNORECASE)),
@@ -63,7 +66,8 @@ class Thermal(NothingOpen):
         kinds = self._reader.read(lambda zone: text_or_none(zone / "type"), zones)
         for zone in zones:
             kind = kinds[zone] if isinstance(kinds[zone], str) else zone.name
-            probes.append(_Probe(unique(f"thermal:{kind}", taken), _scope(kind), zone / "temp"))
+            if kind != _NOT_MEASURED:
+                probes.append(_Probe(unique(f"thermal:{kind}", taken), _scope(kind), zone / "temp"))
         for chip in numbered(self._root / "class/hwmon", "hwmon"):
             name = text_or_none(chip / "name") or ""
             packages = _CPU_CHIPS.get(name)
