@@ -182,6 +182,13 @@ def test_a_mutant_has_the_name_that_its_module_is_imported_by(file: str) -> None
     assert spec is not None and spec.origin == str(ROOT / file)
 
 
+def test_the_readme_has_figures_of_pythons_part_that_the_benchmarks_have() -> None:
+    readme, page = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "benchmarks/README.md"))
+    (row,) = re.findall(r"^\| Python's part of a step[^|]*\|([^|]+)\|", readme, re.MULTILINE)
+    part = page.split("**Python's part of a decode step**", 1)[1].split("A sampled token took", 1)[0]
+    assert set(re.findall(r"\d{3}", row)) <= set(re.findall(r"\b\d{3}\b", part))
+
+
 def test_the_readme_stays_a_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 150 and len(text.encode()) <= 9_000, "move details from README.md to docs/"
