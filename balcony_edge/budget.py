@@ -367,6 +367,8 @@ def load_budget(path: str | os.PathLike[str]) -> Budget:
     Raises:
         BudgetError: one line that names the file, and the key where one is wrong.
     """
+    if not isinstance(path, str | os.PathLike):  # such as the None of a variable that is not set
+        raise BudgetError(f"budget file of type {type(path).__name__}: give a path, e.g. profiles/interactive.toml")
     try:
         # editors on Windows begin a file with a byte order mark
         document = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ except ImportError:
 PARTIAL = ".partial-"
 #: Mounts of this process (proc_pid_mountinfo(5)). A file can be one, as with Docker's `-v ./profile.json:/profile.json`.
 _MOUNTS = Path("/proc/self/mountinfo")
+#: Whether the system replaces and removes files that are read-only: Windows does neither.
+_REPLACES_READ_ONLY = os.name != "nt"
 
 
 @contextmanager
@@ -136,6 +139,8 @@ def _target(path: Path, given: str, error_class: type[BalconyError], cure: str) 
             raise error_class(f"{given}: is a directory: name a file in it")
         if there and not target.is_file():
             raise error_class(f"{given}: cannot be written (it is not a regular file): {cure}")
+        if there and not _REPLACES_READ_ONLY and not target.stat().st_mode & stat.S_IWRITE:
+            raise error_class(f"{given}: cannot be replaced (it is read-only): {cure}")
         if there and _is_mounted(target):
             raise error_class(f"{given}: cannot be replaced (it is a mount of its own): mount its directory instead")
     except OSError as error:  # a name that is too long, or a directory that may not be entered

@@ -88,7 +88,8 @@ def main() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Decode invalid bytes as in arguments; the code that reads a text refuses input that is not UTF-8.
         sys.stdin.reconfigure(errors="surrogateescape")
-    reported(app)
+    # On Windows typer would expand variables and patterns, also in a prompt: it does not see what was quoted.
+    reported(lambda: app(windows_expand_args=False))
 
 
 def reported(action: Callable[[], object]) -> None:
@@ -134,14 +135,16 @@ def _explain(error: OSError) -> bool:
     cure = "free space or files, or name another path" if full else "make it accessible, or name another path"
     line = f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}"
     closed = (errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+    # of a pipe whose reader has ended
+    gone = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno.EPIPE,)
     known = full or error.errno in closed
     if error.filename is None and error.errno == errno.ENOENT:  # of os.getcwd, for a relative path
         known, line = True, "balcony-edge: the current directory was removed: change to another one"
     elif error.filename is None:  # an error of a standard stream
         line = f"balcony-edge: stdout: cannot be written ({error.strerror}): free space, or write to another place"
-        known = error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)
+        known = error.errno in (errno.ENOSPC, errno.EIO, *gone)
         if known:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes the rest of stdout at its exit
-    if known and error.errno != errno.EPIPE:  # a reader such as `head` may stop early without an error
+    if known and error.errno not in gone:  # a reader such as `head` may stop early without an error
         print(line, file=sys.stderr)  # noqa: T201 - likewise
     return known

@@ -178,36 +178,26 @@ class _Planner:
         """Target that no allowed exit meets → nearest value that one of them meets."""
         found, quantile = {}, quantile_of(self.budget.probability)
 
-        def reachable(check: Check, expected: float) -> float:
-            return expected * (
-                math.exp(quantile * self._deviation(check.target)) if check.probability is not None else 1.0
-            )
-
-        def least_w(plan: ExitPlan) -> float:
-            """Power at the slowest pace that waits may leave; without waits that of decoding."""
-            power, busy_w = self.profile.powered(self.rail), plan.watts or 0.0
-            if power is None or not self.budget.pacing:
-                return busy_w
-            return power[0] + (busy_w - power[0]) * min(slowest_tps(self.budget) * plan.tpot_ms / 1000, 1.0)
+        def reachable(plan: ExitPlan, check: Check) -> float:
+            """Value of a target that an exit meets. Waits may bring power down to that of the slowest pace."""
+            expected = check.expected or 0.0
+            if check.probability is not None:
+                return expected * math.exp(quantile * self._deviation(check.target))
+            if check.target != "power_w" or self.power is None or not self.budget.pacing:
+                return expected
+            idle_w = self.power[0]
+            return idle_w + (expected - idle_w) * min(slowest_tps(self.budget) * plan.tpot_ms / 1000, 1.0)
 
         for target in dict.fromkeys(check.target for plan in possible for check in plan.checks):
-            checks = [check for plan in possible for check in plan.checks if check.target == target]
-            expected = [check.expected for check in checks if check.expected is not None]
-            if any(check.met is not False for check in checks) or not expected:
-                continue
-            if target == "min_agreement":
-                found[target] = max(expected)
-            elif target == "power_w":
-                found[target] = min(map(least_w, possible))
-            else:
-                found[target] = reachable(checks[0], min(expected))
+            checks = [(plan, check) for plan in possible for check in plan.checks if check.target == target]
+            values = [reachable(plan, check) for plan, check in checks if check.expected is not None]
+            if values and all(check.met is False for _, check in checks):
+                found[target] = max(values) if target == "min_agreement" else min(values)
         if not found:
             # Every target is met by some exit, but no exit meets all: use the exit that misses fewest.
             best = min(possible, key=lambda plan: sum(check.met is False for check in plan.checks))
-            for check in best.checks:
-                if check.met is False and check.expected is not None:
-                    watts = least_w(best) if check.target == "power_w" else None
-                    found[check.target] = reachable(check, check.expected) if watts is None else watts
+            missed = [check for check in best.checks if check.met is False and check.expected is not None]
+            found = {check.target: reachable(best, check) for check in missed}
         return found
 
     def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float], float | None]:

@@ -117,9 +117,14 @@ class Engine(Closing):
 
     def close(self) -> None:
         """Free the weights; sequences of a closed engine refuse to work."""
-        if self._refusal is not forked:  # the threads that would have to end are in the other process
+        if not self.is_forked:  # the threads that would have to end are in the other process
             self._refusal = closed
             self.backend.close()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the one that loaded the bundle. Locks of its threads stay held."""
+        return self._refusal is forked
 
     def refuse_closed(self) -> None:
         """Raise InputError after :meth:`close`, and in a process that was forked from the one that loaded the bundle."""

@@ -376,6 +376,7 @@ class LLM(Closing):
 
             if not isinstance(trace, round_trace.RoundTraceWriter):
                 raise InputError(f"trace of type {type(trace).__name__}: give a RoundTraceWriter, or None to stop")
+            self.costs  # noqa: B018 - measured now: a round without prices could not be decided again
         self._requests.scheduler.record(trace)
 
     def together(self) -> Together:
@@ -491,7 +492,8 @@ class LLM(Closing):
     def close(self) -> None:
         """Free the engine, and stop the sensors if they were started; write what is kept, if there is a directory for it."""
         try:
-            self._requests.scheduler.close()
+            if not self.engine.is_forked:  # another thread of that process may have held the lock of the rows
+                self._requests.scheduler.close()
         finally:
             self._sensors.close()
             self.engine.close()

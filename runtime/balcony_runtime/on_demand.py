@@ -35,7 +35,7 @@ class SensorsOnDemand:
     def __init__(self, latest: Callable[[], tuple[Reading, ...]] | None) -> None:
         self._latest = latest
         self._sensors: Sensors | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the handler of a signal may set a budget while its own thread starts sensors
         self._closed = False
         self._settled_s = 0.0
         self._told: set[tuple[str, str | None]] = set()  # keys, of power with its rail
@@ -54,12 +54,18 @@ class SensorsOnDemand:
                 sensors = self._sensors = Sensors(device_sources())
                 if self._closed:
                     raise closed()
+                # Before they start: a signal's handler in the middle of it finds these, and starts no others.
+                self._latest, self._settled_s = sensors.latest, time.monotonic() + FIRST_READINGS_S
                 try:
                     sensors.start()
-                except InputError as error:  # closed since the line above: it refuses to start, and names another cure
-                    raise closed() from error
-                self._latest, self._settled_s = sensors.latest, time.monotonic() + FIRST_READINGS_S
-        return self._latest()
+                except BaseException as error:
+                    self._latest = None
+                    if isinstance(error, InputError):  # closed since the line above: it names another cure
+                        raise closed() from error
+                    raise
+                self._settled_s = time.monotonic() + FIRST_READINGS_S
+            latest = self._latest
+        return latest()
 
     def check(self, budget: Budget) -> None:
         """Warn of ceilings that no sensor of this device measures, once of each.

@@ -300,6 +300,7 @@ class Requests:
     def tokens(self, request: Request, sequence: TokenSequence | None) -> Generator[Token]:
         """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""
         asked_s = request.begun_s()  # before a prefix is read from a file
+        self._engine.refuse_closed()  # after a fork the locks of the pool may stay held
         with contextlib.ExitStack() as held:
             if sequence is None:
                 sequence = held.enter_context(self.sequence(request.ids, request.rows))
@@ -347,7 +348,8 @@ class Requests:
         documents: Sequence[Mapping[str, Any]],
         template_kwargs: Mapping[str, Any] | None,
     ) -> list[int]:
-        ids_given = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes | bytearray)
+        ids_given = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray)
+        ids_given = ids_given or (isinstance(prompt, np.ndarray) and prompt.ndim == 1)  # one of no axis has no length
         if ids_given and len(prompt) and isinstance(prompt[0], int | np.integer):
             try:
                 ids = [index(token) for token in prompt]  # type: ignore[arg-type]
@@ -389,7 +391,7 @@ class Requests:
         """Whether the reply's text goes on with the prompt's; that of a conversation is a text of its own."""
         if chat or isinstance(prompt[0], Mapping):
             return False
-        return not isinstance(prompt, str) or chat is False or not self._codec.has_chat_template
+        return not isinstance(prompt, str) or chat is not None or not self._codec.has_chat_template
 
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: int | None, sequence: TokenSequence | None) -> int:
         context = self._engine.max_length if sequence is None else sequence.max_length

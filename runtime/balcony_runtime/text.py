@@ -159,7 +159,7 @@ class TextCodec:
         """
         variables = self._variables(tools, documents, template_kwargs)
         if isinstance(prompt, str):
-            plain = chat is False or (chat is None and not self.has_chat_template)
+            plain = not self.has_chat_template if chat is None else not chat  # also of False as NumPy has it
             if not (prompt if plain else prompt.strip()):
                 raise InputError("the prompt is empty: give a text")
             if plain:
@@ -167,7 +167,7 @@ class TextCodec:
                     raise InputError(
                         f"{next(iter(variables))} with a plain text: only a chat template shows it: give messages"
                     )
-                tokenizer = self._literal if control_tokens is False else self._tokenizer
+                tokenizer = self._tokenizer if control_tokens is None or control_tokens else self._literal
                 return _some(self._ids(tokenizer, _unicode(prompt), special=add_special_tokens))
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
@@ -396,7 +396,7 @@ def _message(message: Any) -> dict[str, Any]:
         content = "\n".join(parts)  # type: ignore[arg-type]
     if not isinstance(content, str):
         raise InputError(f"message content = {shown(content)}: must be a text or a list of text parts: give a text")
-    found = {**message, "content": _unicode(content)}
+    found = {**message, "role": _unicode(message["role"]), "content": _unicode(content)}
     found.pop("tool_calls", None)  # some templates refuse an empty list
     if calls:
         found["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list | tuple) else [_call(calls)]
@@ -426,14 +426,17 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _unicode(text: str) -> str:
-    """The text, if it can be encoded as UTF-8; invalid bytes of arguments arrive as lone surrogates."""
+    """The text, if it can be encoded as UTF-8; invalid bytes of arguments arrive as lone surrogates.
+
+    A subclass (Markup, an enumeration of texts) becomes a plain text: templates would write it in another way.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"the prompt is not valid UTF-8 at character {error.start + 1}: give it as UTF-8, e.g. through iconv"
         ) from None
-    return text
+    return str.__str__(text)
 
 
 def _some(ids: Sequence[int]) -> list[int]:

@@ -67,13 +67,12 @@ def whole(name: str, value: int, least: int | None = None, *, cure: str = "give 
     Raises:
         InputError: the value is not an integer, or is less than ``least``.
     """
-    refused = InputError(f"{name} = {shown(value)}: must be a whole number: give an integer")
-    if isinstance(value, bool):  # False is not None: ``logprobs=False`` would ask for log-probabilities
-        raise refused
     try:
+        if isinstance(value, bool):  # False is not None: ``logprobs=False`` would ask for log-probabilities
+            raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise refused from None
+        raise InputError(f"{name} = {shown(value)}: must be a whole number: give an integer") from None
     if least is not None and number < least:
         raise InputError(f"{name} = {shown(number)}: must be at least {least}: {cure}")
     return number

@@ -218,3 +218,9 @@ def test_the_reply_in_a_chat_is_a_text_of_its_own(tiny: Any, monkeypatch: pytest
     for options in ((), ("--raw",)):
         assert invoke_here("run", tiny.path, "the fox", "-n", "2", "--json", *options).returncode == 0
     assert before[0] == 0 < before[-1]
+
+
+def test_ctrl_d_ends_the_chat_where_it_is_a_character(tiny: Any) -> None:
+    """As on Windows, whose own end of input is Ctrl-Z."""
+    with balcony_edge.load(tiny.path) as llm:
+        assert not Conversation(llm, depth_styles(llm.exit_layers), None, {}, live=False).handle("\x04")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
+import os
+import sys
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 import balcony_edge
-from balcony_edge.cli import console
+from balcony_edge import cli
+from balcony_edge.cli import console, reported
 from balcony_edge.cli.show import show_summary
 from balcony_edge.control.verdict import Verdict
 
@@ -58,3 +62,28 @@ def test_a_verdict_shows_what_was_reached(tiny: Any, key: str, asked: float, rea
         judged = dataclasses.replace(reply, verdicts=(verdict,))
         show_summary(judged, console.depth_styles(llm.exit_layers), Console(file=file, width=200))
     assert shown in file.getvalue()
+
+
+def test_a_prompt_is_taken_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows typer expands %PATH%, $PATH, ~ and *, also in words that were quoted."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(cli, "app", lambda **options: given.update(options))
+    cli.main()
+    assert given == {"windows_expand_args": False}
+
+
+def test_a_reader_that_stops_early_is_not_an_error_on_windows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows calls a pipe that nobody reads any more an invalid argument."""
+
+    def write() -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    with pytest.raises(OSError, match="Invalid argument"):
+        reported(write)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit):
+        reported(write)
+    assert not capsys.readouterr().err

@@ -10,9 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from balcony_edge.cli.device.doctor import clock_note
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()", "doctor"]
 
@@ -127,3 +130,10 @@ def test_a_root_that_is_not_a_directory(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     wanted = f"--sysfs {tmp_path / 'none'}: is not a directory: give the root of a sysfs tree, such as /sys"
     assert done.stderr == f"balcony-edge: {wanted}\n"
+
+
+def test_a_coarse_clock_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows before Python 3.13."""
+    assert not clock_note()
+    monkeypatch.setattr(time, "get_clock_info", lambda _: SimpleNamespace(resolution=0.015625))
+    assert clock_note() == "the clock moves in steps of 15.6 ms, and so do latencies: use Python 3.13 or newer"

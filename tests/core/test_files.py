@@ -127,3 +127,20 @@ def test_a_file_that_is_a_mount_is_refused_before_the_work(tmp_path: Path, monke
     require_writable_file(tmp_path / "other.json", "-o other", InputError, "name another place")
     mounts.unlink()  # a system without such a list
     require_writable_file(path, "-o out", InputError, "name another place")
+
+
+def test_a_read_only_file_is_refused_where_it_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where its temporary file, which is read-only as well, would stay."""
+    path = tmp_path / "out.json"
+    path.write_bytes(b"old")
+    path.chmod(0o444)
+    monkeypatch.setattr(files, "_REPLACES_READ_ONLY", False)
+    for refuse in (
+        lambda: write_atomically(path, b"new", InputError, "name another place"),
+        lambda: require_writable_file(path, "out.json", InputError, "name another place"),
+    ):
+        with pytest.raises(InputError, match=r"out\.json: cannot be replaced \(it is read-only\): name another place$"):
+            refuse()
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib.metadata
 import json
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -257,6 +259,31 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
         (directory / "weights.bin").write_bytes(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_mapped_any_more_when_the_directory_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of ONNX are cycles that map the weights once these were read, and Windows then renames no directory."""
+    rename, mapped, left = Path.rename, weakref.WeakSet[Any](), list[int]()
+
+    class Graph:
+        def __init__(self) -> None:
+            self.nodes = self
+            mapped.add(self)
+
+    def renamed(path: Path, target: Path) -> Path:
+        left.append(len(mapped))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    gc.disable()
+    try:
+        with fresh_directory(tmp_path / "out"):
+            Graph()
+    finally:
+        gc.enable()
+    assert left == [0]
 
 
 def test_a_workstation_may_have_onnxruntime_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

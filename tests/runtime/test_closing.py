@@ -14,6 +14,7 @@ import pytest
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
+from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
 from tests.runtime.backends.cuda_stand_in import onnxruntime, runtime
 
@@ -43,6 +44,16 @@ def test_an_engine_that_is_closed_during_a_pass_is_one_line(tiny: Any, monkeypat
         sequence.advance(5, [1, 2, 3])
 
 
+def test_an_engine_that_is_closed_while_its_prices_are_measured_is_one_line(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a program ends during the first reply that has a target."""
+    engine = Engine.open(tiny.path, device="cpu")
+    monkeypatch.setattr(onnxruntime_state.OnnxRuntimeState, "embed", lambda *_: engine.close())
+    with pytest.raises(InputError, match="this bundle was closed: load it again"):
+        measure_prices(engine)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_an_engine_in_a_forked_process_is_one_line(tiny: Any) -> None:
     """The threads of ONNX Runtime, grammars and sensors stay in the other process: a structured reply would hang."""
@@ -67,6 +78,35 @@ with balcony_edge.load({str(tiny.path)!r}) as llm:
         done.stdout
         == "this bundle was loaded before this process was forked: load bundles after a fork only, or spawn\n"
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_other_threads_stream_does_not_hang(tiny: Any) -> None:
+    """Those threads hold the pool's lock during a pass, and lead rounds; in the new process they never end."""
+    program = f"""
+import os, signal, balcony_edge
+with balcony_edge.load({str(tiny.path)!r}) as llm:
+    begun, fresh = (llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True) for _ in range(2))
+    next(begun)
+    llm._requests.scheduler._leader = -1  # another thread
+    with llm.pool._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            for stream in (begun, fresh):
+                try:
+                    next(stream)
+                except balcony_edge.InputError as error:
+                    print(error, flush=True)
+            llm.close()
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "it waits for threads that it does not have"
+    llm._requests.scheduler._leader = None
+    assert len([*begun, *fresh]) == 3 + 4
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("this bundle was loaded before this process was forked") == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

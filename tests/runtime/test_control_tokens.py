@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from markupsafe import Markup
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
+from balcony_runtime.llm import LLM
 from balcony_runtime.text import TextCodec
 from tests.support.templates import manifest_of, write_template
 
@@ -34,12 +38,36 @@ def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: An
             assert ids == codec.encode(text, chat=chat)
 
 
+@pytest.mark.parametrize("no", [np.False_, 0])
+def test_a_no_of_another_type_is_one(codec: TextCodec, llm: LLM, tiny: Any, no: Any) -> None:
+    """A column of a table has NumPy's; taken for yes, a text would end its own turn."""
+    end = tiny.tokenizer.convert_tokens_to_ids("<end>")
+    assert end not in codec.encode("a<end>b", chat=False, control_tokens=no)
+    assert codec.encode("the fox", chat=no) == codec.encode("the fox", chat=False)
+    options: Any = {"max_new_tokens": 4, "ignore_eos": True}
+    assert llm.generate("the fox", chat=no, **options).text == llm.generate("the fox", chat=False, **options).text
+
+
 def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> None:
     end = tiny.tokenizer.convert_tokens_to_ids("<end>")
     written = write_template(bundle_copy, "{% for m in messages %}{{ m.content | trim }}<end>{% endfor %}")
     assert written.encode(" a<end>b ").count(end) == 1
     assert written.encode(" a<end>b ", control_tokens=True).count(end) == 2
     assert written.encode("a<end>b", chat=False).count(end) == 1  # a plain text, as in transformers
+
+
+def test_subclasses_of_texts_are_texts(bundle_copy: Path) -> None:
+    """Web frameworks have Markup, which escapes the text around it, and clients have roles as an enumeration."""
+    codec = write_template(bundle_copy, "{% for m in messages %}{{ '<end>' + m.content }}{{ m.role }}{% endfor %}")
+
+    class Role(str, Enum):  # noqa: UP042 - as clients have it
+        USER = "user"
+
+    given = (("user", "<fox>"), (Role.USER, Markup("<fox>")))
+    plain, others = ([{"role": role, "content": text}] for role, text in given)
+    for control_tokens in (None, True):
+        wanted = codec.encode(plain, control_tokens=control_tokens)
+        assert codec.encode(others, control_tokens=control_tokens) == wanted
 
 
 def test_glyphs_of_fonts_for_terminals_stay(bundle_copy: Path) -> None:

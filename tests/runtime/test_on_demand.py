@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -122,6 +123,27 @@ def test_a_rail_that_is_not_measured_names_those_that_are(caplog: pytest.LogCapt
         sensors.check(budget)
     named = 'says what is missing; power_rail = "cpu" is measured): it is not held'
     assert [record.getMessage().endswith(named) for record in caplog.records] == [True, True, False]
+
+
+def test_the_handler_of_a_signal_may_set_a_budget_while_sensors_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in the thread that starts them, which would wait for itself for ever; others would never be closed."""
+
+    class Handled(Late):
+        def start(self) -> Late:
+            if Late.started == 0:
+                Late.started += 1
+                sensors.check(WATTS)
+            return self
+
+    monkeypatch.setattr("balcony_runtime.sensors.Sensors", Handled)
+    Late.started = Late.closed = 0
+    sensors = SensorsOnDemand(None)
+    starting = threading.Thread(target=sensors.latest, daemon=True)
+    starting.start()
+    starting.join(10)
+    assert not starting.is_alive()
+    sensors.close()
+    assert (Late.started, Late.closed) == (1, 1)
 
 
 def test_sensors_whose_start_is_interrupted_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

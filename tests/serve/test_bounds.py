@@ -29,6 +29,7 @@ from balcony_runtime.serve.http.app import SMALL_BODY
 from balcony_runtime.serve.http.server import Server, Settings
 from balcony_runtime.serve.work import answers
 from balcony_runtime.serve.work.jobs import Channel, Ended, Job
+from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.service import LARGE_BODY, Limits, Service
 from balcony_runtime.serve.work.shapes import Shapes
 from balcony_runtime.structure.asked import Structure
@@ -307,6 +308,27 @@ def test_health_and_the_watchdog_see_a_decode_thread_that_hangs(serve: Callable[
     assert httpx.get(server.url + "/health", timeout=60).status_code == 200
 
 
+def test_scrapes_leave_the_threads_to_prompts(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk hangs whose bytes each scrape asks for, as that of --prefix-dir may on a network drive."""
+    server, gate, asked = serve(), threading.Event(), list[Metrics]()
+
+    def hangs(metrics: Metrics) -> bytes:
+        asked.append(metrics)
+        gate.wait(60)
+        return b""
+
+    monkeypatch.setattr(Metrics, "text", hangs)
+    with ThreadPoolExecutor(40) as scrapers:  # the loop has 32 threads at most
+        pages = [scrapers.submit(httpx.get, server.url + "/metrics", timeout=60) for _ in range(40)]
+        try:
+            until(lambda: asked)
+            time.sleep(0.5)
+            assert httpx.post(server.url + CHAT, json=HELLO, timeout=10).status_code == 200
+        finally:
+            gate.set()
+        assert {page.result().status_code for page in pages} == {200} and len(asked) < 40
+
+
 def test_a_process_that_may_open_no_more_files_keeps_its_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     """One message is lost, and not the task that sends them."""
 
@@ -382,6 +404,18 @@ def test_a_large_body_is_read_while_others_are_answered(http: httpx.Client, monk
         assert begun.wait(20) and http.get("/health").status_code == 200
         gate.set()
         assert answer.result().status_code == 200
+
+
+def test_times_of_a_large_body_count_from_when_it_came(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for other large ones before it is read; so do the time limit and the time to the first token."""
+
+    def slowly(*args: Any, **options: Any) -> Asked:
+        time.sleep(0.5)
+        return read_asked(*args, **options)
+
+    monkeypatch.setattr("balcony_runtime.serve.http.app.read_asked", slowly)
+    found = http.post(CHAT, json=HELLO | {"chat_id": "x" * LARGE_BODY})
+    assert found.json()["balcony"]["ttft_ms"] >= 500
 
 
 def test_a_server_that_is_stopped_while_it_loads_serves_nobody(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,9 +1,12 @@
-"""The server for clients of other kinds: addresses without /v1, pages elsewhere, and models that think."""
+"""The server for clients of other kinds: addresses without /v1, TLS, pages elsewhere, and models that think."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.serve.http.server import Server, Settings
+from balcony_runtime.serve.work.service import Limits
 from tests.serve.client import CHAT, HELLO, until
 from tests.serve.conftest import with_template
 from tests.support.command import printed
@@ -209,3 +213,25 @@ def test_a_container_that_is_stopped_before_its_port_is_open_ends() -> None:
         "server.Server = lambda *_: signal.raise_signal(signal.SIGTERM)\n"
         "from balcony_edge.cli import main; sys.argv = ['balcony-edge', 'serve', 'bundle']; main()"
     )
+
+
+def test_tls(serve: Callable[..., Server], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(command, check=True, capture_output=True)
+    server = serve(ssl_certfile=certificate, ssl_keyfile=key, limits=Limits(head_s=2.0))
+    with httpx.Client(base_url=server.url, verify=ssl.create_default_context(cafile=str(certificate))) as client:
+        assert server.url.startswith("https://") and client.get("/health").json() == {"status": "ok"}
+    subprocess.run(command, check=True, capture_output=True)  # it is renewed
+    server.reload()
+    renewed = ssl.create_default_context(cafile=str(certificate))
+    key.write_text("")
+    server.reload()
+    assert "the certificate is as before" in caplog.text
+    with httpx.Client(base_url=server.url, verify=renewed) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+    with socket.create_connection(server._sockets[0].getsockname()[:2], 20) as silent:
+        assert silent.recv(1) == b"", "it never began the handshake"

@@ -8,16 +8,16 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -349,24 +349,18 @@ def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Serve
     assert '"code":"stopped"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 100
 
 
-def test_tls(serve: Callable[..., Server], tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    subprocess.run(command, check=True, capture_output=True)
-    server = serve(ssl_certfile=certificate, ssl_keyfile=key, limits=Limits(head_s=2.0))
-    with httpx.Client(base_url=server.url, verify=ssl.create_default_context(cafile=str(certificate))) as client:
-        assert server.url.startswith("https://") and client.get("/health").json() == {"status": "ok"}
-    with socket.create_connection(server._sockets[0].getsockname()[:2], 20) as silent:
-        assert silent.recv(1) == b"", "it never began the handshake"
-
-
 def test_props(http: httpx.Client) -> None:
     found = http.get("/props").json()
     assert [one["exit"] for one in found["exits"]] == [2, 3, 5] and found["total_slots"] == 16
     assert found["budgets"]["tiny:voice"] == {"tpot_ms": 30.0, "probability": 0.9}
+
+
+def test_the_version_is_that_of_the_code_that_runs(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upgrade removes the package's files before it writes the new ones, while the server goes on."""
+    installed = version("balcony-edge")
+    monkeypatch.setattr("importlib.metadata.distribution", Mock(side_effect=PackageNotFoundError("balcony-edge")))
+    assert http.get("/props").json()["build_info"] == f"balcony-edge {installed}"
+    assert http.get("/openapi.json").json()["info"]["version"] == installed
 
 
 def test_the_page_needs_nothing_from_elsewhere(http: httpx.Client) -> None:

@@ -6,11 +6,12 @@ import queue
 import threading
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.errors import BudgetError
+from balcony_edge.errors import BudgetError, DeviceError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
@@ -88,6 +89,25 @@ def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.Monkey
     assert [type(item) for item in sent.items[2]] == [ZeroDivisionError]
     assert [type(item) for item in sent.items[1]] == [Token] * 10
     assert [record.message for record in caplog.records] == ["the decode thread failed"]
+
+
+def test_an_engine_that_fails_every_reply_is_stuck(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost GPU fails each reply at once, so the thread turns. A prompt that finds no memory says nothing about others."""
+    sent = Sent(llm)
+    worker = sent.worker
+    worker.start()
+    for first, message, stuck in ((1, "CUDA: out of memory", False), (3, "CUDA: unspecified launch failure", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(worker._together, "begin", Mock(side_effect=DeviceError(message)))
+            for key in (first, first + 1):
+                worker.submit(job(worker, key, 3))
+                sent.until(key, 1)
+                time.sleep(0.2)
+        assert isinstance(sent.items[first][0], DeviceError) and (worker.stuck_s >= 0.2) == stuck
+    worker.submit(job(worker, 5, 3))
+    sent.until(5, 3)
+    assert worker.stuck_s < 0.2
+    worker.stop()
 
 
 def test_a_change_that_fails_ends_the_reply_that_it_was_for(llm: LLM) -> None:

@@ -87,6 +87,8 @@ class Conversation:
         rest = rest.strip()
         if not command:
             return True
+        if command == "\x04":  # Ctrl-D, which is a character on Windows
+            return False
         if not command.startswith("/") or command.startswith("//"):
             self._answer(line.lstrip()[1:] if command.startswith("//") else line)
             return True

@@ -147,6 +147,8 @@ def _show(
     mode = f", power mode {escape(device['power_mode'])}" if device["power_mode"] else ""
     inside = ", in a container" if device["container"] else ""
     stdout.print(f"{escape(device['system'])} {device['architecture']}{inside}{mode}, Python {device['python']}")
+    if note := clock_note():
+        stdout.print(note, style="yellow", markup=False, soft_wrap=True)
     # From here on lines, not a table: a table cuts long words, and users copy cures.
     for engine in engines:
         packages = ", ".join(f"{name} {version}" for name, version in engine["packages"].items())
@@ -178,6 +180,13 @@ def _missing(health: tuple[SourceHealth, ...]) -> list[tuple[str, str, str]]:
             why = f"{source.dropped} impossible values were dropped, the last: {source.last_dropped}"
             found.append((source.source, why, ""))
     return found
+
+
+def clock_note() -> str:
+    """Why times are coarse here, with the cure; empty if they are not. Windows has such a clock before Python 3.13."""
+    if (step_ms := 1000 * time.get_clock_info("monotonic").resolution) <= 1:
+        return ""
+    return f"the clock moves in steps of {step_ms:.1f} ms, and so do latencies: use Python 3.13 or newer"
 
 
 def describe(values: dict[str, Any]) -> str:

@@ -160,7 +160,8 @@ def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
         raise InputError(
             "--tasks: there is no directory for temporary files that can be written: name one in TMPDIR"
         ) from error
-    with tempfile.TemporaryDirectory(prefix="balcony-eval-", dir=place) as cache:
+    # Windows removes no file that is mapped, as these are until the tasks are gone. That must not lose the results.
+    with tempfile.TemporaryDirectory(prefix="balcony-eval-", dir=place, ignore_cleanup_errors=True) as cache:
         specs = [_spec(task, data, Path(cache)) for task in tasks]
         yield _load(_manager(specs), dict(zip(tasks, specs, strict=True)))
 

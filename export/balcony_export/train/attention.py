@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ _BLOCKS = 2
 
 def can_compile() -> bool:
     """Whether ``torch.compile`` works on this machine's CPU, which needs a C++ compiler and Python's headers."""
-    return shutil.which("g++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+    compiler = "cl" if sys.platform == "win32" else "g++"  # on Windows PyTorch takes no other one by itself
+    return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:

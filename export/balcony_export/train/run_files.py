@@ -81,7 +81,10 @@ def load_run(
     averages: dict[int, dict[str, torch.Tensor]],
     optimizers: dict[int, list[torch.optim.Optimizer]],
 ) -> None:
-    """Restore the weights, averages and optimizer states that :func:`save_run` wrote."""
+    """Restore the weights, averages and optimizer states that :func:`save_run` wrote.
+
+    All are copies, so that nothing maps the file: Windows would not replace it, and Linux would keep its blocks.
+    """
     slots: dict[tuple[int, int], dict[int, dict[str, torch.Tensor]]] = {}
     with safe_open(directory / CHECKPOINT, "pt") as file:
         for key in file.keys():  # noqa: SIM118  # safe_open has no iterator
@@ -93,7 +96,7 @@ def load_run(
                 averages[exit_layer][name].copy_(value)
             else:
                 index, parameter, slot = name.split(".")
-                slots.setdefault((exit_layer, int(index)), {}).setdefault(int(parameter), {})[slot] = value
+                slots.setdefault((exit_layer, int(index)), {}).setdefault(int(parameter), {})[slot] = value.clone()
     for exit_layer, owned in optimizers.items():
         for index, optimizer in enumerate(owned):
             document = optimizer.state_dict()

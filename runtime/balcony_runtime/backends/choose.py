@@ -128,12 +128,14 @@ def open_backend(
 
     Raises:
         BundleError: the bundle has no such set, or the set does not fit.
-        InputError: packed weights are given for a device other than the CPU.
+        InputError: packed weights are given for a device other than the CPU, or their directory is no path.
         DeviceError: there is no such device, or it is missing.
         MissingDependencyError: the engine is not installed.
     """
     if device not in (names := get_args(DeviceName)):
         raise DeviceError(f"device = {device!r}: must be one of {', '.join(names)}: give one of those")
+    if not isinstance(packed, str | os.PathLike | None):
+        raise InputError(f"packed of type {type(packed).__name__}: give the path of a directory")
     named = device != "auto" or engines is not None
     if device == "auto" and packed is not None:
         device = "cpu"

@@ -31,6 +31,9 @@ PRIOR_TOKENS, MEMORY = 64.0, 0.995
 MOST_CHECKED, CHECK_EVERY = 4, 32
 #: Probability, under the promise, of at least as many disagreements as were seen; below it the threshold is raised.
 SLIPPED = 0.01
+#: Checks of an exit that are counted at most. Then half of them is forgotten: older ones would hide a promise that slips
+#: now, and the test takes time for every disagreement that it counts.
+MOST_COUNTED = 4096
 #: Share of the distance to certainty by which a threshold is raised.
 RAISE = 0.3
 
@@ -60,7 +63,7 @@ class Confident:
         self.thresholds = {e: known[e].threshold for e in exits[:-1] if e in known}
         # Exit → (tokens that exited, tokens that tried), with exponential forgetting.
         self._counts = {e: (PRIOR_TOKENS * known[e].exit_share, PRIOR_TOKENS) for e in self.thresholds}
-        #: Exit → checks of its tokens since its threshold was last raised, and checks in total.
+        #: Exit → the last checks of its tokens, since its threshold was last raised, and checks in total.
         self._recent = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self.telemetry = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self._probing, self._since_check = Probing(), 0
@@ -125,7 +128,10 @@ class Confident:
     def check(self, exit_layer: int, agreed: bool) -> None:
         """Count the check of an early token, and raise the exit's threshold if the promise no longer holds."""
         self.telemetry[exit_layer] = _counted(self.telemetry[exit_layer], agreed)
-        recent = self._recent[exit_layer] = _counted(self._recent[exit_layer], agreed)
+        recent = _counted(self._recent[exit_layer], agreed)
+        if recent.checked > MOST_COUNTED:
+            recent = Telemetry(recent.checked // 2, recent.disagreed // 2)
+        self._recent[exit_layer] = recent
         assert self.spec is not None  # the token exited by a threshold
         # The promise is about all tokens, so a larger share of the tokens that exit early may disagree.
         exited, tried = self._counts[exit_layer]

@@ -42,6 +42,15 @@ def measure_prices(engine: Engine) -> CostModel:
         InputError: the engine was closed.
     """
     engine.refuse_closed()
+    try:
+        return _measured(engine)
+    except KeyError:  # another thread closed the engine meanwhile, and its graphs are gone
+        engine.refuse_closed()
+        raise
+
+
+def _measured(engine: Engine) -> CostModel:
+    """:func:`measure_prices` while the engine stays open."""
     manifest = engine.manifest
     layers = manifest.exit_layers
     context = min(engine.max_length, 1024)

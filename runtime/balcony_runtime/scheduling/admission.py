@@ -91,10 +91,13 @@ class Bounds(NamedTuple):
         """The bounds that a user asks for.
 
         Raises:
-            InputError: ``prefix_mb`` is negative, too large or not a number.
+            InputError: ``prefix_mb`` is negative, too large or not a number; or the directory is no path.
         """
         if isinstance(prefix_mb, bool) or not isinstance(prefix_mb, Real) or not 0 <= prefix_mb <= MOST_MB:
             raise InputError(
                 f"prefix_mb = {shown(prefix_mb)}: must be a number from 0 to {MOST_MB:g}: give megabytes, or 0 to keep nothing"
             )
+        if not isinstance(prefix_directory, str | os.PathLike | None):
+            kind = type(prefix_directory).__name__
+            raise InputError(f"prefix_directory of type {kind}: give the path of a directory")
         return cls(kv_bytes, int(1e6 * prefix_mb), None if prefix_directory is None else Path(prefix_directory))

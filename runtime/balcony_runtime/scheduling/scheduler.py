@@ -162,6 +162,7 @@ class Scheduler:
         stream = self.join(decoder, rows, cancelled)
         try:
             while True:
+                self._engine.refuse_closed()  # after a fork nobody ends a round that another thread led
                 if (found := self._by_itself(stream)) is None:
                     self.ask([stream], time.monotonic() if decoder.begun else decoder.started_s)
                     while stream.asks:
@@ -243,8 +244,7 @@ class Scheduler:
                 finally:
                     self._leader = None
                     self._turn.notify_all()
-                answered = self._answered(streams)
-            return answered
+            return answered or self._answered(streams)
 
     def _answered(self, streams: Sequence[Stream]) -> list[Stream]:
         for stream in streams:
@@ -323,8 +323,7 @@ class Scheduler:
             # Outside the pool, rows that were run by itself stay where they are.
             if self._pool.holds(sequence) or sequence.stage_cursor[0] <= decoder.kept_rows:
                 with stream.isolated():
-                    if rows := self._pool.look_again(sequence, {one.sequence for one in begins}):
-                        decoder.kept_rows += rows
+                    decoder.kept_rows += self._pool.look_again(sequence, {one.sequence for one in begins})
 
     def _admit_next(self) -> bool:
         """Admit the first stream in order that there is memory and time for; whether there was one.

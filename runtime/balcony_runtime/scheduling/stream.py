@@ -30,6 +30,8 @@ class Cancellation(threading.Event):
 
     def __init__(self, wake: Callable[[], None]) -> None:
         super().__init__()
+        # The handler of a signal may cancel the reply whose own thread is about to wait here for its pace.
+        self._cond = threading.Condition(threading.RLock())
         self._wake = wake
 
     def set(self) -> None:

@@ -50,9 +50,18 @@ class PrefixFiles:
             # Also of saves under a name: clients choose names, and nobody might ever write that one again.
             remove_leftovers(directory, ".", f"{SUFFIX}{PARTIAL}")
         for path in sorted(directory.glob(f"*{SUFFIX}")):
-            self.add(path)
+            self._look(path)
 
     def add(self, path: Path) -> None:
+        """Take notice of a file, and no more of those that others have removed: what their tokens take would only grow."""
+        with self._lock:
+            known = list(self._known)
+        with contextlib.suppress(OSError):  # the directory may not be entered any more
+            for gone in [one for one in known if not one.exists()]:
+                self.forget(gone)
+        self._look(path)
+
+    def _look(self, path: Path) -> None:
         """Take notice of a file; one of another bundle, or a damaged one, is left alone."""
         try:
             self._know(path, file.look(path, self._engine))

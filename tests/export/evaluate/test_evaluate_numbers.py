@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import math
+import os
 import random
 import re
 import tempfile
@@ -27,7 +28,7 @@ from balcony_edge.bundle.quality import record_quality
 from balcony_edge.cli.workstation.eval import _dropped
 from balcony_edge.errors import BundleError, InputError
 from balcony_export.evaluate.report import _TITLES, PAPER_LLM_1B, ExitReport, Report, _task_row, markdown
-from balcony_export.evaluate.tasks import TaskRun, _load, _run, _spec, evaluate_tasks, offline_tasks
+from balcony_export.evaluate.tasks import TaskRun, _load, _loaded, _run, _spec, evaluate_tasks, offline_tasks
 from balcony_export.evaluate.text import _add, _Sums, ratio_of_sums
 
 ONE = Estimate(value=1.0)
@@ -381,3 +382,22 @@ def test_tasks_where_nothing_can_be_written_are_one_line(
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
     with pytest.raises(InputError, match="name one in TMPDIR"):
         evaluate_tasks(bundle_scorer, ["arc_easy"])
+
+
+def test_files_that_cannot_be_removed_lose_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows removes no file that is mapped, as the readers' copies are."""
+    (tmp_path / "boolq").mkdir()
+    row = {"passage": "A -- b", "question": "is it", "choices": ["yes", "no"], "gold": 1}
+    (tmp_path / "boolq/validation.jsonl").write_text(json.dumps(row) + "\n")
+    unlink = os.unlink
+
+    def refuse(path: Any, **options: Any) -> None:
+        if os.fspath(path).endswith(".arrow"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "unlink", refuse)
+    with _loaded(["boolq"], tmp_path) as loaded:
+        assert loaded.leaves == {"boolq": ("boolq",)}
+    assert list(tmp_path.glob("balcony-eval-*/**/*.arrow")), "one was refused"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from balcony_export.data.corpus import Corpus, Rows, build_corpus
 from balcony_export.data.documents import read_documents
 from balcony_export.model.averaging import average
 from balcony_export.model.balcony_files import is_whole, load_balconies, read_index, read_tensors
+from balcony_export.train.attention import can_compile
 from balcony_export.train.loss import CHUNK, Head, HeadLoss
 from balcony_export.train.report import StepReport, plot_curves
 from balcony_export.train.run_files import END
@@ -395,3 +398,10 @@ def test_a_report_that_ends_the_process_comes_after_the_checkpoint(
         trainer.run(report)
     again = trainer_of(make_tiny("llama"), corpus, tmp_path)
     assert again.resume() and again.step == 6 and is_whole(tmp_path, 2)
+
+
+def test_windows_compiles_with_its_own_compiler_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch asks for `cl` there, and fails in the first step with the g++ of MinGW or Strawberry Perl alone."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "g++" else None)
+    assert not can_compile()

@@ -164,9 +164,11 @@ def test_every_test_that_needs_a_gpu_is_in_a_piece() -> None:
     names = [piece.name for piece in pieces]
     assert all(need in names[: names.index(piece.name)] for piece in pieces for need in piece.needs)
     assert all(piece.limit_s < 540 for piece in pieces)  # nine minutes hold each of them, and the start of the program
-    (other,) = {piece.limit_s for piece in pieces if piece.target}  # one of the TensorRTs is not for the card
+    (other,) = {piece.limit_s for piece in pieces if piece.target}  # often one of the TensorRTs is not for the card
     first = sum(piece.limit_s for piece in pieces if not piece.name.startswith("big-")) - other
     assert first <= 40 * 60  # one call holds all but the 8B shape, however slow they are
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8"))
+    assert f"with tests of both TensorRTs it may take {(first + other) / 60:.0f} minutes" in page
     from tests.runtime.backends.test_conformance import NEEDS
 
     chosen = [piece.commands[-1][-1] for piece in pieces if piece.name.startswith("tests-")]

@@ -491,3 +491,10 @@ def test_counts_may_be_integers_of_numpys_and_no_truth_values(llm: LLM) -> None:
     for options in ({"logprobs": False}, {"max_new_tokens": True}):
         with pytest.raises(InputError, match="must be a whole number"):
             llm.stream([1, 2, 3], **options)
+
+
+def test_arrays_without_an_axis_are_no_prompts(llm: LLM) -> None:
+    other: Any
+    for other in (np.array("the fox"), np.array(5)):  # a text and a token that went through NumPy
+        with pytest.raises(InputError, match="prompt of type ndarray: give a text, messages or token ids"):
+            llm.stream(other)

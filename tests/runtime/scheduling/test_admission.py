@@ -237,6 +237,17 @@ def test_nobody_is_overtaken_without_end(llm: LLM) -> None:
     assert order[:3] == [*small, heavy] and light not in order and len(order) == 3 + MOST_OVERTAKEN
 
 
+def test_rounds_without_a_target_are_recorded(llm: LLM, tmp_path: Path) -> None:
+    """As in the example of record_rounds: no budget has needed prices before."""
+    with RoundTraceWriter(tmp_path / "rounds.jsonl") as trace:
+        llm.record_rounds(trace)
+        llm.generate_batch(PROMPTS[:2], max_new_tokens=4)
+        llm.record_rounds(None)
+    recorded = read_rounds(tmp_path / "rounds.jsonl")
+    again = [{move.key: move.decision.exit_layer for move in found.moves} for found in replay_rounds(recorded)]
+    assert again == [one.exits for one in recorded.rounds]
+
+
 def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Streams without a place in the pool have memory of their own: their tokens are the same, and their passes their own."""
     monkeypatch.setattr(scheduler_module, "MEMBERS", 2)

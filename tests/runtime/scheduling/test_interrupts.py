@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
-from balcony_runtime.engine import TokenSequence
+from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import SequencePool
+from balcony_runtime.scheduling.stream import Cancellation
 from tests.support.replies import PRICES, ids
+from tests.support.schedules import assert_equal, from_scratch
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
 
@@ -90,3 +94,35 @@ def test_recording_may_stop_in_the_handler_of_a_signal(llm: LLM, monkeypatch: py
         next(stream)
         monkeypatch.setattr(TokenSequence, "step", interrupted)
         assert len(list(stream)) == 7
+
+
+def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, prompt = SequencePool.of(tiny_engine, 2), list(range(10, 90))
+    assert pool is not None
+    waits, ran = pool.take(prompt), pool.take(prompt)
+    assert waits is not None and ran is not None
+    waits.append([*prompt, 7])
+    ran.advance(5, prompt)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(TokenSequence, "fill", interrupted)
+        pool.look_again(waits, ())
+    assert waits.tokens[0].tolist() == [*prompt, 7]
+    assert_equal(waits.advance(5, ()), from_scratch(tiny_engine, 5, np.array([[*prompt, 7]]), 1))
+
+
+def test_a_reply_may_be_cancelled_in_the_handler_of_a_signal() -> None:
+    """Python runs it between two lines of the wait for a pace: the thread would wait for the event's lock for ever."""
+    cancelled = Cancellation(int)
+
+    def handled() -> None:
+        with cancelled._cond:  # as the wait has it
+            cancelled.set()
+
+    thread = threading.Thread(target=handled, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert cancelled.is_set() and not thread.is_alive()

@@ -308,6 +308,16 @@ def test_a_file_that_another_process_wrote_anew_is_known_as_it_is(tiny: Any, tmp
         assert llm.prefix_files is not None and llm.prefix_files.longest(np.array(third), 1e9)[1] == 60
 
 
+def test_files_that_others_have_removed_are_forgotten(tiny: Any, tmp_path: Path) -> None:
+    """Clients save slots under ever new names, and the server's owner removes them."""
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        for number in range(3):
+            llm.save_prefix([number, *range(10, 70)], path := tmp_path / f"talk-{number}.session")
+            path.unlink()
+        llm.save_prefix(list(range(100, 160)), tmp_path / "last.session")
+        assert llm.prefix_files is not None and list(llm.prefix_files._known) == [tmp_path / "last.session"]
+
+
 def test_files_that_cannot_be_used_are_left_alone(
     export_tiny: Callable[[str], Any], tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -465,24 +475,6 @@ def test_the_only_place_changes_hands_with_its_rows(tiny_engine: Engine) -> None
     pool.give_back(again)
     assert pool.look_again(waits, ()) == 0 and pool.holds(waits) and waits.stage_cursor == [81, 81, 81]
     assert_equal(waits.advance(5, ()), want)
-
-
-def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool, prompt = SequencePool.of(tiny_engine, 2), list(range(10, 90))
-    assert pool is not None
-    waits, ran = pool.take(prompt), pool.take(prompt)
-    assert waits is not None and ran is not None
-    waits.append([*prompt, 7])
-    ran.advance(5, prompt)
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(TokenSequence, "fill", interrupted)
-        pool.look_again(waits, ())
-    assert waits.tokens[0].tolist() == [*prompt, 7]
-    assert_equal(waits.advance(5, ()), from_scratch(tiny_engine, 5, np.array([[*prompt, 7]]), 1))
 
 
 def test_rows_of_a_reply_that_runs_at_the_moment_are_found_before_the_prompt_runs(llm: LLM) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from balcony_runtime.serve.http.server import Server
 
-pytest.importorskip("selenium")  # `make test` installs it
+pytest.importorskip("selenium")  # `make test` installs it; tests import its names from here, where they are skipped
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys

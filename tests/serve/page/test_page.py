@@ -11,14 +11,26 @@ from typing import Any
 
 import httpx
 import pytest
-from selenium.webdriver import Chrome
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 
 from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
 from tests.serve.conftest import with_template
-from tests.serve.page.steps import MARKS, ask, chats, choose, complaints, ended, held_back, part, slide, tokens, until
+from tests.serve.page.steps import (
+    MARKS,
+    By,
+    Chrome,
+    Keys,
+    ask,
+    chats,
+    choose,
+    complaints,
+    ended,
+    held_back,
+    part,
+    slide,
+    tokens,
+    until,
+)
 from tests.serve.test_reach import THINKS
 
 pytestmark = MARKS

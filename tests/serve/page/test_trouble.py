@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from selenium.webdriver import Chrome
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 
 from balcony_edge.budget import Budget
 from balcony_runtime.serve.http.server import Server
-from tests.serve.page.steps import MARKS, ask, chats, choose, complaints, ended, part, tokens, until
+from tests.serve.page.steps import (
+    MARKS,
+    By,
+    Chrome,
+    Keys,
+    ask,
+    chats,
+    choose,
+    complaints,
+    ended,
+    part,
+    tokens,
+    until,
+)
 
 pytestmark = MARKS
 
@@ -102,9 +112,12 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Callable[..., Server]) -> No
 
 
 def test_other_names_are_offered(page: Chrome, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of a server that was started again with another model and another key."""
+    """As those of a server that was started again with another model, which does not know the name that was chosen."""
     (chat,) = chats(page)
     monkeypatch.setattr(server.service.names, "budgets", {"other": Budget()})
-    page.execute_script("return load()")  # what a new key does
     ask(chat, "hello")
+    until(page, lambda: part(chat, "model").get_property("value") == "other" and ended(chat))
+    assert "there is no such model" in part(chat, "error").text
+    assert all(" 404 " in complaint for complaint in complaints(page))
+    ask(chat, "")  # the question is in its field again
     until(page, lambda: tokens(chat) and ended(chat))

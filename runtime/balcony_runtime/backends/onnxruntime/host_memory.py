@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: Windows has no such flags; there, memory is taken on first use without them.
+#: Windows has no such flags. It also takes pages on first use, but counts all of them against its limit of memory at once.
 _OPTIONS: dict[str, Any] = {}
 if hasattr(mmap, "MAP_ANONYMOUS"):
     _OPTIONS["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)

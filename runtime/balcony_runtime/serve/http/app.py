@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
@@ -31,7 +31,7 @@ from balcony_runtime.serve.bodies.asked import Asked, messages_of, read_asked, r
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import REASON, RefusedError, bad, busy, refusal_of, too_long
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of, client_of
-from balcony_runtime.serve.http.openapi import document
+from balcony_runtime.serve.http.openapi import VERSION, document
 from balcony_runtime.serve.work.answers import Answer, GoneError, gone
 from balcony_runtime.serve.work.energy import powers
 from balcony_runtime.serve.work.jobs import Job
@@ -124,6 +124,7 @@ class _Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._body_bytes = 0  # of bodies that have not come whole, or are being read
+        self._scrape: asyncio.Task[bytes] | None = None  # makes the page of metrics
         self._page = files("balcony_runtime.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
     async def page(self, request: Request) -> Response:
@@ -139,8 +140,11 @@ class _Routes:
 
     async def metrics(self, request: Request) -> Response:
         """Metrics for Prometheus."""
-        # in a thread: a pass holds the lock of what counts the bytes of ended replies
-        text = await asyncio.to_thread(self._service.metrics.text)
+        # In a thread: a pass holds the lock of what counts the bytes of ended replies. In one for all who ask: a disk may hang
+        # whose bytes are asked for, and the loop's threads are few and also read prompts.
+        if self._scrape is None or self._scrape.done():
+            self._scrape = asyncio.create_task(asyncio.to_thread(self._service.metrics.text))
+        text = await asyncio.shield(self._scrape)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, request: Request) -> Response:
@@ -181,12 +185,13 @@ class _Routes:
     async def _complete(self, request: Request, *, chat: bool) -> ASGIApp:
         self._service.refuse_unready()
         async with self._body(request) as body:
+            asked_s = time.monotonic()  # a large body waits for others before it is read
             read = partial(read_asked, body, chat=chat)  # of 8 MB it takes seconds, in which no stream would go on
             asked = await self._service.in_thread(read, len(body)) if len(body) > LARGE_BODY else read()
             del read  # it holds the body
             watch = asyncio.create_task(gone(request.receive))
             try:
-                answer = await self._answer(asked, len(body), request, watch)
+                answer = await self._answer(asked, len(body), asked_s, request, watch)
             except BaseException:
                 watch.cancel()
                 raise
@@ -204,8 +209,10 @@ class _Routes:
         answer.close()
         return JSONResponse(whole)
 
-    async def _answer(self, asked: Asked, size: int, request: Request, watch: asyncio.Task[None]) -> Answer:
-        """The answer to a request; a client that leaves, or the time limit, also ends its preparation.
+    async def _answer(
+        self, asked: Asked, size: int, asked_s: float, request: Request, watch: asyncio.Task[None]
+    ) -> Answer:
+        """The answer to a request that came at a time; a client that leaves, or the time limit, also ends its preparation.
 
         Raises:
             RefusedError: the request is refused, or takes too long.
@@ -213,9 +220,10 @@ class _Routes:
         """
         limit_s = self._service.limits.request_s
         client = client_of(request.scope)
-        preparing = asyncio.create_task(self._service.answer(asked, request.headers, client, size))
+        preparing = asyncio.create_task(self._service.answer(asked, request.headers, client, size, asked_s))
+        left_s = max(asked_s + limit_s - time.monotonic(), 0.0)
         try:
-            await asyncio.wait((preparing, watch), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((preparing, watch), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if preparing.done():
                 return preparing.result()
         except ContextLengthError as error:
@@ -276,7 +284,7 @@ class _Routes:
         return JSONResponse(
             {
                 "model_alias": service.names.name,
-                "build_info": f"balcony-edge {version('balcony-edge')}",
+                "build_info": f"balcony-edge {VERSION}",
                 "total_slots": service.limits.parallel,
                 "default_generation_settings": {"n_ctx": llm.engine.max_length, "params": {"temperature": 1.0}},
                 "bundle": {

@@ -18,6 +18,8 @@ from balcony_runtime.serve.bodies.refusal import RefusedError
 
 #: Endpoints whose answer is not JSON → its type.
 _TYPES = {"/": "text/html", "/metrics": "text/plain"}
+#: Version of the code that runs: an upgrade may replace the files of the package while a server runs.
+VERSION = version("balcony-edge")
 
 
 def document(
@@ -40,7 +42,7 @@ def document(
     error = RefusedError(400, "", "").body["error"]
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Balcony Edge", "version": version("balcony-edge")},
+        "info": {"title": "Balcony Edge", "version": VERSION},
         "paths": paths,
         "components": {
             "schemas": {

@@ -1,7 +1,7 @@
 """The process around the application: sockets, TLS, signals, readiness.
 
 Owns the order of starting and stopping. The port opens first, so that ``/health`` can say that the model is loading. SIGTERM
-and Ctrl-C stop new requests and wait for those in progress; SIGHUP reads the budget files again.
+and Ctrl-C stop new requests and wait for those in progress; SIGHUP reads the budget files and the certificate again.
 """
 
 from __future__ import annotations
@@ -155,17 +155,28 @@ class Server:
         return self.service.ready and self._uvicorn.started
 
     def reload(self) -> None:
-        """Read the budget files again; if one is refused, the log says so and all stay as they are."""
+        """Read budget files and certificate again; what is refused stays as it is, and the log says so."""
         if not self.service.ready:
             self._stale = True  # the load may have read its files before they changed
             return
         _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            self._reload_certificate()
+        except BalconyError as error:
+            _log.error("the certificate is as before: %s", error)
         try:
             self.service.reload()
             _log.info("budget files: %s", ", ".join(self.service.names.budgets))
         except BalconyError as error:
             _log.error("budget files are as before: %s", error)
         _notify("READY=1")
+
+    def _reload_certificate(self) -> None:
+        """Read certificate and key again, for the connections to come: certificates are renewed more often than servers."""
+        certificate, key, context = self._settings.ssl_certfile, self._settings.ssl_keyfile, self._uvicorn.config.ssl
+        if certificate is not None and key is not None and context is not None:
+            _refuse_wrong_files(certificate, key)  # before the context in use has a half of them
+            context.load_cert_chain(certificate, key)
 
     def _config(self) -> uvicorn.Config:
         settings = self._settings

@@ -211,7 +211,7 @@ class Service:
 
     @property
     def stuck_s(self) -> float:
-        """Seconds for which the decode thread has done nothing although it should; infinite if it has ended."""
+        """Seconds for which the decode thread has made nothing although it should; infinite if it has ended."""
         return 0.0 if self._loaded is None else self._parts.worker.stuck_s
 
     @property
@@ -264,15 +264,18 @@ class Service:
         except TimeoutError:
             raise too_long(self.limits.request_s) from None
 
-    async def answer(self, asked: Asked, headers: Mapping[str, str], client: str, size: int = 0) -> Answer:
-        """The answer to a request, not begun; its body has ``size`` bytes.
+    async def answer(
+        self, asked: Asked, headers: Mapping[str, str], client: str, size: int = 0, asked_s: float | None = None
+    ) -> Answer:
+        """The answer to a request, not begun; its body has ``size`` bytes and came at ``asked_s``, by default now.
 
         Raises:
             RefusedError: the server is stopping, the queue is full, or the model is unknown.
             BalconyError: a prompt, a budget or a parameter is refused.
         """
         self.refuse_unready()  # the route looked before the body came
-        asked_s, meter = time.monotonic(), EnergyMeter(self.llm.readings)
+        asked_s = time.monotonic() if asked_s is None else asked_s
+        meter = EnergyMeter(self.llm.readings)
         most_tokens = None if asked.max_tokens is None else min(max(asked.max_tokens, 1), self.llm.engine.max_length)
         budget = self.names.budget(asked.model, headers, asked.budget, most_tokens)
         model, count = self.names.listed(asked.model), len(asked.prompts) * asked.n

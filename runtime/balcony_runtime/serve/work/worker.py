@@ -20,7 +20,7 @@ import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.waiting import in_order, overtakes
-from balcony_edge.errors import BalconyError
+from balcony_edge.errors import BalconyError, DeviceError, is_out_of_memory
 from balcony_runtime.decoding.sampling import log_probabilities
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
@@ -58,6 +58,8 @@ class Worker:
         self._together: Together = llm.together()
         self._thread = threading.Thread(target=self._run, name="balcony-decode", daemon=True)
         self._turned_s = time.monotonic()  # infinite while it waits for something to do
+        self._failing_s = math.inf  # time since which the engine has failed and made no token
+        self._failed_s = 0.0  # seconds from then to its last failure
 
     def start(self) -> None:
         """Start the thread."""
@@ -72,8 +74,12 @@ class Worker:
 
     @property
     def stuck_s(self) -> float:
-        """Seconds since its last turn; 0 while it waits for something to do, infinite if the thread has ended."""
-        return max(time.monotonic() - self._turned_s, 0.0) if self._thread.is_alive() else math.inf
+        """Seconds since its last turn, 0 while it waits for something to do; infinite if the thread has ended.
+
+        If the engine only fails, the seconds for which it does: a GPU that is lost fails each reply at once, and only another
+        process can use it again.
+        """
+        return max(time.monotonic() - self._turned_s, self._failed_s) if self._thread.is_alive() else math.inf
 
     def prepare(self, ids: Sequence[int], **options: Any) -> Request:
         """The reply to a prompt, for a job; see :meth:`.Together.prepare`. Any thread may call it."""
@@ -192,6 +198,7 @@ class Worker:
                     self._fail(job, item)
                 else:
                     self._found.append((job, item))
+                    self._failing_s, self._failed_s = math.inf, 0.0
                 if isinstance(item, Exception) or item.finish_reason is not None:
                     self._forget(job)
         except Exception as error:  # a bug: the replies end, and the server goes on
@@ -210,6 +217,10 @@ class Worker:
             _log.error("the decode thread failed", exc_info=error)
         elif refusal_of(error).status >= 500:
             _log.error("a reply failed: %s", error)
+        if isinstance(error, DeviceError) and not is_out_of_memory(error):
+            now_s = time.monotonic()
+            self._failing_s = min(self._failing_s, now_s)
+            self._failed_s = now_s - self._failing_s
         self._found.append((job, error))
 
     def _forget(self, job: Job) -> None:
