@@ -85,10 +85,8 @@ class Conversation:
         """Answer a message or execute a command; False if the chat is over."""
         command, _, rest = line.strip().partition(" ")
         rest = rest.strip()
-        if not command:
-            return True
-        if command == "\x04":  # Ctrl-D, which is a character on Windows
-            return False
+        if command in ("", "\x04"):  # the second is Ctrl-D on Windows, which ends the chat
+            return not command
         if not command.startswith("/") or command.startswith("//"):
             self._answer(line.lstrip()[1:] if command.startswith("//") else line)
             return True
