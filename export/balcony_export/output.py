@@ -48,8 +48,8 @@ def fresh_directory(output: Path) -> Iterator[Path]:
         with partial_directory(output.absolute()) as directory:
             with _interrupts_kept():
                 yield directory
-            # Windows renames no directory with a mapped file, and what a graph has mapped goes with its cycles only.
-            gc.collect()
+                # Windows renames no directory with a mapped file, and what a graph has mapped goes with its cycles only.
+                gc.collect()
             directory.rename(output)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -43,16 +43,20 @@ def logits_of(exits: ExitModel) -> torch.Tensor:
         return torch.from_numpy(reference_logits(exits, IDS)[exits.depth])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama-mha", "gemma2", "gemma3", "qwen3"])
+@pytest.mark.parametrize(
+    ("architecture", "silenced"),
+    [(name, "up_proj") for name in ("llama", "llama-mha", "gemma2", "gemma3", "qwen3")] + [("llama", "down_proj")],
+)
 def test_neurons_that_do_nothing_go_first(
-    architecture: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+    architecture: str, silenced: str, make_tiny: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Without them the model is the same, and its checkpoint is an ordinary one."""
+    """Without them the model is the same, and its checkpoint is an ordinary one. What nothing reads does nothing."""
     model = make_tiny(architecture)
     exits = ExitModel.open(model, (2,))
     silent = np.random.default_rng(0).permutation(64)[:24]
     for mlp in (layer.mlp for layer in (*exits.parts.layers, exits.balconies[2].layer)):
-        mlp.up_proj.weight.data[silent] = 0.0
+        weight = getattr(mlp, silenced).weight.data
+        (weight if silenced == "up_proj" else weight.T)[silent] = 0.0
     want = exits.copy()
     narrow(exits, 40, ROWS)
     assert exits.parts.layers[0].mlp.gate_proj.weight.shape == (40, 32)
@@ -191,6 +195,21 @@ def test_teachers_of_another_size_are_refused(make_tiny: Any, corpus: Corpus, tm
             trainer_of(make_tiny("llama"), corpus, tmp_path, teacher=make_tiny("llama", **changes))
 
 
+def test_closeness_is_the_mean_over_tokens_of_the_divergence_from_the_teacher(make_tiny: Any, corpus: Corpus) -> None:
+    """By the definition, KL(teacher ‖ model), without the first position of a row."""
+    model = make_tiny("llama")
+    exits, teacher, kl, hits, count = ExitModel(model), ExitModel(other(model)), 0.0, 0, 0
+    with torch.no_grad():
+        for row, length in zip(corpus.held_out.tokens, corpus.held_out.lengths, strict=True):
+            tokens = torch.from_numpy(row[None, :length]).long()
+            want, got = (one.logits(tokens)[5][0, 1:].log_softmax(-1) for one in (teacher, exits))
+            kl += float((want.exp() * (want - got)).sum())
+            hits += int((want.argmax(-1) == got.argmax(-1)).sum())
+            count += int(length) - 1
+    wanted = pytest.approx(kl / count, rel=1e-3), pytest.approx(hits / count)
+    assert closeness(exits, teacher, corpus.held_out) == wanted
+
+
 def test_a_cut_model_is_tuned(make_tiny: Any, corpus: Corpus) -> None:
     """It comes nearer to the uncut model, whose KL is zero, and its head stays."""
     uncut = ExitModel(make_tiny("llama"))
@@ -310,3 +329,21 @@ def test_the_comparison_takes_no_points_of_another_model_text_or_length(
     assert make(subject, tmp_path, 5, only=[]) == {"depth": {}}
     with pytest.raises(InputError, match=r"points\.json: is of another model, --steps or --data"):
         make(subject, tmp_path, 6, only=[])
+
+
+def test_the_comparison_takes_no_balconies_of_another_length(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed before its first point leaves them without one."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    rows = Rows(np.array([[3, 4]], np.int32), np.array([2], np.int32))
+    corpus = Corpus(rows, rows, {}, "one text")
+    subject = Subject(make_tiny("llama"), make_tokenizer(), corpus, (2,), None, (32, 16), 8, Scheme(), 1e-3, {})
+    monkeypatch.setattr("benchmarks.paper.compression.learned", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(subject, tmp_path, 5, only=["depth"])
+    with pytest.raises(InputError, match=r"points\.json: is of another model, --steps or --data"):
+        make(subject, tmp_path, 6, only=["depth"])

@@ -144,6 +144,11 @@ def refuse_unknown(tasks: Sequence[str], data: Path | None) -> None:
     """Refuse what :func:`evaluate_tasks` would without a look at the examples of the harness: names, and files of ``data``."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     _manager([_spec(task, data, Path()) for task in tasks])
+    if data is not None and not set(tasks) & set(offline_tasks()):
+        raise InputError(
+            f"--data {data}: {', '.join(tasks)} would be fetched, and not read from there: leave it out, or name one of "
+            f"{', '.join(offline_tasks())}"
+        )
 
 
 @contextlib.contextmanager

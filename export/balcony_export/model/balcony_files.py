@@ -258,6 +258,16 @@ def is_whole(directory: Path, exit_layer: int) -> bool:
     return True
 
 
+def of_other_runs(
+    directory: Path, exits: tuple[int, ...], recipe: Mapping[str, Any]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Tensors of those balconies of a directory that are whole and that a run of another recipe has written."""
+    whole = [e for e in exits if is_whole(directory, e)]
+    entries = read_index(directory)["exits"] if whole else {}
+    others = [e for e in whole if (entries[str(e)].get("training") or {}).get("recipe") != recipe]
+    return {e: read_tensors(directory, entries[str(e)]) for e in others}
+
+
 def digest_and_kind(directory: Path) -> tuple[str, BalconyKind]:
     """SHA-256 of a directory's index, which has the hash of every file in it, and the kind of its balconies."""
     kind: BalconyKind = read_index(directory)["module"]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from balcony_edge.errors import InputError, MissingDependencyError, TrainingError
 from balcony_edge.files import write_atomically
@@ -38,6 +38,14 @@ class StepReport:
     held_out: dict[int, float] | None
     tokens_per_s: float
     eta_s: float
+
+
+class Judged(NamedTuple):
+    """Quality of an exit on the held-out rows."""
+
+    kl: float
+    agreement: float
+    averaged: bool  # whether the averaged weights were measured
 
 
 @dataclass(frozen=True)

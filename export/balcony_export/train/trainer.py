@@ -33,14 +33,14 @@ from balcony_edge.files import locked
 from balcony_export.data.corpus import Corpus, Order, Rows
 from balcony_export.model.architecture import cast_weights
 from balcony_export.model.balcony import Balcony, init_balconies
-from balcony_export.model.balcony_files import check_directory, fingerprint, is_whole, save_balconies
+from balcony_export.model.balcony_files import check_directory, fingerprint, is_whole, of_other_runs, save_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.attention import can_compile, use_block_attention
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import HeadLoss, VocabularyPart, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.positions import pick_positions
-from balcony_export.train.report import StepReport
+from balcony_export.train.report import Judged, StepReport
 from balcony_export.train.run_files import (
     CHECKPOINT,
     END,
@@ -59,14 +59,6 @@ METRICS = "metrics.jsonl"
 _RANKING_ROWS = 16
 #: Steps whose mean time is the run's speed.
 _SPEED_STEPS = 200
-
-
-class Judged(NamedTuple):
-    """Quality of an exit on the held-out rows."""
-
-    kl: float
-    agreement: float
-    averaged: bool  # whether the averaged weights were measured
 
 
 class Start(NamedTuple):
@@ -284,6 +276,14 @@ class Trainer:
             self._require_finite(exit_layer, kl)
         return {e: min(Judged(*raw[e], False), Judged(*averaged[e], True), key=lambda one: one.kl) for e in raw}
 
+    def _measured(self, others: dict[int, dict[str, torch.Tensor]]) -> dict[int, tuple[float, float]]:
+        """Quality of other balconies of some exits, which take the place of the averages meanwhile."""
+        kept = {e: self.averages[e] for e in others}
+        self.averages |= {e: {k: v.to(self.device).float() for k, v in one.items()} for e, one in others.items()}
+        found = self.evaluate(averaged=True) if others else {}
+        self.averages |= kept
+        return {e: found[e] for e in others}
+
     def _held_out_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """``(states, positions)`` of the held-out rows, pass by pass. They are kept: 2.4 MB a row for the demo model."""
         if self._held_out is None:
@@ -347,6 +347,7 @@ class Trainer:
         self.order = self._order(state["first_row"])
         # without balconies that a killed run has half replaced: the next checkpoint writes them again
         self.best = {int(e): (kl, hits) for e, (kl, hits) in state["best"].items() if is_whole(self.output, int(e))}
+        self.best |= self._measured(of_other_runs(self.output, self.config.exits, recipe))
         steps, planned = self.config.steps, state["steps"]
         if steps is not None and steps <= self.step and steps != planned:
             raise InputError(f"{steps} steps (--steps or --tokens): {self.step} are already done: give more")

@@ -482,6 +482,7 @@ def test_command_looks_for_tasks_before_it_loads_a_model(
     cases: dict[str, tuple[Any, ...]] = {
         "has no task 'arc_eazy'": ("arc_eazy",),
         "arc_easy/test.jsonl: is missing": ("arc_easy", "--data", tmp_path),
+        f"--data {tmp_path}: sciq would be fetched, and not read from there": ("sciq", "--data", tmp_path),
     }
     for message, arguments in cases.items():
         code, _, error = command("eval", tiny.path, "--no-record", "--tasks", *arguments)

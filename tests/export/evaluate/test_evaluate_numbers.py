@@ -25,9 +25,9 @@ pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness: pip ins
 from balcony_edge.bundle.bundle import read_manifest
 from balcony_edge.bundle.manifest import Estimate, Quality, TaskQuality, TaskSummary, TextQuality
 from balcony_edge.bundle.quality import record_quality
-from balcony_edge.cli.workstation.eval import _dropped
+from balcony_edge.cli.workstation.eval import _dropped, _keep
 from balcony_edge.errors import BundleError, InputError
-from balcony_export.evaluate.report import _TITLES, PAPER_LLM_1B, ExitReport, Report, _task_row, markdown
+from balcony_export.evaluate.report import _TITLES, PAPER_LLM_1B, ExitReport, Report, _task_row, markdown, tables
 from balcony_export.evaluate.tasks import TaskRun, _load, _loaded, _run, _spec, evaluate_tasks, offline_tasks
 from balcony_export.evaluate.text import _add, _Sums, ratio_of_sums
 
@@ -108,6 +108,24 @@ def test_a_metric_of_the_whole_is_no_score_of_its_examples() -> None:
     assert "61.2" in _task_row(ExitReport(2, 0.4, 10, quality), ("t",)), "its examples have scores from 0 to 1"
     with pytest.raises(InputError, match="'glue' has no score per example"):
         _run({"glue": ["cola"] * 2}, harness("cola", "mcc", -1.0, [(1, 0), (0, 1)]))
+
+
+def test_the_rows_of_both_tables_by_hand() -> None:
+    """Shares in percent with their errors, also of the drop and the retention; perplexity and KL as they are."""
+    text = TextQuality(
+        documents=2, tokens=9, window=8, perplexity=Estimate(value=12.346, stderr=0.128),
+        kl=Estimate(value=0.25, stderr=0.0123), agreement=Estimate(value=0.875, stderr=0.0612),
+    )  # fmt: skip
+    task = TaskQuality(metric="acc", examples=3, metrics={"acc": Estimate(value=0.25, stderr=0.128)})
+    summary = TaskSummary(
+        tasks=("t",), average=Estimate(value=50.0, stderr=1.5), drop=Estimate(value=-12.5, stderr=2.5),
+        retention=Estimate(value=80.0, stderr=3.5),
+    )  # fmt: skip
+    quality = Quality(reference="full", text={"x": text}, tasks={"t": task}, summary=summary)
+    tasks, texts = tables(Report("m", "full", (ExitReport(2, 0.4, 1_234_567, quality),)))
+    lead = ("2", "0.40×", "1.2M")
+    assert tasks.rows == ((*lead, "25.0 ± 12.8", "50.0 ± 1.5 (-12.5 ± 2.5)", "80.0 ± 3.5 %"),)
+    assert texts.rows == ((*lead, "12.35 ± 0.13", "0.2500 ± 0.0123", "87.5 ± 6.1 %"),)
 
 
 def test_accuracies_and_perplexities_are_scored_by_example() -> None:
@@ -244,6 +262,23 @@ def test_every_text_that_is_dropped_is_named(bundle_copy: Path) -> None:
     assert line.startswith("b: results that were compared with a model are dropped")
     after = record_quality(bundle_copy, report.qualities, own)
     assert [set(exit_.quality.text) for exit_ in after.exits if exit_.quality is not None] == [{"c"}] * 3
+
+
+def test_only_a_run_with_a_limit_is_refused_for_fewer_examples(bundle_copy: Path) -> None:
+    """Other files of a task may have fewer, such as HellaSwag's sample of 2,000: whoever runs all of them wants these."""
+
+    def report(examples: int) -> Report:
+        task = TaskQuality(metric="acc", examples=examples, metrics={"acc": ONE})
+        found = Quality(reference="x", tasks={"t": task})
+        return Report("m", "x", tuple(ExitReport(layer, 1.0, 10, found) for layer in (2, 3, 5)))
+
+    record_quality(bundle_copy, report(30).qualities, read_manifest(bundle_copy).fingerprint)
+    before = read_manifest(bundle_copy)
+    with pytest.raises(InputError, match="t: the bundle has results on 30 examples, which these on 7 would replace"):
+        _keep(bundle_copy, before, report(7), limit=7)
+    assert read_manifest(bundle_copy) == before
+    _keep(bundle_copy, before, report(7), limit=None)
+    assert [one.quality and one.quality.tasks["t"].examples for one in read_manifest(bundle_copy).exits] == [7] * 3
 
 
 # ---- data files

@@ -60,16 +60,17 @@ def test_verify_finds_a_wrong_weight(export_tiny: Callable[[str], Any]) -> None:
     assert failed == {(3, phase + set_) for phase in ("prefill", "decode") for set_ in ("", ", portable")}
 
 
-def test_a_difference_that_is_not_a_number_fails(
-    export_tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("factor", [math.nan, 1.01])
+def test_a_difference_in_one_prompt_fails(
+    factor: float, export_tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whichever prompt it is. The CPU runs, whatever engines the bundle has."""
+    """Whichever prompt it is, and also if it is not a number. The CPU runs, whatever engines the bundle has."""
     assert not ParityCheck(2, "prefill", 1, float("nan"), 1.0, 1e-4).passed
     exported, prefill, devices = export_tiny("llama"), verify_module._prefill, set()
 
     def broken(engine: Any, exit_layer: int, ids: Any) -> Any:
         devices.add(engine.backend.name)
-        return prefill(engine, exit_layer, ids) * (math.nan if len(ids) == longest else 1)
+        return prefill(engine, exit_layer, ids) * (factor if len(ids) == longest else 1)
 
     longest = max(len(exported.tokenizer(text).input_ids) for text in PROMPTS)
     assert len(exported.tokenizer(PROMPTS[0]).input_ids) < longest

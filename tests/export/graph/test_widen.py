@@ -21,7 +21,7 @@ from balcony_export.model.checkpoint import load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize import blocks
 from balcony_export.quantize.blocks import parse_precision
-from balcony_export.tensorrt.integers import _int4
+from balcony_export.tensorrt.integers import Rounding, _int4, _quantized
 
 
 def exported(model: Any, tokenizer: Any, path: Path, precision: str) -> dict[str, bytes]:
@@ -134,3 +134,17 @@ def test_engines_round_a_large_matrix_in_pieces(turned: bool, monkeypatch: pytes
     assert sizes == [20, 20, 20, 4]
     for one, other in zip(whole, pieces, strict=True):
         assert one.dtype == other.dtype and np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("rows_first", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_engines_round_to_the_nearest_of_the_whole_range(precision: Any, rows_first: bool) -> None:
+    """The largest weight of an output is the largest number of the type; the others are half a step away at most."""
+    rows = (np.random.default_rng(5).normal(size=(24, 64)) * np.arange(1, 25)[:, None]).astype(np.float32)
+    values, scales, attributes = _quantized("w", rows if rows_first else rows.T, rows_first, precision, Rounding(32))
+    assert attributes == {"axis": 0 if rows_first else 1} and scales.shape == (24,)
+    found = (values if rows_first else values.T).astype(np.float32)
+    assert (np.abs(found).max(axis=1) == (127 if precision == "int8" else 448)).all()
+    # fp8 has three bits after the leading one, and steps of 2**-9 below its normal numbers
+    steps = np.ones_like(found) if precision == "int8" else np.maximum(np.abs(rows / scales[:, None]) / 8, 2.0**-9)
+    assert (np.abs(found - rows / scales[:, None]) <= 0.501 * steps).all()

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_export.quantize.blocks import Scheme
+from balcony_export.quantize.kv_cache import cache_scales
 from balcony_runtime.engine import Engine
 from tests.export.quantize.test_quantize import ROWS, exported
 from tests.runtime.arm.reference import mean_kl
@@ -67,3 +69,18 @@ def test_keys_keep_their_range_at_positions_that_were_not_measured(tiny: Any, tu
                 turn = np.cos(angle) * first - np.sin(angle) * second, np.sin(angle) * first + np.cos(angle) * second
                 reached = np.maximum(reached, np.abs(np.concatenate(turn, axis=-1)).max(axis=1))
             np.testing.assert_allclose(found[name][:, :turned], reached, rtol=1e-4)
+
+
+def test_a_scale_holds_the_largest_value_of_all_rows(tiny: Any) -> None:
+    """127 steps reach a tenth further than it."""
+    first, second, both = (cache_scales(Bundle.open(tiny.path), rows, 0) for rows in (ROWS[:1], ROWS[1:2], ROWS[:2]))
+    with Engine.open(tiny.path) as engine:
+        sequence: Any = engine.new_sequence(max_length=60)
+        for exit_layer, ids in ((2, ROWS[0]), (3, []), (5, [])):
+            sequence.advance(exit_layer, ids)
+        largest = sequence.state.largest_cached(0)
+    assert {"stage_0", "balcony_2", "balcony_3"} <= first.keys()
+    for graph, caches in first.items():
+        for name, scale in caches.items():
+            np.testing.assert_allclose(127 * scale, 1.1 * largest[graph][name], rtol=1e-3, atol=2e-4)
+            np.testing.assert_allclose(both[graph][name], np.maximum(scale, second[graph][name]), rtol=1e-6)

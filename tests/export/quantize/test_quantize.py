@@ -107,7 +107,7 @@ def test_a_block_of_one_sign_keeps_its_values(sign: int) -> None:
     assert np.abs(found - weight.numpy()).max() <= 0.06
 
 
-@pytest.mark.parametrize("inputs", [128, 96])
+@pytest.mark.parametrize("inputs", [128, 96, 256])
 def test_gptq_changes_the_outputs_less(inputs: int) -> None:
     generator = torch.Generator().manual_seed(5)
     mixing = torch.randn(inputs, inputs, generator=generator) / inputs**0.5

@@ -20,7 +20,7 @@ from balcony_export.data.documents import read_documents
 from balcony_export.model.averaging import average
 from balcony_export.model.balcony_files import is_whole, load_balconies, read_index, read_tensors
 from balcony_export.train.attention import can_compile
-from balcony_export.train.loss import CHUNK, Head, HeadLoss
+from balcony_export.train.loss import CHUNK, Head, HeadLoss, VocabularySample
 from balcony_export.train.report import StepReport, plot_curves
 from balcony_export.train.run_files import END
 from balcony_export.train.trainer import METRICS
@@ -158,6 +158,15 @@ def test_a_step_compares_its_own_part_of_the_vocabulary(
         assert trainer_of(make_tiny("llama"), corpus, tmp_path, **options).sample is None
 
 
+def test_a_part_of_the_vocabulary_has_the_teachers_own_rows() -> None:
+    """The head of a cut model may be rounded: through it, the teacher's states would give another distribution."""
+    own, teachers = torch.randn(2, 100, 16, generator=torch.Generator().manual_seed(8))
+    whole = HeadLoss(Head(own), Head(teachers), dtype=torch.float32, compiled=False).whole
+    part = VocabularySample(20, torch.arange(100)).draw(whole, torch.tensor([7]), [0])
+    ids = [int((own == row).all(dim=1).nonzero()) for row in part.weight]
+    assert torch.equal(part.full, teachers[ids])
+
+
 def test_massive_activations_are_no_targets(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:
     trainer = trainer_of(make_tiny("llama"), corpus, tmp_path, positions=0)
     rows = corpus.held_out
@@ -264,6 +273,31 @@ def test_averages_by_hand(make_tiny: Callable[..., Any], corpus: Corpus, tmp_pat
         for name, value in trainer.balconies[2].state_dict().items():
             want[name] = memory * want[name] + (1 - memory) * value
             torch.testing.assert_close(trainer.averages[2][name], want[name])
+
+
+def test_the_better_of_the_current_and_the_averaged_weights_is_written(
+    make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit by exit, with the figures of the weights that are written."""
+    model = make_tiny("llama")
+    trainer = trainer_of(model, corpus, tmp_path)
+    trainer.work.mkdir(parents=True)
+    trainer.train_step()
+    for averages in trainer.averages.values():
+        for value in averages.values():
+            value.add_(1.0)  # far from the current weights
+    current, averaged = {2: (2.0, 0.9), 3: (1.0, 0.4)}, {2: (1.5, 0.2), 3: (4.0, 0.5)}
+    monkeypatch.setattr(trainer, "evaluate", lambda **given: averaged if given else current)
+    before = copy.deepcopy({e: balcony.state_dict() for e, balcony in trainer.balconies.items()})
+    trainer.checkpoint(trainer.judged())
+    assert trainer.best == {2: (1.5, 0.2), 3: (1.0, 0.4)}
+    written, index = load_balconies(tmp_path, model), read_index(tmp_path)["exits"]
+    for exit_layer, kept in ((2, trainer.averages[2]), (3, before[3])):
+        assert index[str(exit_layer)]["training"]["held_out_kl"] == trainer.best[exit_layer][0]
+        for name, value in written[exit_layer].state_dict().items():
+            torch.testing.assert_close(value, kept[name], rtol=0.01, atol=0.01)
+        for name, value in trainer.balconies[exit_layer].state_dict().items():
+            assert torch.equal(value, before[exit_layer][name]), "the training goes on with the current weights"
 
 
 def test_cached_states_give_the_same_run(make_tiny: Callable[..., Any], corpus: Corpus, tmp_path: Path) -> None:

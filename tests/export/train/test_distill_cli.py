@@ -77,6 +77,17 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     assert trained(*command, "--steps", "4", "--start", str(out), "--resume")["steps"] == 4
 
 
+def test_a_refused_resume_leaves_the_packed_text(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    """Packing a large text takes minutes, and the command may only have named a wrong file."""
+    out, other = tmp_path / "out", tmp_path / "other.jsonl"
+    trained(tiny_checkpoint, "2", text_file, out, "--steps", "2")
+    packed = out / "run/2/corpus.safetensors"
+    before = packed.read_bytes()
+    other.write_text(text_file.read_text() + json.dumps({"text": "the lazy dog jumps over the quick fox"}) + "\n")
+    refused(TrainingError, "made with another data", tiny_checkpoint, "2", other, out, "--steps", "4", "--resume")
+    assert packed.read_bytes() == before
+
+
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

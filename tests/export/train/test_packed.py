@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from balcony_edge.errors import InputError
 from balcony_export.data import packed as packed_module
-from balcony_export.data.corpus import build_corpus
+from balcony_export.data.corpus import build_corpus, separator
 from balcony_export.data.packed import PackedText
 
 
@@ -78,6 +78,22 @@ def test_a_packed_text_with_one_wrong_number_is_packed_again(
             assert np.array_equal(*(getattr(getattr(one, rows), kind) for one in (found, whole.corpus)))
 
 
+@pytest.mark.parametrize("change", ["tokens", "template"])
+def test_a_text_is_packed_again_for_another_tokenizer(
+    change: str, text_file: Path, make_tokenizer: Callable[[], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "corpus.safetensors"
+    settings: dict[str, Any] = {"seq_len": 24, "held_out_rows": 4}
+    first, other = PackedText(path, [text_file], make_tokenizer(), **settings), make_tokenizer()
+    first.keep()
+    if change == "tokens":
+        other.add_tokens(["balcony"])
+    else:
+        other.chat_template += "."
+    found = PackedText(path, [text_file], other, **settings).corpus
+    assert found.digest == build_corpus([text_file], other, **settings).digest != first.corpus.digest
+
+
 def test_a_pipe_is_read_once(make_tokenizer: Callable[[], Any], tmp_path: Path) -> None:
     """As in bash: `train MODEL --data <(zcat text.jsonl.gz)`."""
     reads, writes = os.pipe()
@@ -90,3 +106,17 @@ def test_a_pipe_is_read_once(make_tokenizer: Callable[[], Any], tmp_path: Path) 
     assert set(facts) == {"documents", "tokens"}, "the hash of what is left in it is not that of the text"
     text.keep()
     assert not (tmp_path / "corpus.safetensors").exists(), "another text may come through a pipe of this name"
+
+
+def test_every_plain_document_ends_with_the_separator(make_tokenizer: Callable[[], Any], tmp_path: Path) -> None:
+    """Several share a row: without it, each would seem to go on with the next one."""
+    tokenizer, path = make_tokenizer(), tmp_path / "text.jsonl"
+    texts = [f"the quick brown fox number {number}" for number in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert separator(tokenizer) == [tokenizer.eos_token_id]
+    corpus = build_corpus([path], tokenizer, seq_len=64, held_out_rows=1)
+    assert corpus.sources["text.jsonl"]["tokens"] == sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    rows = zip(corpus.train.tokens, corpus.train.lengths, strict=True)
+    assert {int(row[length - 1]) for row, length in rows} == {tokenizer.eos_token_id}
+    tokenizer.add_tokens(["<|endoftext|>"])  # as in instruction models, whose end of a turn is another one
+    assert separator(tokenizer) == [tokenizer.convert_tokens_to_ids("<|endoftext|>")] != [tokenizer.eos_token_id]
