@@ -20,11 +20,11 @@ CLI = """\
 
 *Written by `python docs/generate.py` from the verbs' own `--help`; a test fails when it is stale.*
 
-A problem is one line on stderr and exit code 1; a usage error is 2 and Ctrl-C 130. With `--json` a verb writes one JSON
-document to stdout and nothing else there. Environment variables change only the looks (`NO_COLOR`, `COLUMNS`),
-except those that `accelerate launch` sets for `train`, `BALCONY_EDGE_API_KEY` and systemd's (`NOTIFY_SOCKET`,
-`WATCHDOG_USEC`) of `serve`, and those that libraries read: `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` for hub names,
-`CUDA_VISIBLE_DEVICES`.
+A problem is one line on stderr and exit code 1; a usage error is 2 and Ctrl-C 130 (0 where it ends a server).
+With `--json` a verb writes one JSON document to stdout and nothing else there. Environment variables change only the
+looks (`NO_COLOR`, `COLUMNS`), except those that `accelerate launch` sets for `train`, `BALCONY_EDGE_API_KEY` and
+systemd's (`NOTIFY_SOCKET`, `WATCHDOG_USEC`) of `serve`, and those that libraries read: `HF_HOME`, `HF_TOKEN` and
+`HF_HUB_OFFLINE` for hub names, `CUDA_VISIBLE_DEVICES`.
 """
 BUDGET_FILE = """\
 # Budget files

@@ -135,8 +135,10 @@ def _explain(error: OSError) -> bool:
     cure = "free space or files, or name another path" if full else "make it accessible, or name another path"
     line = f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}"
     closed = (errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
-    # of a pipe whose reader has ended
-    gone = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno.EPIPE,)
+    gone = {errno.EPIPE}  # of a pipe whose reader has ended
+    # A failed call of Windows itself, which has a winerror, is EINVAL for any reason that Python does not know.
+    if sys.platform == "win32" and getattr(error, "winerror", None) is None:
+        gone.add(errno.EINVAL)
     known = full or error.errno in closed
     if error.filename is None and error.errno == errno.ENOENT:  # of os.getcwd, for a relative path
         known, line = True, "balcony-edge: the current directory was removed: change to another one"

@@ -248,6 +248,13 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
             f"{record}: is of another model, --steps or --data: name another --work, or give the same ones"
         )
     points: Points = made["points"]
+
+    def keep() -> None:
+        part = record.with_suffix(".part")  # a killed run must not lose the points of the earlier ones
+        part.write_text(json.dumps(made))
+        part.replace(record)
+
+    keep()  # now: balconies that a killed run leaves before its first point are also of this origin
     for method in methods(subject.widths, subject.rank):
         name = str(method)
         if name in points or (only is not None and name not in only):
@@ -262,9 +269,7 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
         shutil.rmtree(place / "bundle", ignore_errors=True)  # of a run that was killed before it was judged
         export_bundle(exits, subject.tokenizer, place / "bundle", options)
         points[name] = judged(subject, place / "bundle")
-        part = record.with_suffix(".part")  # a killed run must not lose the points of the earlier ones
-        part.write_text(json.dumps(made))
-        part.replace(record)
+        keep()
         cells = [f"{e}: {p['bytes'] / 1e6:.1f} MB {p['kl']:.3f} {p['agreement']:.1%}" for e, p in points[name].items()]
         print(f"{name:<28} {'  '.join(cells)}  ({time.monotonic() - begin:.0f} s)", flush=True)
     return points

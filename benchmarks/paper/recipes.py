@@ -252,7 +252,10 @@ class Bench:
             if kind == "given":
                 files = [self.data]
             else:
-                sampled = self.work / "sampled.jsonl"
+                # Replies to another text, or of another number of tokens, are other ones.
+                texts = [path.read_bytes() for path in sorted(self.data.glob("*.jsonl"))]
+                asked = hashlib.sha256(b"".join(texts)).hexdigest()[:8]
+                sampled = self.work / f"sampled-{self.tokens}-{asked}.jsonl"
                 if not sampled.is_file():
                     part = sampled.with_suffix(".part")  # replies of an interrupted run are not taken for all
                     sample_replies(self.model, self.tokenizer, self.data, part, self.tokens)

@@ -367,11 +367,6 @@ class TokenSequence:
         self.record_step(index, ids)
         return best
 
-    @property
-    def picks_inside(self) -> bool:
-        """Whether :meth:`step_best` is cheaper than :meth:`step`."""
-        return self.engine.backend.picks_inside
-
     def up_to_date(self, exit_layer: int) -> bool:
         """Whether all graphs of an exit have taken in all rows and one more row fits, so that a step can use the fast path."""
         index, row = self._indices.get(exit_layer), self.length

@@ -88,7 +88,6 @@ class LLM(Closing):
         self._settings = settings = CommonSettings((Budget(), Budget()), costs)
         # The handler of a signal may set a budget while its own thread measures prices.
         self._costs_lock, self._sensors = threading.RLock(), SensorsOnDemand(readings)
-        self._agreement = engine.manifest.agreement
         self._learned = Learned(engine.manifest)
         bounds = Bounds.of(self._kv_bytes, prefix_mb, prefix_directory)
         scheduler = Scheduler(engine, self._learned, lambda: settings.costs, self.readings, bounds)
@@ -124,8 +123,9 @@ class LLM(Closing):
                     place = f"{os.fspath(budget)}: " if isinstance(budget, str | os.PathLike) else ""
                     raise BudgetError(f"{place}{error}") from None
                 codec = TextCodec(bundle)
+                prices = None if profile is None else profiled_prices(profile, manifest)  # refuses it before the load
                 engine = Engine.of(bundle, verify_hashes=verify_hashes, **options)
-            costs = None if profile is None else profiled_prices(profile, engine)
+            costs = None if prices is None else prices(engine)
             took_s = time.perf_counter() - begin
             _log.info("loaded %s (%s, exits %s) in %.2f s", path, manifest.precision, manifest.exit_layers, took_s)
             return cls(engine, codec, asked, costs=costs, prefix_mb=prefix_mb, prefix_directory=prefix_directory)
@@ -157,8 +157,8 @@ class LLM(Closing):
         """
         if budget is None:
             return self._settings.budgets[1]
-        budget = parse_budget(budget)
-        resolved = budget.for_bundle(self._agreement, calibrated=self.engine.manifest.confidence is not None)
+        budget, manifest = parse_budget(budget), self.engine.manifest
+        resolved = budget.for_bundle(manifest.agreement, calibrated=manifest.confidence is not None)
         if budget.needs_costs:
             self.costs  # noqa: B018 - measured now, not in the middle of a reply
         if budget.needs_sensors:

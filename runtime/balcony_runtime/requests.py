@@ -300,7 +300,6 @@ class Requests:
     def tokens(self, request: Request, sequence: TokenSequence | None) -> Generator[Token]:
         """The tokens of a reply that is stepped by whoever asks for them; ``sequence`` is one to continue."""
         asked_s = request.begun_s()  # before a prefix is read from a file
-        self._engine.refuse_closed()  # after a fork the locks of the pool may stay held
         with contextlib.ExitStack() as held:
             if sequence is None:
                 sequence = held.enter_context(self.sequence(request.ids, request.rows))
@@ -332,9 +331,7 @@ class Requests:
         except NotFiniteError:
             # Some graphs read rows after the end, under a mask, and 0 × NaN is NaN.
             with contextlib.suppress(BalconyError):  # without memory for both states it keeps the old one
-                sequence.state = self._engine.new_sequence(
-                    batch_size=sequence.batch_size, max_length=sequence.max_length
-                ).state
+                sequence.state = self._engine.new_sequence(max_length=sequence.max_length).state
             raise
         finally:
             self._continuing.discard(sequence)
@@ -405,8 +402,7 @@ class Requests:
             raise ContextLengthError(
                 # LiteLLM knows this error by llama.cpp's words for it.
                 f"the prompt has {prompt_tokens} tokens and a reply needs one more: this exceeds the available context size "
-                f"({context} in this {whose}): "
-                f"shorten the prompt, or {cure}"
+                f"({context} in this {whose}): shorten the prompt, or {cure}"
             )
         room = context - prompt_tokens
         return room if max_new_tokens is None else min(max_new_tokens, room)

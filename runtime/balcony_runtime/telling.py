@@ -50,8 +50,7 @@ class StopStrings:
         if found:
             shown, self._held = self._held[: min(found)], ""
             return shown, True
-        keep = max(overlap(self._held, stop) for stop in self._stops)
-        cut = len(self._held) - keep
+        cut = len(self._held) - max(overlap(self._held, stop) for stop in self._stops)
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
 

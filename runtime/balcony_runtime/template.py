@@ -234,7 +234,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _tick() -> None:
     limits = _LIMITS.get()
-    if limits is not None and time.monotonic() > limits.deadline_s:
+    # Even with `optimized=False` jinja2 computes constants while it compiles, where no clock and no meter runs.
+    if limits is None:
+        raise jinja2.TemplateRuntimeError("nothing is computed outside a rendering")
+    if time.monotonic() > limits.deadline_s:
         raise jinja2.TemplateRuntimeError(f"rendering took longer than {MAX_SECONDS:g} s")
 
 

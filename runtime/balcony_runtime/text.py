@@ -241,7 +241,7 @@ class TextCodec:
             return self._ids(self._tokenizer, text)
         # In one piece: many tokenizers put a space before the first word of each text that they are given.
         tokenizer, own = self._aliased
-        text = spelled.sub(lambda found: f"{_ALIAS}{names.index(found[0])}{_CLOSE}", text)
+        text = spelled.sub(lambda found: f"{_ALIAS}{places[found[0]]}{_CLOSE}", text)
         text = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: names[int(found[1])], text)
         return [own.get(token, token) for token in self._ids(tokenizer, text)]
 
@@ -375,10 +375,10 @@ def special_tokens(bundle: Bundle) -> dict[str, str]:
 
 def _message(message: Any) -> dict[str, Any]:
     """A copy of a message whose content is one text; a template would print anything else as Python prints it."""
-    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    given = message if isinstance(message, Mapping) else {}
     # A reply that stopped before its first word comes back as null, or without the key.
-    may_be_empty = calls or (isinstance(message, Mapping) and message.get("role") == "assistant")
-    if not isinstance(message, Mapping) or "role" not in message or ("content" not in message and not may_be_empty):
+    may_be_empty = (calls := given.get("tool_calls")) or given.get("role") == "assistant"
+    if "role" not in given or ("content" not in given and not may_be_empty):
         raise InputError(f"message {shown(message)}: must be a mapping with 'role' and 'content': give both")
     if not isinstance(message["role"], str):
         raise InputError(f"message role = {shown(message['role'])}: must be a text: give e.g. 'user'")
@@ -439,11 +439,11 @@ def _unicode(text: str) -> str:
     return str.__str__(text)
 
 
-def _some(ids: Sequence[int]) -> list[int]:
+def _some(ids: list[int]) -> list[int]:
     """The tokens, at least one."""
     if not ids:
         raise InputError("the prompt is empty (the tokenizer makes no token of it): give a text")
-    return list(ids)
+    return ids
 
 
 class TextStream:

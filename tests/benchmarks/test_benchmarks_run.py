@@ -94,7 +94,30 @@ def test_replies_of_an_interrupted_run_are_not_taken_for_all(tmp_path: Path, mon
     monkeypatch.setattr(recipes, "sample_replies", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench.corpus("sampled", 64)
-    assert not (tmp_path / "sampled.jsonl").exists()
+    assert not list(tmp_path.glob("sampled*.jsonl"))
+
+
+def test_replies_to_another_text_or_of_another_length_are_sampled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an earlier run in the same directory would be taken for them."""
+    sampled: list[int] = []
+
+    def sample(model: Any, tokenizer: Any, data: Path, output: Path, tokens: int) -> None:
+        sampled.append(tokens)
+        output.write_text("replies", encoding="utf-8")
+
+    monkeypatch.setattr(recipes, "sample_replies", sample)
+    monkeypatch.setattr(recipes, "build_corpus", lambda files, *_, **__: files)
+    bench = recipes.Bench.__new__(recipes.Bench)  # without the demo model
+    bench.data, bench.work = tmp_path / "data", tmp_path
+    bench.model = bench.tokenizer = None
+    bench.data.mkdir()
+    for tokens, text in ((10, "one"), (20, "one"), (20, "two"), (20, "two")):
+        (bench.data / "text.jsonl").write_text(text, encoding="utf-8")
+        bench.tokens, bench.corpora = tokens, {}
+        bench.corpus("sampled", 64)
+    assert sampled == [10, 20, 20]
 
 
 def test_prompts_are_lines_of_json(tmp_path: Path) -> None:

@@ -23,6 +23,14 @@ def test_run_refuses_a_place_for_its_trace_before_it_loads(tmp_path: Path, monke
     refused_here(f"{tmp_path}: not writable: name another place", "run", tmp_path, "hi", "--record", tmp_path)
 
 
+def test_run_reads_the_device_profile_before_it_loads(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("balcony_runtime.engine.Engine.of", lambda *_, **__: pytest.fail("the engine was loaded"))
+    absent = tmp_path / "typo.json"
+    refused_here(f"{absent}: there is no such file", "run", tiny.path, "hi", "--profile", absent)
+
+
 @pytest.mark.parametrize("options", [("--precision", "int4", "--calibration"), ("--evaluate",)], ids=" ".join)
 def test_export_reads_texts_before_it_loads_the_model(
     tiny_checkpoint: Path, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,3 +100,33 @@ def test_gpus_are_not_named_for_the_tensorrt_that_builds_for_its_own(tmp_path: P
     """The builder would send the user to --target tensorrt, which is given."""
     command = ("build", tmp_path, "--target", "tensorrt", "--sm", "87")
     refused_here("--sm with --target tensorrt: it builds for the GPU of this machine only: leave --sm out", *command)
+
+
+def test_too_little_text_to_calibrate_on_is_refused_before_the_model_is_loaded(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("balcony_runtime.engine.Engine.of", loaded)
+    (text := tmp_path / "t.txt").write_text("the quick brown fox " * 50)
+    refused_here(
+        "t.txt: 50 tokens are taken: give 400 or more", "calibrate", tiny.path, "--text", text, "--tokens", "50"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            ("--schedule", "cosine", "--decay-share", "0.2"),
+            "--decay-share with --schedule cosine, which falls over the whole",
+        ),
+        (
+            ("--loss", "ce", "--vocabulary", "4096"),
+            "--vocabulary with --loss ce, which compares all tokens: leave it out",
+        ),
+    ],
+)
+def test_train_refuses_options_without_effect(
+    tiny_checkpoint: Path, text_file: Path, options: tuple[str, ...], line: str, tmp_path: Path
+) -> None:
+    common = ("train", tiny_checkpoint, "--exits", "2", "--steps", "5", "--data", text_file, "-o", tmp_path / "out")
+    refused_here(line, *common, *options)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from balcony_edge.budget import Budget
+from balcony_edge.bundle.bundle import read_manifest
+from balcony_edge.bundle.manifest import Quality, TextQuality
+from balcony_edge.bundle.quality import record_quality
 from balcony_edge.cli import app
 from balcony_edge.cli.budgets.compare import differences
 from balcony_edge.cli.budgets.plan import _words
@@ -190,6 +196,15 @@ def test_simulate_with_arrivals_tells_what_each_class_got(tmp_path: Path) -> Non
     assert replayed == {"rounds": found["rounds"], "streams": found["streams"], "differences": []}
 
 
+def test_a_pipe_is_not_replayed_without_its_beginning() -> None:
+    """As in bash: `replay <(zcat run.jsonl.gz)`."""
+    reads, writes = os.pipe()
+    os.write(writes, (Path(__file__).parents[1] / "core" / "control" / "golden.jsonl").read_bytes()[:4096])
+    os.close(writes)
+    refused("is a pipe, which cannot be read twice: write it to a file first", "replay", f"/dev/fd/{reads}")
+    os.close(reads)
+
+
 def test_simulate_with_arrivals_explains_waits(tmp_path: Path) -> None:
     (tmp_path / "reading.toml").write_text("max_pace_tps = 6\n")
     common = ["--arrivals", "rate=2", "--seconds", "3", "-n", "5", "--explain", "--json"]
@@ -342,6 +357,21 @@ def test_plan_keeps_the_evaluation_of_the_profile(tiny: Any, tmp_path: Path) -> 
     refused("this bundle was not evaluated: run", "plan", "--profile", "p.json", *common[3:], "--bundle", tiny.path)
 
 
+def test_plan_takes_the_agreement_of_the_bundle_if_the_profile_has_only_tasks(bundle_copy: Path) -> None:
+    """The bundle was first evaluated on tasks, then profiled, then evaluated on text."""
+    figures = [{"exit_layer": layer, "metric": "average", "on": "arc_easy", "value": 40.0} for layer in (2, 3, 5)]
+    save(profile(quality=figures), "tasks.json")
+    part: dict[str, Any] = {"documents": 1, "tokens": 9, "window": 8, "perplexity": {"value": 1.0}}
+    text = TextQuality.model_validate(part | {"kl": {"value": 0.0}, "agreement": {"value": 0.7}})
+    found = dict.fromkeys((2, 3, 5), Quality(reference="full", text={"a": text}))
+    record_quality(bundle_copy, found, read_manifest(bundle_copy).fingerprint)
+    Path("b.toml").write_text("min_agreement = 0.6\n")
+    plan = json.loads(
+        invoke("plan", "--profile", "tasks.json", "--budget", "b.toml", "--bundle", bundle_copy, "--json")
+    )
+    assert [exit_["agreement"] for exit_ in plan["exits"][:-1]] == [0.7] * 2
+
+
 def test_compare_names_the_graphs_that_differ() -> None:
     sets = ("engine set 1", "engine set 2")
     one, two = (profile(engine={"name": "TensorRT 10", "graphs": name, "version": "", "threads": 1}) for name in sets)
@@ -412,3 +442,23 @@ def test_a_plan_names_a_value_that_an_exit_meets() -> None:
     found = re.search(r"one meets:\s+tpot_ms\s+=\s+([\d.]+)", invoke("plan", "--profile", "p.json", "--tpot-ms", "1"))
     assert found is not None
     assert json.loads(invoke("plan", "--profile", "p.json", "--tpot-ms", found[1], "--json"))["feasible"]
+
+
+def test_a_budget_from_a_pipe_is_read_once() -> None:
+    """As in bash: `--budget <(echo exit_layer = 2)`. What is read from it is gone, and an empty budget asks for nothing."""
+    reads, writes = os.pipe()
+    os.write(writes, b"exit_layer = 2\n")
+    os.close(writes)
+    common = ["--arrivals", "rate=2", "--seconds", "3", "-n", "5", "--json"]
+    found = json.loads(invoke("simulate", "--profile", "p.json", "--budget", f"/dev/fd/{reads}", *common))
+    os.close(reads)
+    assert found["classes"][str(reads)]["tokens_per_exit"].keys() == {"2"}
+
+
+def test_a_plan_cuts_no_target_in_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pipe; a cut name ends in an ellipsis."""
+    shown = io.StringIO()
+    monkeypatch.setattr("balcony_edge.cli.budgets.plan.stdout", Console(file=shown, width=80))
+    (tmp_path / "b.toml").write_text("battery_floor_percent = 20\n")
+    invoke("plan", "--profile", "p.json", "--budget", "b.toml")
+    assert "battery_floor" in shown.getvalue() and "…" not in shown.getvalue()

@@ -76,14 +76,19 @@ def test_a_reader_that_stops_early_is_not_an_error_on_windows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Windows calls a pipe that nobody reads any more an invalid argument."""
+    other: Any = OSError(errno.EINVAL, "The paging file is too small")
+    other.winerror = 1455
+    gone = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    def write() -> None:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    def write(error: OSError) -> None:
+        raise error
 
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     with pytest.raises(OSError, match="Invalid argument"):
-        reported(write)
+        reported(lambda: write(gone))
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit):
-        reported(write)
+        reported(lambda: write(gone))
+    with pytest.raises(OSError, match="paging file"):
+        reported(lambda: write(other))
     assert not capsys.readouterr().err

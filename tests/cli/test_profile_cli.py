@@ -116,6 +116,8 @@ def test_bad_input_is_one_line(measured: Path, tiny: Any, bundle_copy: Path, tmp
     refused("is neither a number nor a range", "profile", tiny.path, "-p", "many")
     refused("--sustain soon: must be 1 s to a day", "profile", tiny.path, "--sustain", "soon")
     refused("-o p.xml: must be one of json, jsonl, csv, md", "profile", tiny.path, "-o", "p.xml")
+    for two in (("-o", "json", "-o", "csv"), ("-o", tmp_path / "q.json", "--report", tmp_path / "q.json")):
+        refused("-o, --report: two of them go to one place", "profile", tmp_path / "none", *two)
     (folder := tmp_path / "folder.json").mkdir()
     refused("is a directory: name a file in it", "profile", tiny.path, "-o", folder)
     refused("there is no such file: make one with `balcony-edge profile`", "compare", measured, tmp_path / "p.json")

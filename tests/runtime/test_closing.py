@@ -88,25 +88,28 @@ import os, signal, balcony_edge
 with balcony_edge.load({str(tiny.path)!r}) as llm:
     begun, fresh = (llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True) for _ in range(2))
     next(begun)
+    replies = llm.together()
+    replies.add([1, 2, 3], max_new_tokens=4)
     llm._requests.scheduler._leader = -1  # another thread
     with llm.pool._lock:
         child = os.fork()
         if not child:
             signal.alarm(20)
-            for stream in (begun, fresh):
+            for act in (begun.__next__, fresh.__next__, replies.step, lambda: replies.add([1, 2, 3])):
                 try:
-                    next(stream)
+                    act()
                 except balcony_edge.InputError as error:
                     print(error, flush=True)
             llm.close()
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, "it waits for threads that it does not have"
     llm._requests.scheduler._leader = None
+    replies.close()
     assert len([*begun, *fresh]) == 3 + 4
 """
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.count("this bundle was loaded before this process was forked") == 2
+    assert done.stdout.count("this bundle was loaded before this process was forked") == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -20,6 +20,7 @@ import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.telling import StopStrings
+from balcony_runtime.template import ChatTemplate
 from balcony_runtime.text import TextCodec, TextStream
 from tests.support.properties import examples
 from tests.support.templates import manifest_of, write_template
@@ -363,6 +364,20 @@ def test_templates_that_are_greedy_are_refused_before_they_take_it() -> None:
     for name, (outcome, megabytes, seconds) in json.loads(done.stdout).items():
         assert outcome != "rendered" and len(outcome.splitlines()) == 1, (name, outcome)
         assert megabytes < 700 and seconds < 20, (name, megabytes, seconds)
+
+
+def test_compiling_a_template_runs_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jinja2 would run those of constants, without a clock, and keep their results."""
+    texts: list[str] = []
+
+    def kept(text: str) -> str:
+        texts.append(text)
+        return text
+
+    monkeypatch.setattr("balcony_runtime.template._indent", kept)
+    compiled = ChatTemplate("{% set x = 'a' | indent %}{{ x }}{{ 'b' | indent }}")
+    assert not texts
+    assert compiled.render({}) == "ab" == "".join(texts)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_body_that_ends_while_the_server_stops(strict: Server) -> None:
     """The guard has let its headers pass; no reply may begin that the end of the process would cut."""
 
     async def ask() -> None:
-        await strict.service.answer(Asked(chat=False, model=None, prompts=["hi"]), {}, "")
+        await strict.service.answer(read_asked(b'{"prompt": "hi"}', chat=False), {}, "", 16, time.monotonic())
 
     strict.service.draining = True
     try:

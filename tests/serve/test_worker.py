@@ -91,12 +91,14 @@ def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.Monkey
     assert [record.message for record in caplog.records] == ["the decode thread failed"]
 
 
-def test_an_engine_that_fails_every_reply_is_stuck(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scores", [False, True])
+def test_an_engine_that_fails_every_reply_is_stuck(llm: LLM, monkeypatch: pytest.MonkeyPatch, scores: bool) -> None:
     """A lost GPU fails each reply at once, so the thread turns. A prompt that finds no memory says nothing about others."""
     sent = Sent(llm)
     worker = sent.worker
     worker.start()
-    for first, message, stuck in ((1, "CUDA: out of memory", False), (3, "CUDA: unspecified launch failure", True)):
+    full = "stage_0: WebGPU failed (VK_ERROR_OUT_OF_DEVICE_MEMORY): ask for a shorter context, free memory of the GPU"
+    for first, message, stuck in ((1, full, False), (3, "CUDA: unspecified launch failure", True)):
         with monkeypatch.context() as patch:
             patch.setattr(worker._together, "begin", Mock(side_effect=DeviceError(message)))
             for key in (first, first + 1):
@@ -104,8 +106,8 @@ def test_an_engine_that_fails_every_reply_is_stuck(llm: LLM, monkeypatch: pytest
                 sent.until(key, 1)
                 time.sleep(0.2)
         assert isinstance(sent.items[first][0], DeviceError) and (worker.stuck_s >= 0.2) == stuck
-    worker.submit(job(worker, 5, 3))
-    sent.until(5, 3)
+    worker.submit(Job(5, 0, [5, 6], None, score=0) if scores else job(worker, 5, 3))
+    sent.until(5, 2)
     assert worker.stuck_s < 0.2
     worker.stop()
 

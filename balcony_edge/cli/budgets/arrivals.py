@@ -56,12 +56,12 @@ def parsed(text: str) -> tuple[float, int]:
 
 
 def classes(files: Sequence[Path], own: Budget) -> dict[str, Budget]:
-    """Name of each budget file → its budget; ``own`` if there is none."""
+    """Name of each budget file → its budget. ``own`` is that of the first file, which may be a pipe, or of none."""
     found: dict[str, Budget] = {}
     for file in files:
         if file.stem in found:
             raise InputError(f"--budget {file}: another class has the same name, {file.stem}: rename one of the files")
-        found[file.stem] = load_budget(file)
+        found[file.stem] = load_budget(file) if found else own
     return found or {"budget": own}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli.console import depth_styles, stderr, stdout
@@ -54,7 +54,8 @@ def plan(
         manifest = Bundle.open(bundle, verify_hashes=False).manifest
         if manifest.fingerprint != measured.bundle.fingerprint:
             stderr.print(f"{bundle} is not the bundle of the device profile", style="yellow", markup=False)
-        quality = measured.quality or quality_figures(manifest)
+        has_text = any(figure.metric == "agreement" for figure in measured.quality)
+        quality = measured.quality if has_text else quality_figures(manifest)
     with named_refusal(budget):
         found = make_plan(measured, asked, prompt_tokens=prompt_tokens, quality=quality)
     if as_json:
@@ -66,7 +67,8 @@ def plan(
 
 def _show(found: Plan) -> None:
     styles = depth_styles(tuple(exit_.exit_layer for exit_ in found.exits))
-    table = Table("exit", "tokens/s", "first, ms", "J/token", "agrees", "targets", "share")
+    targets = Column("targets", overflow="fold")  # 80 columns cut battery_floor_percent
+    table = Table("exit", "tokens/s", "first, ms", "J/token", "agrees", targets, "share")
     for exit_ in found.exits:
         checks = "\n".join(map(_words, exit_.checks)) if exit_.allowed else "not allowed by the budget"
         table.add_row(

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from balcony_edge.cli.console import stderr, stdout
+from balcony_edge.errors import InputError
 
 #: Most differences shown to people.
 MOST_SHOWN = 10
@@ -34,6 +35,9 @@ def replay(
     A difference shows a change of the controller since the recording. It also shows a run without the device.
     """
     from balcony_edge.control.company.round_trace import is_round_trace
+
+    if trace.is_fifo():  # the look at its beginning would take that away
+        raise InputError(f"{trace}: is a pipe, which cannot be read twice: write it to a file first")
 
     if is_round_trace(trace):
         _replay_rounds(trace, as_json)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from balcony_edge.budget import UNEVALUATED_PROFILE, Budget
 from balcony_edge.cli.console import stderr, stdout
@@ -269,7 +269,8 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
 
 def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None:
     if intervals is not None:
-        table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", "reason")
+        reason = Column("reason", overflow="fold")  # 80 columns cut battery_floor_percent
+        table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", reason)
         for interval in intervals:
             table.add_row(
                 f"{interval['begin_s']:.2f}",

@@ -48,7 +48,7 @@ def calibrate(
 ) -> None:
     """Measure how confident each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
     from balcony_edge.bundle.quality import record_confidence
-    from balcony_runtime.decoding.thresholds import compare_exits, held_out, learn
+    from balcony_runtime.decoding.thresholds import MIN_TOKENS, compare_exits, held_out, learn
     from balcony_runtime.engine import Engine
 
     path = text if check is None else check
@@ -67,6 +67,8 @@ def calibrate(
         if (known := opened.manifest.confidence) is None:
             raise InputError(f"{bundle}: has no thresholds to check: calibrate it with --text first")
     documents = _documents(path, opened, tokens, document_tokens)  # first, because loading may take minutes
+    if (count := sum(map(len, documents))) < MIN_TOKENS:
+        raise InputError(f"{path}: {count} tokens are taken: give {MIN_TOKENS} or more, thousands are better")
     with progress_bar() as progress, Engine.of(opened) as engine:
         if engine.max_length < document_tokens:
             documents = _documents(path, opened, tokens, engine.max_length)

@@ -85,15 +85,15 @@ class Conversation:
         """Answer a message or execute a command; False if the chat is over."""
         command, _, rest = line.strip().partition(" ")
         rest = rest.strip()
-        if command in ("", "\x04"):  # the second is Ctrl-D on Windows, which ends the chat
-            return not command
+        if not command:
+            return True
+        if command in ("/quit", "\x04") and not rest:  # Ctrl-D, which is a character on Windows
+            return False
         if not command.startswith("/") or command.startswith("//"):
             self._answer(line.lstrip()[1:] if command.startswith("//") else line)
             return True
         if command in _ALONE and rest:
             raise InputError(f"{command} {rest}: {command} takes no arguments: leave them out")
-        if command == "/quit":
-            return False
         if command == "/help":
             stdout.print(HELP, markup=False)
         elif command == "/reset":

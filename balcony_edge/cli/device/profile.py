@@ -58,6 +58,9 @@ def profile(
     from balcony_runtime.sensors import Sensors, device_sources
 
     targets = [output_target(value) for value in output or []]
+    places = [path for _, path in targets] + ([] if report is None else [report])
+    if len(set(places)) < len(places):  # a place of None is stdout
+        raise InputError("-o, --report: two of them go to one place, a file or stdout: give each a file of its own")
     if report is not None:
         check_place(report)
         from balcony_runtime.profiler.charts import require_plotly

@@ -111,7 +111,7 @@ def evaluate(
         report = _measure(scorer, compare_with, texts, names, data, limit, window, progress)
     with ExitStack() as kept:  # each is kept, also after one that cannot be, or where nobody reads stdout any more
         if keeper is not None:
-            kept.callback(_keep, Path(subject), keeper, report)
+            kept.callback(_keep, Path(subject), keeper, report, limit)
         if output is not None:
             kept.callback(write_report, report, output)
         _show(report, as_json)  # first: results are shown even if they cannot be kept
@@ -137,11 +137,11 @@ def _refuse_for_a_model(
     refuse_missing(balconies)
 
 
-def _keep(bundle: Path, before: Manifest, report: Report) -> None:
+def _keep(bundle: Path, before: Manifest, report: Report, limit: int | None) -> None:
     """Record results in the bundle's manifest; tells which earlier ones leave it."""
     from balcony_edge.bundle.quality import record_quality
 
-    _refuse_fewer_examples(before, report.qualities)
+    _refuse_fewer_examples(before, limit, report.qualities)
     for lost in _dropped(before, report):
         stderr.print(f"[yellow]{lost}[/]", soft_wrap=True)
     record_quality(bundle, report.qualities, before.fingerprint)
@@ -160,8 +160,10 @@ def _refuse_replacing(manifest: Manifest, limit: int | None, names: Iterable[str
                 )
 
 
-def _refuse_fewer_examples(manifest: Manifest, measured: Mapping[int, Quality]) -> None:
+def _refuse_fewer_examples(manifest: Manifest, limit: int | None, measured: Mapping[int, Quality]) -> None:
     """The same for tasks, which tell their number of examples when they have run."""
+    if limit is None:
+        return
     recorded = [exit_.quality for exit_ in manifest.exits if exit_.quality is not None]
     for name, task in next(iter(measured.values())).tasks.items():
         known = max((quality.tasks[name].examples for quality in recorded if name in quality.tasks), default=0)

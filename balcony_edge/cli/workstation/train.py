@@ -126,6 +126,7 @@ def train(
     from balcony_export.train.run_files import PACKED, run_directory
     from balcony_export.train.trainer import Start, Trainer
 
+    _refuse_without_effect(context, schedule, loss, vocabulary)
     if tokens is not None:
         if steps is not None:
             raise InputError("--steps and --tokens: both set the length of the run: give one of them")
@@ -201,6 +202,16 @@ def train(
     _finish(trainer, model, pretraining_tokens, before, as_json)
 
 
+def _refuse_without_effect(context: typer.Context, schedule: str, loss: str, vocabulary: int) -> None:
+    """Refuse options that the others of the run leave without effect: its record would name them."""
+    if schedule == "cosine":
+        refuse_given(
+            context, {"decay_share": "--decay-share"}, " with --schedule cosine, which falls over the whole run"
+        )
+    if loss == "ce" and vocabulary:
+        refuse_given(context, {"vocabulary": "--vocabulary"}, " with --loss ce, which compares all tokens")
+
+
 def _refuse_unreadable(data: list[Path], start: Path | None) -> None:
     """Refuse files that cannot be read before a model is loaded, which may take minutes."""
     from balcony_export.data.documents import refuse_unreadable
@@ -266,10 +277,10 @@ def _rows_seen(start: Path, layers: tuple[int, ...], corpus: Corpus) -> int:
 
 def _ready(trainer: Trainer, text: PackedText, resume: bool) -> None:
     """Keep the text for later pieces, take up the checkpoint if the user asks for it, and say if rows will come again."""
-    if trainer.processes.writes:
-        text.keep()
     if resume and trainer.resume():
         stderr.print(f"continuing from step {trainer.step}")
+    if trainer.processes.writes:  # not before: a resume that is refused, such as one with other data, would replace it
+        text.keep()
     rows, steps = len(trainer.corpus.train.tokens), trainer.config.steps
     if steps is None or not trainer.processes.writes or (last := trainer.order.learned(steps)) <= rows:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +37,10 @@ def verify(
         progress("comparing", 0.4)
         checks = run_checks(bundle, exits, load_tokenizer(against))
     if as_json:
-        print(json.dumps([{**asdict(check), "passed": check.passed} for check in checks]))  # noqa: T201 - for programs
+        facts = [{**asdict(check), "passed": check.passed} for check in checks]
+        for one in facts:  # JSON has no NaN
+            one["max_difference"] = one["max_difference"] if math.isfinite(one["max_difference"]) else None
+        print(json.dumps(facts))  # noqa: T201 - for programs
     else:
         table = Table("exit", "phase", "prompts", "largest difference", "bound", "same argmax", "")
         for check in checks:

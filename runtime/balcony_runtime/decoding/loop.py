@@ -132,7 +132,7 @@ class Decoder:
         #: Time of the last token, on ``time.perf_counter_ns``.
         self.emitted_ns = 0
         self._learned = environment.learned
-        self._picks_inside = sequence.picks_inside and sampler.greedy and not environment.keep_logits
+        self._picks_inside = sequence.engine.backend.picks_inside and sampler.greedy and not environment.keep_logits
         self._early_exits = EarlyExits(self._learned.confident)
         self._budget = Budget()
         self._costs: CostModel | None = None

@@ -138,22 +138,29 @@ def split_experts(share: float, further_ms: Mapping[int, float]) -> tuple[float,
     return marginal_ms, ExpertCost(share, all_ms) if all_ms > 0 else None
 
 
-def profiled_prices(path: str | os.PathLike[str], engine: Engine) -> CostModel:
-    """Load the costs of a device profile; warn if it is for another device, bundle or engine.
+def profiled_prices(path: str | os.PathLike[str], manifest: Manifest) -> Callable[[Engine], CostModel]:
+    """Load the costs of a device profile, before the engine, which may take minutes to load.
+
+    Returns:
+        Function that gives the costs for an engine, and warns if they are for another device, bundle or engine.
 
     Raises:
         ProfileError: the file cannot be read, or is for other exits.
     """
     from balcony_edge.device.profile import DeviceProfile  # noqa: PLC0415 - slow to import
 
-    profile, manifest = DeviceProfile.load(path), engine.manifest
+    profile = DeviceProfile.load(path)
     if profile.costs.exits != manifest.exit_layers:
         raise ProfileError(
             f"{os.fspath(path)}: is for exits {', '.join(map(str, profile.costs.exits))}, but this bundle has "
             f"{', '.join(map(str, manifest.exit_layers))}: measure with `balcony-edge profile`"
         )
-    backend = engine.backend
-    mismatches = profile.mismatches(this_device(), manifest.fingerprint, backend.name, backend.graphs, backend.threads)
-    for doubt in (*profile.doubts, *mismatches):
-        _log.warning("%s: %s: its prices may not hold here", os.fspath(path), doubt)
-    return profile.costs
+
+    def prices(engine: Engine) -> CostModel:
+        backend = engine.backend
+        known = backend.name, backend.graphs, backend.threads
+        for doubt in (*profile.doubts, *profile.mismatches(this_device(), manifest.fingerprint, *known)):
+            _log.warning("%s: %s: its prices may not hold here", os.fspath(path), doubt)
+        return profile.costs
+
+    return prices

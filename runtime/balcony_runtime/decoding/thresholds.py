@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from balcony_edge.bundle.manifest import ConfidenceMeasure, ConfidenceSpec, ThresholdSpec
 from balcony_edge.errors import InputError
-from balcony_runtime.backends.base import FloatArray
+from balcony_runtime.backends.base import FloatArray, likeliest
 from balcony_runtime.engine import Engine
 
 MEASURES: tuple[ConfidenceMeasure, ...] = get_args(ConfidenceMeasure)
@@ -201,7 +201,11 @@ def _largest_share(sure: npt.NDArray[np.float64], agrees: npt.NDArray[np.bool_],
 def compare_exits(
     engine: Engine, documents: Sequence[Sequence[int]], progress: Callable[[float], None] = lambda done: None
 ) -> Compared:
-    """Run every exit over documents of tokens; ``progress`` is called with the share that is done."""
+    """Run every exit over documents of tokens; ``progress`` is called with the share that is done.
+
+    Raises:
+        InputError: logits are not finite: of such rows no confidence and no agreement is known.
+    """
     exits = engine.exit_layers
     sure: dict[ConfidenceMeasure, dict[int, list[npt.NDArray[np.float64]]]] = {
         measure: {e: [] for e in exits[:-1]} for measure in MEASURES
@@ -212,10 +216,10 @@ def compare_exits(
         for start in range(0, len(document), _CHUNK):
             rows = list(document[start : start + _CHUNK])
             # Run the full depth first, so that the stages of the shallower exits are already done.
-            wanted = sequence.advance(exits[-1], rows, num_logits=len(rows))[0].argmax(-1)
+            wanted = likeliest(sequence.advance(exits[-1], rows, num_logits=len(rows))[0])
             for exit_layer in exits[:-1]:
                 logits = sequence.advance(exit_layer, [], num_logits=len(rows))[0]
-                agrees[exit_layer].append(logits.argmax(-1) == wanted)
+                agrees[exit_layer].append(likeliest(logits) == wanted)
                 for measure in MEASURES:
                     sure[measure][exit_layer].append(measured(logits, measure))
         progress((number + 1) / len(documents))

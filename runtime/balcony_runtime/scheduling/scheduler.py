@@ -132,6 +132,7 @@ class Scheduler:
 
         It shares passes with others if the engine can do that and there is room for it, now or when its prompt begins to run.
         """
+        self._engine.refuse_closed()  # after a fork the locks of the pool may stay held
         if (pool := self.pool) is None or (sequence := pool.take(tokens)) is None:
             sequence = self._engine.new_sequence(max_length=rows if pool is None else None)
         self._lent[sequence] = -1
@@ -211,8 +212,7 @@ class Scheduler:
             BusyError: too many streams wait already.
         """
         with self._turn:
-            waiting = sum(not stream.admitted for stream in self._all)
-            if waiting >= MOST_WAITING:
+            if (waiting := sum(not stream.admitted for stream in self._all)) >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
             self.most_rows(rows)
             stream = Stream(next(self._keys), decoder, rows, cancelled)
@@ -236,6 +236,7 @@ class Scheduler:
             self._by_itself(streams[0], asked=True)  # as a rule it goes on by itself
         with self._lock:  # which is the condition's own, without its calls
             while not (answered := self._answered(streams)) and self._leader:
+                self._engine.refuse_closed()  # after a fork the leader is a thread of the other process
                 self._turn.wait()
             if not answered:
                 self._leader = threading.get_ident()

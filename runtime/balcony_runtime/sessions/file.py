@@ -38,12 +38,12 @@ _HASH_BYTES = 32
 _NO_HASH = "0" * (2 * _HASH_BYTES)
 #: Beginning of every header; the hash of the header follows.
 _BEGIN = b'{"__metadata__":{"balcony_session":"'
+_PLACE = slice(len(_BEGIN), len(_BEGIN) + len(_NO_HASH))
 #: Longest header: tensors of a hundred layers take 20 kB, and a conversation some hundred. Reading takes 24 times as much.
 _MOST_HEADER = 4 << 20
 #: Most dimensions of a tensor, and the largest of one.
 _MOST_DIMENSIONS, _LARGEST = 4, 1 << 40
 _SCALE = ".scale"
-_CURE = "save it again"
 
 
 class Notes(BaseModel):
@@ -113,6 +113,7 @@ def save(
     with sequence.lock:
         rows = sequence.length if rows is None else rows
         stages, balconies, parts = sequence.parts(rows)
+        tensors = _Tensors({"tokens": sequence.tokens[:, :rows], **parts}, int8)
         notes = Notes(
             fingerprint=sequence.engine.manifest.fingerprint,
             graphs=sequence.engine.backend.graphs,
@@ -120,17 +121,16 @@ def save(
             balcony_rows=balconies,
             messages=messages,
             system=system,
+            hashes=dict.fromkeys(tensors.shapes, _NO_HASH),
         )
-        tensors = _Tensors({"tokens": sequence.tokens[:, :rows], **parts}, int8)
         with atomic_file(path, InputError, "choose another place") as file:
-            hashes = dict.fromkeys(tensors.shapes, _NO_HASH)
-            file.write(_header(notes.model_copy(update={"hashes": hashes}), tensors))
+            file.write(_header(notes, tensors))
             for name, array in tensors:
-                hashes[name] = _hash(array)
+                notes.hashes[name] = _hash(array)
                 file.write(_bytes(array))
             size = file.tell()
             file.seek(0)
-            file.write(_header(notes.model_copy(update={"hashes": hashes}), tensors))
+            file.write(_header(notes, tensors))
     return size
 
 
@@ -246,8 +246,7 @@ class _Reader(Closing):
         if length > min(_MOST_HEADER, len(found) - 8):
             raise self.damaged("its header ends after the file")
         header = found[8 : 8 + length]
-        place = slice(len(_BEGIN), len(_BEGIN) + len(_NO_HASH))
-        if _hash_of_header(header) != header[place]:
+        if _hash_of_header(header) != header[_PLACE]:
             raise self.damaged("its header does not match its hash")
         try:
             values = json.loads(header)
@@ -333,7 +332,7 @@ class _Reader(Closing):
             refuse_foreign(self.array("tokens"), self._vocabulary)
 
     def damaged(self, why: str) -> InputError:
-        return InputError(f"{self._path}: is damaged ({why}): {_CURE}")
+        return InputError(f"{self._path}: is damaged ({why}): save it again")
 
     def close(self) -> None:
         """Unmap the file, once no view of it is left."""
@@ -387,13 +386,13 @@ def _header(notes: Notes, tensors: _Tensors) -> bytes:
         )
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     filled = bytearray(text)
-    filled[len(_BEGIN) : len(_BEGIN) + len(_NO_HASH)] = _hash_of_header(text)
+    filled[_PLACE] = _hash_of_header(text)
     return len(text).to_bytes(8, "little") + bytes(filled)
 
 
 def _hash_of_header(header: bytes) -> bytes:
     """The hash of a header, in hexadecimal, with zeros in place of a hash that it has already."""
-    blank = header[: len(_BEGIN)] + _NO_HASH.encode() + header[len(_BEGIN) + len(_NO_HASH) :]
+    blank = header[: _PLACE.start] + _NO_HASH.encode() + header[_PLACE.stop :]
     return hashlib.blake2b(blank, digest_size=_HASH_BYTES).hexdigest().encode()
 
 

@@ -63,18 +63,17 @@ def structure_of(*, json_schema: Any = None, regex: str | None = None, grammar: 
     Raises:
         InputError: there is more than one, or it is of a wrong type or too large.
     """
-    given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
-    asked = [name for name, value in given.items() if value is not None]
+    given: dict[Kind, Any] = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    asked = {kind: value for kind, value in given.items() if value is not None}
     if len(asked) > 1:
         raise InputError(f"{' and '.join(asked)}: a reply has one structure: give one of them")
-    if json_schema is not None:
-        return checked(Structure("json_schema", schema_text(json_schema)))
-    for name, text in (("regex", regex), ("grammar", grammar)):
-        if text is not None and (not isinstance(text, str) or not text):
-            raise InputError(f"{name} = {text!r}: must be a text that is not empty: give a {name}, or leave it out")
-    if regex is not None:
-        return checked(Structure("regex", regex))
-    return None if grammar is None else checked(Structure("grammar", grammar))
+    if not asked:
+        return None
+    ((kind, value),) = asked.items()
+    text = schema_text(value) if kind == "json_schema" else value
+    if not isinstance(text, str) or not text:
+        raise InputError(f"{kind} = {text!r}: must be a text that is not empty: give a {kind}, or leave it out")
+    return checked(Structure(kind, text))
 
 
 def schema_text(schema: Any) -> str:

@@ -71,10 +71,10 @@ class CallReader:
 
     def __init__(self, box: Toolbox) -> None:
         form = box.form
-        self._name, self._marker_id, self._key, self._document = form.marker, box.marker_id, box.key, box.document
+        self._marker_id, self._key, self._document = box.marker_id, box.key, box.document
         self._marker = form.marker if self._marker_id is None else _MARK
-        #: Marks at the ends of calls that are tokens; texts do not show those that are control tokens.
-        self._marks = {token: name for name, token in box.tags.items() if name in form.tail + form.last}
+        #: Marks of calls that are tokens; texts do not show those that are control tokens.
+        self._marks = {token: name for name, token in box.tags.items() if token in box.marks}
         self._heads = {form.head + tool.name + form.middle: tool.name for tool in box.tools}
         self._first_heads = {form.first + head: name for head, name in self._heads.items()}
         self._again = form.tail + form.between + (self._marker if form.each else "")
@@ -92,10 +92,8 @@ class CallReader:
     def push(self, token: int, text: str) -> list[Piece]:
         """The pieces that a token completes."""
         text = text.replace(_MARK, "")
-        if token == self._marker_id:
-            text = text.removesuffix(self._name) + _MARK
-        elif (mark := self._marks.get(token)) is not None:
-            text = text.removesuffix(mark) + mark
+        if (mark := self._marks.get(token)) is not None:
+            text = text.removesuffix(mark) + (_MARK if token == self._marker_id else mark)
         self._held += text
         found: list[Piece] = []
         while (piece := self._next()) is not None:

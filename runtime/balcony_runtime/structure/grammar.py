@@ -70,7 +70,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], str], vocab_size: int, ends: Sequence[int]) -> None:
         self._text, self._vocab_size, self._ends = tokenizer, vocab_size, tuple(ends)
-        self._lock, self._compiling = threading.Lock(), threading.Lock()
+        self._lock, self._compiling = threading.RLock(), threading.Lock()
         self._kept: OrderedDict[Structure, LLMatcher] = OrderedDict()
 
     def holds(self, asked: Structure) -> bool:
@@ -95,10 +95,9 @@ class Grammars:
             if (found := self._copy(asked)) is not None:
                 return found
             matcher = self._compile(asked)
-        if not keep:
-            return self._guide(matcher, asked)
         with self._lock:
-            self._kept[asked] = matcher
+            if keep:
+                self._kept[asked] = matcher
             while len(self._kept) > MOST_KEPT or sum(len(one.text) for one in self._kept) > MOST_KEPT_CHARACTERS:
                 self._kept.popitem(last=False)
             return self._guide(matcher, asked)
@@ -106,10 +105,7 @@ class Grammars:
     def _copy(self, asked: Structure) -> Guide | None:
         """The state of a reply of a structure that was compiled before."""
         with self._lock:
-            if asked not in self._kept:
-                return None
-            self._kept.move_to_end(asked)
-            return self._guide(self._kept[asked], asked)
+            return self._guide(self._kept[asked], asked) if self.holds(asked) else None
 
     def _guide(self, matcher: LLMatcher, asked: Structure) -> Guide:
         tokens = self._tokenizer_of(asked).vocab_size
@@ -197,7 +193,7 @@ class Guide:
     """
 
     def __init__(self, matcher: LLMatcher, kind: str, vocab_size: int, ends: Sequence[int], tokens: int) -> None:
-        self._matcher, self._kind, self._vocab_size, self._ends = matcher, kind, vocab_size, tuple(ends)
+        self._matcher, self._kind, self._vocab_size, self._ends = matcher, kind, vocab_size, ends
         self._tokens, self._bits = tokens, np.zeros((tokens + 31) // 32, np.int32)
         self._address = self._bits.ctypes.data
         self._filled = False  # whether the bits are those of the next token

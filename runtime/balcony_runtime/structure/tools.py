@@ -66,7 +66,7 @@ def _tool(given: Any) -> Tool:
             f"tools: parameters of {name}: must be a JSON schema of an object: give {{'type': 'object', ...}}"
         )
     # A small model would go on to invent arguments, which the schema allows unless it says otherwise.
-    closed = {} if _OPEN & schema.keys() or _requires_others(schema) else _CLOSED
+    closed = {} if _OPEN & schema.keys() or _requires_others(schema) else {"additionalProperties": False}
     schema = {**schema, "type": "object", **closed}
     try:
         return Tool(name, schema_text(_with_form(schema) if function.get("strict") is True else lenient(schema)))
@@ -83,7 +83,6 @@ def _requires_others(schema: Mapping[str, Any]) -> bool:
 
 #: Keywords by which properties may follow that ``properties`` does not list.
 _OPEN = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
-_CLOSED = {"additionalProperties": False}
 
 
 class Toolbox(NamedTuple):
@@ -137,13 +136,18 @@ class Toolbox(NamedTuple):
         for number, tool in enumerate(self.tools):
             rules[f"call_{number}"] = f"{text(form.head + tool.name + form.middle)} args_{number} {text(form.tail)}"
             rules[f"args_{number}"] = f"%json {tool.schema}"
-        return checked(Structure("tools", _lark(self._entry(marker, content) | rules)))
+        lines = (f"{name}: {rule}\n" for name, rule in (self._entry(marker, content) | rules).items())
+        return checked(Structure("tools", "%llguidance {}\n" + "".join(lines)))
 
     def _text(self, text: str) -> str:
         """A fixed text in the grammar: to llguidance tags that are tokens are control tokens, which no text matches."""
         names = [name for name in self.tags if name in text]
         parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-        return " ".join(f"<[{self.tags[part]}]>" if part in self.tags else _quoted(part) for part in parts if part)
+        return " ".join(
+            f"<[{self.tags[part]}]>" if part in self.tags else json.dumps(part, ensure_ascii=False)
+            for part in parts
+            if part
+        )
 
     def _entry(self, marker: str, content: Structure | None) -> dict[str, str]:
         """Rules from the start to the first call."""
@@ -228,14 +232,6 @@ def _named(choice: Any) -> str | None:
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else None
-
-
-def _lark(rules: Mapping[str, str]) -> str:
-    return "%llguidance {}\n" + "".join(f"{name}: {rule}\n" for name, rule in rules.items())
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else ""
 
 
 def _with_form(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from balcony_runtime.decoding.thresholds import (
     learn,
     measured,
 )
-from balcony_runtime.engine import Engine
+from balcony_runtime.engine import Engine, TokenSequence
 
 EXITS = (2, 3, 5)
 #: Threshold that a tiny random model does not reach half of the time.
@@ -304,6 +304,22 @@ def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:
             held_out(compare_exits(engine, others[:2]), found)
         with pytest.raises(InputError, match="300 tokens to calibrate on: give 400 or more"):
             learn(compare_exits(engine, documents[:5]), "x", max_disagreement=0.2, confidence=0.9)
+
+
+@pytest.mark.parametrize("broken", [2, 5], ids=["an exit", "the full depth"])
+def test_logits_that_are_not_finite_are_not_calibrated_on(
+    tiny: Any, broken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of Gemma 3 in half precision: NaN would become a threshold, or no exit would keep the promise."""
+    real = TokenSequence.advance
+
+    def advance(sequence: TokenSequence, exit_layer: int, *arguments: Any, **options: Any) -> Any:
+        logits = real(sequence, exit_layer, *arguments, **options)
+        return np.full_like(logits, np.nan) if exit_layer == broken else logits
+
+    monkeypatch.setattr(TokenSequence, "advance", advance)
+    with Engine.open(tiny.path) as engine, pytest.raises(InputError, match="the logits hold NaN or infinity"):
+        compare_exits(engine, [list(range(3, 60))])
 
 
 def test_a_bundle_without_thresholds_says_so(tiny: Any) -> None:

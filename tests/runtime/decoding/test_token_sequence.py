@@ -63,7 +63,7 @@ class Writes:
     def __init__(self, max_length: int = 64, context_length: int = 40) -> None:
         model = SimpleNamespace(context_length=context_length, vocab_size=VOCABULARY, num_attention_heads=2)
         self.manifest = SimpleNamespace(exit_layers=(2, 3, 4, 6), cached_exits=(2, 3), model=model)
-        self.max_length, self.picks_inside, self.closed = max_length, False, 0
+        self.max_length, self.closed = max_length, 0
         self.name = "written"
 
     def new_state(self, batch_size: int, max_length: int) -> Written:
@@ -260,13 +260,6 @@ def test_a_sequence_is_as_long_as_bundle_and_engines_allow(engine_rows: int, con
             with pytest.raises(ContextLengthError, match=f"max_length = {length}: this bundle takes 1 to {most}"):
                 engine.new_sequence(max_length=length)
     assert backend.closed == 1
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_a_sequence_says_whether_picking_inside_is_cheaper(inside: bool) -> None:
-    backend: Any = Writes()
-    backend.picks_inside = inside
-    assert Engine(backend).new_sequence().picks_inside is inside
 
 
 def test_options_reach_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

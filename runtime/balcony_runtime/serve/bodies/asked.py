@@ -7,7 +7,7 @@ top_p, …) are not checked twice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from balcony_runtime.decoding.sampling import SamplingParams
@@ -53,24 +53,24 @@ class Asked:
     chat: bool
     model: str | None
     prompts: Sequence[Any]
-    n: int = 1
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    echo: bool = False
-    ignore_eos: bool = False
-    as_ids: bool = False
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    document: bool = False
-    seed: int | None = None
-    budget: Any = None
-    stream: bool = False
-    usage: bool = False
-    each_token: bool = False
-    tooling: Mapping[str, Any] = field(default_factory=dict)
-    template: Mapping[str, Any] = field(default_factory=dict)
-    parse_special: bool | None = None
-    add_special_tokens: bool = True
+    n: int
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    logprobs: int | None
+    echo: bool
+    ignore_eos: bool
+    as_ids: bool
+    sampling: Mapping[str, Any]
+    document: bool
+    seed: int | None
+    budget: Any
+    stream: bool
+    usage: bool
+    each_token: bool
+    tooling: Mapping[str, Any]
+    template: Mapping[str, Any]
+    parse_special: bool | None
+    add_special_tokens: bool
 
     @property
     def structured(self) -> bool:
@@ -184,11 +184,10 @@ def messages_of(value: Any) -> list[Any]:
 
 
 def _prompts(value: Any) -> list[Any]:
-    allowed = "must be a text, a list of texts, a list of token ids, or a list of such lists"
     if isinstance(value, str) or (value and is_tokens(value)):
         return [value]
     if not isinstance(value, list) or not value or not all(isinstance(one, str) or is_tokens(one) for one in value):
-        raise bad("prompt", value, allowed)
+        raise bad("prompt", value, "must be a text, a list of texts, a list of token ids, or a list of such lists")
     if not all(value):
         raise bad("prompt", value, "one of the prompts is empty; leave it out")
     return value

@@ -52,22 +52,18 @@ def structure_of(fields: Fields) -> dict[str, Any]:
 
 def _response_format(value: Any) -> Any:
     """The schema that it asks for, or None for plain text."""
-    allowed = (
-        "must be {'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', 'json_schema': {'schema': ...}}"
-    )
-    if value is None:
-        return None
     kind = value.get("type") if isinstance(value, Mapping) else None
-    if kind == "text":
+    if value is None or kind == "text":
         return None
     if kind == "json_object":
         schema = value.get("schema")  # llama.cpp's
         return _ANY_OBJECT if schema is None else schema
-    asked = value.get("json_schema") if kind == "json_schema" else None
+    asked: Any = value.get("json_schema") if kind == "json_schema" else None
     schema = asked.get("schema") if isinstance(asked, Mapping) else None
     if schema is None:
-        raise bad("response_format", value, allowed)
-    return schema if isinstance(asked, Mapping) and asked.get("strict") is True else lenient(schema)
+        allowed = "{'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', 'json_schema': {'schema': ...}}"
+        raise bad("response_format", value, f"must be {allowed}")
+    return schema if asked.get("strict") is True else lenient(schema)
 
 
 def _outputs(value: Any) -> tuple[str, Any]:

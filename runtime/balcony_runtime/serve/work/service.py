@@ -264,17 +264,14 @@ class Service:
         except TimeoutError:
             raise too_long(self.limits.request_s) from None
 
-    async def answer(
-        self, asked: Asked, headers: Mapping[str, str], client: str, size: int = 0, asked_s: float | None = None
-    ) -> Answer:
-        """The answer to a request, not begun; its body has ``size`` bytes and came at ``asked_s``, by default now.
+    async def answer(self, asked: Asked, headers: Mapping[str, str], client: str, size: int, asked_s: float) -> Answer:
+        """The answer to a request, not begun; its body has ``size`` bytes and came at ``asked_s`` (``time.monotonic``).
 
         Raises:
             RefusedError: the server is stopping, the queue is full, or the model is unknown.
             BalconyError: a prompt, a budget or a parameter is refused.
         """
         self.refuse_unready()  # the route looked before the body came
-        asked_s = time.monotonic() if asked_s is None else asked_s
         meter = EnergyMeter(self.llm.readings)
         most_tokens = None if asked.max_tokens is None else min(max(asked.max_tokens, 1), self.llm.engine.max_length)
         budget = self.names.budget(asked.model, headers, asked.budget, most_tokens)

@@ -20,7 +20,7 @@ import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.waiting import in_order, overtakes
-from balcony_edge.errors import BalconyError, DeviceError, is_out_of_memory
+from balcony_edge.errors import BalconyError, DeviceError
 from balcony_runtime.decoding.sampling import log_probabilities
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
@@ -58,7 +58,7 @@ class Worker:
         self._together: Together = llm.together()
         self._thread = threading.Thread(target=self._run, name="balcony-decode", daemon=True)
         self._turned_s = time.monotonic()  # infinite while it waits for something to do
-        self._failing_s = math.inf  # time since which the engine has failed and made no token
+        self._failing_s = math.inf  # time since which the engine has only failed
         self._failed_s = 0.0  # seconds from then to its last failure
 
     def start(self) -> None:
@@ -180,6 +180,7 @@ class Worker:
         for job, pieces in list(self._scoring.items())[:1]:
             try:
                 next(pieces)
+                self._failing_s, self._failed_s = math.inf, 0.0
             except StopIteration as done:
                 del self._scoring[job]
                 self._found.append((job, done.value))
@@ -217,7 +218,7 @@ class Worker:
             _log.error("the decode thread failed", exc_info=error)
         elif refusal_of(error).status >= 500:
             _log.error("a reply failed: %s", error)
-        if isinstance(error, DeviceError) and not is_out_of_memory(error):
+        if isinstance(error, DeviceError) and "free memory" not in str(error):  # as the cure of each that finds none
             now_s = time.monotonic()
             self._failing_s = min(self._failing_s, now_s)
             self._failed_s = now_s - self._failing_s
