@@ -260,12 +260,9 @@ class Budget(BaseModel):
         if self.tpot_ms is not None and 1000 / fastest > self.tpot_ms:
             cure = f"a token every {1000 / fastest:g} ms is later than that; raise one of the two"
             raise _contradiction(self, "max_pace_tps", "tpot_ms", cure)
-        if (
-            self.deadline_s is not None
-            and self.expected_tokens is not None
-            and self.expected_tokens / fastest > self.deadline_s
-        ):
-            cure = f"{self.expected_tokens} tokens take {self.expected_tokens / fastest:g} s at that pace; raise one of the two"
+        reply_s = (self.expected_tokens or 0) / fastest
+        if self.deadline_s is not None and reply_s > self.deadline_s:
+            cure = f"{self.expected_tokens} tokens take {reply_s:g} s at that pace; raise one of the two"
             raise _contradiction(self, "max_pace_tps", "deadline_s", cure)
 
     @property
@@ -291,7 +288,7 @@ class Budget(BaseModel):
     @property
     def needs_sensors(self) -> bool:
         """Whether there is a ceiling that only sensors can see."""
-        return any(getattr(self, key) is not None for key in _CEILINGS)
+        return bool(self.ceilings)
 
     @property
     def ceilings(self) -> dict[str, float]:

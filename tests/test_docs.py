@@ -463,16 +463,3 @@ def test_a_device_makes_an_environment_before_it_installs(page: str) -> None:
     install = text.index("py3-none-any.whl[cpu]'")
     block = text[text.rindex("\n\n", 0, install) : install]
     assert block.index("python3-venv") < block.index("python3 -m venv")
-
-
-def test_the_page_of_jetson_names_the_modes_of_an_orin_nano() -> None:
-    """Flashed as "Super", a board starts in 25 W and has a mode without a budget file of its own."""
-    text = (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
-    assert [mode for mode in ("7 W", "15 W", "25 W", "MAXN_SUPER", "Super") if mode not in text] == []
-    for profile in (ROOT / "profiles").glob("jetson_orin_nano_*.toml"):
-        assert "it ships with" not in profile.read_text(encoding="utf-8")
-
-
-def test_the_page_of_the_command_line_says_how_a_server_ends() -> None:
-    """Ctrl-C is how a server is told to stop: it ends with 0, as after SIGTERM."""
-    assert "Ctrl-C 130 (0 where it ends a server)" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")

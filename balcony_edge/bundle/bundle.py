@@ -211,18 +211,15 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _check_structure(directory: Path, manifest: Manifest) -> None:
     """Check what the types cannot express: exits ascend to the full depth, and every graph and file that they need exists."""
-    layers = manifest.exit_layers
-    path = directory / MANIFEST
+    path, layers, depth = directory / MANIFEST, manifest.exit_layers, manifest.model.num_layers
 
     def refuse(what: str) -> BundleError:
         return BundleError(f"{path}: {what}: export the bundle again")
 
-    depth, kept = manifest.model.num_layers, len(manifest.model.layers)
-    if kept not in (0, depth) or any(exit_.layer is not None and exit_.layer >= depth for exit_ in manifest.exits):
+    if len(manifest.model.layers) not in (0, depth) or any((exit_.layer or 0) >= depth for exit_ in manifest.exits):
         raise refuse(f"model.layers or the layer of an exit does not fit a model of {depth} layers")
-
-    if list(layers) != sorted(set(layers)) or layers[-1] != manifest.model.num_layers:
-        raise refuse(f"exits {one_line(str(layers))} must ascend and end at the full depth {manifest.model.num_layers}")
+    if list(layers) != sorted(set(layers)) or layers[-1] != depth:
+        raise refuse(f"exits {one_line(str(layers))} must ascend and end at the full depth {depth}")
     if not manifest.runnable:
         raise refuse("the manifest lists no graphs")
     if manifest.precision in ("int8", "int4") and manifest.graphs:

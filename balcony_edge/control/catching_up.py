@@ -96,7 +96,7 @@ class Recovery(NamedTuple):
         if self.goal is not None or goal is None:
             return self._replace(goal=goal)
         doublings = min(self.sprints, MOST_DOUBLINGS)
-        return self._replace(goal=goal, wait=FIRST_WAIT << doublings, sprints=min(self.sprints, MOST_DOUBLINGS) + 1)
+        return self._replace(goal=goal, wait=FIRST_WAIT << doublings, sprints=doublings + 1)
 
 
 class Way(NamedTuple):

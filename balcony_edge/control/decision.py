@@ -243,14 +243,14 @@ def _within(budget: Budget, made_tokens: int, decision: Decision) -> str:
     return "within its ceilings" if budget.needs_sensors else "without a target"
 
 
-def expected_words(seen: Observation, now_ms: float, steady_ms: float, later_ms: float | None = None) -> str:
+def expected_words(seen: Observation, now_ms: float, steady_ms: float, later_ms: float) -> str:
     """Name each latency target of a token, as a key of a budget file, with the value that is expected at an exit.
 
     Args:
         seen: observation that the decision is made from.
         now_ms: expected time of the next step at the exit; at the first token it includes the prompt's rows.
         steady_ms: expected time of the step after it.
-        later_ms: expected time of a step in the middle of the rest that a deadline needs; None if it is the same.
+        later_ms: expected time of a step in the middle of the rest that a deadline needs.
     """
     budget, words = seen.budget, []
     if budget.tpot_ms is not None:
@@ -258,7 +258,7 @@ def expected_words(seen: Observation, now_ms: float, steady_ms: float, later_ms:
         words.append((steady_ms > budget.tpot_ms, f"tpot_ms = {budget.tpot_ms:g}: {takes}"))
     if seen.deadline_runs and budget.deadline_s is not None:
         # without the waits of a pace, which are cut when the time runs out
-        all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * (later_ms or steady_ms)) / 1000
+        all_s = budget.deadline_s - seen.left_s + (now_ms + (seen.remaining - 1) * later_ms) / 1000
         takes = f"{budget.expected_tokens} tokens take {_shown(all_s, budget.deadline_s, '.3g', '.6g')} s"
         words.append((all_s > budget.deadline_s, f"deadline_s = {budget.deadline_s:g}: {takes}"))
     if seen.made_tokens == 0 and budget.ttft_ms is not None:

@@ -314,8 +314,7 @@ def _utilized(
 def _temperature(before: Governor, demand: Demand) -> tuple[float, float | None, float | None]:
     """Return the integral, the degrees if they are critical, and the share that ``temperature_c`` allows."""
     limit_c, critical_c = demand.budget.temperature_c, demand.budget.critical_temperature_c
-    asked = limit_c is not None or critical_c is not None
-    degrees_c = hottest_c(demand.readings, demand.now_s) if asked else None
+    degrees_c = hottest_c(demand.readings, demand.now_s)
     if degrees_c is None:
         return before.integral, None, None
     critical = degrees_c if critical_c is not None and degrees_c >= critical_c else None
@@ -357,7 +356,7 @@ def _on_a_ramp(demand: Demand, room: float | None) -> int | None:
 def _charge_left(demand: Demand) -> float | None:
     """Charge above the floor, in ramps; None without a floor or a reading, and while the battery is charging."""
     floor_percent = demand.budget.battery_floor_percent
-    reading = None if floor_percent is None else newest(demand.readings, "battery", "charge", demand.now_s, 1.0)
+    reading = newest(demand.readings, "battery", "charge", demand.now_s, 1.0)
     if floor_percent is None or reading is None or reading.charging:
         return None
     return ((reading.charge or 0.0) - floor_percent / 100) / CHARGE_RAMP
@@ -366,7 +365,7 @@ def _charge_left(demand: Demand) -> float | None:
 def _memory_left(demand: Demand) -> float | None:
     """Memory below the ceiling, in ramps; None without a ceiling or a reading."""
     ceiling_mb = demand.budget.memory_mb
-    reading = None if ceiling_mb is None else newest(demand.readings, "process", "memory_bytes", demand.now_s, math.inf)
+    reading = newest(demand.readings, "process", "memory_bytes", demand.now_s, math.inf)
     if ceiling_mb is None or reading is None:
         return None
     return (1 - (reading.memory_bytes or 0) / (ceiling_mb * 1e6)) / MEMORY_RAMP

@@ -210,8 +210,8 @@ class Load(NamedTuple):
 
     def _remembering(self, now_s: float, busy_s: float) -> Load:
         past = self.past
-        if past and now_s - past[-1][0] < PAST_STEP_S and len(past) > 1:
-            past = past[:-1] if past[-1][0] - past[-2][0] < PAST_STEP_S else past
+        if len(past) > 1 and max(now_s - past[-1][0], past[-1][0] - past[-2][0]) < PAST_STEP_S:
+            past = past[:-1]
         oldest = bisect.bisect_left(past, (now_s - PAST_S,))
         return self._replace(past=(*past[max(oldest - 1, 0) :], (now_s, busy_s)))
 

@@ -212,7 +212,6 @@ class Watch:
 
 
 def _seen(budget: Budget, now_s: float, readings: Sequence[Reading]) -> _Seen:
-    battery = newest(readings, "battery", "charge", now_s, 1.0)
     memory = newest(readings, "process", "memory_bytes", now_s, math.inf)
     return _Seen(
         now_s,
@@ -220,7 +219,7 @@ def _seen(budget: Budget, now_s: float, readings: Sequence[Reading]) -> _Seen:
         utilization(readings, "cpu", now_s),
         utilization(readings, "gpu", now_s),
         hottest_c(readings, now_s),
-        battery,
+        newest(readings, "battery", "charge", now_s, 1.0),
         None if memory is None else (memory.memory_bytes or 0) / 1e6,
     )
 

@@ -22,14 +22,13 @@ class Comparison:
 
     Attributes:
         entry: the quantity, with the first profile's figures.
-        first_ms, second_ms: medians of the first and of the second profile.
-        ratio: second over first.
+        second_ms: median of the second profile.
+        ratio: ``second_ms`` over the median of the first.
         ratio_uncertainty: half the width of the ratio's 95 % interval.
         p_value: probability of a difference as large by chance alone.
     """
 
     entry: Entry
-    first_ms: float
     second_ms: float
     ratio: float
     ratio_uncertainty: float
@@ -78,4 +77,4 @@ def _compared(first: Entry, second: Entry) -> Comparison:
     # The distance is that of logarithms, so that the order of the two profiles does not change the answer.
     distance = abs(math.log(ratio)) * _HALF_WIDTH / relative if relative else math.inf
     p_value = 2 * (1 - NormalDist().cdf(distance)) if ratio != 1 else 1.0
-    return Comparison(first, one.p50_ms, two.p50_ms, ratio, ratio * relative, p_value)
+    return Comparison(first, two.p50_ms, ratio, ratio * relative, p_value)

@@ -390,8 +390,3 @@ class DeviceProfile(_Frozen):
     def rail(self) -> Rail:
         """The rail whose power is shown in tables: the first that was measured."""
         return self.power[0].rail if self.power else "board"
-
-    def busy_w(self, exit_layer: int, rail: Rail) -> float | None:
-        """Measured power while decoding at an exit; None if no sensor measures this rail."""
-        found = self.power_at(exit_layer, rail)
-        return None if found is None else found.busy_w

@@ -132,7 +132,7 @@ def make_plan(
         tokens_per_s=1000 / fmean(gaps_ms),
         tpot_ms=fmean(gaps_ms),
         joules_per_token=joules,
-        agreement=_mixed(shares, {plan.exit_layer: plan.agreement for plan in exits}),
+        agreement=_mixed(shares, planner.agreement),
         feasible=feasible,
         nearest={} if feasible else planner.nearest(possible),
         notes=tuple(f"{target}: this profile does not say whether it is met" for target in sorted(unknown)),
@@ -160,14 +160,14 @@ class _Planner:
 
     def exit_plan(self, exit_layer: int, allowed: bool) -> ExitPlan:
         costs = self.profile.costs
-        tpot_ms = costs.steady_ms(exit_layer, self.context)
+        tpot_ms, power = costs.steady_ms(exit_layer, self.context), self.profile.power_at(exit_layer, self.rail)
         plan = ExitPlan(
             exit_layer=exit_layer,
             allowed=allowed,
             tpot_ms=tpot_ms,
             ttft_ms=costs.prefill_ms(exit_layer, self.prompt_tokens),
             tokens_per_s=1000 / tpot_ms,
-            watts=self.profile.busy_w(exit_layer, self.rail),
+            watts=None if power is None else power.busy_w,
             joules_per_token=self._joules(exit_layer, tpot_ms),
             agreement=self.agreement[exit_layer],
             checks=(),
@@ -278,12 +278,12 @@ class _Planner:
 
     def _step_j(self, exit_layer: int) -> float | None:
         """Energy of a step at the planned context: the measured one, times the ratio of the times of the two steps."""
-        measured_j, costs = self.profile.joules_per_token(exit_layer, self.rail), self.profile.costs
-        power, context = self.profile.power_at(exit_layer, self.rail), self.profile.least_context
-        if power is not None and power.context is not None:
-            context = power.context
+        power, costs = self.profile.power_at(exit_layer, self.rail), self.profile.costs
+        if power is None:
+            return None
+        context = self.profile.least_context if power.context is None else power.context
         longer = costs.steady_ms(exit_layer, self.context) / costs.steady_ms(exit_layer, context)
-        return None if measured_j is None else measured_j * longer
+        return power.joules_per_token * longer
 
 
 def _mixed(shares: dict[int, float], values: dict[int, float | None]) -> float | None:

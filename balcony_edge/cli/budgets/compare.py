@@ -52,7 +52,7 @@ def compare(
         lines = [
             {
                 **{key: entry_line(item.entry)[key] for key in ("kind", "exit_layer", "from_exit", "rows", "context")},
-                "first_ms": item.first_ms,
+                "first_ms": item.entry.timing.p50_ms,
                 "second_ms": item.second_ms,
                 "ratio": item.ratio,
                 "ratio_uncertainty": item.ratio_uncertainty,
@@ -102,7 +102,7 @@ def _show(one: DeviceProfile, two: DeviceProfile, found: tuple[Comparison, ...],
         style = ("red" if item.ratio > 1 else "green") if item.significant else None
         table.add_row(
             item.entry.title,
-            _ms(item.first_ms),
+            _ms(item.entry.timing.p50_ms),
             _ms(item.second_ms),
             f"{item.ratio:.3f}",
             f"{item.ratio_uncertainty:.3f}",

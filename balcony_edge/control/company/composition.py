@@ -37,10 +37,9 @@ class Composer:
     def __init__(self, prices: RoundPrices, quality: Sequence[float]) -> None:
         self._prices, self._costs, self._quality = prices, prices.costs, quality
         self._tokens: dict[tuple[int, int], tuple[float, int]] = {}  # stream and exit → its part of this round's price
-        self._calm_ms = CALM_MS  # longest time of this round's rows
 
     def compose(
-        self, ready: list[View], waiting: list[View], slowdown: Slowdown, absent_ms: float = math.inf
+        self, ready: list[View], waiting: list[View], slowdown: Slowdown, absent_ms: float
     ) -> tuple[Chosen, Chunk | None, float]:
         """Streams of the round with their exits, the rows next to it, and the price.
 
@@ -51,23 +50,20 @@ class Composer:
             absent_ms: as in :class:`~balcony_edge.control.company.seen.RoundSeen`.
         """
         self._tokens.clear()
-        self._calm_ms = min(CALM_MS, absent_ms) / slowdown.factor
-        prompts: list[View] = []
-        steps: list[View] = []
-        for view in ready:
-            (prompts if view.first else steps).append(view)
+        calm_ms = min(CALM_MS, absent_ms) / slowdown.factor  # longest time of the rows of this round
+        prompts, steps = [view for view in ready if view.first], [view for view in ready if not view.first]
         aims = absent_ms < math.inf or any(view.stream.budget.has_target for view in (*ready, *waiting))
         # Without any target, ceiling or pace, that of a reader at its token included, a deeper exit is taken at once, with all
         # pending rows.
         chosen = [(view, view.present if aims else view.goal) for view in steps]
         behind = any(view.present < view.goal for view in steps) or any(view.room_ms < math.inf for view in prompts)
-        found = self._composed(chosen, prompts, waiting, slowdown, behind)
+        found = self._composed(chosen, prompts, waiting, slowdown, calm_ms, behind)
         if behind and found[1] is None and len(found[0]) < len(steps):  # who was left out made no room for anything
-            found = self._composed(chosen, prompts, waiting, slowdown, False)
+            found = self._composed(chosen, prompts, waiting, slowdown, calm_ms, False)
         return found
 
     def _composed(
-        self, chosen: Chosen, prompts: list[View], waiting: list[View], slowdown: Slowdown, behind: bool
+        self, chosen: Chosen, prompts: list[View], waiting: list[View], slowdown: Slowdown, calm_ms: float, behind: bool
     ) -> tuple[Chosen, Chunk | None, float]:
         """The round, if streams that can wait are left out for somebody who is ``behind``, or are not."""
         price_ms = self._price(chosen)
@@ -85,7 +81,7 @@ class Composer:
                 chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
         # A target that was given up still says how long a gap may not be. A deadline that has passed does not.
         periods_ms = [view.period_ms or view.stream.budget.tpot_ms or math.inf for view, _ in chosen]
-        calm_ms = min([self._calm_ms, *periods_ms])
+        calm_ms = min([calm_ms, *periods_ms])
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         others = [] if prompt is None else [view for view, _ in chosen] + [view for view in waiting if not view.first]

@@ -87,7 +87,7 @@ def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, in
     if budget.deadline_s is not None and made_tokens < (budget.expected_tokens or 0):
         left_ms = 1000 * (budget.deadline_s - (now_s - started_s))
         left_ms *= 1 - UNSEEN_LOAD * max(quantile_of(budget.probability), 0.0)
-        period_ms = min(period_ms, max(left_ms, 0.0) / max((budget.expected_tokens or 0) - made_tokens, 1))
+        period_ms = min(period_ms, max(left_ms, 0.0) / ((budget.expected_tokens or 0) - made_tokens))
     room_ms = period_ms - waited_ms
     if not made_tokens:
         room_ms = math.inf if budget.ttft_ms is None else budget.ttft_ms - 1000 * (now_s - started_s)

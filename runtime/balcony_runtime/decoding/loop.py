@@ -183,6 +183,7 @@ class Decoder:
         begin_ns, rows_before, first = time.perf_counter_ns(), sequence.rows_run, not self._made
         new_rows = self._fresh_rows
         decision = self._decide(self._last)
+        # At once: with cold caches each name costs a microsecond (docs/LOG.md, "Python's share of a step, once more").
         exit_layer, _, price_ms, _, _, catch_up, period_ms, *_ = decision
         if catch_up is not None:
             run_chunk(sequence, catch_up)
@@ -289,7 +290,7 @@ class Decoder:
     def _observe(self, budget: Budget, last: Measurement | None) -> Observation:
         environment, sequence, now_s = self._environment, self.sequence, time.monotonic()
         self._read = environment.readings() if self.senses or environment.trace is not None else (), now_s
-        rows = self._new_rows
+        rows = self._appended_rows
         stage_rows, balcony_rows = sequence.rows_due(rows)
         self._seen = Observation(
             budget,
@@ -307,8 +308,8 @@ class Decoder:
         return self._seen
 
     @property
-    def _new_rows(self) -> int:
-        """Number of rows that the next token appends to the sequence."""
+    def _appended_rows(self) -> int:
+        """Number of rows that the next token appends to the sequence: none at first, where the prompt is in it already."""
         return 1 if self._made else 0
 
     @property
@@ -320,7 +321,7 @@ class Decoder:
     def rows_due(self) -> int:
         """Number of rows that the last stage to its deepest exit must take in before the next token; no stage has more."""
         exits = self.sequence.exits
-        return self.sequence.rows_due(self._new_rows)[0][exits.index(self.budget.allowed_exits(exits)[-1])]
+        return self.sequence.rows_due(self._appended_rows)[0][exits.index(self.budget.allowed_exits(exits)[-1])]
 
     @property
     def budget(self) -> Budget:
@@ -336,7 +337,7 @@ class Decoder:
             shares: whether its rows share passes with those of others.
         """
         self._take_up(budget := self.budget)
-        sequence, new = self.sequence, self._new_rows
+        sequence, new = self.sequence, self._appended_rows
         stage_rows, balcony_rows = sequence.rows_due(new)
         context, made, started_s, late = sequence.length + new - 1, self._made, self.started_s, self._late
         forced = self._forced

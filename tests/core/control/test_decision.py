@@ -230,4 +230,4 @@ def test_what_is_missed_is_said_with_its_number(
     budget: Budget, made_tokens: int, now_ms: float, steady_ms: float, words: str
 ) -> None:
     seen = Observation(budget, 64, (1,) * 4, (1,) * 4, made_tokens=made_tokens, started_s=10.0, now_s=10.5)
-    assert expected_words(seen, now_ms, steady_ms) == words
+    assert expected_words(seen, now_ms, steady_ms, steady_ms) == words

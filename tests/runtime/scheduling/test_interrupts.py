@@ -116,6 +116,9 @@ def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatc
 
 def test_a_reply_may_be_cancelled_in_the_handler_of_a_signal() -> None:
     """Python runs it between two lines of the wait for a pace: the thread would wait for the event's lock for ever."""
+    assert "_cond" in vars(threading.Event()), (
+        "under another name the lock of `Cancellation` is not the one that `wait` takes"
+    )
     cancelled = Cancellation(int)
 
     def handled() -> None:
