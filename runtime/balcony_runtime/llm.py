@@ -28,7 +28,8 @@ from balcony_edge.errors import BudgetError, InputError
 from balcony_edge.files import require_writable_file
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
-from balcony_runtime.decoding.loop import Decoder, Environment, Learned
+from balcony_runtime.decoding.learned import Learned
+from balcony_runtime.decoding.loop import Decoder, Environment
 from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence

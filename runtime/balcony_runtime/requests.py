@@ -24,7 +24,8 @@ from balcony_edge.control.verdict import Watch
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, ContextLengthError, InputError
 from balcony_runtime.backends.base import IntArray, NotFiniteError
-from balcony_runtime.decoding.loop import Decoder, Environment, Learned, Step
+from balcony_runtime.decoding.learned import Learned
+from balcony_runtime.decoding.loop import Decoder, Environment, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.reply import ReplyLimits, Token

@@ -128,5 +128,7 @@ def test_too_little_text_to_calibrate_on_is_refused_before_the_model_is_loaded(
 def test_train_refuses_options_without_effect(
     tiny_checkpoint: Path, text_file: Path, options: tuple[str, ...], line: str, tmp_path: Path
 ) -> None:
-    common = ("train", tiny_checkpoint, "--exits", "2", "--steps", "5", "--data", text_file, "-o", tmp_path / "out")
+    common = ("train", tiny_checkpoint, "--exits", "2", "--steps", "5", "--seq-len", "32", "--data", text_file)
+    common = (*common, "-o", tmp_path / "out")
     refused_here(line, *common, *options)
+    refused_here("has no checkpoint: train without --resume first", *common, *options, "--resume")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,8 +19,10 @@ from balcony_edge.bundle.bundle import read_manifest
 from balcony_edge.bundle.manifest import Quality, TextQuality
 from balcony_edge.bundle.quality import record_quality
 from balcony_edge.cli import app
+from balcony_edge.cli.budgets.arrivals import show
 from balcony_edge.cli.budgets.compare import differences
 from balcony_edge.cli.budgets.plan import _words
+from balcony_edge.cli.budgets.replay import _tell
 from balcony_edge.cli.budgets.simulate import load, physics
 from balcony_edge.cli.device.profile import _show
 from balcony_edge.device.costs import CostModel, UnitCost
@@ -462,3 +465,16 @@ def test_a_plan_cuts_no_target_in_80_columns(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "b.toml").write_text("battery_floor_percent = 20\n")
     invoke("plan", "--profile", "p.json", "--budget", "b.toml")
     assert "battery_floor" in shown.getvalue() and "…" not in shown.getvalue()
+
+
+def test_reasons_are_not_cut_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    for module in ("arrivals", "replay"):
+        monkeypatch.setattr(f"balcony_edge.cli.budgets.{module}.stdout", Console(file=shown, width=80))
+    reason, exits = "limited by battery_floor_percent", dict.fromkeys(range(16), 2)
+    row = {"begin_s": 1e6, "rounds": 1, "exits": exits, "round_ms": 9.0, "reason": reason}
+    show({"classes": {}}, [row])
+    one = {"exit_layer": 2, "period_ms": 12.345, "reason": reason}
+    with pytest.raises(typer.Exit):
+        _tell({}, "1 decision", [{"decision": 0, "recorded": one, "again": one | {"period_ms": 98.765}}], as_json=False)
+    assert "floor" in shown.getvalue() and "…" not in shown.getvalue()

@@ -82,15 +82,23 @@ with balcony_edge.load({str(tiny.path)!r}) as llm:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_while_other_threads_stream_does_not_hang(tiny: Any) -> None:
-    """Those threads hold the pool's lock during a pass, and lead rounds; in the new process they never end."""
+    """Those threads hold locks of the pool and the scheduler, and lead rounds; in the new process they never end."""
     program = f"""
-import os, signal, balcony_edge
+import os, signal, threading, balcony_edge
+held, forked = threading.Event(), threading.Event()
+def hold(lock):
+    with lock:
+        held.set()
+        forked.wait()
 with balcony_edge.load({str(tiny.path)!r}) as llm:
     begun, fresh = (llm.stream([1, 2, 3], max_new_tokens=4, ignore_eos=True) for _ in range(2))
     next(begun)
     replies = llm.together()
     replies.add([1, 2, 3], max_new_tokens=4)
     llm._requests.scheduler._leader = -1  # another thread
+    other = threading.Thread(target=hold, args=[llm._requests.scheduler._lock])
+    other.start()
+    held.wait()
     with llm.pool._lock:
         child = os.fork()
         if not child:
@@ -102,6 +110,8 @@ with balcony_edge.load({str(tiny.path)!r}) as llm:
                     print(error, flush=True)
             llm.close()
             os._exit(0)
+    forked.set()
+    other.join()
     assert os.waitpid(child, 0)[1] == 0, "it waits for threads that it does not have"
     llm._requests.scheduler._leader = None
     replies.close()

@@ -98,7 +98,9 @@ def test_an_engine_that_fails_every_reply_is_stuck(llm: LLM, monkeypatch: pytest
     worker = sent.worker
     worker.start()
     full = "stage_0: WebGPU failed (VK_ERROR_OUT_OF_DEVICE_MEMORY): ask for a shorter context, free memory of the GPU"
-    for first, message, stuck in ((1, full, False), (3, "CUDA: unspecified launch failure", True)):
+    begins = "stage_0: TensorRT could not start it (Error Code 1: Cuda Runtime (out of memory)): look at `nvidia-smi`"
+    lost = "CUDA: unspecified launch failure"
+    for first, message, stuck in ((1, full, False), (6, begins, False), (3, lost, True)):
         with monkeypatch.context() as patch:
             patch.setattr(worker._together, "begin", Mock(side_effect=DeviceError(message)))
             for key in (first, first + 1):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from balcony_edge.cli.console import stderr, stdout
 from balcony_edge.errors import InputError
@@ -92,7 +92,8 @@ def _tell(facts: dict[str, Any], sentence: str, differences: list[dict[str, Any]
         stdout.print(f"{sentence}; decisions that differ now: {len(differences)}")
         if differences:
             what = next(iter(differences[0]))
-            table = Table(what, "recorded", "why", "now", "why")
+            whys = [Column("why", overflow="fold") for _ in range(2)]  # 80 columns cut battery_floor_percent
+            table = Table(what, "recorded", whys[0], "now", whys[1])
             for one in differences[:MOST_SHOWN]:
                 then, now = one["recorded"], one["again"]
                 cells = (_cell(then, now), then["reason"], _cell(now, then), now["reason"])

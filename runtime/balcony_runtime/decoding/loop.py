@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.control.company.seen import Chunk, CompanyState, StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState, quantile_of
@@ -26,10 +25,10 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError
 from balcony_runtime.backends.base import FloatArray, IntArray
-from balcony_runtime.decoding.confident import Confident, EarlyExits
+from balcony_runtime.decoding.confident import EarlyExits
+from balcony_runtime.decoding.learned import Learned
 from balcony_runtime.decoding.policy import Made, Policy, Turn
 from balcony_runtime.decoding.sampling import Sampler
-from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.engine import TokenSequence
 
 if TYPE_CHECKING:
@@ -66,24 +65,6 @@ class Step(NamedTuple):
     readings: tuple[Reading, ...]
     read_s: float
     forced: bool = False
-
-
-class Learned:
-    """What is kept from reply to reply: the controller's state, our busy time on the device, and the policies.
-
-    Replies that run at once share this object. Each reply starts from the latest state, and all of them count as our own load.
-    """
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.state = ControllerState.initial()
-        self.busy_ns = 0
-        self.speculator = Speculator(manifest.exit_layers, manifest.agreement)
-        self.confident = Confident(manifest.exit_layers, manifest.confidence)
-
-    def follow(self, slowdown: Slowdown, governor: Governor) -> ControllerState:
-        """Take over what a round has learned, and return the state with it."""
-        self.state = self.state._replace(governor=governor, slowdown=self.state.slowdown.moved(slowdown))
-        return self.state
 
 
 class Environment(NamedTuple):

@@ -21,15 +21,15 @@ import numpy as np
 from balcony_edge.control.company.assignment import qualities
 from balcony_edge.control.company.ceilings import longest_pause_s
 from balcony_edge.control.company.joint import JointController
-from balcony_edge.control.company.seen import CompanyState, LearnedAlone, RoundSeen, StreamSeen
+from balcony_edge.control.company.seen import CompanyState, RoundSeen, StreamSeen
 from balcony_edge.control.company.waiting import MOST_OVERTAKEN, in_order, overtakes
-from balcony_edge.control.controller import ControllerState
 from balcony_edge.control.decision import Decision, Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray
-from balcony_runtime.decoding.loop import Decoder, Learned, Step, unmeasured
+from balcony_runtime.decoding.learned import Learned
+from balcony_runtime.decoding.loop import Decoder, Step, unmeasured
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.scheduling.admission import Bounds, Looks, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
@@ -94,7 +94,6 @@ class Scheduler:
         self._priced: CostModel | None = None
         self._state = CompanyState()
         self._last: Measurement | None = None
-        self._told: ControllerState | None = None  # what the last round has left in learned
         # End of the last round, the pause after it, and the time until somebody is due if nobody was in it.
         self._done_s = self._wait_s = self._idle_s = 0.0
         self._trace: RoundTraceWriter | None = None
@@ -140,6 +139,8 @@ class Scheduler:
 
     def free(self, sequence: TokenSequence) -> None:
         """Give a sequence of :meth:`new_sequence` back."""
+        if self._engine.is_forked:  # another thread of the other process may have held the lock
+            return
         del self._lent[sequence]
         if self._pool is not None:
             self._pool.give_back(sequence)
@@ -232,11 +233,11 @@ class Scheduler:
         Leads the round if no other thread does. A round brings no answer if it runs a part of a prompt only, or if all who ask
         wait for streams that do not ask. The caller can then serve the readers of those, and call again.
         """
+        self._engine.refuse_closed()  # after a fork the lock may stay held, and the leader is a thread of the other process
         if len(streams) == len(self._streams) == 1:
             self._by_itself(streams[0], asked=True)  # as a rule it goes on by itself
         with self._lock:  # which is the condition's own, without its calls
             while not (answered := self._answered(streams)) and self._leader:
-                self._engine.refuse_closed()  # after a fork the leader is a thread of the other process
                 self._turn.wait()
             if not answered:
                 self._leader = threading.get_ident()
@@ -260,6 +261,8 @@ class Scheduler:
 
     def leave(self, stream: Stream, held: ExitStack | None = None, *, waits: bool = True) -> None:
         """Remove a stream; waits for another thread's round with it. A round that still has it closes ``held`` at its end."""
+        if self._engine.is_forked:  # as for free()
+            return
         with self._turn:
             stream.asks = False
             try:
@@ -357,7 +360,7 @@ class Scheduler:
             return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
         if not others:
             return None
-        now = RoundSeen(tuple(map(self._seen_of, others)), None, time.monotonic(), learned=self._learned_alone())
+        now = RoundSeen(tuple(map(self._seen_of, others)), None, time.monotonic(), learned=self._learned.alone())
         return self._joint().refusal(self._state, now, self._seen_of(stream))
 
     def _seen_of(self, stream: Stream) -> StreamSeen:
@@ -427,7 +430,7 @@ class Scheduler:
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
         unusual = any(not stream.decoder.begun for stream in logits) or prepared != (self._pool and self._pool.prepared)
         self._company, self._state, self._last = frozenset(moves) or self._company, state, None
-        self._told = self._learned.follow(state.slowdown, state.governor)
+        self._learned.follow(state.slowdown, state.governor)
         if self._trace is not None and self._priced is not None:
             try:  # not before the step: an interrupted round is decided again
                 self._trace.write(self._priced, self._quality, before, seen, found, ended)
@@ -472,11 +475,7 @@ class Scheduler:
                 streams[key].fail(error)
             return self._seen([one for one in asking if one.asks])
         late_ms = absent_ms(readers(self._all))
-        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, self._learned_alone(), late_ms)
-
-    def _learned_alone(self) -> LearnedAlone | None:
-        state = self._learned.state
-        return None if state is self._told else LearnedAlone(state.slowdown, state.governor)
+        return streams, RoundSeen(tuple(found), self._last, now_s, busy_s, readings, self._learned.alone(), late_ms)
 
     def _step(self, moves: Mapping[Stream, Decision]) -> dict[Stream, FloatArray]:
         """Run the round's tokens: those of the pool together, prompts and others one by one. Gives logits (1, V)."""

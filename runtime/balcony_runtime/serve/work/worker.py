@@ -20,7 +20,7 @@ import numpy as np
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.waiting import in_order, overtakes
-from balcony_edge.errors import BalconyError, DeviceError
+from balcony_edge.errors import BalconyError, DeviceError, is_out_of_memory
 from balcony_runtime.decoding.sampling import log_probabilities
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
@@ -218,7 +218,9 @@ class Worker:
             _log.error("the decode thread failed", exc_info=error)
         elif refusal_of(error).status >= 500:
             _log.error("a reply failed: %s", error)
-        if isinstance(error, DeviceError) and "free memory" not in str(error):  # as the cure of each that finds none
+        # Vulkan has other words for it, but the same cure.
+        full = is_out_of_memory(error) or "free memory" in str(error)
+        if isinstance(error, DeviceError) and not full:
             now_s = time.monotonic()
             self._failing_s = min(self._failing_s, now_s)
             self._failed_s = now_s - self._failing_s
