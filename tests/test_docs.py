@@ -182,13 +182,6 @@ def test_a_mutant_has_the_name_that_its_module_is_imported_by(file: str) -> None
     assert spec is not None and spec.origin == str(ROOT / file)
 
 
-def test_the_readme_has_figures_of_pythons_part_that_the_benchmarks_have() -> None:
-    readme, page = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "benchmarks/README.md"))
-    (row,) = re.findall(r"^\| Python's part of a step[^|]*\|([^|]+)\|", readme, re.MULTILINE)
-    part = page.split("**Python's part of a decode step**", 1)[1].split("A sampled token took", 1)[0]
-    assert set(re.findall(r"\d{3}", row)) <= set(re.findall(r"\b\d{3}\b", part))
-
-
 def test_the_readme_stays_a_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 150 and len(text.encode()) <= 9_000, "move details from README.md to docs/"
@@ -209,15 +202,6 @@ def test_terms_that_the_architecture_uses_are_in_its_table() -> None:
     table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n## Terms\n", 1)[1].split("\n## ", 1)[0]
     terms = {term for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for term in row.split(", ")}
     assert terms >= {"prices", "slowdown", "pace", "round", "member", "portable set", "lowered set"}
-
-
-def test_the_advice_on_int4_has_the_figures_of_both_models() -> None:
-    """Those of their tables, at the full depth."""
-    text = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
-    measured = re.findall(r"^\| \*\*int4\*\* \| \d+ \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
-    advice = text.split("1. Take int4 first.", 1)[1].split("\n2. ", 1)[0]
-    assert len(measured) == 2
-    assert set(re.findall(r"\d+\.\d+", advice)) == {figure for pair in measured for figure in pair}
 
 
 def test_the_page_of_the_controller_has_the_constants_that_no_profile_replaces() -> None:

@@ -152,15 +152,21 @@ def test_every_example_is_tested() -> None:
     assert all(f'"{path.name}"' in text for path in EXAMPLES.glob("*.py"))
 
 
+def module_of(name: str) -> Any:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, EXAMPLES / name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_timelines_axis_hides_no_late_token(tiny: Any, tmp_path: Path) -> None:
     """A token ten times as late as its target is on the picture, and the title counts it."""
     plt = pytest.importorskip(
         "matplotlib.pyplot", reason="the picture needs matplotlib: pip install 'balcony-edge[plot]'"
     )
-    spec = importlib.util.spec_from_file_location("budget_timeline", EXAMPLES / "budget_timeline.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of("budget_timeline.py")
     with balcony_edge.load(tiny.path, budget=balcony_edge.Budget(tpot_ms=500)) as llm:
         reply = llm.generate("the fox", max_new_tokens=8, ignore_eos=True)
         slow = tuple(
@@ -175,10 +181,7 @@ def test_the_timelines_axis_hides_no_late_token(tiny: Any, tmp_path: Path) -> No
 
 def test_a_server_tells_what_is_refused_at_the_first_token() -> None:
     """A full queue is known only there; the answer was 200 and empty, with a traceback in the log."""
-    spec = importlib.util.spec_from_file_location("embed_in_server", EXAMPLES / "embed_in_server.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of("embed_in_server.py")
 
     def full() -> Iterator[Any]:
         raise balcony_edge.BusyError("64 replies wait for others to end: try again later")

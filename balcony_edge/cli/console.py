@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
+from rich.table import Column
 
 
 class _Screen(Console):
@@ -47,6 +48,11 @@ def depth_styles(exit_layers: tuple[int, ...]) -> dict[int, str]:
     """Exit layer → style of its tokens."""
     shallow = exit_layers[:-1]
     return {**dict(zip(shallow, DEPTH_STYLES * len(shallow), strict=False)), exit_layers[-1]: "default"}
+
+
+def folded(header: str) -> Column:
+    """Column of a table that breaks long words: 80 columns would cut battery_floor_percent."""
+    return Column(header, overflow="fold")
 
 
 def visible(text: str) -> str:

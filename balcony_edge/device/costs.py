@@ -1,8 +1,8 @@
 """The cost model: the price of a step on one device, which the controller compares with a target.
 
-This module owns the arithmetic from rows and context to milliseconds. It does not know where the prices come from (a short
-measurement at load, or a device profile), nor how slow the device is at the moment. Prices hold for a device without other
-load; the controller multiplies them by the slowdown that it observes.
+This module owns the arithmetic from rows and context to milliseconds. It does not know where the prices come from (a device
+profile, or a short measurement when a budget first needs them), nor how slow the device is at the moment. Prices hold for a
+device without other load; the controller multiplies them by the slowdown that it observes.
 
 A step at an exit runs every stage up to it, the exit's balcony (at the full depth: the final norm) and the LM head. Stages
 that earlier steps skipped have pending rows, and so has a balcony that was not used for a while. These rows run in the same

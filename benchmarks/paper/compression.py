@@ -47,6 +47,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import InputError
+from balcony_edge.files import write_atomically
 from balcony_export.data.corpus import Corpus, build_corpus
 from balcony_export.evaluate.scorer import BundleScorer, TorchScorer
 from balcony_export.evaluate.text import evaluate_text
@@ -250,9 +251,7 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
     points: Points = made["points"]
 
     def keep() -> None:
-        part = record.with_suffix(".part")  # a killed run must not lose the points of the earlier ones
-        part.write_text(json.dumps(made))
-        part.replace(record)
+        write_atomically(record, json.dumps(made).encode(), InputError, "name another --work")
 
     keep()  # now: balconies that a killed run leaves before its first point are also of this origin
     for method in methods(subject.widths, subject.rank):

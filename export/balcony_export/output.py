@@ -48,7 +48,7 @@ def fresh_directory(output: Path) -> Iterator[Path]:
         with partial_directory(output.absolute()) as directory:
             with _interrupts_kept():
                 yield directory
-                # Windows renames no directory with a mapped file, and what a graph has mapped goes with its cycles only.
+                # Windows cannot rename a directory with a mapped file. Graphs are cycles, so only the collector unmaps theirs.
                 gc.collect()
             directory.rename(output)
     except (OSError, SafetensorError) as error:

@@ -157,9 +157,3 @@ def test_texts_are_compared_with_those_without_load() -> None:
     assert compared([answers[3]], {}) == {"same_text": None, "alone": 0, "same_alone": None}
     many = [Answer("voice", "a", number=number) for number in reversed(range(40))]
     assert [one.number for one in picked(many)] == list(range(COMPARED))
-
-
-def test_the_document_evaluates_the_bundle() -> None:
-    """Replies at an exit count with its agreement, which a bundle without an evaluation does not have."""
-    text = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    assert "--evaluate " in text.split("or the int4 bundle:", 1)[1].split("TINY_BUNDLE", 1)[0]

@@ -12,7 +12,7 @@ from benchmarks.serving.server_overhead import clients, http_rate, together
 
 def test_a_stream_that_fails_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]  # nobody listens there after this
+        port = free.getsockname()[1]  # no server listens there after this
     here, there = Pipe()
     here.send((2, 8))
     here.send(None)

@@ -75,7 +75,7 @@ def test_a_prompt_is_taken_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_reader_that_stops_early_is_not_an_error_on_windows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Windows calls a pipe that nobody reads any more an invalid argument."""
+    """Windows reports a pipe without a reader as an invalid argument."""
     other: Any = OSError(errno.EINVAL, "The paging file is too small")
     other.winerror = 1455
     gone = OSError(errno.EINVAL, os.strerror(errno.EINVAL))

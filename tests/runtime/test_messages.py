@@ -63,10 +63,10 @@ def test_system_messages_where_a_template_takes_them(bundle_copy: Path, rule: st
     ("role", "joined"), [("user", without_system), ("tool", lambda messages: plain_messages(messages, ()))]
 )
 def test_many_messages_are_joined_in_linear_time(role: str, joined: Callable[[Any], list[dict[str, Any]]]) -> None:
-    begin = time.process_time()
+    begin = time.thread_time()
     (one,) = joined([{"role": role, "content": "x" * 40}] * 60_000)
     assert one["role"] == "user" and one["content"].count("x") == 40 * 60_000
-    assert time.process_time() - begin < 1
+    assert time.thread_time() - begin < 1
 
 
 def test_a_reply_that_stopped_before_its_first_word_comes_back(bundle_copy: Path) -> None:

@@ -321,12 +321,11 @@ def test_scrapes_leave_the_threads_to_prompts(serve: Callable[..., Server], monk
     with ThreadPoolExecutor(40) as scrapers:  # the loop has 32 threads at most
         pages = [scrapers.submit(httpx.get, server.url + "/metrics", timeout=60) for _ in range(40)]
         try:
-            until(lambda: asked)
-            time.sleep(0.5)
+            until(lambda: len(server._uvicorn.server_state.tasks) == len(pages))
             assert httpx.post(server.url + CHAT, json=HELLO, timeout=10).status_code == 200
         finally:
             gate.set()
-        assert {page.result().status_code for page in pages} == {200} and len(asked) < 40
+        assert {page.result().status_code for page in pages} == {200} and len(asked) == 1
 
 
 def test_a_process_that_may_open_no_more_files_keeps_its_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +352,10 @@ def test_an_answer_keeps_nothing_of_its_body(http: httpx.Client, server: Server,
         until(lambda: any(slot["n_decoded"] for slot in http.get("/slots").json()))
         gc.collect()
         assert not [one for one in gc.get_objects() if type(one) is dict and "kept by nobody" in one]
-        assert not answer.done() and answer.result().status_code == 200
+        assert not answer.done()
+        for slot in http.get("/slots").json():  # without its pace the reply ends at once
+            http.post(f"/slots/{slot['id']}", json={"budget": None})
+        assert answer.result().status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -395,7 +397,7 @@ def test_a_large_body_is_read_while_others_are_answered(http: httpx.Client, monk
 
     def slowly(*args: Any, **options: Any) -> Asked:
         begun.set()
-        assert gate.wait(5)
+        assert gate.wait(60)
         return read_asked(*args, **options)
 
     monkeypatch.setattr("balcony_runtime.serve.http.app.read_asked", slowly)

@@ -11,10 +11,10 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from balcony_edge.budget import Budget, load_budget
-from balcony_edge.cli.console import stdout
+from balcony_edge.cli.console import folded, stdout
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ def explained(company: Company) -> list[dict[str, Any]]:
 def show(found: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
     """Print what :func:`facts` and :func:`explained` found."""
     if rows is not None:
-        reason = Column("reason", overflow="fold")  # 80 columns cut battery_floor_percent
-        table = Table("from, s", "rounds", "stream: exit", "ms a round", reason)
+        table = Table("from, s", "rounds", "stream: exit", "ms a round", folded("reason"))
         for row in rows:
             members = " ".join(f"{key}:{layer}" for key, layer in row["exits"].items())
             table.add_row(f"{row['begin_s']:.2f}", str(row["rounds"]), members, f"{row['round_ms']:.1f}", row["reason"])

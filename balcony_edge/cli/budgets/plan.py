@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Column, Table
+from rich.table import Table
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.cli.console import depth_styles, stderr, stdout
+from balcony_edge.cli.console import depth_styles, folded, stderr, stdout
 from balcony_edge.cli.show import reached_words, say_doubts
 from balcony_edge.errors import ContextLengthError
 
@@ -67,8 +67,7 @@ def plan(
 
 def _show(found: Plan) -> None:
     styles = depth_styles(tuple(exit_.exit_layer for exit_ in found.exits))
-    targets = Column("targets", overflow="fold")  # 80 columns cut battery_floor_percent
-    table = Table("exit", "tokens/s", "first, ms", "J/token", "agrees", targets, "share")
+    table = Table("exit", "tokens/s", "first, ms", "J/token", "agrees", folded("targets"), "share")
     for exit_ in found.exits:
         checks = "\n".join(map(_words, exit_.checks)) if exit_.allowed else "not allowed by the budget"
         table.add_row(

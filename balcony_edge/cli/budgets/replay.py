@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
-from balcony_edge.cli.console import stderr, stdout
+from balcony_edge.cli.console import folded, stderr, stdout
 from balcony_edge.errors import InputError
 
 #: Most differences shown to people.
@@ -92,8 +92,7 @@ def _tell(facts: dict[str, Any], sentence: str, differences: list[dict[str, Any]
         stdout.print(f"{sentence}; decisions that differ now: {len(differences)}")
         if differences:
             what = next(iter(differences[0]))
-            whys = [Column("why", overflow="fold") for _ in range(2)]  # 80 columns cut battery_floor_percent
-            table = Table(what, "recorded", whys[0], "now", whys[1])
+            table = Table(what, "recorded", folded("why"), "now", folded("why"))
             for one in differences[:MOST_SHOWN]:
                 then, now = one["recorded"], one["again"]
                 cells = (_cell(then, now), then["reason"], _cell(now, then), now["reason"])

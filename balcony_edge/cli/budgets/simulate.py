@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Column, Table
+from rich.table import Table
 
 from balcony_edge.budget import UNEVALUATED_PROFILE, Budget
-from balcony_edge.cli.console import stderr, stdout
+from balcony_edge.cli.console import folded, stderr, stdout
 from balcony_edge.cli.options import finite
 from balcony_edge.cli.show import say_doubts
 from balcony_edge.errors import BudgetError, ContextLengthError, InputError
@@ -269,8 +269,7 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
 
 def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None:
     if intervals is not None:
-        reason = Column("reason", overflow="fold")  # 80 columns cut battery_floor_percent
-        table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", reason)
+        table = Table("from, s", "to, s", "exit", "tokens", "ms a token", "slowdown", folded("reason"))
         for interval in intervals:
             table.add_row(
                 f"{interval['begin_s']:.2f}",

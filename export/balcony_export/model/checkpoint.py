@@ -191,7 +191,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     named = json.loads(path.read_text(encoding="utf-8"))
     if named.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 has the older name only, 5 has both
         named["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(named.get("extra_special_tokens"), list):  # a table in transformers 4, which calls the list otherwise
+    # transformers 4 expects a table under this name, and has another name for the list.
+    if isinstance(named.get("extra_special_tokens"), list):
         named["additional_special_tokens"] = named.pop("extra_special_tokens")
     path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     path = directory / "config.json"

@@ -31,8 +31,8 @@ PRIOR_TOKENS, MEMORY = 64.0, 0.995
 MOST_CHECKED, CHECK_EVERY = 4, 32
 #: Probability, under the promise, of at least as many disagreements as were seen; below it the threshold is raised.
 SLIPPED = 0.01
-#: Checks of an exit that are counted at most. Then half of them is forgotten: older ones would hide a promise that slips
-#: now, and the test takes time for every disagreement that it counts.
+#: Largest number of checks of an exit that count. Beyond it half of them are forgotten: old ones would hide a promise that
+#: does not hold any more, and the test takes time for every disagreement.
 MOST_COUNTED = 4096
 #: Share of the distance to certainty by which a threshold is raised.
 RAISE = 0.3

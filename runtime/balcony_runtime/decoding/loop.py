@@ -168,9 +168,10 @@ class Decoder:
         exit_layer, _, price_ms, _, _, catch_up, period_ms, *_ = decision
         if catch_up is not None:
             run_chunk(sequence, catch_up)
-        policy, ran = self._policy, sequence.rows_run
+        policy, run_before = self._policy, sequence.rows_run
         attempted = None if policy is None else self._attempt(policy, ids, decision, begin_ns)
-        undone = attempted is None and sequence.rows_run > ran  # a round that gave no token: its time is no step's
+        # A round without a usable token has run: its time must not count as that of the plain step after it.
+        undone = attempted is None and sequence.rows_run > run_before
         made = attempted or self._step(ids, exit_layer)
         if first:
             sequence.checkpoint()  # the end of the prompt, to which the next reply may go back

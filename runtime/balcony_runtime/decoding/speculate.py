@@ -113,7 +113,7 @@ class Speculator:
         sequence.run_balcony(planned.exit_layer, sequence.length)  # rows that plain steps left pending
         backlog_ns = time.perf_counter_ns() - backlog_ns
         outcome = run_round(sequence, turn.ids, turn.sampler, planned)
-        if outcome is None:  # as a refused draft: else a balcony whose logits are NaN would run at every token
+        if outcome is None:  # counts as a refused draft, or a balcony whose logits are NaN would run at every token
             self._probing = Probing()
             self._probing.put_off()
             kept_before, judged = self._counts[planned.exit_layer]

@@ -164,7 +164,7 @@ class Scheduler:
         stream = self.join(decoder, rows, cancelled)
         try:
             while True:
-                self._engine.refuse_closed()  # after a fork nobody ends a round that another thread led
+                self._engine.refuse_closed()  # after a fork no thread ends a round that another thread led
                 if (found := self._by_itself(stream)) is None:
                     self.ask([stream], time.monotonic() if decoder.begun else decoder.started_s)
                     while stream.asks:

@@ -105,7 +105,8 @@ def _of_user(message: Mapping[str, Any]) -> Mapping[str, Any]:
 def _joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The conversation with one message for neighbours of the system or of the user: templates want turns to alternate."""
     found: list[dict[str, Any]] = []
-    texts: list[list[str]] = []  # of each; adding to a text that grows takes time with the square of their number
+    # The texts of each message are joined at the end: adding to a growing text takes quadratic time.
+    texts: list[list[str]] = []
     for message in messages:
         if found and message["role"] == found[-1]["role"] and message["role"] in ("system", "user"):
             texts[-1].append(message["content"])

@@ -265,7 +265,7 @@ def test_every_text_that_is_dropped_is_named(bundle_copy: Path) -> None:
 
 
 def test_only_a_run_with_a_limit_is_refused_for_fewer_examples(bundle_copy: Path) -> None:
-    """Other files of a task may have fewer, such as HellaSwag's sample of 2,000: whoever runs all of them wants these."""
+    """Other files of a task may have fewer, such as a sample of HellaSwag: a run over all of them replaces the results."""
 
     def report(examples: int) -> Report:
         task = TaskQuality(metric="acc", examples=examples, metrics={"acc": ONE})

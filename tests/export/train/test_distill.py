@@ -437,5 +437,7 @@ def test_a_report_that_ends_the_process_comes_after_the_checkpoint(
 def test_windows_compiles_with_its_own_compiler_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch asks for `cl` there, and fails in the first step with the g++ of MinGW or Strawberry Perl alone."""
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(shutil, "which", lambda name: name if name == "g++" else None)
-    assert not can_compile()
+    monkeypatch.setattr(Path, "is_file", lambda _: True)  # Python.h, also where it is not installed
+    for found, can in (("g++", False), ("cl", True)):
+        monkeypatch.setattr(shutil, "which", lambda name, found=found: name if name == found else None)
+        assert can_compile() is can

@@ -1,4 +1,4 @@
-"""Prices that are measured at load, on a device whose passes take known times."""
+"""Prices that are measured without a device profile, on a device whose passes take known times."""
 
 from __future__ import annotations
 

@@ -154,9 +154,9 @@ def test_names_of_tokens_are_found_in_linear_time(grammars: Grammars) -> None:
     """The search holds Python's lock, and so would hold up all replies."""
     marked, tokenizer = 'start: "\\\\" /[\\"]/ <end> # "\n', grammars.tokenizer
     assert grammars._tokenizer_of(Structure("grammar", marked)) is not tokenizer
-    begin = time.process_time()
+    begin = time.thread_time()
     assert grammars._tokenizer_of(Structure("grammar", 'start: "' + '\\"' * 20_000)) is tokenizer
-    assert time.process_time() - begin < 1
+    assert time.thread_time() - begin < 1
 
 
 def test_what_is_kept_is_bounded_in_length(grammars: Grammars, monkeypatch: Any) -> None:

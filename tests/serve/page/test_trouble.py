@@ -51,7 +51,7 @@ def test_an_empty_reply_is_told_and_its_question_can_be_sent_again(page: Chrome)
 
 
 def test_a_reply_that_is_cut_off_is_told(page: Chrome) -> None:
-    """As behind a proxy: the stream ends as usual, and nobody says that the reply has."""
+    """As behind a proxy: the stream ends as usual, without a finish reason of the reply."""
     (chat,) = chats(page)
     piece = '{"choices":[{"index":0,"delta":{"content":"Blu"},"finish_reason":null}],"balcony":{"exit":null}}'
     page.execute_script("window.fetch = async () => new Response(`data: ${arguments[0]}\\n\\n`)", piece)

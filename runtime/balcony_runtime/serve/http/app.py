@@ -140,8 +140,8 @@ class _Routes:
 
     async def metrics(self, request: Request) -> Response:
         """Metrics for Prometheus."""
-        # In a thread: a pass holds the lock of what counts the bytes of ended replies. In one for all who ask: a disk may hang
-        # whose bytes are asked for, and the loop's threads are few and also read prompts.
+        # In a thread, because a pass holds the lock under which bytes of ended replies are counted. All requests share it: if
+        # the disk of --prefix-dir hangs, the few threads of the loop are still there for prompts.
         if self._scrape is None or self._scrape.done():
             self._scrape = asyncio.create_task(asyncio.to_thread(self._service.metrics.text))
         text = await asyncio.shield(self._scrape)
