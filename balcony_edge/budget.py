@@ -21,6 +21,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from balcony_edge.errors import BudgetError, shown
+from balcony_edge.files import require_path
 
 if TYPE_CHECKING:
     from pydantic import GetJsonSchemaHandler
@@ -364,8 +365,7 @@ def load_budget(path: str | os.PathLike[str]) -> Budget:
     Raises:
         BudgetError: one line that names the file, and the key where one is wrong.
     """
-    if not isinstance(path, str | os.PathLike):  # such as the None of a variable that is not set
-        raise BudgetError(f"budget file of type {type(path).__name__}: give a path, e.g. profiles/interactive.toml")
+    require_path(path, "budget file", BudgetError, "give a path, e.g. profiles/interactive.toml")
     try:
         # editors on Windows begin a file with a byte order mark
         document = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))

@@ -94,6 +94,12 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - that of Path raises an error for no user
 
 
+def require_path(value: object, what: str, error_class: type[BalconyError], cure: str) -> None:
+    """Refuse what is no path, such as the None of a variable that is not set."""
+    if not isinstance(value, str | os.PathLike):
+        raise error_class(f"{what} of type {type(value).__name__}: {cure}")
+
+
 def exists(path: Path) -> bool:
     """Whether a path is there. From Python 3.14 on ``Path.exists`` also says no where the system refuses to look.
 

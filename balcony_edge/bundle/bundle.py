@@ -31,7 +31,7 @@ from balcony_edge.bundle.manifest import (
     one_line,
 )
 from balcony_edge.errors import BundleError
-from balcony_edge.files import exists, locked, write_atomically
+from balcony_edge.files import exists, locked, require_path, write_atomically
 
 #: Directory of the engine sets inside a bundle.
 ENGINES = "tensorrt"
@@ -95,8 +95,7 @@ class Bundle:
         Everything else was checked before, so that the block reads no damaged graph. A damaged file of weights is an error at
         the block's end, also in place of another error.
         """
-        if not isinstance(path, str | os.PathLike):  # such as the None of a variable that is not set
-            raise BundleError(f"bundle of type {type(path).__name__}: give the path of a bundle's directory")
+        require_path(path, "bundle", BundleError, "give the path of a bundle's directory")
         directory = Path(path)
         manifest = read_manifest(directory)
         _check_structure(directory, manifest)

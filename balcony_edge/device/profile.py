@@ -20,6 +20,7 @@ from balcony_edge.bundle.manifest import Finite
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.machine import Machine
 from balcony_edge.errors import ProfileError
+from balcony_edge.files import require_path
 
 SCHEMA_VERSION: Final = 1
 
@@ -303,8 +304,7 @@ class DeviceProfile(_Frozen):
         Raises:
             ProfileError: one line that names the file and the problem.
         """
-        if not isinstance(path, str | os.PathLike):
-            raise ProfileError(f"profile of type {type(path).__name__}: give the path of a device profile")
+        require_path(path, "profile", ProfileError, "give the path of a device profile")
         name = os.fspath(path)
         try:
             # tools on Windows begin a file with a byte order mark

@@ -65,9 +65,12 @@ class Reading:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON-ready values, without those that were not measured or are no finite number."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        finite = (one for one in values.items() if not isinstance(one[1], float) or math.isfinite(one[1]))
-        return {name: value for name, value in finite if value is not None}
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {
+            name: value
+            for name, value in values
+            if value is not None and (not isinstance(value, float) or math.isfinite(value))
+        }
 
     @staticmethod
     def from_dict(values: Any) -> Reading:

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from balcony_edge.files import partial_directory
 from benchmarks.rounds import interleave
 
 CONTEXT, ROUNDS = 64, 3
@@ -99,10 +100,9 @@ def measure(shape: str, precision: str, directory: Path) -> dict[str, Any]:
     """Measure one shape at one precision; the checkpoint is kept, the bundle is not."""
     checkpoint, bundle = directory / shape, directory / f"{shape}-bundle"
     if not checkpoint.is_dir():
-        part = directory / f"{shape}.part"  # shards without their last one are not taken for a checkpoint
-        shutil.rmtree(part, ignore_errors=True)
-        _in_a_process("-m", "benchmarks.models.edge_size", str(part), "--make", shape)
-        part.rename(checkpoint)
+        with partial_directory(checkpoint.absolute()) as part:  # shards without their last one are no checkpoint
+            _in_a_process("-m", "benchmarks.models.edge_size", str(part / shape), "--make", shape)
+            (part / shape).rename(checkpoint)
     size_gb = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 1e9
     shutil.rmtree(bundle, ignore_errors=True)
     begin = time.perf_counter()

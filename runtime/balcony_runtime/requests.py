@@ -416,6 +416,20 @@ def longest(engine: Engine) -> tuple[str, str]:
     return "bundle", "export with a larger --context-length"
 
 
+def refuse_longer(engine: Engine, what: str, tokens: int) -> None:
+    """Refuse more tokens than the context has, before a text is made of them, which may be forty times as long.
+
+    Raises:
+        ContextLengthError: there are more.
+    """
+    if tokens > (most := engine.max_length):
+        whose, cure = longest(engine)
+        raise ContextLengthError(
+            f"{what} has {tokens} tokens: this exceeds the available context size ({most} in this {whose}): "
+            f"shorten {what}, or {cure}"
+        )
+
+
 def _structure(params: SamplingParams, box: Toolbox | None) -> Structure | None:
     """The structure that sampling parameters and tools ask for."""
     if not isinstance(params, SamplingParams):

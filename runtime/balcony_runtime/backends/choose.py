@@ -15,6 +15,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, Manifest
 from balcony_edge.device.machine import checked_threads, this_device
 from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError, MissingDependencyError
+from balcony_edge.files import require_path
 from balcony_runtime.backends.base import Backend
 from balcony_runtime.backends.installed import checked_onnxruntime
 from balcony_runtime.backends.webgpu import provider
@@ -134,8 +135,8 @@ def open_backend(
     """
     if device not in (names := get_args(DeviceName)):
         raise DeviceError(f"device = {device!r}: must be one of {', '.join(names)}: give one of those")
-    if not isinstance(packed, str | os.PathLike | None):
-        raise InputError(f"packed of type {type(packed).__name__}: give the path of a directory")
+    if packed is not None:
+        require_path(packed, "packed", InputError, "give the path of a directory")
     named = device != "auto" or engines is not None
     if device == "auto" and packed is not None:
         device = "cpu"

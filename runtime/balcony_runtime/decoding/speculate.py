@@ -114,10 +114,8 @@ class Speculator:
         backlog_ns = time.perf_counter_ns() - backlog_ns
         outcome = run_round(sequence, turn.ids, turn.sampler, planned)
         if outcome is None:  # counts as a refused draft, or a balcony whose logits are NaN would run at every token
-            self._probing = Probing()
+            self._count(planned.exit_layer, 0, 1)
             self._probing.put_off()
-            kept_before, judged = self._counts[planned.exit_layer]
-            self._counts[planned.exit_layer] = (MEMORY * kept_before, MEMORY * judged + 1)
             return None
         tokens, logits, drafts = outcome
         kept = len(tokens) - 1
@@ -175,13 +173,18 @@ class Speculator:
 
     def learn(self, planned: DraftRound, kept: int, measured_ms: float | None) -> None:
         """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony; None: unknown."""
-        self._probing = Probing()
         self._since_plain += kept + 1
-        before, judged = self._counts[planned.exit_layer]
-        tried = min(kept + 1, planned.drafts)  # drafts after the first refused one were never judged
-        self._counts[planned.exit_layer] = (MEMORY * before + kept, MEMORY * judged + tried)
+        self._count(
+            planned.exit_layer, kept, min(kept + 1, planned.drafts)
+        )  # those after a refused one were never judged
         if measured_ms is not None:
             self._round_ratio = _corrected(self._round_ratio, measured_ms / planned.price_ms)
+
+    def _count(self, exit_layer: int, kept: int, judged: int) -> None:
+        """Count the drafts of a round, from which the next plan is made."""
+        self._probing = Probing()
+        before, judged_before = self._counts[exit_layer]
+        self._counts[exit_layer] = (MEMORY * before + kept, MEMORY * judged_before + judged)
 
     def _check_ms(self, costs: CostModel, exit_layer: int, drafts: int, context_length: int) -> float:
         """Price of the full depth's pass over the last draft; the other rows are pending after the draft's exit."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import InputError, shown
+from balcony_edge.files import require_path
 
 if TYPE_CHECKING:
     from balcony_runtime.scheduling.stream import Stream
@@ -97,7 +98,6 @@ class Bounds(NamedTuple):
             raise InputError(
                 f"prefix_mb = {shown(prefix_mb)}: must be a number from 0 to {MOST_MB:g}: give megabytes, or 0 to keep nothing"
             )
-        if not isinstance(prefix_directory, str | os.PathLike | None):
-            kind = type(prefix_directory).__name__
-            raise InputError(f"prefix_directory of type {kind}: give the path of a directory")
+        if prefix_directory is not None:
+            require_path(prefix_directory, "prefix_directory", InputError, "give the path of a directory")
         return cls(kv_bytes, int(1e6 * prefix_mb), None if prefix_directory is None else Path(prefix_directory))

@@ -25,8 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from balcony_edge.errors import BalconyError, ContextLengthError
-from balcony_runtime.llm import LLM
-from balcony_runtime.requests import longest
+from balcony_runtime.requests import refuse_longer
 from balcony_runtime.serve.bodies.asked import Asked, messages_of, read_asked, refuse_unsupported, template_of
 from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import REASON, RefusedError, bad, busy, refusal_of, too_long
@@ -258,7 +257,7 @@ class _Routes:
             encode = partial(llm.encode, text, chat=False, control_tokens=special, add_special_tokens=around)
             ids = await self._service.in_thread(encode, size) if text else []
         if with_pieces:
-            _refuse_long(llm, len(ids))
+            refuse_longer(llm.engine, "the text", len(ids))
         tokens = ids if not with_pieces else await self._service.in_thread(partial(_pieces, llm.codec, ids), size)
         return JSONResponse({"tokens": tokens, "count": len(ids), "max_model_len": llm.engine.max_length})
 
@@ -267,7 +266,7 @@ class _Routes:
         llm = self._service.llm
         async with self._body(request) as body:
             tokens = Fields(body, DETOKENIZE).tokens("tokens")
-            _refuse_long(llm, len(tokens))
+            refuse_longer(llm.engine, "the text", len(tokens))  # the answer stays until its client has read it
             if tokens:
                 refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
             decode = partial(llm.codec.decode, tokens, control_tokens=True)
@@ -373,19 +372,6 @@ def _too_large(most: int) -> RefusedError:
     return RefusedError(
         413, f"the body has more than {most} bytes: send less, or raise --max-body-mb", "body_too_large"
     )
-
-
-def _refuse_long(llm: LLM, tokens: int) -> None:
-    """Refuse to show more tokens than the context has.
-
-    A body of 8 MB may name tokens whose texts are forty times as long, and an answer stays until its client has read it.
-    """
-    if tokens > (most := llm.engine.max_length):
-        whose, _ = longest(llm.engine)
-        raise ContextLengthError(
-            f"{tokens} tokens: this exceeds the available context size ({most} in this {whose}), and more are not shown: "
-            "send fewer"
-        )
 
 
 def _pieces(codec: TextCodec, ids: Sequence[int]) -> list[dict[str, Any]]:

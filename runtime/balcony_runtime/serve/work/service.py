@@ -24,10 +24,9 @@ import numpy as np
 
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.device.machine import Machine, this_device
-from balcony_edge.errors import ContextLengthError
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
-from balcony_runtime.requests import Request, longest
+from balcony_runtime.requests import Request, refuse_longer
 from balcony_runtime.serve.bodies.asked import Asked
 from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining, stopped, too_long
@@ -366,12 +365,7 @@ class Service:
                 llm.pool.recall(np.array(ids))
             text = ""
             if asked.echo:
-                if len(ids) > (most := llm.engine.max_length):  # before the text of millions is made
-                    whose, cure = longest(llm.engine)
-                    raise ContextLengthError(
-                        f"the prompt has {len(ids)} tokens: this exceeds the available context size ({most} in this {whose}): "
-                        f"shorten the prompt, or {cure}"
-                    )
+                refuse_longer(llm.engine, "the prompt", len(ids))
                 text = prompt if isinstance(prompt, str) else llm.decode(prompt)
             for sampling in samplings:
                 request = None
