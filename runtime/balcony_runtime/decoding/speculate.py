@@ -174,9 +174,8 @@ class Speculator:
     def learn(self, planned: DraftRound, kept: int, measured_ms: float | None) -> None:
         """Learn from a round; ``measured_ms`` excludes the time for the pending rows of the draft's balcony; None: unknown."""
         self._since_plain += kept + 1
-        self._count(
-            planned.exit_layer, kept, min(kept + 1, planned.drafts)
-        )  # those after a refused one were never judged
+        tried = min(kept + 1, planned.drafts)  # drafts after the first refused one were never judged
+        self._count(planned.exit_layer, kept, tried)
         if measured_ms is not None:
             self._round_ratio = _corrected(self._round_ratio, measured_ms / planned.price_ms)
 
