@@ -261,9 +261,9 @@ class Budget(BaseModel):
         if self.tpot_ms is not None and 1000 / fastest > self.tpot_ms:
             cure = f"a token every {1000 / fastest:g} ms is later than that; raise one of the two"
             raise _contradiction(self, "max_pace_tps", "tpot_ms", cure)
-        reply_s = (self.expected_tokens or 0) / fastest
-        if self.deadline_s is not None and reply_s > self.deadline_s:
-            cure = f"{self.expected_tokens} tokens take {reply_s:g} s at that pace; raise one of the two"
+        waits_s = ((self.expected_tokens or 1) - 1) / fastest  # the first token waits for no pace, but takes time
+        if self.deadline_s is not None and waits_s >= self.deadline_s:
+            cure = f"{self.expected_tokens} tokens take more than {waits_s:g} s at that pace; raise one of the two"
             raise _contradiction(self, "max_pace_tps", "deadline_s", cure)
 
     @property

@@ -207,8 +207,12 @@ class Watch:
 
     def _joules(self) -> float | None:
         after_prompt = self._seen[1:] if self._from_start and len(self._seen) > 1 else self._seen
-        mean_w, seconds = _mean([one.power for one in after_prompt]), sum(self._later_ms) / 1000
-        return None if mean_w is None or not self._later_ms else mean_w * seconds / len(self._later_ms)
+        mean_w, gaps, waits = _mean([one.power for one in after_prompt]), self._later_ms, len(self._elapsed_s) - 1
+        if mean_w is None or not gaps:
+            return None
+        # From token to token, as the watts are: the reader's time is part of both.
+        told_s = (self._elapsed_s[-1] - self._elapsed_s[0]) / waits if waits > 0 else 0.0
+        return mean_w * max(sum(gaps) / 1000 / len(gaps), told_s)
 
 
 def _seen(budget: Budget, now_s: float, readings: Sequence[Reading]) -> _Seen:

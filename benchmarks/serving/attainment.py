@@ -234,7 +234,7 @@ def judged(answers: Sequence[Answer], seconds: float, quality: Mapping[int, floa
 
     def share(kind: str | None) -> float:
         of = [answer.attained for answer in answers if kind in (None, answer.kind)]
-        return round(mean(of), 3) if of else 1.0
+        return round(mean(of), 6) if of else 1.0  # 113 of 119 are below 0.95, and bars are compared with this
 
     def worth(answer: Answer) -> float:
         if not answer.exits:

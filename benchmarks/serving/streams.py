@@ -374,7 +374,7 @@ def bars(found: dict[str, Any]) -> dict[str, Any]:
             min(measured["predicted_of_measured"].values()), 0.9, at_least=True
         )
     if (measured := found.get("exact")) is not None:
-        held["KL in company / alone"] = bar(round(measured["kl_in_company"] / max(measured["kl_alone"], 1e-9), 2), 2.0)
+        held["KL in company / alone"] = bar(round(measured["kl_in_company"] / max(measured["kl_alone"], 1e-9), 6), 2.0)
     if (measured := found.get("python")) is not None:
         for what, figures in measured.items():
             for count, microseconds in figures.items():
@@ -385,9 +385,9 @@ def bars(found: dict[str, Any]) -> dict[str, Any]:
         )
     if (measured := found.get("soak")) is not None:
         held["members in use at the end"] = bar(measured["members_in_use"], 0)
-        held["memory, late / early"] = bar(round(measured["memory_mb"][1] / measured["memory_mb"][0], 3), 1.02)
+        held["memory, late / early"] = bar(round(measured["memory_mb"][1] / measured["memory_mb"][0], 6), 1.02)
     if (measured := found.get("simulation")) is not None:
-        depth = round(mean(row["depth_of_oracle"] for row in measured["rows"]), 3)
+        depth = round(mean(row["depth_of_oracle"] for row in measured["rows"]), 6)
         held["simulated depth / oracle"] = bar(depth, 0.93, at_least=True)
         more = max(row["late"] - row["oracle_late"] for row in measured["rows"])
         held["simulated late share above the oracle's"] = bar(round(more, 4), 0.05)

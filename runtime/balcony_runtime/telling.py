@@ -91,8 +91,9 @@ def told(
             asked.cached = decoder.kept_rows
         asked.told = count
         if budget is not known:
-            # A deadline and the wait for a pace run while the reader is at a token; the gaps do not have that time.
-            known, timed = budget, budget.deadline_s is not None or budget.max_pace_tps is not None
+            # A deadline, the wait for a pace and energy run while the reader is at a token; the gaps do not have that time.
+            timed_keys = (budget.deadline_s, budget.max_pace_tps, budget.energy_j_per_token)
+            known, timed = budget, any(value is not None for value in timed_keys)
         elapsed_s = time.monotonic() - decoder.started_s if timed else None
         watch.token(budget, read_s, latency_ms, read, first=count == 1, elapsed_s=elapsed_s)
         token = ids.item()

@@ -105,7 +105,7 @@ def test_figures_of_a_server() -> None:
         Answer("voice", None),
     ]
     found = judged(answers, 10.0, {14: 0.5, 30: 1.0})
-    assert (found["attained"], found["voice"], found["background"], found["errors"]) == (0.5, 0.333, 1.0, 1)
+    assert (found["attained"], found["voice"], found["background"], found["errors"]) == (0.5, 0.333333, 1.0, 1)
     assert found["goodput"] == 0.2
     assert found["quality_goodput"] == pytest.approx((48 * 0.5 + 50 * 0.5 + 100) / 10)
     assert found["mean_depth"] == pytest.approx((98 * 14 + 148 * 30) / 246, abs=0.05)
@@ -139,6 +139,14 @@ def test_a_depth_below_the_bar_is_not_rounded_up_to_it() -> None:
     peer = {"server": "one slot", "load": 0.25, "attained": 1.0}
     held = bars([{"server": "balcony-edge", "load": 0.25, **point}, peer], 30)
     assert not held["mean depth at the lowest load / full depth"]["holds"]
+
+
+def test_a_share_below_the_bar_is_not_rounded_up_to_it() -> None:
+    """113 of 119 are 0.9496."""
+    answers = [Answer("voice", "x", 0.1, 0.01, 1.0, {30: 48})] * 113 + [Answer("voice", None)] * 6
+    ours = {"server": "balcony-edge", "load": 2.0, **judged(answers, 1.0, {30: 1.0})}
+    held = bars([ours, {"server": "one slot", "load": 2.0, "attained": 0.1}], 30)
+    assert not held["attained at 2 times the capacity, where llama.cpp falls below 0.5"]["holds"]
 
 
 def test_texts_are_compared_with_those_without_load() -> None:

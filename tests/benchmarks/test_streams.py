@@ -48,3 +48,14 @@ def test_replies_one_after_another_are_no_faster_than_one(monkeypatch: pytest.Mo
     monkeypatch.setattr(streams, "prompts", lambda _, count, __: [[3]] * count)
     llm: Any = OneAtATime()
     assert streams.rate(llm, 4, "threads", 0) <= 1000
+
+
+def test_a_figure_beyond_its_bar_is_not_rounded_onto_it() -> None:
+    measured = {
+        "exact": {"kl_in_company": 9.02e-4, "kl_alone": 4.5e-4},  # 2.004
+        "soak": {"members_in_use": 0, "memory_mb": [400.0, 408.1]},  # 1.0203
+    }
+    held = streams.bars(measured)
+    assert not held["KL in company / alone"]["holds"] and not held["memory, late / early"]["holds"]
+    exactly = {"exact": {"kl_in_company": 9e-4, "kl_alone": 4.5e-4}}
+    assert streams.bars(exactly)["KL in company / alone"]["holds"]

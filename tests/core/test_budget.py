@@ -166,7 +166,7 @@ def test_floor_above_ceiling() -> None:
         ),
         (
             {"max_pace_tps": 5, "deadline_s": 1, "expected_tokens": 6},
-            "max_pace_tps = 5.0 with deadline_s = 1.0: 6 tokens take 1.2 s at that pace; ",
+            "max_pace_tps = 5.0 with deadline_s = 1.0: 6 tokens take more than 1 s at that pace; ",
         ),
         (
             {"pacing": False, "min_pace_tps": 5},
@@ -180,6 +180,12 @@ def test_other_contradictions(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(BudgetError) as caught:
         Budget(**keys)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("tokens", "deadline_s"), [(1, 0.1), (10, 1.9)])
+def test_the_first_of_the_expected_tokens_waits_for_no_pace(tokens: int, deadline_s: float) -> None:
+    """The controller paces from token to token, so ten tokens have nine waits of 0.2 s."""
+    assert Budget(max_pace_tps=5, deadline_s=deadline_s, expected_tokens=tokens).expected_tokens == tokens
 
 
 def test_what_a_fixed_exit_leaves_to_pace() -> None:

@@ -340,6 +340,22 @@ def test_joules_leave_out_the_prompt_of_a_reply_that_begins_with_forced_tokens()
     assert verdict.reached == pytest.approx(4.0 * 0.05 * 40 / 41, rel=0.01) and verdict.held
 
 
+def test_joules_of_a_token_have_its_readers_time() -> None:
+    """Steps of 0.1 s at 8 W, and 0.9 s at 2 W in which the reader is at a token: 2.6 J from token to token."""
+
+    def measured(now_s: float) -> tuple[Reading, ...]:
+        whole, part = divmod(now_s - 1000.0, 1.0)
+        joules = 2.6 * whole + 8 * min(part, 0.1) + 2 * max(part - 0.1, 0.0)
+        return (Reading("board", "board", now_s, watts=8.0, joules=joules),)
+
+    watch, budget = Watch(), Budget(energy_j_per_token=1.0)
+    for place in range(20):
+        now_s = 1000.0 + place
+        watch.token(budget, now_s, 100.0, measured(now_s), first=place == 0, elapsed_s=place + 0.1)
+    (verdict,) = watch.verdicts()
+    assert (verdict.reached, verdict.held) == (pytest.approx(2.6), False)
+
+
 @pytest.mark.parametrize(("most_w", "held"), [(15.0, None), (3.0, False)])
 def test_a_sensor_that_goes_proves_nothing(most_w: float, held: bool | None) -> None:
     """What was measured before may show that a ceiling was not held, and not that it was."""

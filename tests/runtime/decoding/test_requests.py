@@ -19,6 +19,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.decision import Decision
 from balcony_edge.control.trace import TraceWriter, read_trace
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, BundleError, InputError, ProfileError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.loop import Decoder, Environment
@@ -234,6 +235,22 @@ def test_a_deadline_runs_while_the_reader_is_at_a_token(llm: LLM) -> None:
         time.sleep(0.06)
     (verdict,) = stream.reply.verdicts
     assert verdict.held is False and 0.24 <= (verdict.reached or 0.0) <= time.monotonic() - begin_s - 2 * 0.06
+
+
+def test_joules_of_a_token_have_its_readers_time(tiny: Any) -> None:
+    """The controller's ceiling is from one token to the next, and the watts are those of that time."""
+
+    def steady() -> tuple[Reading, ...]:
+        now_s = time.monotonic()
+        return (Reading("board", "board", now_s, watts=4.0, joules=4 * now_s),)
+
+    with balcony_edge.load(tiny.path) as plain, LLM(plain.engine, plain.codec, Budget(), readings=steady) as llm:
+        llm.costs = PRICES
+        stream = llm.stream([1, 2, 3], budget=Budget(energy_j_per_token=0.2), max_new_tokens=5, ignore_eos=True)
+        for _ in stream:
+            time.sleep(0.06)
+        (verdict,) = stream.reply.verdicts
+    assert (verdict.reached or 0.0) >= 4 * 0.06 and verdict.held is False
 
 
 def test_a_policy_has_the_time_that_a_plain_step_has(llm: LLM) -> None:
