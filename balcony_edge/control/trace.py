@@ -27,7 +27,7 @@ from balcony_edge.control.slowdown import LOG_SLOWDOWN_LIMIT
 from balcony_edge.device.costs import MAX_ROWS, CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, InputError
-from balcony_edge.files import exists, require_writable
+from balcony_edge.files import exists, require_path, require_writable
 
 VERSION = 1
 _COSTS = pydantic.TypeAdapter(CostModel)
@@ -61,6 +61,7 @@ class LinesWriter(Closing):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        require_path(path, "trace", InputError, "give the path of a file")
         self._name = os.fspath(path)
         self._file: IO[str] | None = None
         self._closed = False

@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from balcony_edge.control.catching_up import IDLE_ROWS
@@ -112,7 +111,7 @@ class Chat:
         """
         self._end_open_work()
         return file.save(
-            Path(path),
+            file.place(path),
             self.sequence,
             messages=[dict(one) for one in self.messages],
             system=len(self._system),
@@ -132,7 +131,7 @@ class Chat:
             chat = balcony_edge.Chat.load(llm, "talk.session")
         """
         chat = llm.chat()
-        notes = file.load(Path(path), chat.sequence).notes
+        notes = file.load(file.place(path), chat.sequence).notes
         if notes.messages is None:
             raise InputError(f"{path}: has no messages: load it with LLM.load_prefix")
         chat.messages = list(notes.messages)

@@ -218,7 +218,7 @@ class TokenSequence:
 
         Args:
             exit_layer: one of the engine's exits.
-            new_tokens: tokens to append, (n,) or (B, n); may be empty, to get logits of the existing rows at another exit.
+            new_tokens: tokens to append, (B, n), or (n,) of one member; may be empty, for logits of the rows at another exit.
             num_logits: number of last rows whose logits are returned.
 
         Returns:
@@ -231,6 +231,8 @@ class TokenSequence:
         index = self._index(exit_layer)
         tokens = checked(new_tokens, self.batch_size, self.engine.manifest.model.vocab_size)
         total = self.length + tokens.shape[1]
+        if not total:
+            raise InputError("new_tokens: none for a sequence without rows, which has no logits: give a token or more")
         if not 1 <= (num_logits := whole("num_logits", num_logits)) <= total:
             raise InputError(f"num_logits = {num_logits}: the sequence has {total} rows: ask for 1 to {total}")
         self._append(tokens)
@@ -245,7 +247,7 @@ class TokenSequence:
 
     @_exclusive
     def append(self, tokens: IntArray | Sequence[int]) -> None:
-        """Append tokens, (n,) or (B, n), without running them: all their rows are then pending.
+        """Append tokens, (B, n), or (n,) of one member, without running them: all their rows are then pending.
 
         Raises:
             InputError: a token is outside the vocabulary.

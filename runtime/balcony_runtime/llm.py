@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -454,7 +453,8 @@ class LLM(Closing):
             InputError: the prompt cannot be used, or the file cannot be written.
             ContextLengthError: the prompt does not fit the context.
         """
-        require_writable_file(Path(path), str(path), InputError, "choose another place")  # before the prompt runs
+        place = file.place(path)
+        require_writable_file(place, str(path), InputError, "choose another place")  # before the prompt runs
         begin = self._requests.beginning(prompt, control_tokens)
         control_tokens = control_tokens if begin is prompt else None
         request = self._requests.of(begin, max_new_tokens=1, chat=chat, control_tokens=control_tokens)
@@ -462,9 +462,9 @@ class LLM(Closing):
             sequence.keep_common(request.ids)
             sequence.append(request.ids[sequence.length :])
             sequence.catch_up()
-            file.save(Path(path), sequence, int8=int8)
-            if (files := self.prefix_files) is not None and Path(path).resolve().parent == files.directory.resolve():
-                files.add(files.directory / Path(path).name)
+            file.save(place, sequence, int8=int8)
+            if (files := self.prefix_files) is not None and place.resolve().parent == files.directory.resolve():
+                files.add(files.directory / place.name)
             return sequence.length
 
     def load_prefix(self, path: str | os.PathLike[str]) -> int:
@@ -478,7 +478,7 @@ class LLM(Closing):
         """
         if self.pool is None:
             raise InputError("load_prefix: this engine shares no rows between replies: use a conversation (Chat.load)")
-        return self.pool.load(Path(path))
+        return self.pool.load(file.place(path))
 
     @property
     def pool(self) -> SequencePool | None:

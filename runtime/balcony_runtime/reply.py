@@ -11,7 +11,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from balcony_edge.budget import Budget, parse_budget
@@ -96,7 +96,7 @@ class Reply:
     """
 
     text: str
-    tokens: tuple[Token, ...]
+    tokens: tuple[Token, ...] = field(repr=False)  # a kilobyte for each, with its decision
     prompt_tokens: int
     finish_reason: FinishReason | None
     verdicts: tuple[Verdict, ...] = ()

@@ -33,26 +33,27 @@ def checked(given: IntArray | Sequence[int], batch_size: int, vocabulary: int) -
     """Tokens as an array (B, n).
 
     Args:
-        given: tokens (n,) or (B, n).
+        given: tokens (B, n); those of one member may be (n,).
         batch_size: number of members B.
         vocabulary: size of the vocabulary.
 
     Raises:
         InputError: they have another shape or type, or one is outside the vocabulary.
     """
+    wanted = "(n,) or (1, n)" if batch_size == 1 else f"({batch_size}, n), one line per member"
     try:
         tokens = np.asarray(given)
     except ValueError as error:  # members of different lengths
-        raise InputError(f"tokens: {error}: give (n,) or ({batch_size}, n)") from error
+        raise InputError(f"tokens: {error}: give {wanted}") from error
     if tokens.size == 0:
         return np.zeros((batch_size, 0), np.int64)
     if tokens.dtype.kind not in "iu":
         raise InputError(f"tokens of type {tokens.dtype}: must be integers: give token ids")
-    tokens = np.atleast_2d(tokens).astype(np.int64)
-    if tokens.ndim != 2 or tokens.shape[0] != batch_size:
-        raise InputError(f"tokens of shape {tokens.shape}: must be (n,) or ({batch_size}, n): one line per member")
-    refuse_foreign(tokens, vocabulary)
-    return tokens
+    lines = np.atleast_2d(tokens).astype(np.int64)
+    if lines.ndim != 2 or lines.shape[0] != batch_size:
+        raise InputError(f"tokens of shape {tokens.shape}: must be {wanted}")
+    refuse_foreign(lines, vocabulary)
+    return lines
 
 
 def whole(name: str, value: int, least: int | None = None, *, cure: str = "give a larger number") -> int:

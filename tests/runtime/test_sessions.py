@@ -334,6 +334,14 @@ def test_a_prefix_that_is_too_short_to_be_kept_is_named(llm: LLM, tmp_path: Path
         llm.load_prefix(path)
 
 
+def test_the_next_process_finds_a_prefix_of_any_name(tiny: Any, tmp_path: Path) -> None:
+    prompt = list(range(10, 60))
+    with balcony_edge.load(tiny.path, device="cpu", prefix_directory=tmp_path) as llm:
+        llm.save_prefix(prompt, tmp_path / "instructions")
+    with balcony_edge.load(tiny.path, device="cpu", prefix_directory=tmp_path) as llm:
+        assert llm.generate([*prompt, 7], max_new_tokens=1).cached_tokens == len(prompt)
+
+
 @pytest.mark.parametrize("name", [".", "file/below"])
 def test_a_prefix_that_cannot_be_written_is_refused_before_its_prompt_runs(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -5,10 +5,12 @@ Whether there is time for one more stream, and who begins first, is decided in :
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -22,8 +24,11 @@ from balcony_edge.files import require_path
 if TYPE_CHECKING:
     from balcony_runtime.scheduling.stream import Stream
 
+_log = logging.getLogger(__name__)
 #: Time after which those that wait are looked at again if nobody has come or gone.
 LOOK_S = 0.1
+#: Time after which a warning says that those that wait do so for streams whose tokens nobody asks for.
+LEFT_S = 5.0
 #: Most megabytes that may be asked for: far beyond every memory, and a number of bytes that a float still holds.
 MOST_MB = 1e12
 
@@ -48,10 +53,23 @@ class Looks:
     def __init__(self) -> None:
         self._waits: dict[int, bool] = {}  # stream → whether it waited at the last look
         self._looked_s = 0.0
+        self._left_s: float | None = None  # since when nobody asks but those that wait; infinite once that was told
 
-    def due(self, streams: Iterable[Stream]) -> bool:
+    def due(self, streams: Sequence[Stream]) -> bool:
         """Whether to look now."""
         waits, now_s = {one.key: one.waits for one in streams}, time.monotonic()
+        if not any(waits.values()) or any(one.asks and one.admitted for one in streams):
+            self._left_s = None
+        elif self._left_s is None:
+            self._left_s = now_s
+        elif now_s - self._left_s >= LEFT_S:
+            self._left_s, left = math.inf, sum(one.admitted for one in streams)
+            _log.warning(
+                "a reply waits for others: for %g s nobody has asked for a token of the %d in progress: "
+                "read those streams on, or close them",
+                LEFT_S,
+                left,
+            )
         if not any(waits.values()) or (waits == self._waits and now_s - self._looked_s < LOOK_S):
             return False
         self._waits, self._looked_s = waits, now_s

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
-from balcony_edge.files import atomic_file
+from balcony_edge.files import atomic_file, require_path
 from balcony_runtime.backends.base import Array, IntArray
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.tokens import refuse_foreign
@@ -79,6 +80,16 @@ class Session(NamedTuple):
 
     notes: Notes
     tokens: IntArray
+
+
+def place(path: str | os.PathLike[str]) -> Path:
+    """Where a session is, as a caller gives it.
+
+    Raises:
+        InputError: it is no path.
+    """
+    require_path(path, "session", InputError, "give the path of a file")
+    return Path(path)
 
 
 def save(

@@ -49,7 +49,7 @@ class PrefixFiles:
         with contextlib.suppress(OSError):  # the directory is not there yet
             # Also of saves under a name: clients choose names, and nobody might ever write that one again.
             remove_leftovers(directory, ".", f"{SUFFIX}{PARTIAL}")
-        for path in sorted(directory.glob(f"*{SUFFIX}")):
+        for path in sorted(one for one in directory.glob("[!.]*") if one.is_file()):  # a user may give any name
             self._look(path)
 
     def add(self, path: Path) -> None:

@@ -81,6 +81,12 @@ def test_a_reply_is_over_with_its_last_token(llm: LLM) -> None:
     assert stream.reply.finish_reason == "length"
 
 
+def test_a_reply_is_shown_without_the_decisions_of_its_tokens(llm: LLM) -> None:
+    """A notebook shows what its cell ends with, which was a kilobyte for each token."""
+    reply = llm.generate([1, 2, 3], budget=Budget(tpot_ms=1000.0), max_new_tokens=10, ignore_eos=True)
+    assert repr(reply.text) in repr(reply) and "Decision" not in repr(reply)
+
+
 def test_a_sequence_serves_one_reply_at_a_time(llm: LLM, tiny: Any) -> None:
     sequence = llm.engine.new_sequence()
     first = llm.stream([1, 2, 3], sequence=sequence, max_new_tokens=9, ignore_eos=True)
@@ -144,6 +150,21 @@ def test_paths_of_another_type_are_refused(tiny: Any) -> None:
     for option in ("packed", "prefix_directory"):
         with pytest.raises(InputError, match=f"{option} of type bytes: give the path of a directory"):
             balcony_edge.load(tiny.path, device="cpu", **{option: other})
+    for writer in (TraceWriter, RoundTraceWriter):
+        with pytest.raises(InputError, match="trace of type bytes: give the path of a file"):
+            writer(other)
+
+
+def test_sessions_of_no_path_are_refused(llm: LLM) -> None:
+    none: Any = None
+    for call in (
+        lambda: llm.chat().save(none),
+        lambda: Chat.load(llm, none),
+        lambda: llm.save_prefix(list(range(10, 60)), none),
+        lambda: llm.load_prefix(none),
+    ):
+        with pytest.raises(InputError, match="session of type NoneType: give the path of a file"):
+            call()
 
 
 def test_writers_and_sequences_of_another_kind_are_one_line(llm: LLM, tmp_path: Path) -> None:

@@ -154,11 +154,11 @@ def test_a_batch_advances_together() -> None:
     sequence.step(6, np.array([5, 6]))
     assert sequence.tokens.tolist() == [[1, 2, 5], [3, 4, 6]]
     assert sequence.advance(6, [[], []]).shape == (2, 1, VOCABULARY)
-    with pytest.raises(InputError, match=r"tokens of shape \(1, 2\): must be \(n,\) or \(2, n\): one line per member"):
+    with pytest.raises(InputError, match=r"tokens of shape \(2,\): must be \(2, n\), one line per member$"):
         sequence.advance(6, [1, 2])
     with pytest.raises(InputError, match=r"tokens of shape \(1, 2, 2\)"):
         sequence.advance(6, [[[1, 2], [3, 4]]])
-    with pytest.raises(InputError, match=r"tokens: .*: give \(n,\) or \(2, n\)"):
+    with pytest.raises(InputError, match=r"tokens: .*: give \(2, n\), one line"):
         sequence.advance(6, [[1], [2, 3]])
 
 
@@ -234,6 +234,11 @@ def test_a_rollback_takes_cursors_back_as_far_as_needed(sequence: TokenSequence)
         sequence.rollback(4)
     sequence.rollback(0)
     assert sequence.length == 0 and sequence.stage_rows == (0,) * 4
+
+
+def test_a_sequence_without_rows_has_no_logits(sequence: TokenSequence) -> None:
+    with pytest.raises(InputError, match="new_tokens: none for a sequence without rows, which has no logits: give a"):
+        sequence.advance(2, [])
 
 
 def test_tokens_outside_the_vocabulary_are_named_by_the_first(sequence: TokenSequence) -> None:

@@ -87,6 +87,29 @@ def test_a_stream_that_waits_for_others_ends_as_soon_as_it_is_cancelled(llm: LLM
         assert len(llm._requests.scheduler._streams) == 1
 
 
+def test_who_waits_for_a_stream_that_was_left_is_told(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after `break` in a notebook, whose variable keeps the stream: the next cell would wait for ever, and say nothing."""
+    monkeypatch.setattr(admission, "LEFT_S", 0.05)
+    room_for(llm, 60)
+    left, told = llm.stream([1], max_new_tokens=55, ignore_eos=True), []
+    next(left)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(llm.generate, [2], max_new_tokens=55, ignore_eos=True)
+        for _ in range(2000):
+            told = [one.message for one in caplog.records]
+            if told:
+                break
+            time.sleep(0.005)
+        left.close()
+        assert len(answer.result(30).tokens) == 55
+    assert told == [
+        "a reply waits for others: for 0.05 s nobody has asked for a token of the 1 in progress: read those streams on, or "
+        "close them"
+    ]
+
+
 def test_more_asynchronous_streams_than_threads_of_the_loop(llm: LLM) -> None:
     """There is room for one at a time; those that wait take no thread that it needs."""
     room_for(llm, 30)
