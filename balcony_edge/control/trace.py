@@ -64,6 +64,7 @@ class LinesWriter(Closing):
         require_path(path, "trace", InputError, "give the path of a file")
         self._name = os.fspath(path)
         self._file: IO[str] | None = None
+        self._costs: CostModel | None = None  # prices of the last header
         self._closed = False
         try:
             if not exists(Path(path)):
@@ -82,6 +83,7 @@ class LinesWriter(Closing):
                 self._file = Path(self._name).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
             self._file.write(json.dumps(document, allow_nan=False) + "\n")
         except OSError as error:
+            self._costs = None  # the lines that wait in the buffer are lost, and the header may be one of them
             raise self._not_written(error) from error
 
     def close(self) -> None:
@@ -115,7 +117,6 @@ class TraceWriter(LinesWriter):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
-        self._costs: CostModel | None = None
         self._start: ControllerState | None = None
         self._budget: Budget | None = None
         self._readings: tuple[Reading, ...] = ()
@@ -127,7 +128,7 @@ class TraceWriter(LinesWriter):
     def write(self, costs: CostModel, seen: Observation, decision: Decision, latency_ms: float, pending: int) -> None:
         """Add one decision."""
         if costs is not self._costs:
-            self._costs, self._budget = costs, None
+            self._costs, self._budget, self._readings = costs, None, ()
             self._line({"trace": VERSION, "costs": asdict(costs)})
         if seen.budget is not self._budget:
             self._budget = seen.budget

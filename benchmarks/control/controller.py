@@ -46,9 +46,9 @@ from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.simulation.loads import parse_load
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
-from benchmarks.control.controller_limits import gauges, out_of_reach, windows
+from benchmarks.control.controller_limits import WINDOW_S, gauges, out_of_reach
 from tests.core.control.test_controller_properties import soundness
-from tests.support.prices import DEMO
+from tests.support.prices import DEMO, windows_w
 
 #: The demo model in float32 on two cores of a server CPU, on an early and slow day: 12, 14, 16 and 21 ms.
 COSTS = replace(DEMO, switch_ms=0.5)
@@ -225,7 +225,7 @@ def ceilings() -> dict[str, Any]:
     ):
         plant = Plant(COSTS, DEVICE, parse_load(load))
         run = simulate(COSTS, plant, Budget(power_w=watts, min_pace_tps=least_tps), tokens=10**6, seconds=60)
-        shares = [value / watts for value in windows(run, SETTLING_S)]
+        shares = [value / watts for value in windows_w(run, SETTLING_S, WINDOW_S)]
         changes = [b.time_s for a, b in itertools.pairwise(run) if a.decision.exit_layer != b.decision.exit_layer]
         closest = min((b - a for a, b in itertools.pairwise(changes) if a > SETTLING_S), default=None)
         row = {"power_w": watts, "min_pace_tps": least_tps, "load": load, "least": round(min(shares), 3)}

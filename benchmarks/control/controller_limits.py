@@ -14,7 +14,8 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import InfeasibleError
 from balcony_edge.simulation.loads import parse_load
 from balcony_edge.simulation.plant import Physics, Plant
-from balcony_edge.simulation.simulate import SimulatedToken, simulate
+from balcony_edge.simulation.simulate import simulate
+from tests.support.prices import windows_w
 
 #: Name → properties of the gauge: the age of its value, the time of its average, the period of new values.
 GAUGES: dict[str, dict[str, Any]] = {
@@ -35,21 +36,6 @@ WINDOW_S = 5.0
 POWER_W = 6.0
 
 
-def windows(run: list[SimulatedToken], after_s: float) -> list[float]:
-    """True mean watts of the windows that begin after a time."""
-    values = []
-    for begin in range(len(run)):
-        if run[begin].time_s < after_s:
-            continue
-        joules = seconds = 0.0
-        for token in run[begin + 1 :]:
-            joules, seconds = joules + token.watts * token.latency_ms / 1000, seconds + token.latency_ms / 1000
-            if seconds >= WINDOW_S:
-                values.append(joules / seconds)
-                break
-    return values
-
-
 def gauges(costs: CostModel, device: Physics) -> list[dict[str, Any]]:
     """Measure a power limit with every kind of gauge, on an idle device and under a load that comes and goes."""
     rows = []
@@ -57,9 +43,8 @@ def gauges(costs: CostModel, device: Physics) -> list[dict[str, Any]]:
         for name, gauge in GAUGES.items():
             plant = Plant(costs, replace(device, **gauge), parse_load(load))
             run = simulate(costs, plant, Budget(power_w=POWER_W), tokens=10**6, seconds=90)
-            shares = [
-                watts / POWER_W for watts in windows(run, after_s=30 if gauge.get("gauge_period_s", 0) > 1 else 20)
-            ]
+            after_s = 30 if gauge.get("gauge_period_s", 0) > 1 else 20
+            shares = [watts / POWER_W for watts in windows_w(run, after_s, WINDOW_S)]
             gaps = [token.latency_ms for token in run if token.time_s > 20]
             rows.append(
                 {

@@ -23,8 +23,8 @@ from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.backends.graph_files.packed import joined_step
 from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.backends.onnxruntime.host_memory import mapped, use_large_pages
-from balcony_runtime.backends.onnxruntime.memory import BUCKET
-from balcony_runtime.backends.onnxruntime.state import bound_run
+from balcony_runtime.backends.onnxruntime.memory import bucketed, value_of
+from balcony_runtime.backends.onnxruntime.state import bound, bound_run
 from balcony_runtime.backends.token_table import TokenTable
 
 
@@ -48,15 +48,14 @@ class WholeGraph:
         self._table = TokenTable(bundle)
         self._session, dtype = session, self._table.dtype
         self.ort_ns = 0
-        capacity = -(-(len(tokens) + 1) // BUCKET) * BUCKET
+        capacity = bucketed(len(tokens) + 1)
         pasts = [value for value in session.get_inputs() if value.name.startswith("past_")]
         by_head = len(pasts[0].shape) == 4
         shape = (model.num_kv_heads, capacity, model.head_dim) if by_head else (capacity, model.kv_width)
-        self._cache = {value.name: _value(np.zeros((1, *shape), dtype)) for value in pasts}
+        self._cache = {value.name: value_of(np.zeros((1, *shape), dtype)) for value in pasts}
         self._start, self._last, self._total = np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros((), np.int32)
-        where = {"start": self._start, "last": self._last, "total": self._total}
-        asked = {value.name for value in session.get_inputs()}
-        self._where = {name: _value(array) for name, array in where.items() if name in asked}
+        where: dict[str, Any] = {"start": self._start, "last": self._last, "total": self._total}
+        self._where = {name: value_of(array) for name, array in where.items()}
         self._row = np.zeros((1, 1, model.hidden_size), dtype)
         self._logits = np.zeros((1, 1, model.vocab_size), np.float32)
         rows, logits = self._table[np.array([tokens])], np.empty((1, len(tokens), model.vocab_size), np.float32)
@@ -79,15 +78,10 @@ class WholeGraph:
         self._total.fill(stop)
 
     def _bind(self, rows: Any, logits: FloatArray) -> Any:
-        binding = self._session.io_binding()
-        binding.bind_ortvalue_input("hidden_0", _value(rows))
-        for name, value in self._where.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output("logits", _value(logits))
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_", "present_", 1), value)
-        return binding
+        inputs = {"hidden_0": value_of(rows), **self._where, **self._cache}
+        outputs = {name.replace("past_", "present_", 1): value for name, value in self._cache.items()}
+        outputs["logits"] = value_of(logits)
+        return bound(self._session, self._session.get_inputs(), self._session.get_outputs(), inputs, outputs)
 
 
 def open_whole_graph(bundle: Bundle, directory: Path) -> ort.InferenceSession:
@@ -96,8 +90,3 @@ def open_whole_graph(bundle: Bundle, directory: Path) -> ort.InferenceSession:
     session = open_session(write_whole_graph(bundle, directory))
     use_large_pages(before)
     return session
-
-
-def _value(array: Any) -> Any:
-    # The value wraps the array on the CPU without a copy, so the array must outlive the binding.
-    return ort.OrtValue.ortvalue_from_numpy(array)

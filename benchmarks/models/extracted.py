@@ -42,18 +42,6 @@ PEERS = ("llama-cpp", "onnxruntime-genai")
 WORDS = (
     "river", "bridge", "winter", "market", "letter", "garden", "engine", "planet", "doctor", "island", "music", "teacher",
 )  # fmt: skip
-#: Name of a Hugging Face module → name of its GGUF tensor, within a block of a Llama.
-BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def write_gguf(model: Any, source: Path, target: Path) -> None:
@@ -65,17 +53,16 @@ def write_gguf(model: Any, source: Path, target: Path) -> None:
         kinds = [*field.types, field.types[-1]]
         writer.add_key_value(key, field.contents(), kinds[0], kinds[1] if len(field.types) > 1 else None)
     writer.add_uint32("llama.block_count", model.config.num_hidden_layers)
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
-    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
-    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
-    for index, layer in enumerate(model.model.layers):
-        for module, name in BLOCK.items():
-            weight = layer.get_submodule(module).weight.detach().numpy()
-            # llama.cpp rotates pairs of neighbouring values, Hugging Face rotates the two halves of a head.
-            if name in heads:
-                split = weight.reshape(heads[name], 2, weight.shape[0] // heads[name] // 2, -1)
-                weight = split.swapaxes(1, 2).reshape(weight.shape)
-            writer.add_tensor(f"blk.{index}.{name}.weight", np.ascontiguousarray(weight))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    for key, parameter in model.named_parameters():
+        name, weight = names.get_name(key, try_suffixes=(".weight",)), parameter.detach().numpy()
+        assert name is not None, key
+        # llama.cpp rotates pairs of neighbouring values, Hugging Face rotates the two halves of a head.
+        if count := heads.get(key.split(".")[-2]):
+            split = weight.reshape(count, 2, weight.shape[0] // count // 2, -1)
+            weight = split.swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(name, np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

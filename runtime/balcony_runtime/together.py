@@ -51,6 +51,7 @@ class Together(Closing):
         self._requests, self._scheduler = requests, requests.scheduler
         self._open: dict[TokenStream, _Open] = {}
         self._paused: set[TokenStream] = set()
+        self._found: list[tuple[TokenStream, Token | Exception]] = []  # what an interrupted step had told
 
     @property
     def open(self) -> tuple[TokenStream, ...]:
@@ -130,7 +131,7 @@ class Together(Closing):
                 self._end(tokens)
             elif tokens not in self._paused or one.waits:
                 asking[one.stream] = one
-        found: list[tuple[TokenStream, Token | Exception]] = []
+        found = self._found
         answered, again = self._scheduler.wait(list(asking)) if asking else [], list[Stream]()
         told_s = time.monotonic()  # to tell the tokens is a part of the next gap
         for stream in answered:
@@ -153,6 +154,7 @@ class Together(Closing):
                 again.append(stream)
         # After an interrupt the next call asks: wait() returns those that do not ask at once.
         self._scheduler.ask(again, told_s)
+        self._found = []
         return found
 
     def _end(self, tokens: TokenStream) -> None:

@@ -131,4 +131,4 @@ def test_train_refuses_options_without_effect(
     common = ("train", tiny_checkpoint, "--exits", "2", "--steps", "5", "--seq-len", "32", "--data", text_file)
     common = (*common, "-o", tmp_path / "out")
     refused_here(line, *common, *options)
-    refused_here("has no checkpoint: train without --resume first", *common, *options, "--resume")
+    refused_here("has no checkpoint: train without --resume first", *common, "--resume")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -393,6 +394,27 @@ def test_a_program_may_close_at_its_end(tiny: Any, tmp_path: Path, monkeypatch: 
         patch.setattr("concurrent.futures.thread._shutdown", True)
         llm.close()
     assert len(list(tmp_path.glob("prefix-*.session"))) == 2
+
+
+def test_a_directory_that_may_not_be_entered_at_the_end_is_a_warning(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It became private, or its drive has gone, while rows of one of its files were in memory."""
+    prompt, exists = list(range(10, 70)), Path.exists
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
+        llm.generate(prompt, max_new_tokens=2, ignore_eos=True)
+    llm = balcony_edge.load(tiny.path, prefix_directory=tmp_path)
+    assert llm.generate(prompt, max_new_tokens=2, ignore_eos=True).cached_tokens
+
+    def private(path: Path, **options: Any) -> bool:
+        if path.parent == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", private)
+        llm.close()
+    assert "Permission denied" in caplog.text
 
 
 def test_a_device_without_a_clock_of_its_own_keeps_what_was_used_last(

@@ -17,6 +17,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token
 from balcony_runtime.scheduling import stream
 from balcony_runtime.scheduling.admission import row_bytes
+from balcony_runtime.serve.bodies.refusal import refusal_of
 from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
 from balcony_runtime.serve.work.worker import Found, Worker
 
@@ -89,6 +90,22 @@ def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.Monkey
     assert [type(item) for item in sent.items[2]] == [ZeroDivisionError]
     assert [type(item) for item in sent.items[1]] == [Token] * 10
     assert [record.message for record in caplog.records] == ["the decode thread failed"]
+
+
+def test_a_reply_that_finds_no_memory_is_no_bug(llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """The log has a line instead of a traceback, and the client is not asked to report it."""
+    pick = Sampler.pick
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits: pick(self, logits) if self.greedy else bytearray(2**60))
+    sent = Sent(llm)
+    sent.worker.start()
+    sent.worker.submit(job(sent.worker, 1, 10, sampling=SamplingParams(temperature=1.0)))
+    sent.until(1, 1)
+    sent.worker.stop()
+    (error,) = sent.items[1]
+    assert isinstance(error, MemoryError)
+    refusal = refusal_of(error)
+    assert (refusal.status, refusal.reason) == (500, "device") and "out of memory" in refusal.message
+    assert [(one.message, one.exc_info) for one in caplog.records] == [(f"a reply failed: {refusal.message}", None)]
 
 
 @pytest.mark.parametrize("scores", [False, True])

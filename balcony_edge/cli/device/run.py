@@ -148,12 +148,12 @@ def run(
             stream = llm.stream(ids, chat=chat, logprobs=logprobs, trace=writer, **options)
             plain = None if as_json else styles
             interrupted = show_live(stream, styles, llm) if live else show_stream(stream, plain)
-        reply = stream.reply
-        quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if asked.policy == "confident" else None
-        if as_json:
-            tokens = [token.to_dict() for token in reply.tokens]
-            print(json.dumps({**summary(reply), "quality": quality, "text": reply.text, "tokens": tokens}))  # noqa: T201 - for programs
-        else:
+            reply, confident = stream.reply, asked.policy == "confident"
+            quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if confident else None
+            if as_json:  # before the trace is closed: it is shown even if its record cannot be kept
+                made = {"text": reply.text, "tokens": [token.to_dict() for token in reply.tokens]}
+                print(json.dumps({**summary(reply), "quality": quality, **made}))  # noqa: T201 - for programs
+        if not as_json:
             if not (live and stdout.is_terminal):  # the live view on a terminal has ended the reply's last line
                 write_text("\n")
             show_summary(reply, styles, stderr)

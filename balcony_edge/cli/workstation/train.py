@@ -126,7 +126,7 @@ def train(
     from balcony_export.train.run_files import PACKED, run_directory
     from balcony_export.train.trainer import Start, Trainer
 
-    _refuse_without_effect(context, schedule, loss, vocabulary, resume)
+    _refuse_without_effect(context, schedule, loss, vocabulary)
     if tokens is not None:
         if steps is not None:
             raise InputError("--steps and --tokens: both set the length of the run: give one of them")
@@ -202,10 +202,8 @@ def train(
     _finish(trainer, model, pretraining_tokens, before, as_json)
 
 
-def _refuse_without_effect(context: typer.Context, schedule: str, loss: str, vocabulary: int, resume: bool) -> None:
+def _refuse_without_effect(context: typer.Context, schedule: str, loss: str, vocabulary: int) -> None:
     """Refuse options that the others of the run leave without effect: its record would name them."""
-    if resume:  # a checkpoint of older code may have them, and a resumed run must give what it has
-        return
     if schedule == "cosine":
         refuse_given(
             context, {"decay_share": "--decay-share"}, " with --schedule cosine, which falls over the whole run"

@@ -102,7 +102,6 @@ class RoundTraceWriter(LinesWriter):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
-        self._costs: CostModel | None = None
         self._budgets: dict[int, Budget] = {}
         self._readings: tuple[Reading, ...] = ()
 

@@ -151,8 +151,8 @@ class ExitModel:
             return hook
 
         def keep_arguments(_: nn.Module, _given: tuple[Any, ...], options: dict[str, Any]) -> None:
-            names = _cache_names(options)
-            arguments.update({name: value for name, value in options.items() if name not in names})
+            own = ("hidden_states", "cache", "use_cache")  # a balcony has its own
+            arguments.update({name: value for name, value in options.items() if name not in own})
 
         # the state after e layers is what the next module takes: layer e + 1, or the final norm
         takers = [*self.parts.layers, self.parts.norm]
@@ -160,7 +160,7 @@ class ExitModel:
         handles.append(self.parts.layers[self.copied].register_forward_pre_hook(keep_arguments, with_kwargs=True))
         keyword: dict[str, Any] = {}
         if cache is not None:
-            keyword[cache_keyword(self.parts.decoder)] = cache
+            keyword["cache"] = cache
             if self.parts.rotary is not None:  # Bamba's own positions begin at 0 in every pass
                 first = cache.get_seq_length()
                 keyword["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
@@ -213,7 +213,7 @@ class ExitModel:
             normed: torch.Tensor = self.parts.norm(state)
             return normed
         balcony = self.balconies[exit_layer]
-        keyword = {} if cache is None or balcony.layer is None else {cache_keyword(balcony.layer): cache}
+        keyword = {} if cache is None or balcony.layer is None else {"cache": cache}
         return balcony(state, **states.layer_arguments, **keyword)  # type: ignore[no-any-return]
 
     def head(self, normed: torch.Tensor) -> torch.Tensor:
@@ -288,17 +288,5 @@ def call_layer(layer: Any, hidden: torch.Tensor, mask: Any, rotary: tuple[Any, A
         rotary: Cosines and sines of the positions, of the form that the current rotary function takes; None in a model without.
         cache: KV cache, or None.
     """
-    keyword = {cache_keyword(layer): cache}
-    out = layer(hidden, attention_mask=mask, position_embeddings=rotary, **keyword)
+    out = layer(hidden, attention_mask=mask, position_embeddings=rotary, cache=cache)
     return out if isinstance(out, torch.Tensor) else out[0]
-
-
-def cache_keyword(module: nn.Module) -> str:
-    """The argument that takes the KV cache: transformers renamed ``past_key_values`` to ``cache`` in 5.20."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
-
-
-def _cache_names(options: Mapping[str, Any]) -> set[str]:
-    """Arguments of a layer that are its input, its cache, or a flag about the cache: a balcony has its own."""
-    caches = {name for name, value in options.items() if isinstance(value, Cache)}
-    return caches | {"hidden_states", "use_cache", "cache", "past_key_values", "past_key_value"}

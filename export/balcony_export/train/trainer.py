@@ -334,9 +334,8 @@ class Trainer:
         recipe = self.config.recipe()
         differing = [key for key in recipe if recipe[key] != state["recipe"].get(key)]
         differing += ["base model"] if state["base"] != self.base_facts else []
-        differing += ["teacher"] if state.get("teacher") != self.teacher_facts else []
+        differing += ["teacher"] if state["teacher"] != self.teacher_facts else []
         differing += ["data"] if state["corpus"] != self.corpus.digest else []
-        differing += [] if "begun" in state else ["version of balcony-edge"]
         if differing:
             raise TrainingError(
                 f"{self.work}: its checkpoint was made with another {', '.join(differing)}: "

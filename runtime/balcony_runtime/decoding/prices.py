@@ -13,6 +13,7 @@ from functools import partial
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.device.costs import CostModel, ExpertCost, UnitCost, further_experts
@@ -128,14 +129,35 @@ def split_experts(share: float, further_ms: Mapping[int, float]) -> tuple[float,
     """
     design = np.array([[rows - 1, further_experts(share, rows)] for rows in further_ms])
     target = np.array(list(further_ms.values()))
-    candidates = [np.zeros(2), np.linalg.lstsq(design, target, rcond=None)[0]]
-    for column in (0, 1):
-        alone = np.zeros(2)
-        alone[column] = design[:, column] @ target / max(float(design[:, column] @ design[:, column]), 1e-30)
-        candidates.append(alone)
-    allowed = [pair for pair in candidates if (pair >= 0).all()]
-    marginal_ms, all_ms = min(allowed, key=lambda pair: float(np.square(design @ pair - target).sum())).tolist()
+    marginal_ms, all_ms = non_negative(design, target)
     return marginal_ms, ExpertCost(share, all_ms) if all_ms > 0 else None
+
+
+def non_negative(design: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> list[float]:
+    """The x ≥ 0 that minimises |design · x - target| (Lawson and Hanson 1974, chapter 23)."""
+    scale = np.linalg.norm(design, axis=0)
+    scale[scale == 0] = 1.0
+    design = design / scale
+    x = np.zeros(design.shape[1])
+    free = np.zeros(design.shape[1], bool)
+    for _ in range(10 * len(x)):
+        gradient = design.T @ (target - design @ x)
+        gradient[free] = 0
+        if gradient.max() <= 1e-10:
+            break
+        free[gradient.argmax()] = True
+        while True:
+            candidate = np.zeros_like(x)
+            candidate[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
+            below = free & (candidate <= 0)
+            if not below.any():
+                break
+            step = (x[below] / (x[below] - candidate[below])).min()
+            x = x + step * (candidate - x)
+            free &= x > 1e-12
+            x[~free] = 0
+        x = candidate
+    return [float(value) for value in x / scale]
 
 
 def profiled_prices(path: str | os.PathLike[str], manifest: Manifest) -> Callable[[Engine], CostModel]:

@@ -23,13 +23,12 @@ from itertools import pairwise
 from statistics import median
 
 import numpy as np
-import numpy.typing as npt
 
 from balcony_edge.device.costs import Bend, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.profile import Residual
+from balcony_runtime.decoding.prices import non_negative
 from balcony_runtime.engine import MAX_PASS_ROWS
 
-Floats = npt.NDArray[np.float64]
 #: Candidates for :attr:`UnitCost.key_bucket`: the live context, and the step in which the ONNX Runtime backend binds keys.
 KEY_BUCKETS = (1, 128)
 
@@ -82,7 +81,8 @@ def _fit(passes: Sequence[Pass], bucket: int, share: float | None) -> UnitCost:
         asking = [max(min(p.queries, high) - low, 0) * keys for low, high in segments] if attends else []
         read = [] if share is None else [further_experts(share, p.rows)]
         rows.append([1.0, keys, *further, *asking, *read])
-    prices = _non_negative(np.array(rows), np.array([p.ms for p in passes]))
+    measured = np.array([p.ms for p in passes])
+    prices = non_negative(np.array(rows) / measured[:, None], np.ones(len(measured)))
     marginal = prices[2 : 2 + len(segments)]
     marginal_context = prices[2 + len(segments) : 2 + 2 * len(segments)] if attends else [0.0] * len(segments)
     all_ms = prices[-1] if share is not None and segments else 0.0
@@ -99,32 +99,3 @@ def _fit(passes: Sequence[Pass], bucket: int, share: float | None) -> UnitCost:
         ),
         experts=ExpertCost(share, all_ms) if share is not None and all_ms > 0 else None,
     )
-
-
-def _non_negative(design: Floats, measured: Floats) -> list[float]:
-    """The x ≥ 0 that minimises |(design · x - measured) / measured| (Lawson and Hanson 1974, chapter 23)."""
-    design = design / measured[:, None]
-    scale = np.linalg.norm(design, axis=0)
-    scale[scale == 0] = 1.0
-    design = design / scale
-    target = np.ones(len(measured))
-    x = np.zeros(design.shape[1])
-    free = np.zeros(design.shape[1], bool)
-    for _ in range(10 * len(x)):
-        gradient = design.T @ (target - design @ x)
-        gradient[free] = 0
-        if gradient.max() <= 1e-10:
-            break
-        free[gradient.argmax()] = True
-        while True:
-            candidate = np.zeros_like(x)
-            candidate[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
-            below = free & (candidate <= 0)
-            if not below.any():
-                break
-            step = (x[below] / (x[below] - candidate[below])).min()
-            x = x + step * (candidate - x)
-            free &= x > 1e-12
-            x[~free] = 0
-        x = candidate
-    return [float(value) for value in x / scale]

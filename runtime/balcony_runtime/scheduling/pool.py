@@ -409,7 +409,7 @@ class SequencePool:
             try:
                 for age, sequence in enumerate(ended):
                     files.keep(sequence, age)
-            except BalconyError as error:
+            except (BalconyError, OSError) as error:  # the directory may not be entered any more
                 _log.warning("%s", error)
         with self._locked():
             for sequence in ended:

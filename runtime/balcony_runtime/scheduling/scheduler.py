@@ -243,8 +243,8 @@ class Scheduler:
                 self._leader = threading.get_ident()
                 try:
                     self._lead()
-                finally:
-                    self._leader = None
+                finally:  # also of a round whose end was interrupted: who leaves waits for those that are running
+                    self._running, self._leader = (), None
                     self._turn.notify_all()
             return answered or self._answered(streams)
 
@@ -302,7 +302,7 @@ class Scheduler:
                 stream.answer(stream.decoder.step())
             if not (asking := [one for one in asking if one.asks]):
                 return
-            with Undoable(asking):  # what fails in a shared pass ends all of them
+            with Undoable(asking):  # what fails in the decision ends all of them
                 if len(asking) > 1 or self._makes_way(asking[0], others):
                     self._round(asking, begin_ns)
                 else:
@@ -443,7 +443,7 @@ class Scheduler:
                 stream.decoder.take(row, moves[stream.key], stream.asked_s, (seen.readings, seen.now_s), state)
         done_ns, now_s = time.perf_counter_ns(), time.monotonic()  # everybody waits until all tokens are picked
         self._learned.busy_ns += done_ns - work_ns
-        if found.price_ms and not unusual and not found.refused:
+        if found.price_ms and not (unusual or found.refused) and all(stream.asks for stream in streams.values()):
             took_ms = (done_ns - begin_ns) / 1e6
             self._last = Measurement(self._engine.exit_layers[found.deepest], found.price_ms, took_ms)
         for stream in [one for one in logits if one.asks]:  # the others have failed
@@ -495,5 +495,6 @@ class Scheduler:
                     logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]
         if together and self._pool is not None:
             tokens = [PoolMove(one.sequence, moves[one].exit_layer, one.decoder.last_token) for one in together]
-            logits |= dict(zip(together, self._pool.step(tokens), strict=True))
+            with Undoable(together):  # what fails in a shared pass ends those that share it
+                logits |= dict(zip(together, self._pool.step(tokens), strict=True))
         return logits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 from pathlib import Path
@@ -66,6 +68,31 @@ def test_another_budget_decides_otherwise_on_the_same_trace(tmp_path: Path) -> N
     tight = Budget(tpot_ms=15)
     changed = [token._replace(seen=token.seen._replace(budget=tight), start=None) for token in trace]
     assert sum(d.exit_layer for d in replay(changed)) < sum(d.exit_layer for d in replay(trace))
+
+
+def test_a_reply_after_a_full_disk_is_replayed_with_its_own_budget(tmp_path: Path) -> None:
+    """The lines that could not be written had its budget."""
+    path, tight = tmp_path / "run.jsonl", Budget(tpot_ms=15)
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with TraceWriter(path) as writer:
+
+        def reply(budget: Budget) -> int:
+            plant = Plant(DEMO, Physics(noise=0.1), parse_load("idle"), seed=3)
+            return len(list(simulate(DEMO, plant, budget, tokens=20, trace=writer)))
+
+        reply(Budget(tpot_ms=24))
+        file, writer._file = writer._file, Full()
+        with pytest.raises(InputError, match="No space left on device"):
+            reply(tight)
+        writer._file = file
+        reply(tight)
+    trace = read_trace(path)
+    assert [token.seen.budget.tpot_ms for token in trace] == [24] * 20 + [15] * 20
+    assert [one.exit_layer for one in replay(trace)] == [token.line["exit_layer"] for token in trace]
 
 
 def test_a_line_a_token_with_readings_where_they_changed(tmp_path: Path) -> None:

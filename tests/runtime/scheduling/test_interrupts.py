@@ -13,6 +13,7 @@ import pytest
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
+from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.stream import Cancellation
 from tests.support.replies import PRICES, ids
@@ -42,6 +43,33 @@ def test_an_interrupt_as_a_round_begins_is_an_interrupt(llm: LLM, monkeypatch: p
         while replies.open:
             replies.step()
     assert [ids(stream.reply) for stream in streams] == want
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["has the lock", "waits for the lock"])
+def test_an_interrupt_as_a_round_ends_keeps_nobody_running(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """It comes as the leader takes the lock again; its reply, which leaves, would wait for its own round for ever."""
+    scheduler = llm._requests.scheduler
+    acquire, times = scheduler._turn.acquire, itertools.count()
+
+    def interrupted() -> bool:
+        if next(times):
+            return acquire()
+        if taken:
+            acquire()
+        raise KeyboardInterrupt
+
+    def waits(*_: Any) -> None:
+        raise AssertionError("it waits for itself")
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, RuntimeError)) as found:
+        patch.setattr(scheduler._turn, "acquire", interrupted)
+        patch.setattr(scheduler._turn, "wait", waits)
+        next(llm.stream([1, 2, 3], **OPTIONS))
+    assert found.type is KeyboardInterrupt or not taken
+    assert scheduler._leader is None and not scheduler._running and not scheduler._streams
+    assert len(ids(llm.generate([1, 2, 3], **OPTIONS))) == 8
 
 
 def test_a_round_that_was_interrupted_is_not_in_the_trace(
@@ -75,6 +103,29 @@ def test_a_round_that_was_interrupted_is_not_in_the_trace(
         if stream.key in one.exits
     ]
     assert made and len(made) == len(set(made)), "each token is chosen once"
+
+
+def test_what_was_told_before_an_interrupt_comes_with_the_next_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round has brought two tokens, and the interrupt comes when the first has been told; so with an error."""
+    told, times = TokenStream.__next__, itertools.count()
+
+    def interrupted(self: TokenStream) -> Token:
+        if next(times) == 1:
+            raise KeyboardInterrupt
+        return told(self)
+
+    found: list[tuple[TokenStream, Token | Exception]] = []
+    with llm.together() as replies:
+        streams = [replies.add([1, 2, 3 + number], **OPTIONS) for number in range(2)]
+        for _ in range(3):
+            found += replies.step()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TokenStream, "__next__", interrupted)
+            found += replies.step()
+        while replies.open:
+            found += replies.step()
+    for stream in streams:
+        assert [one for reply, one in found if reply is stream] == list(stream.reply.tokens)
 
 
 def test_recording_may_stop_in_the_handler_of_a_signal(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

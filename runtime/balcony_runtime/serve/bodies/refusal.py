@@ -16,6 +16,7 @@ from balcony_edge.errors import (
     InfeasibleError,
     InputError,
     MissingDependencyError,
+    is_out_of_memory,
     shown,
 )
 from balcony_runtime.backends.base import NotFiniteError
@@ -116,4 +117,6 @@ def refusal_of(error: BaseException, retry_s: int = 1) -> RefusedError:
     for kind, status, reason, param in _KINDS:
         if isinstance(error, kind):
             return RefusedError(status, str(error), reason, param=param)
+    if is_out_of_memory(error):
+        return RefusedError(500, "the device is out of memory: ask for less at once, or try again later", "device")
     return RefusedError(500, "the server failed: its log has the cause; report it as a bug", "internal")

@@ -214,10 +214,10 @@ class Worker:
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End a job with an error; the log gets a bug's traceback, and the line of an engine that failed."""
-        if not isinstance(error, BalconyError):
+        if not (isinstance(error, BalconyError) or is_out_of_memory(error)):
             _log.error("the decode thread failed", exc_info=error)
-        elif refusal_of(error).status >= 500:
-            _log.error("a reply failed: %s", error)
+        elif (refusal := refusal_of(error)).status >= 500:
+            _log.error("a reply failed: %s", refusal.message)
         # Vulkan has other words for it, but the same cure.
         full = is_out_of_memory(error) or "free memory" in str(error)
         if isinstance(error, DeviceError) and not full:
