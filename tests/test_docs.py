@@ -22,6 +22,7 @@ import balcony_edge
 from balcony_edge.bundle.manifest import MANIFEST, BlockSpec, Manifest
 from balcony_edge.cli import app
 from balcony_edge.cli.options import OnDevice
+from balcony_edge.device.machine import Machine
 from balcony_edge.simulation.plant import RANGES, Physics
 from balcony_runtime.backends.choose import DeviceName
 from balcony_runtime.decoding.sampling import SamplingParams
@@ -252,6 +253,15 @@ def test_a_name_that_has_several_places_is_in_all_of_them() -> None:
     assert names - {"regex"} <= COMPLETION.keys()  # guided_regex
 
 
+def test_the_page_of_profiling_has_what_makes_a_profile_doubtful() -> None:
+    """All keys of the device but its kernel: firmware and updates change that without a change of the costs."""
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "profiling.md").read_text(encoding="utf-8"))
+    told = text.split("warns if it runs on another device (", 1)[1].split(")", 1)[0].lower()
+    words = {"cpus": "number of cpus", "memory_bytes": "memory", "power_mode": "power mode"}
+    keys = Machine.model_fields.keys() - {"system"}
+    assert sorted(told.split(", ")) == sorted(words.get(key, key) for key in keys)
+
+
 def test_the_page_of_sensors_lists_the_sources_in_order_of_trust(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "sensors.md").read_text(encoding="utf-8")
     table = text.split("\n## Sources\n", 1)[1].split("\n###", 1)[0]
@@ -313,6 +323,13 @@ def test_the_format_page_says_how_a_token_table_is_stored() -> None:
     keys = ("offset", "dtype", "scale", "blocks", *BlockSpec.model_fields)
     assert not [key for key in keys if f"`{key}`" not in rules]
     assert "little-endian" in rules and "low bits" in rules
+
+
+def test_the_format_page_says_which_tensors_are_in_the_graphs() -> None:
+    from balcony_export.graph.weights import INLINE_BYTES
+
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8"))
+    assert f"except tensors below {INLINE_BYTES:,} bytes, which are in the graphs" in text
 
 
 def test_the_format_page_has_the_graphs_of_a_real_bundle(tiny: Any) -> None:
@@ -385,6 +402,15 @@ def test_no_optimizer_is_called_that_of_the_paper() -> None:
         assert not re.search(r"paper's optimizer|AdamW[^.:]*, as in the paper", text), file
 
 
+def test_the_page_of_training_has_the_files_that_a_run_leaves() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text.split("\n## What a run leaves\n", 1)[1].split("\n\n", 1)[0]
+    files = ("export/balcony_export/train/trainer.py", "balcony_edge/cli/workstation/train.py")
+    code = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+    names = set(re.findall(r'work / "([\w.]+)"', code))
+    assert names >= {"curve.png", "states.bin"} and not [name for name in names if name not in table]
+
+
 def test_the_model_card_adds_up() -> None:
     """Tokens of all runs, and their share of the pretraining as `train` prints it."""
     text = (ROOT / "balconies" / "smollm2-135m-instruct" / "README.md").read_text(encoding="utf-8")
@@ -414,6 +440,13 @@ def test_the_page_of_tensorrt_names_the_architectures_that_are_built() -> None:
     text = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
     told = re.findall(r"`(\w+)`", text.split("tiny models of", 1)[1].split("No other architecture", 1)[0])
     assert set(told) == {name.partition("-")[0] for name in ast.literal_eval(built)}
+
+
+@pytest.mark.parametrize("page", ["streams.md", "tensorrt.md"])
+def test_pages_say_which_engines_share_no_passes(page: str) -> None:
+    """The only ones for JetPack 7.0 and 7.1; ONNX Runtime shares passes over the same graphs."""
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert "TensorRT engines with `--operators plain`" in text
 
 
 @pytest.mark.parametrize("page", ["first-ten-minutes.md", "tensorrt.md"])

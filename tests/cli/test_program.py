@@ -345,7 +345,9 @@ def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: 
     bundle = tmp_path / "b"
     done = invoke_here("export", tiny_checkpoint, "--exits", "2", "-o", bundle, "--no-verify", "--precision", "int4")
     assert done.returncode == 0, done.stderr
-    wanted = "precision int4 runs only on the CPU: run it with --device cpu, or export the model with --precision fp16"
+    wanted = (
+        "precision int4 has no graphs for cuda: run it with --device cpu, or export the model with --precision fp16"
+    )
     refused_here(wanted, "run", bundle, "hi", "--device", "cuda")
 
 

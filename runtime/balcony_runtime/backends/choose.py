@@ -232,8 +232,9 @@ def _only(bundle: Bundle, device: DeviceName) -> str:
     names = list(bundle.manifest.engines)
     if not names and not bundle.manifest.graphs:
         raise BundleError(
-            f"{bundle.path}: precision {bundle.manifest.precision} runs only on the CPU: run it with --device cpu, or export "
-            "the model with --precision fp16 and make engines with `balcony-edge build` (--rounded-as takes over int4 weights)"
+            f"{bundle.path}: precision {bundle.manifest.precision} has no graphs for {device}: run it with --device cpu, or "
+            "export the model with --precision fp16 and make engines with `balcony-edge build` (--rounded-as takes over int4 "
+            "weights)"
         )
     if not names:
         raise BundleError(f"{bundle.path}: has no engine set for {device}: make one with `balcony-edge build`")

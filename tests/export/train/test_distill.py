@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -357,6 +358,16 @@ def test_a_short_file_next_to_many_books_is_not_all_that_is_held_out(
     (tmp_path / "note.txt").write_text("the lazy fox")
     corpus = build_corpus([tmp_path], make_tokenizer(), seq_len=16, held_out_rows=4)
     assert corpus.held_out.lengths.sum() > 48
+
+
+def test_no_more_than_a_tenth_of_a_short_text_is_held_out(tmp_path: Path, make_tokenizer: Callable[[], Any]) -> None:
+    """`--held-out-rows` alone would take all of it."""
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog " * 400)
+    corpus = build_corpus([tmp_path], make_tokenizer(), seq_len=16, held_out_rows=10_000)
+    (source,) = corpus.sources.values()
+    assert 0 < corpus.held_out.num_tokens <= source["tokens"] // 10
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert "but at most a tenth of each file" in re.sub(r"\s+", " ", page)
 
 
 def test_a_chat_comes_before_a_text_that_repeats_it(tmp_path: Path) -> None:

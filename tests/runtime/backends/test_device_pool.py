@@ -306,6 +306,8 @@ def test_a_pool_has_as_many_members_as_the_engines(with_engine_sets: Callable[[s
         assert engine.backend.new_pool(3, 256).members == 3  # type: ignore[union-attr]
     with BACKENDS["stand-in-plain"](bundle) as engine:  # its passes write caches to other memory
         assert engine.backend.new_pool(2, 256) is None
+    with BACKENDS["device-plain"](bundle) as engine:  # ONNX Runtime writes them in place
+        assert engine.backend.new_pool(2, 256) is not None
 
 
 def test_replies_share_passes_and_beginnings(with_engine_sets: Callable[[str], Bundle], tiny_llm: LLM) -> None:

@@ -270,6 +270,12 @@ def test_the_page_builds_engines_that_hold_table_3() -> None:
     assert options["context_length"] >= gpu.PROMPT_TOKENS + 2048  # the default of --tokens
 
 
+def test_the_page_says_how_a_piece_that_failed_runs_once_more() -> None:
+    """`make test-gpu` runs none again, and those that need it wait for ever."""
+    page = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    assert "`python -m benchmarks.nvidia.gpu_report --again`" in page
+
+
 def test_a_named_piece_brings_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a directory without results `ONLY=limits` ran nothing, and a misspelt name ran nothing without a word."""
     monkeypatch.setattr(gpu_report, "free_gb", lambda _: 100.0)
