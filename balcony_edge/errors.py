@@ -33,7 +33,7 @@ class BudgetError(BalconyError):
 
 
 class InfeasibleError(BudgetError):
-    """Nothing meets the budget and its ``on_infeasible`` is ``error``."""
+    """Nothing meets the budget and its ``on_infeasible`` is ``error``, or its ``critical_temperature_c`` is reached."""
 
 
 class BusyError(BalconyError):
@@ -61,7 +61,7 @@ class VerificationError(BalconyError):
 
 
 class DeviceError(BalconyError):
-    """An accelerator is missing, refuses its input, or does not have enough memory."""
+    """A device is missing, fails, refuses its input, or does not have enough memory."""
 
 
 class MissingDependencyError(BalconyError):

@@ -59,7 +59,7 @@ def partial_directory(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the directory cannot be made.
     """
-    prefix = f".{target.name}{PARTIAL}"
+    prefix = f".{target.name[-57:]}{PARTIAL}"  # file systems take 255 bytes, and a character has up to four
     remove_leftovers(target.parent, prefix)
     while True:
         part = target.with_name(f"{prefix}{secrets.token_hex(4)}")

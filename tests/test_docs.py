@@ -284,6 +284,13 @@ def test_the_errors_of_a_reply_are_named() -> None:
         assert f" {name}: " in str(LLM.stream.__doc__) and f"`{name}`" in told, name
 
 
+@pytest.mark.parametrize(("page", "name"), [("server.md", "infeasible"), ("python-api.md", "InfeasibleError")])
+def test_pages_say_that_a_hot_device_ends_a_reply(page: str, name: str) -> None:
+    """Also of a budget that does not ask for an error: ``Decision.stops``."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert re.search(rf"`{name}`[^`]+(?:`[^`]+`)?[^`]*`critical_temperature_c`", text)
+
+
 def test_pages_and_examples_import_the_device_side_from_the_top() -> None:
     """Only what needs a workstation, such as the adapter of lm-evaluation-harness, lies deeper."""
     deeper = re.compile(r"balcony_runtime\.|(?:from|import) balcony_edge\.|\bbalcony_edge\.[a-z]+\.\w")

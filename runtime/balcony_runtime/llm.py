@@ -301,7 +301,7 @@ class LLM(Closing):
             InputError: a prompt or parameter cannot be used.
             ContextLengthError: the prompt does not fit the context.
             BudgetError: the budget is refused, or it allows none of the bundle's exits.
-            InfeasibleError: no exit meets the target, and the budget asks for an error in that case.
+            InfeasibleError: no exit meets the target, and the budget asks for an error; or the device is too hot.
             BusyError: the replies in progress leave no time for it, or too many wait.
             DeviceError: the device fails, or has too little memory.
             MissingDependencyError: a structure or tools need llguidance, which is not installed.

@@ -38,7 +38,7 @@ class Token(NamedTuple):
         text: text that the token completes; empty while a character or a stop string may be unfinished, and for the end of
             sequence.
         exit_layer: exit that made the token.
-        latency_ms: gap since the previous token; for the first token, time to first token.
+        latency_ms: gap since the previous token, without its reader's time; for the first token, time to first token.
         predicted_ms: latency that the controller expected; None without a target.
         target_ms: ``tpot_ms`` of the budget when the token was made; for the first token, ``ttft_ms``.
         caught_up_rows: number of pending rows that deeper stages ran in the same gap, including those of a switch.

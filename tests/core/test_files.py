@@ -50,6 +50,14 @@ def test_leftovers_of_a_killed_writer_are_removed_and_those_in_use_stay(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "\U0001f9f1" * 63])
+def test_the_longest_names_are_written(name: str, tmp_path: Path) -> None:
+    """What is refused only then is refused after the work."""
+    require_writable_file(tmp_path / name, "-o", InputError, "make it")
+    write_atomically(tmp_path / name, b"new", InputError, "make it")
+    assert (tmp_path / name).read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_file_on_nfs_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS gives an exclusive lock only for a descriptor that may write (flock(2))."""
     flock = fcntl.flock

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.integrations.mistral import tokenizer as mistral_tokenizer
 from transformers.models.auto import tokenization_auto
 
 from balcony_edge.errors import CheckpointError, MissingDependencyError
+from balcony_export.data.documents import files_in
 from balcony_export.model import checkpoint
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
 
@@ -49,6 +51,18 @@ def test_directory_is_read_as_it_was_written(tiny_checkpoint: Path) -> None:
         load_tokenizer(tiny_checkpoint)("the fox").input_ids
         == load_tokenizer(str(tiny_checkpoint))("the fox").input_ids
     )
+
+
+def test_hidden_files_are_no_weights_and_no_text(model_copy: Path, tmp_path: Path) -> None:
+    """A Mac writes such a file next to each on a drive whose file system is not its own."""
+    for name in ("model.safetensors", "model.gguf", "text.jsonl"):
+        (model_copy / f"._{name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X\xff" + bytes(100))
+    load_model(model_copy)
+    (model_copy / "text.jsonl").write_text("")
+    assert list(files_in([model_copy])) == [model_copy / "text.jsonl"]
+    (model_copy / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="is not a model: give"):
+        load_model(model_copy)
 
 
 def test_asked_precision_and_attention_are_used(tiny_checkpoint: Path) -> None:
@@ -272,6 +286,26 @@ def write_gguf(path: Path, architecture: str, tensor: str = "output_norm.weight"
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (struct.pack("<IQI", 1, 8, 0), struct.pack("<IQI", 1, 8, 31), "31.* is not a valid GGMLQuantizationType"),
+        (b"GGUF\3", b"GGUF\1", "version 1"),
+    ],
+    ids=["Q4_0_4_4", "version 1"],
+)
+def test_a_gguf_file_of_another_time_is_not_just_called_damaged(
+    old: bytes, new: bytes, words: str, tmp_path: Path
+) -> None:
+    """llama.cpp has dropped types that were published for Arm, and adds others: to download it again would not help."""
+    write_gguf(tmp_path / "m.gguf", "qwen2")
+    content = (tmp_path / "m.gguf").read_bytes()
+    assert content.count(old) == 1
+    (tmp_path / "m.gguf").write_bytes(content.replace(old, new))
+    with pytest.raises(CheckpointError, match=rf"or its version or types are not known here \(.*{words}.*\): "):
+        load_model(tmp_path / "m.gguf")
 
 
 def test_a_gguf_file_whose_texts_are_damaged_is_named(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_budget_files_that_may_not_be_listed_stay_as_they_are(
     assert names.budgets is before and "tiny:voice" in before
 
 
+def test_hidden_files_are_no_budgets(tmp_path: Path) -> None:
+    """A Mac writes ._voice.toml next to a file on a foreign drive, and Emacs a link to nowhere while it is edited."""
+    (tmp_path / "voice.toml").write_text("tpot_ms = 30\n")
+    (tmp_path / "._voice.toml").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X\xff")
+    (tmp_path / ".#voice.toml").symlink_to("user@host.1")
+    assert named.budget_files(tmp_path) == {tmp_path / "voice.toml": Budget(tpot_ms=30)}
+
+
 def test_names_that_are_not_utf_8_are_not_served(tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """JSON cannot hold them: all of /v1/models would be an error."""
     for name in ("\udcff", "voice"):

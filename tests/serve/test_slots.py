@@ -92,7 +92,7 @@ def test_a_saved_prefix_is_found_by_the_next_server(serve: Callable[..., Server]
         ("/slots/123?action=save", {"filename": "a"}, 404, "slot 123: has no reply that has ended lately"),
         ("/slots/1?action=restore", {"filename": "none"}, 404, "filename = 'none.session': there is no such file"),
         ("/slots/1?action=restore", {"filename": "../a"}, 400, "filename = '../a': must be a plain name"),
-        ("/slots/1?action=restore", {"filename": "prefix-a"}, 400, "must be a plain name"),
+        ("/slots/1?action=restore", {"filename": "prefix-a"}, 400, "that does not begin with 'prefix-'"),
         ("/slots/1?action=restore", {"filename": 5}, 400, "must be a plain name"),
         ("/slots/1?action=restore", {}, 400, "must be a plain name"),
         ("/slots/1?action=restore", {"filename": "bad"}, 400, "bad.session: is not a session"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +21,9 @@ from balcony_edge.files import require_writable
 
 if TYPE_CHECKING:
     from balcony_runtime.decoding.thresholds import Held
+
+#: A piece of a document: its first token and the document's place among all, and its tokens.
+_Part = tuple[tuple[int, int], list[int]]
 
 
 def calibrate(
@@ -136,24 +141,36 @@ def _share(name: str, text: str) -> float:
 def _documents(path: Path, bundle: Bundle, most: int, longest: int) -> list[list[int]]:
     """Pieces of the documents of a file: the first piece of each, then the second of each, up to a number of tokens.
 
-    Taking a few long documents whole would calibrate on little that resembles replies.
+    Taking a few long documents whole would calibrate on little that resembles replies. Most of a large file is only
+    read: what would come after enough other pieces is not tokenized.
     """
     from balcony_export.data.documents import read_documents
     from balcony_runtime.text import TextCodec
 
-    codec, parts = TextCodec(bundle), []
+    codec, parts, held, end = TextCodec(bundle), list[_Part](), 0, (math.inf, 0)
     for number, one in enumerate(document.text for document in read_documents(path)):
-        ids = codec.encode(one, chat=False)[:most] if one.strip() else []
+        # Mixed, in the same order every time: a file may begin with one kind of text.
+        place = zlib.crc32(str(number).encode())
+        if not one.strip() or (0, place) > end:
+            continue
+        ids = codec.encode(one, chat=False)[:most]
         # every piece begins as a text does: a model that expects its start token fails without it
         begin = ids[:1] if ids[:1] == [bundle.manifest.model.bos_token_id] else []
         ids, step = ids[len(begin) :], longest - len(begin)
-        parts += [(start, number, begin + ids[start : start + step]) for start in range(0, len(ids), step)]
-    documents: list[list[int]] = []
-    left = most
-    # Mixed, in the same order every time: a file may begin with one kind of text.
-    for _, _, ids in sorted(parts, key=lambda part: (part[0], zlib.crc32(str(part[1]).encode()))):
-        if left <= 0:
+        parts += [((start, place), begin + ids[start : start + step]) for start in range(0, len(ids), step)]
+        held += len(ids)
+        if held >= 2 * most:
+            parts = _first(parts, most)
+            held, end = most, parts[-1][0]
+    return [ids for _, ids in _first(parts, most)]
+
+
+def _first(parts: list[_Part], most: int) -> list[_Part]:
+    """The first pieces by their places, up to a number of tokens."""
+    found: list[_Part] = []
+    for place, ids in sorted(parts, key=itemgetter(0)):
+        if most <= 0:
             break
-        documents.append(ids[:left])
-        left -= len(documents[-1])
-    return documents
+        found.append((place, ids[:most]))
+        most -= len(found[-1][1])
+    return found

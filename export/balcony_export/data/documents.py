@@ -45,7 +45,7 @@ class Document:
 
 
 def files_in(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files themselves, and in place of a directory the .jsonl and .txt files in it.
+    """The files themselves, and in place of a directory the .jsonl and .txt files in it that are not hidden.
 
     Raises:
         InputError: A directory has none.
@@ -54,7 +54,8 @@ def files_in(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        inside = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".txt"))
+        seen = (file for file in path.iterdir() if not file.name.startswith("."))
+        inside = sorted(file for file in seen if file.suffix in (".jsonl", ".txt"))
         if not inside:
             raise InputError(f"{path}: has no .jsonl or .txt files: give {CHAT_FORMS}")
         yield from inside

@@ -7,7 +7,6 @@ content, so a tied table, a shared rope table or a weight that two graphs use is
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -36,9 +35,7 @@ class WeightFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())  # before the directory gets its final name
+        self._file.close()
 
     def offset_of(self, tensor: ir.TensorProtocol) -> int:
         """Byte offset of ``tensor``, which is written if the file has no equal one yet."""

@@ -250,7 +250,7 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
         if (path / "config.json").is_file():
             _check_directory(path)
             return str(path), {}
-        candidates = sorted(path.glob("*.gguf"))
+        candidates = sorted(path.glob("[!.]*.gguf"))
         if len(candidates) == 1:
             _check_gguf(candidates[0])
             return str(path), {"gguf_file": candidates[0].name}
@@ -291,7 +291,7 @@ def _check_directory(path: Path) -> None:
     if not isinstance(document, dict) or "model_type" not in document:
         raise CheckpointError(f"{config}: has no model_type: give {_ALLOWED}")
     _refuse_quantized(path, document)
-    shards = sorted(path.glob("*.safetensors"))
+    shards = sorted(path.glob("[!.]*.safetensors"))  # a Mac leaves a ._model.safetensors on a foreign drive
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -355,7 +355,10 @@ def _check_gguf(path: Path) -> None:
         reader = GGUFReader(path)
         end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: is cut short or damaged: download it again") from error
+        raise CheckpointError(
+            f"{path}: is cut short or damaged, or its version or types are not known here ({error}): download it again, "
+            "or give another file of the model, such as its safetensors"
+        ) from error
     parts = reader.get_field("split.count")
     if parts is not None and int(parts.contents()) > 1:
         raise CheckpointError(

@@ -109,8 +109,11 @@ class StateCache:
             os.truncate(filled_file, capacity)  # before the values: a killed run leaves no marked row without them
         _reserve(path, capacity * dtype.itemsize * math.prod(shape))
         _reserve(filled_file, capacity)
-        self.values: npt.NDArray[Any] = np.memmap(path, dtype=f"i{dtype.itemsize}", mode="r+", shape=(capacity, *shape))
-        self.filled: npt.NDArray[np.uint8] = np.memmap(filled_file, dtype=np.uint8, mode="r+", shape=(capacity,))
+        self.values: np.memmap[Any, Any] = np.memmap(
+            path, dtype=f"i{dtype.itemsize}", mode="r+", shape=(capacity, *shape)
+        )
+        self._marks: npt.NDArray[np.uint8] = np.memmap(filled_file, dtype=np.uint8, mode="r+", shape=(capacity,))
+        self.filled: npt.NDArray[np.uint8] = np.array(self._marks)
         if not known:
             key_file.write_text(full_key)
 
@@ -134,7 +137,12 @@ class StateCache:
         for index, row in enumerate(rows):
             if row < self.capacity:
                 self.values[row] = values[index]
-                self.filled[row] = 1  # after its values, so that a killed run leaves no marked row that is half written
+                self.filled[row] = 1
+
+    def sync(self) -> None:
+        """Mark the rows on the disk, after their values: power may be lost, and zeros would be taken for states."""
+        self.values.flush()
+        self._marks[:] = self.filled
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from balcony_export.data.corpus import Corpus
 from balcony_export.model.balcony_files import load_balconies
+from balcony_export.train.states import StateCache
 from tests.export.train.distilling import trainer_of
 
 MAPS = Path("/proc/self/maps")
@@ -41,3 +44,12 @@ def test_a_resumed_run_keeps_the_better_balcony_of_another_run(
     assert again.best[3] == first.best[3]
     again.run()
     assert (tmp_path / "balcony_2.safetensors").read_bytes() == kept
+
+
+def test_rows_are_marked_on_the_disk_after_their_states(tmp_path: Path) -> None:
+    """The system writes the two files when it likes: if power is lost in between, zeros would be taken for states."""
+    cache, marks = StateCache(tmp_path / "states.bin", 2, (2, 4, 8), torch.float32, "key"), tmp_path / "states.rows"
+    cache.put(np.array([1]), torch.ones(2, 1, 4, 8))
+    assert cache.get(np.array([1])) is not None and marks.read_bytes() == b"\0\0"
+    cache.sync()
+    assert marks.read_bytes() == b"\0\1"

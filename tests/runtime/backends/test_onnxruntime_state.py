@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import BundleError
+from balcony_edge.errors import BundleError, DeviceError
 from balcony_runtime.backends.onnxruntime import backend as onnxruntime_backend
 from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
 from balcony_runtime.engine import Engine, TokenSequence
@@ -121,9 +121,9 @@ def test_a_run_that_fails_is_one_line(
     sequence.advance(5, [1, 2, 3])
     monkeypatch.setattr(onnxruntime_state, "bound_run", broken)
     cure = "ONNX Runtime failed while running it {}: free memory, or export again"
-    with pytest.raises(BundleError, match="^a decode step: " + cure.format(line) + "$"):
+    with pytest.raises(DeviceError, match="^a decode step: " + cure.format(line) + "$"):
         sequence.step(5, np.array([4]))
-    with pytest.raises(BundleError, match=r"^.*stage_0.*\.onnx: " + cure.format(line) + "$"):
+    with pytest.raises(DeviceError, match=r"^.*stage_0.*\.onnx: " + cure.format(line) + "$"):
         sequence.advance(5, [4])
     monkeypatch.undo()
     fresh = tiny_engine.new_sequence(max_length=16).advance(5, sequence.tokens)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_edge.errors import BundleError
+from balcony_edge.errors import DeviceError
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
 
 
 def failing(*_: Any) -> Any:
-    raise BundleError("stage_1.onnx: ONNX Runtime failed while running it (bad allocation): free memory")
+    raise DeviceError("stage_1.onnx: ONNX Runtime failed while running it (bad allocation): free memory")
 
 
 def test_an_error_in_a_shared_pass_ends_those_that_share_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def test_an_error_in_a_shared_pass_ends_those_that_share_it(llm: LLM, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(SequencePool, "step", failing)
             while not failed:
-                failed |= {stream for stream, one in replies.step() if isinstance(one, BundleError)}
+                failed |= {stream for stream, one in replies.step() if isinstance(one, DeviceError)}
         while replies.open:
             replies.step()
     assert failed == sharing and ids(newcomer.reply) == want and free_members(llm) == free
@@ -51,6 +51,6 @@ def test_a_round_in_which_rows_failed_is_no_measurement(llm: LLM, monkeypatch: p
         replies.add(list(range(1, 60)), **OPTIONS)
         with monkeypatch.context() as patch:
             patch.setattr(TokenSequence, "run_stage", failing)
-            while not any(isinstance(one, BundleError) for _, one in replies.step()):
+            while not any(isinstance(one, DeviceError) for _, one in replies.step()):
                 pass
             assert scheduler._last is None

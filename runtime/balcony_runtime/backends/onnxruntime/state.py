@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from balcony_edge.bundle.manifest import GraphSpec
-from balcony_edge.errors import BundleError
+from balcony_edge.errors import DeviceError
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, likeliest, part_of
 from balcony_runtime.backends.installed import first_line
 from balcony_runtime.backends.onnxruntime.host_memory import touched_bytes, zeros
@@ -449,7 +449,7 @@ def run_step(runs: Iterable[Callable[[], object]], what: str = "a decode step") 
     """Make the calls of a decode step, or one call; returns the nanoseconds from the first one to the end of the last.
 
     Raises:
-        BundleError: a call failed.
+        DeviceError: a call failed.
     """
     begin = time.perf_counter_ns()
     try:
@@ -458,7 +458,7 @@ def run_step(runs: Iterable[Callable[[], object]], what: str = "a decode step") 
     except RuntimeError as error:
         # The tables fit, so the cause is inside a graph, or memory ran out.
         why = f"{what}: ONNX Runtime failed while running it ({first_line(error)})"
-        raise BundleError(f"{why}: free memory, or export again") from error
+        raise DeviceError(f"{why}: free memory, or export again") from error
     return time.perf_counter_ns() - begin
 
 

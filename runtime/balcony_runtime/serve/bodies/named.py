@@ -42,7 +42,8 @@ def budget_files(folder: Path | None) -> dict[Path, Budget]:
         return {}
     try:
         # glob() would find nothing in a directory that may not be read, and all names would be gone.
-        files = sorted(path for path in folder.iterdir() if path.name.endswith(".toml"))
+        seen = (path for path in folder.iterdir() if not path.name.startswith("."))  # of a Mac, of Emacs
+        files = sorted(path for path in seen if path.name.endswith(".toml"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"--budgets {folder}: is not a directory: give one with budget files (*.toml)") from error
     except OSError as error:

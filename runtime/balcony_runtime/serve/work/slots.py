@@ -119,5 +119,9 @@ class Slots:
 
 def _path(files: PrefixFiles, name: object) -> Path:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name) or name.startswith(OWN):
-        raise bad("filename", name, "must be a plain name of letters, digits, dots and dashes: leave directories out")
+        raise bad(
+            "filename",
+            name,
+            f"must be a plain name that does not begin with '{OWN}': give at most 100 letters, digits, '_', '.' and '-'",
+        )
     return files.directory / (name if name.endswith(SUFFIX) else name + SUFFIX)

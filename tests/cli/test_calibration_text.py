@@ -1,0 +1,33 @@
+"""The text that thresholds are calibrated on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.cli.device.calibrate import _documents
+from balcony_runtime.text import TextCodec
+
+
+def test_little_of_a_large_file_is_tokenized(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device has no memory for the tokens of all, and the same pieces are taken as if it had."""
+    file, bundle, encode = tmp_path / "t.jsonl", Bundle.open(tiny.path), TextCodec.encode
+    file.write_text("\n".join(json.dumps({"text": f"the fox {number} and the dog " * 9}) for number in range(2000)))
+    encoded: list[Any] = []
+
+    def counting(codec: TextCodec, prompt: Any, **options: Any) -> list[int]:
+        encoded.append(prompt)
+        return encode(codec, prompt, **options)
+
+    monkeypatch.setattr(TextCodec, "encode", counting)
+    whole = _documents(file, bundle, 10**9, 16)
+    assert len(encoded) == 2000
+    for most in (1, 100, 1000):
+        encoded.clear()
+        some = _documents(file, bundle, most, 16)
+        assert sum(map(len, some)) == most and some[:-1] == whole[: len(some) - 1]
+        assert some[-1] == whole[len(some) - 1][: len(some[-1])] and len(encoded) < 1000
