@@ -161,7 +161,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any, interruptible: An
     program = (
         "import time; from balcony_runtime import engine\n"
         "real = engine.TokenSequence.step\n"
-        "def slow(*a):\n    time.sleep(0.1); return real(*a)\n"
+        "def slow(*a):\n    print('a step', flush=True); time.sleep(0.1); return real(*a)\n"
         "engine.TokenSequence.step = slow\n" + PROGRAM
     )
     master, worker = pty.openpty()
@@ -189,7 +189,8 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any, interruptible: An
     read_until(b"> ")
     os.write(master, b"the fox\n")
     read_until(b"the fox\r\n")
-    time.sleep(1.0)
+    for _ in range(3):  # before the first one the signal would end no reply
+        read_until(b"a step")
     process.send_signal(signal.SIGINT)
     read_until(b"(stopped)")
     read_until(b"> ")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.cli.device.doctor import clock_note
+from balcony_edge.device.machine import available_cpus
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()", "doctor"]
 
@@ -36,7 +37,7 @@ def diagnose(*arguments: str | Path) -> Any:
 def test_orin_nano(sysfs_tree: Callable[[str], Path]) -> None:
     root = sysfs_tree("orin_nano")
     report = diagnose("--sysfs", root)
-    assert report["device"]["cpus"] == len(os.sched_getaffinity(0))
+    assert report["device"]["cpus"] == available_cpus()
     readings = {reading["source"]: reading for reading in report["sensors"]["readings"]}
     assert (readings["ina3221:VDD_IN"]["scope"], readings["ina3221:VDD_IN"]["watts"]) == ("board", 6.16)
     assert 0 <= readings["psutil:cpu"]["utilization"] <= 1

@@ -120,7 +120,7 @@ def test_a_running_reply_takes_another_budget(http: httpx.Client, server: Server
                 exits.append(facts["exit"])
                 if len(exits) == 3:
                     (slot,) = http.get("/slots").json()
-                    assert slot["id"] == facts["slots"][0] and slot["budget"] == {"max_pace_tps": 50}
+                    assert slot["id"] == facts["slots"][0] and slot["budget"] == SLOW["budget"]
                     assert slot["is_processing"] and slot["model"] == "tiny"
                     timed = {"deadline_s": 60, "max_pace_tps": 50}
                     changed = http.post(f"/slots/{slot['id']}", json={"budget": timed})
@@ -146,7 +146,7 @@ def test_a_half_closed_client_ends_its_reply(server: Server) -> None:
     with connected(server, SLOW) as connection:
         connection.recv(10)
         connection.shutdown(socket.SHUT_WR)
-        until(lambda: is_free(server), 3)
+        until(lambda: is_free(server))
 
 
 def test_a_stalled_client_is_paused_and_holds_nobody_up(server: Server, http: httpx.Client) -> None:
@@ -159,7 +159,7 @@ def test_a_stalled_client_is_paused_and_holds_nobody_up(server: Server, http: ht
         "timings_per_token": True,
     }
     with connected(server, body, receive_buffer=4096) as connection:
-        until(lambda: sum(job.paused for job in server.service.slots) == 8)
+        until(lambda: sum(job.paused for job in server.service.slots) == 8, 60)
         assert http.post(CHAT, json=HELLO).status_code == 200  # by now the tokens that were on the way have come
         made = [job.cost.tokens for job in server.service.slots]
         time.sleep(0.3)
@@ -324,27 +324,26 @@ def test_a_client_that_does_not_read_holds_up_no_end(
     large = SLOW | {"n": 8, "logprobs": True, "top_logprobs": 20, "budget": {}}
     with connected(server, large, receive_buffer=4096):
         until(lambda: any(job.paused for job in server.service.slots))
-        begin_s = time.monotonic()
         server.stop()
-        until(lambda: server._sockets[0].fileno() == -1, 10)
-        assert time.monotonic() - begin_s < 8
+        until(lambda: server._sockets[0].fileno() == -1, 30)
 
 
 def test_a_server_that_stops_ends_what_takes_too_long(serve: Callable[..., Server]) -> None:
     """Until then balancers hear that it stops, and its metrics can be read."""
     server = serve(drain_s=4.0)
     slow = SLOW | {"budget": {"max_pace_tps": 10}}
-    with httpx.stream("POST", server.url + CHAT, json=slow, timeout=20) as answer:
+    # one client, made before: each takes 0.1 s of CPU, and a machine may be at a tenth of its speed
+    with httpx.Client(base_url=server.url, timeout=20) as client, client.stream("POST", CHAT, json=slow) as answer:
         lines = answer.iter_lines()
         next(lines)
         server.stop()
-        health, metrics = (httpx.get(server.url + path) for path in ("/health", "/metrics"))
+        health, metrics = (client.get(path) for path in ("/health", "/metrics"))
         assert (health.status_code, health.json()["error"]["code"]) == (503, "draining")
         assert metrics.status_code == 200 and "balcony_replies_running 1.0" in metrics.text
-        (slot,) = httpx.get(server.url + "/slots").json()
-        faster = httpx.post(f"{server.url}/slots/{slot['id']}", json={"budget": {"max_pace_tps": 12}})
+        (slot,) = client.get("/slots").json()
+        faster = client.post(f"/slots/{slot['id']}", json={"budget": {"max_pace_tps": 12}})
         assert faster.status_code == 200, "it may end in time"
-        assert httpx.post(server.url + CHAT, json=HELLO).status_code == 503
+        assert client.post(CHAT, json=HELLO).status_code == 503
         rest = [line for line in lines if line]
     assert '"code":"stopped"' in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 100
 
@@ -376,10 +375,10 @@ def test_the_page_needs_nothing_from_elsewhere(http: httpx.Client) -> None:
 def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
     """Readiness, 503 while loading, SIGHUP, and a SIGTERM that waits for the reply in progress."""
     (tmp_path / "calm.toml").write_text("max_pace_tps = 40\n", encoding="utf-8")
-    with socket.socket() as free:
+    with socket.socket() as free, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server has it; nobody else gets the port
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         address = f"\0balcony-{os.getpid()}"  # a name without a path: those of sockets are short
         told.bind(address)
         told.settimeout(60)
@@ -402,7 +401,8 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
         command += ["--record", str(tmp_path / "rounds.jsonl")]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": "Bearer key"}) as client:
+            key = {"authorization": "Bearer key"}
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=key, timeout=60) as client:
                 assert heard().startswith(b"READY=1")
                 assert client.get("/health").status_code == 200
                 (tmp_path / "fresh.toml").write_text("exit_layer = 2\n", encoding="utf-8")
@@ -418,7 +418,7 @@ def test_the_life_of_a_process(tiny: Any, tmp_path: Path) -> None:
                     process.terminate()
                     assert heard() == b"STOPPING=1" and beats
                     assert [line for line in lines if line][-1] == "data: [DONE]"
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 0, errors
@@ -490,5 +490,5 @@ def test_a_reply_that_is_not_admitted_waits(serve: Callable[..., Server]) -> Non
         time.sleep(0.3)
         first.close()
         answer = waits.result(60).json()
-    assert answer["balcony"]["ttft_ms"] > 300 > answer["timings"]["prompt_ms"]
+    assert answer["balcony"]["ttft_ms"] - answer["timings"]["prompt_ms"] >= 300
     until(lambda: is_free(server))

@@ -76,25 +76,26 @@ def test_two_processes_make_the_run_of_one(
 ) -> None:
     alone = trainer_of(make_tiny("llama"), corpus, tmp_path / "alone", steps=5, micro_rows=1)
     alone.run()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # what `accelerate launch` sets for each of several GPUs; on CPUs alone it would start one process
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    world |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_FSDP": sharded}  # the latter from its --use_fsdp
-    children = [
-        subprocess.Popen(
-            _script(_SHARED, text_file, tmp_path / "shared"),
-            env=_environment() | world | {"RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [child.wait(timeout=600) for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
+    with socket.socket() as kept:  # until the end: bound and silent, it keeps the port from all who ask for a free one
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch has it, which may therefore listen there
+        kept.bind(("127.0.0.1", 0))
+        port = str(kept.getsockname()[1])
+        # what `accelerate launch` sets for each of several GPUs; on CPUs alone it would start one process
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        world |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_FSDP": sharded}  # the latter from its --use_fsdp
+        children = [
+            subprocess.Popen(
+                _script(_SHARED, text_file, tmp_path / "shared"),
+                env=_environment() | world | {"RANK": rank, "LOCAL_RANK": rank},
+            )
+            for rank in ("0", "1")
+        ]
+        try:
+            assert [child.wait(timeout=600) for child in children] == [0, 0]
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
     shared = [json.loads(line)["loss"] for line in (tmp_path / "shared/run/2-3" / METRICS).read_text().splitlines()]
     assert [path.read_text() for path in (tmp_path / "shared").glob("process * of 2")] == [held, held]
     assert len(shared) == 5
@@ -107,7 +108,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(
 ) -> None:
     child = subprocess.Popen(_script(_KILLED, text_file, tmp_path), env=_environment())
     metrics = tmp_path / "run/2-3" / METRICS
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while child.poll() is None and time.monotonic() < deadline:
         if (
             metrics.is_file()

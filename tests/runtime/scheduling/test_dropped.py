@@ -28,7 +28,7 @@ def test_the_collector_does_not_wait_for_the_round_of_another_thread(llm: LLM, m
     def slow(self: SequencePool, moves: Any) -> Any:
         if sequence in [move.sequence for move in moves]:
             inside.set()
-            assert collected.wait(5), "the collector waits for this round"
+            assert collected.wait(60), "the collector waits for this round"
         return step(self, moves)
 
     monkeypatch.setattr(SequencePool, "step", slow)

@@ -134,13 +134,13 @@ def test_a_streams_budget_changes_between_its_tokens(llm: LLM) -> None:
 def test_each_reply_has_verdicts_on_its_own_budget(llm: LLM) -> None:
     llm.costs = PRICES
     replies = all_at_once(
-        lambda: llm.generate([1, 2], budget=Budget(tpot_ms=500.0), max_new_tokens=8, ignore_eos=True),
-        lambda: llm.generate([3], budget=Budget(ttft_ms=900.0), max_new_tokens=8, ignore_eos=True),
+        lambda: llm.generate([1, 2], budget=Budget(tpot_ms=50_000.0), max_new_tokens=8, ignore_eos=True),
+        lambda: llm.generate([3], budget=Budget(ttft_ms=90_000.0), max_new_tokens=8, ignore_eos=True),
         lambda: llm.generate([3], max_new_tokens=8, ignore_eos=True),
     )
     assert [[verdict.key for verdict in reply.verdicts] for reply in replies] == [["tpot_ms"], ["ttft_ms"], []]
     assert all(verdict.held for reply in replies for verdict in reply.verdicts)
-    assert [token.target_ms for token in replies[0].tokens] == [None] + [500.0] * (len(replies[0].tokens) - 1)
+    assert [token.target_ms for token in replies[0].tokens] == [None] + [50_000.0] * (len(replies[0].tokens) - 1)
 
 
 def test_a_cancelled_stream_leaves_the_others_alone(llm: LLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
 from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling import stream
 from tests.support.replies import PRICES
 
 TIMED: dict[str, Any] = {"budget": Budget(tpot_ms=1000.0), "max_new_tokens": 200, "ignore_eos": True}
@@ -57,6 +59,20 @@ def test_a_reader_is_waited_for_as_long_as_the_gap_that_it_asks_for(
         replies.add(list(range(1, 60)), **options)
         replies.step()
         assert seen and set(seen) == {absent_ms}
+
+
+def test_a_newcomer_knows_of_a_reply_whose_reader_is_at_its_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if that reply has been alone so far, while a long prompt runs in portions, and if the prompt is short."""
+    llm.costs = PRICES
+    decide, seen = JointController.decide, []  # type: Any, list[float]
+    monkeypatch.setattr(JointController, "decide", lambda *of: (seen.append(of[2].absent_ms), decide(*of))[1])
+    monkeypatch.setattr(stream, "time", SimpleNamespace(perf_counter_ns=lambda: 0))  # a reader is one for 60 ms
+    with llm.stream([1, 2], **{**TIMED, "budget": Budget(tpot_ms=30.0)}) as reading:
+        for rows in (240, 10):  # the first prompt runs in portions
+            assert [next(reading) for _ in range(3)]
+            seen.clear()
+            llm.generate(list(range(1, rows + 1)), max_new_tokens=1, ignore_eos=True)
+            assert set(seen[:2]) == {15.0} and (rows == 10 or len(seen) > 1)
 
 
 def test_a_reader_that_has_gone_holds_no_prompt_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

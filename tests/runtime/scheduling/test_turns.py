@@ -14,7 +14,6 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds, replay_rounds
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InfeasibleError, InputError
@@ -123,19 +122,6 @@ def test_a_long_prompt_with_a_target_makes_way_if_others_run(llm: LLM) -> None:
         while replies.open:
             replies.step()
     assert len(prompt.reply.tokens) == 2
-
-
-def test_a_newcomer_knows_of_a_reply_whose_reader_is_at_its_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if that reply has been alone so far, while a long prompt runs in portions, and if the prompt is short."""
-    llm.costs = PRICES
-    decide, seen = JointController.decide, []  # type: Any, list[float]
-    monkeypatch.setattr(JointController, "decide", lambda *of: (seen.append(of[2].absent_ms), decide(*of))[1])
-    with llm.stream([1, 2], budget=Budget(tpot_ms=30.0), **ENDLESS) as reading:
-        for rows in (240, 10):  # the first prompt runs in portions
-            assert [next(reading) for _ in range(3)]
-            seen.clear()
-            llm.generate(list(range(1, rows + 1)), max_new_tokens=1, ignore_eos=True)
-            assert set(seen[:2]) == {15.0} and (rows == 10 or len(seen) > 1)
 
 
 def test_tokens_whose_wait_is_interrupted_are_told_later(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
