@@ -460,7 +460,12 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._open: list[int] = []  # tokens since the last text
         self._before = ""  # what ``before`` ends with, if it may be half of a character
-        for token in before[-CONTEXT_TOKENS:]:
+        before = before[-CONTEXT_TOKENS:]
+        while before and re.match("<0x[89AB]", tokenizer.id_to_token(before[0]) or ""):
+            before = before[
+                1:
+            ]  # byte fallback decodes neighbouring bytes together: after half a character none is known
+        for token in before:
             self.push(token)
         self._before, self._open = self.flush(), []
 

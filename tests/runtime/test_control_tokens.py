@@ -23,6 +23,10 @@ def codec(tiny: Any) -> TextCodec:
     return TextCodec(Bundle.open(tiny.path))
 
 
+def test_control_tokens_have_names(codec: TextCodec, tiny: Any) -> None:
+    assert codec.name(tiny.tokenizer.convert_tokens_to_ids("<end>")) == "<end>"
+
+
 @pytest.mark.parametrize("text", ["a<end>b", "<end>", "the <end> fox <end><end>", "no token of control"])
 def test_control_tokens_in_a_prompt_can_be_plain_text(codec: TextCodec, tiny: Any, text: str) -> None:
     """A plain text's are tokens by default, as in transformers; a message's are spelled, and the template's own stay."""

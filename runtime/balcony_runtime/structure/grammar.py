@@ -124,20 +124,20 @@ class Grammars:
             InputError: llguidance cannot use it, or the bundle has no end-of-sequence token.
             MissingDependencyError: llguidance is not installed.
         """
-        return self._made(_without_marks)
+        return self._made(named=False)
 
     @cached_property
     def _with_marks(self) -> LLTokenizer:
         """The same with the names of marks, for grammars; errors as for :attr:`tokenizer`."""
-        return self._made(str)
+        return self._made(named=True)
 
-    def _made(self, changed: Callable[[str], str]) -> LLTokenizer:
+    def _made(self, *, named: bool) -> LLTokenizer:
         llguidance = _llguidance()
         if not self._ends:
             raise InputError(
                 "this bundle has no end-of-sequence token, with which a structured reply ends: export a model with one"
             )
-        text, ends = changed(self._text()), list(self._ends)
+        text, ends = _as_written(self._text(), named=named), list(self._ends)
         try:
             try:
                 made: LLTokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=ends)
@@ -300,19 +300,29 @@ class Guide:
             raise _refused(self._kind, self._matcher.get_error())
 
 
-def _without_marks(tokenizer: str) -> str:
-    """A tokenizer.json in which added tokens such as ``<think>`` have other names.
+def _as_written(tokenizer: str, *, named: bool) -> str:
+    """A tokenizer.json that splits certain text as a structure writes it.
 
-    llguidance takes them for control tokens, which no text matches, but splits certain text with the tokenizer, which would
-    find them: "<think>" in a schema or an expression could not be written. Tools name them by number.
+    One that normalizes texts (NFC in Qwen) would give tokens of other bytes. Control tokens, and added tokens such as
+    ``<think>``, have other names unless they are ``named``: no text matches them in llguidance, but the tokenizer would find
+    them in "<think>" or Gemma's "<table>" in a schema or an expression. Tools name them by number.
     """
     found = json.loads(tokenizer)
-    pieces = found["model"].get("vocab")
+    first = found.get("normalizer") or {"type": "NFC"}
+    steps = [one for one in first.get("normalizers", [first]) if not one["type"].startswith("NF")]
+    found["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    if named or "merges" not in (model := found["model"]):
+        return json.dumps(found)
+    names: dict[str, str] = {}
     for token in found.get("added_tokens") or ():
         name = token["content"]
-        is_mark = name.startswith("<") and name.endswith(">") and not token["special"]
-        if is_mark and isinstance(pieces, dict) and name not in pieces:  # the id of a piece follows from its name
-            token["content"] = f"<\ufdd0{token['id']}>"  # no text has this noncharacter by chance
+        if token["special"] or (name.startswith("<") and name.endswith(">")):
+            token["content"] = names[name] = f"<\ufdd0{token['id']}>"  # no text has this noncharacter by chance
+    if names.keys() & model["vocab"].keys():  # their ids follow from the names of the pieces
+        model["vocab"] = {names.get(piece, piece): id_ for piece, id_ in model["vocab"].items()}
+        model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
+        pairs = ((one, one.split(" ") if isinstance(one, str) else one) for one in model["merges"])
+        model["merges"] = [one for one, pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
     return json.dumps(found)
 
 

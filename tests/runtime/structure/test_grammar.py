@@ -12,6 +12,7 @@ import jsonschema_rs
 import numpy as np
 import pydantic
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 import balcony_edge
 from balcony_edge import SamplingParams
@@ -148,6 +149,19 @@ def test_llama_cpps_grammars_may_have_numbers_of_characters(grammars: Grammars) 
     guide = guide_of(grammars, grammar=grammar)
     tokens = [*grammars.tokenizer.tokenize_str("éaß\U0001f600\\u00df"), END]
     assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
+
+
+@pytest.mark.parametrize("text", ["cafe\u0301", "5 k\u2126", "<table>", "<end>"])
+def test_a_certain_text_is_the_one_that_was_asked_for(tiny: Any, text: str) -> None:
+    """Qwen's tokenizer normalizes to NFC, Gemma's has marks of HTML among its pieces; ``<end>`` is a control token."""
+    tokenizer = Tokenizer.from_file(str(tiny.path / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.NFC()
+    found = json.loads(tokenizer.to_str())
+    found["model"]["vocab"]["<table>"] = id_ = len(found["model"]["vocab"])
+    found["added_tokens"].append(found["added_tokens"][0] | {"id": id_, "content": "<table>", "special": False})
+    guide = guide_of(Grammars(lambda: json.dumps(found), 320, (END,)), json_schema={"const": text})
+    tokens = guide.forced(100)
+    assert tokens[-1] == END and id_ not in tokens and tokenizer.decode(tokens) == f'"{text}"'
 
 
 def test_names_of_tokens_are_found_in_linear_time(grammars: Grammars) -> None:
