@@ -76,13 +76,13 @@ def partial_directory(target: Path) -> Iterator[Path]:
         _unlock(lock)
 
 
-def remove_leftovers(directory: Path, prefix: str, part: str = PARTIAL) -> None:
+def remove_leftovers(directory: Path, prefix: str) -> None:
     """Remove what killed writers have left in a directory: partial directories that nobody holds.
 
-    Their names begin with ``prefix`` and contain ``part``.
+    Their names begin with ``prefix`` and contain :data:`PARTIAL`.
     """
     for leftover in directory.iterdir():
-        if leftover.name.startswith(prefix) and part in leftover.name:
+        if leftover.name.startswith(prefix) and PARTIAL in leftover.name:
             with contextlib.suppress(BlockingIOError):  # its writer is at work
                 if (lock := _lock(leftover, wait=False)) is not None:
                     shutil.rmtree(leftover, ignore_errors=True)

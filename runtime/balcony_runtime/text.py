@@ -461,10 +461,9 @@ class TextStream:
         self._open: list[int] = []  # tokens since the last text
         self._before = ""  # what ``before`` ends with, if it may be half of a character
         before = before[-CONTEXT_TOKENS:]
+        # Byte fallback decodes neighbouring bytes together, and those after the end of a cut character would be unknown.
         while before and re.match("<0x[89AB]", tokenizer.id_to_token(before[0]) or ""):
-            before = before[
-                1:
-            ]  # byte fallback decodes neighbouring bytes together: after half a character none is known
+            before = before[1:]
         for token in before:
             self.push(token)
         self._before, self._open = self.flush(), []

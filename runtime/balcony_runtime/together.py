@@ -165,6 +165,7 @@ class Together(Closing):
 
     def close(self) -> None:
         """End all replies, also those after one whose end fails."""
+        self._found = []  # also of a step that failed: a server begins other replies
         with ExitStack() as all_of_them:
             for tokens in self.open:
                 all_of_them.callback(self._end, tokens)

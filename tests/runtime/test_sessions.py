@@ -343,6 +343,24 @@ def test_the_next_process_finds_a_prefix_of_any_name(tiny: Any, tmp_path: Path) 
         assert llm.generate([*prompt, 7], max_new_tokens=1).cached_tokens == len(prompt)
 
 
+def test_a_link_into_a_private_directory_is_no_prefix(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, is_file = list(range(10, 60)), Path.is_file
+    with balcony_edge.load(tiny.path, device="cpu", prefix_directory=tmp_path) as llm:
+        llm.save_prefix(prompt, tmp_path / "talk.session")
+    (tmp_path / "private.session").symlink_to("/root/private.session")
+
+    def private(path: Path) -> bool:
+        if path.name == "private.session":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", private)
+    with balcony_edge.load(tiny.path, device="cpu", prefix_directory=tmp_path) as llm:
+        assert llm.generate([*prompt, 7], max_new_tokens=1).cached_tokens == len(prompt)
+
+
 @pytest.mark.parametrize("name", [".", "file/below"])
 def test_a_prefix_that_cannot_be_written_is_refused_before_its_prompt_runs(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -14,7 +14,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.errors import BudgetError, DeviceError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
-from balcony_runtime.reply import Token
+from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.scheduling import stream
 from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.serve.bodies.refusal import refusal_of
@@ -90,6 +90,19 @@ def test_a_bug_ends_one_reply_and_is_logged(llm: LLM, monkeypatch: pytest.Monkey
     assert [type(item) for item in sent.items[2]] == [ZeroDivisionError]
     assert [type(item) for item in sent.items[1]] == [Token] * 10
     assert [record.message for record in caplog.records] == ["the decode thread failed"]
+
+
+def test_a_bug_at_the_end_of_a_reply_ends_no_later_one(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = Sent(llm)
+    sent.worker.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStream, "close", Mock(side_effect=RuntimeError("a bug")))
+        sent.worker.submit(job(sent.worker, 1, 1))
+        sent.until(1, 1)
+    sent.worker.submit(job(sent.worker, 2, 3))
+    sent.until(2, 1)
+    sent.worker.stop()
+    assert isinstance(sent.items[1][-1], Exception) and isinstance(sent.items[2][0], Token)
 
 
 def test_a_reply_that_finds_no_memory_is_no_bug(llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

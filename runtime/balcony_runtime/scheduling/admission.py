@@ -53,14 +53,13 @@ class Looks:
     def __init__(self) -> None:
         self._waits: dict[int, bool] = {}  # stream → whether it waited at the last look
         self._looked_s = 0.0
-        self._left_s: float | None = None  # since when nobody asks but those that wait; infinite once that was told
+        self._left_s = 0.0  # since when nobody asks but those that wait; infinite once that was told
 
     def due(self, streams: Sequence[Stream]) -> bool:
         """Whether to look now."""
         waits, now_s = {one.key: one.waits for one in streams}, time.monotonic()
-        if not any(waits.values()) or any(one.asks and one.admitted for one in streams):
-            self._left_s = None
-        elif self._left_s is None:
+        goes_on = any(self._waits.get(key) for key, one in waits.items() if one)  # as at the last look
+        if not goes_on or any(one.asks and one.admitted for one in streams):
             self._left_s = now_s
         elif now_s - self._left_s >= LEFT_S:
             self._left_s, left = math.inf, sum(one.admitted for one in streams)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from balcony_edge.errors import BalconyError, InputError
-from balcony_edge.files import PARTIAL, remove_leftovers, require_writable
+from balcony_edge.files import remove_leftovers, require_writable
 from balcony_runtime.backends.base import IntArray
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.sessions import file
@@ -48,8 +48,8 @@ class PrefixFiles:
         self._known: dict[Path, tuple[IntArray, int]] = {}  # file → its tokens (n,), and its bytes
         with contextlib.suppress(OSError):  # the directory is not there yet
             # Also of saves under a name: clients choose names, and nobody might ever write that one again.
-            remove_leftovers(directory, ".", f"{SUFFIX}{PARTIAL}")
-        for path in sorted(one for one in directory.glob("[!.]*") if one.is_file()):  # a user may give any name
+            remove_leftovers(directory, ".")
+        for path in sorted(path for path, _ in self._files("[!.]*")):  # a user may give any name
             self._look(path)
 
     def add(self, path: Path) -> None:

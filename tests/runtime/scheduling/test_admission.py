@@ -7,6 +7,7 @@ import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
 from balcony_runtime.scheduling import admission
 from balcony_runtime.scheduling import scheduler as scheduler_module
-from balcony_runtime.scheduling.admission import row_bytes
+from balcony_runtime.scheduling.admission import Looks, row_bytes
 from balcony_runtime.text import TextCodec
 from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids
 
@@ -108,6 +109,28 @@ def test_who_waits_for_a_stream_that_was_left_is_told(
         "a reply waits for others: for 0.05 s nobody has asked for a token of the 1 in progress: read those streams on, or "
         "close them"
     ]
+
+
+def test_each_reply_that_waits_for_a_stream_that_was_left_is_told_in_its_own_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ctrl-C ends the cell that was told, and it runs again. Another one goes before it was told, an hour before the next."""
+    now_s, looks = 0.0, Looks()
+    left: Any = SimpleNamespace(key=0, asks=False, admitted=True, waits=False)
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now_s))
+
+    def told(key: int, seconds: int) -> int:
+        nonlocal now_s
+        one: Any = SimpleNamespace(key=key, asks=True, admitted=False, waits=True)
+        caplog.clear()
+        for _ in range(seconds):
+            looks.due([left, one])
+            now_s += 1.0
+        return len(caplog.records)
+
+    assert [told(1, 20), told(2, 20), told(3, 2)] == [1, 1, 0]
+    now_s += 3600.0
+    assert told(4, 2) == 0
 
 
 def test_more_asynchronous_streams_than_threads_of_the_loop(llm: LLM) -> None:

@@ -282,8 +282,8 @@ def test_bundles_share_a_directory(export_tiny: Callable[[str], Any], tmp_path: 
 
 
 def test_what_a_killed_process_left_is_removed(tiny: Any, tmp_path: Path) -> None:
-    for name in ("prefix-0123-4567", "talk"):  # the second was saved by its name
-        (left := tmp_path / f".{name}.session.partial-89ab").mkdir()
+    for name in ("prefix-0123-4567.session", "talk.session", "instructions"):  # the others were saved by their names
+        (left := tmp_path / f".{name}.partial-89ab").mkdir()
         (left / "part").write_bytes(b"x" * 1000)
     with balcony_edge.load(tiny.path, prefix_directory=tmp_path):
         assert list(tmp_path.iterdir()) == []
