@@ -67,18 +67,21 @@ class Run(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A budget, the prices for its decisions, what it learns of rounds, and the thresholds if it uses confidence exits."""
+    """A budget, the prices for its decisions, what it has learned of rounds, and the thresholds if it uses confidence exits.
+
+    Without a speculator each run has a new one: it would learn the true prices, and forced rounds would not be forced any more.
+    """
 
     budget: Budget
     costs: CostModel
-    speculator: Speculator
+    speculator: Speculator | None
     thresholds: ConfidenceSpec | None = None
 
 
 def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
     llm.costs = policy.costs
     llm._settings.budgets = policy.budget, policy.budget
-    llm._learned.speculator = policy.speculator  # of its own: forced rounds teach false prices
+    llm._learned.speculator = policy.speculator or Speculator(llm.exit_layers, llm.engine.manifest.agreement)
     llm._learned.confident = Confident(llm.exit_layers, policy.thresholds)
     replies, drafted, made, kept, early = [], 0, 0, 0, 0
     begin = time.perf_counter()
@@ -151,7 +154,8 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
     free = always_paying(costs)
 
     def policy(budget: Budget, prices: CostModel = costs, spec: ConfidenceSpec | None = None) -> Policy:
-        return Policy(budget, prices, Speculator(exits, llm.engine.manifest.agreement), spec)
+        speculator = None if prices is free else Speculator(exits, llm.engine.manifest.agreement)
+        return Policy(budget, prices, speculator, spec)
 
     policies = {
         "plain": policy(Budget()),

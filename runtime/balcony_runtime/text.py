@@ -27,7 +27,7 @@ from balcony_runtime.structure.formats import (
     plain_messages,
     without_system,
 )
-from balcony_runtime.structure.marks import THOUGHT, ThoughtReader, overlap
+from balcony_runtime.structure.marks import THOUGHT, ThoughtReader, overlap, with_thought
 from balcony_runtime.template import ChatTemplate
 
 Message = Mapping[str, Any]
@@ -295,8 +295,9 @@ class TextCodec:
                 "this bundle has no chat template: give the prompt as a text (chat=False, --raw, or /v1/completions)"
             )
         calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-        if self._call_format is None and (calls or given.get("tools")):
-            messages, given = plain_messages(messages, given.get("tools", ())), {**given, "tools": None}
+        told = given.get("tools", ()) if (form := self._call_format) is None else ()
+        if told or (calls and not (form and form.written)):
+            messages, given = plain_messages(messages, told), {**given, **({"tools": None} if told else {})}
         try:
             return self._rendered(template, messages, given)
         except InputError:
@@ -396,7 +397,7 @@ def _message(message: Any) -> dict[str, Any]:
         content = "\n".join(parts)  # type: ignore[arg-type]
     if not isinstance(content, str):
         raise InputError(f"message content = {shown(content)}: must be a text or a list of text parts: give a text")
-    found = {**message, "role": _unicode(message["role"]), "content": _unicode(content)}
+    found = with_thought({**message, "role": _unicode(message["role"]), "content": _unicode(content)})
     found.pop("tool_calls", None)  # some templates refuse an empty list
     if calls:
         found["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list | tuple) else [_call(calls)]

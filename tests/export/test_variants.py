@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import balcony_edge
 from balcony_edge.budget import Budget
@@ -233,6 +234,16 @@ def test_an_extracted_exit_has_the_names_that_other_engines_read(
     assert load_model(tmp_path / "out").config.num_hidden_layers == 3
 
 
+@pytest.mark.parametrize("name", ["mamba2", "granite-hybrid"])
+def test_an_extracted_exit_has_no_infinite_number(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path, name: str
+) -> None:
+    """transformers 5 writes `{"__float__": "Infinity"}`, which transformers 4 takes for the limit of time steps."""
+    extract(ExitModel.open(make_tiny(name), (2,)), make_tokenizer(), 2, tmp_path / "out")
+    assert "Infinity" not in (tmp_path / "out/config.json").read_text()
+    assert tuple(load_model(tmp_path / "out").config.time_step_limit) == (0.0, float("inf"))
+
+
 def test_an_extracted_tokenizer_has_a_class_that_transformers_4_knows(
     make_tiny: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -267,6 +278,23 @@ def test_an_exit_of_a_bfloat16_checkpoint_is_extracted(
     loaded = load_model(tmp_path / "m", keep_dtype=True)
     extract(ExitModel.open(loaded, (2,)), make_tokenizer(), 2, tmp_path / "out")
     assert load_model(tmp_path / "out", keep_dtype=True).dtype == torch.bfloat16
+
+
+def test_float32_vectors_of_a_bfloat16_checkpoint_are_not_rounded(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Qwen3.5-0.8B to 27B have these two of each recurrent layer in float32 among bfloat16."""
+    model = make_tiny("qwen3.5").to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("linear_attn.A_log", "linear_attn.norm.weight")):
+            parameter.data = torch.linspace(0.3, 2.7, parameter.numel())
+    model.save_pretrained(tmp_path / "m")
+    wanted = {name: value for name, value in load_file(tmp_path / "m/model.safetensors").items() if "layers.0." in name}
+    loaded = load_model(tmp_path / "m", keep_dtype=True)
+    extract(ExitModel.open(loaded, (2,)), make_tokenizer(), 2, tmp_path / "out")
+    for got in (loaded.state_dict(), load_file(tmp_path / "out/model.safetensors")):
+        assert all(got[name].dtype == value.dtype and torch.equal(got[name], value) for name, value in wanted.items())
+    assert sum(value.dtype == torch.float32 for value in wanted.values()) == 2 and loaded.dtype == torch.bfloat16
 
 
 def test_a_head_that_its_configuration_calls_tied_is_extracted(

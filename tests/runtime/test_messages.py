@@ -101,6 +101,30 @@ def test_parts_and_calls_as_clients_send_them_back(bundle_copy: Path) -> None:
         assert "{}" in codec.decode(codec.encode([*said("u"), {"role": "assistant", "tool_calls": [call]}]))
 
 
+@pytest.mark.parametrize("role", ["", "{% if messages[0].role == 'tool_calls' %}{% endif %}"])
+def test_a_template_that_leaves_calls_out_gets_them_as_text(bundle_copy: Path, role: str) -> None:
+    """SmolLM3's and Falcon-H1's show the tools, and of a message with calls the content: the model would call again."""
+    shown = "{% if tools %}<tool_call>{{ tools[0].function.name }} {% endif %}"
+    codec = write_template(bundle_copy, shown + role + SHOWN)
+    call = {"type": "function", "function": {"name": "stop", "arguments": '{"a": 1}'}}
+    messages = [*said("u"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "done"}]
+    text = codec.decode(codec.encode(messages, tools=[{"type": "function", "function": {"name": "stop"}}])).strip()
+    assert text == (
+        '<tool_call>stop u0 a<tool_call>\n{"name": "stop", "arguments": {"a": 1}}\n</tool_call> '
+        "u<tool_response>\ndone\n</tool_response>"
+    )
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_comes_back_under_any_of_its_names(bundle_copy: Path, name: str) -> None:
+    """LFM2.5's template reads the second one, and we send the first, as llama.cpp; vLLM sends the third."""
+    codec = write_template(
+        bundle_copy, "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }} {% endfor %}"
+    )
+    messages = [{"role": "assistant", "content": "a", "reasoning_content": None, name: "the fox"}, *said("u")]
+    assert codec.decode(codec.encode(messages)).strip() == "the fox|the fox |"
+
+
 def test_json_as_transformers_writes_it(bundle_copy: Path) -> None:
     codec = write_template(
         bundle_copy,

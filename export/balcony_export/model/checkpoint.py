@@ -80,7 +80,7 @@ def load_model(
     Args:
         source: A directory, a ``.gguf`` file, a hub name, or ``demo`` for :func:`demo_model_path`.
         dtype: Type of the weights; GGUF weights are dequantized to it.
-        keep_dtype: Whether to keep the checkpoint's own type, if it has one (GGUF has none).
+        keep_dtype: Whether to keep the types of the checkpoint, if it has any (GGUF has none).
         attn_implementation: transformers' name of the attention function; None for its choice for the model. Attention
             with a soft cap is always eager: the choice of some versions leaves the cap out.
 
@@ -88,7 +88,7 @@ def load_model(
         CheckpointError: ``source`` cannot be loaded, or export could not represent it.
     """
     where, options = _locate(source)
-    with _explained(source):
+    with _explained(source), _vectors_in_float32():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype="auto" if keep_dtype and not options else dtype,
@@ -197,6 +197,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("time_step_limit") == [0.0, {"__float__": "Infinity"}]:  # the default, in a form of transformers 5
+        del config["time_step_limit"]
     rope = config.get("rope_parameters") or {}
     if isinstance(local := rope.get("sliding_attention"), dict):  # Gemma 3: one rope for each kind of attention
         config["rope_local_base_freq"], rope = local.get("rope_theta"), rope.get("full_attention") or {}
@@ -460,6 +462,17 @@ def _splits_digits(path: Path) -> bool:
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")
     return field is not None and str(field.contents()) in _DIGITS_APART
+
+
+@contextlib.contextmanager
+def _vectors_in_float32() -> Iterator[None]:
+    """Leave Qwen 3.5's decay rates and gated norms in float32, as its files have them; transformers would round them."""
+    before = PreTrainedModel._keep_in_fp32_modules_strict
+    PreTrainedModel._keep_in_fp32_modules_strict = {"linear_attn.A_log", "linear_attn.norm"}
+    try:
+        yield
+    finally:
+        PreTrainedModel._keep_in_fp32_modules_strict = before
 
 
 @contextlib.contextmanager

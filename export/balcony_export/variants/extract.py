@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError
-from balcony_export.model.architecture import cast_weights, parts_of
+from balcony_export.model.architecture import parts_of
 from balcony_export.model.checkpoint import save_checkpoint
 from balcony_export.model.exits import ExitModel
 from balcony_export.model.experts import experts_in
@@ -64,7 +64,6 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
     if hasattr(config, "num_dense_layers"):  # LFM2-MoE begins with dense layers
         config.num_dense_layers = sum(not any(experts_in(layer)) for layer in layers)
     small: PreTrainedModel = type(model)(config).eval()
-    cast_weights(small, next(model.parameters()).dtype)
     target = parts_of(small)
     for new, old in (
         *zip(target.layers, layers, strict=True),
@@ -72,6 +71,8 @@ def submodel(exits: ExitModel, exit_layer: int) -> PreTrainedModel:
         (target.norm, parts.norm if balcony is None else balcony.norm),
         *(() if parts.head.weight is parts.embed.weight else ((target.head, parts.head),)),
     ):
+        for made, kept in zip(new.parameters(), old.parameters(), strict=True):
+            made.data = made.data.to(kept.dtype)
         new.load_state_dict(old.state_dict())
         # Falcon-H1's multipliers are in no state, and in the type of its weights.
         for made, module in zip(new.modules(), old.modules(), strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -27,6 +28,9 @@ To call one, write its name and its arguments as JSON, between these marks:
 {{"name": "the function's name", "arguments": {{"argument": "value"}}}}
 </tool_call>"""
 
+#: The calls of a message, as a template reads them; SmolLM3's and Falcon-H1's read none, Mixtral 8x22B's a role of this name.
+_READS_CALLS = re.compile(r"""(\.|[\[(]\s*['"])tool_calls\b""")
+
 
 class CallFormat(NamedTuple):
     """How a model family writes calls; ``formats.toml`` describes the fields."""
@@ -43,6 +47,7 @@ class CallFormat(NamedTuple):
     between: str = ""
     last: str = ""
     several: bool = True
+    written: bool = True  # not of the table: whether the chat template writes the calls of earlier turns
 
 
 @cache
@@ -56,12 +61,12 @@ def format_of(template: str) -> CallFormat | None:
     """The format that a chat template's text shows, or None."""
     for one in formats().values():
         if all(text in template for text in one.knows) and not any(text in template for text in one.lacks):
-            return one
+            return one._replace(written=_READS_CALLS.search(template) is not None)
     return None
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template that knows no tools: calls and results as text, and tools in the system message.
+    """The conversation for a template that knows no tools or no calls: these and results as text, tools in the system's.
 
     Args:
         messages: messages whose contents are texts.

@@ -5,15 +5,24 @@ Owns the marks around a thought. Those around calls are :mod:`.formats`.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 #: Marks around a thought, as Qwen, DeepSeek and most other families write them.
 THOUGHT = ("<think>", "</think>")
+#: Names of a thought in a message. Most templates read the first, LFM2.5's the second; clients send any of them.
+_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 def overlap(text: str, mark: str) -> int:
     """Length of the longest suffix of ``text`` that is a prefix of ``mark``, and not all of it."""
     return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0)
+
+
+def with_thought(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its thought, if it has one, under the names that templates read, as in transformers."""
+    thought = next((message[name] for name in _NAMES if message.get(name) is not None), None)
+    return {**message} if thought is None else {**message, "reasoning_content": thought, "thinking": thought}
 
 
 class ThoughtReader:

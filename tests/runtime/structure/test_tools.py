@@ -248,6 +248,7 @@ def test_pieces_of_a_call() -> None:
         ("{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS]' }}name[ARGS]{{ tools }}", None),
         ("{{ tools }}<|tool_call_start|>[name(city='Ulm')]<|tool_call_end|>", None),
         ("{{ tools }}<tools><tool_calls><tool_call>name\n```json\n{}\n```</tool_call></tool_calls>", None),  # Hunyuan
+        (r'{{ tools }}{{ "\n<tool_call>{\"name\": function_1_name}</tool_call>" }}', "exaone"),
         ("{{ messages }}", None),
     ],
 )
