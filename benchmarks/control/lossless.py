@@ -29,6 +29,7 @@ import numpy as np
 from balcony_edge.budget import Budget
 from balcony_edge.device.machine import cpu_name
 from balcony_runtime.decoding.prices import measure_prices
+from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.llm import LLM
 from benchmarks.control.policies import always_paying, has_exact_products, read_prompts
 
@@ -43,6 +44,8 @@ def spoilt_and_speculated(llm: LLM, prompt: list[int], turn: int) -> tuple[list[
     llm.budget = Budget(exit_layer=llm.exit_layers[turn % (len(llm.exit_layers) - 1)])
     for _ in llm.stream(prompt, max_new_tokens=SHALLOW_TOKENS, ignore_eos=True, sequence=sequence):
         pass
+    # One that served earlier replies would have learned the true prices, under which rounds do not pay.
+    llm._learned.speculator = Speculator(llm.exit_layers, llm.engine.manifest.agreement)
     llm.budget = BUDGETS[0]
     reply, speculated = [], 0
     for token in llm.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True, sequence=sequence):

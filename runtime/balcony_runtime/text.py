@@ -297,7 +297,8 @@ class TextCodec:
         calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
         told = given.get("tools", ()) if (form := self._call_format) is None else ()
         if told or (calls and not (form and form.written)):
-            messages, given = plain_messages(messages, told), {**given, **({"tools": None} if told else {})}
+            messages = plain_messages(messages, told, self.call_format)
+            given = {**given, **({"tools": None} if told else {})}
         try:
             return self._rendered(template, messages, given)
         except InputError:

@@ -32,6 +32,8 @@ def test_a_policy_that_is_forced_teaches_the_others_nothing(tiny: Any, monkeypat
         assert auto._round_ratio == before
         run = policies._run(llm, policies.Policy(Budget(policy="lossless"), costs, auto), [[5, 9, 17]])
         assert run.replies == found.replies and llm._learned.speculator is auto
+        policies._run(llm, free._replace(speculator=None), [[5, 9, 17]])
+        assert llm._learned.speculator not in (auto, forced)
 
 
 def test_the_first_token_is_timed_with_both_lengths_of_context(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

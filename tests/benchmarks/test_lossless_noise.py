@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import balcony_edge
+from balcony_runtime.decoding.prices import measure_prices
 from benchmarks.control import lossless
 from benchmarks.control.lossless import is_noise
 
@@ -26,3 +28,13 @@ def test_replies_must_be_equal_where_products_are_exact(precision: str, level: i
     quantization = None if level is None else SimpleNamespace(accuracy_level=level)
     manifest: Any = SimpleNamespace(precision=precision, quantization=quantization)
     assert lossless.has_exact_products(manifest) is exact
+
+
+def test_rounds_are_forced_in_each_reply(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 replies those after the fortieth had none: plain steps between the rounds had taught the true prices."""
+    monkeypatch.setattr(lossless, "TOKENS", 12)
+    with balcony_edge.load(tiny.path) as llm:
+        llm.costs = lossless.always_paying(measure_prices(llm.engine))
+        llm._learned.speculator._plain_ratio = 1e-9
+        _, rounds = lossless.spoilt_and_speculated(llm, [5, 9, 17], 0)
+    assert rounds > 0

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balcony_edge.errors import InputError
-from balcony_runtime.structure.formats import plain_messages, without_system
+from balcony_runtime.structure.formats import formats, plain_messages, without_system
 from balcony_runtime.structure.marks import ThoughtReader, overlap
 from balcony_runtime.structure.tools import tools_of
 from tests.support.properties import examples
@@ -60,7 +60,8 @@ def test_system_messages_where_a_template_takes_them(bundle_copy: Path, rule: st
 
 
 @pytest.mark.parametrize(
-    ("role", "joined"), [("user", without_system), ("tool", lambda messages: plain_messages(messages, ()))]
+    ("role", "joined"),
+    [("user", without_system), ("tool", lambda messages: plain_messages(messages, (), formats()["hermes"]))],
 )
 def test_many_messages_are_joined_in_linear_time(role: str, joined: Callable[[Any], list[dict[str, Any]]]) -> None:
     begin = time.thread_time()
@@ -101,18 +102,26 @@ def test_parts_and_calls_as_clients_send_them_back(bundle_copy: Path) -> None:
         assert "{}" in codec.decode(codec.encode([*said("u"), {"role": "assistant", "tool_calls": [call]}]))
 
 
-@pytest.mark.parametrize("role", ["", "{% if messages[0].role == 'tool_calls' %}{% endif %}"])
-def test_a_template_that_leaves_calls_out_gets_them_as_text(bundle_copy: Path, role: str) -> None:
-    """SmolLM3's and Falcon-H1's show the tools, and of a message with calls the content: the model would call again."""
-    shown = "{% if tools %}<tool_call>{{ tools[0].function.name }} {% endif %}"
-    codec = write_template(bundle_copy, shown + role + SHOWN)
+@pytest.mark.parametrize(
+    ("shown", "calls"),
+    [
+        ("<tool_call>", '<tool_call>\n{"name": "stop", "arguments": {"a": 1}}\n</tool_call>'),
+        (
+            "[AVAILABLE_TOOLS]{% if messages[0].role == 'tool_calls' %}[TOOL_CALLS]{% endif %}",
+            '[TOOL_CALLS][{"name": "stop", "arguments": {"a": 1}}]',
+        ),
+    ],
+)
+def test_a_template_that_leaves_calls_out_gets_them_as_text(bundle_copy: Path, shown: str, calls: str) -> None:
+    """SmolLM3's shows the tools, and of a message with calls the content: the model would call again.
+
+    Mistral's first one has a role for them. Calls are in the form in which the next ones are read.
+    """
+    codec = write_template(bundle_copy, f"{{% if tools %}}{shown}{{{{ tools[0].function.name }}}} {{% endif %}}{SHOWN}")
     call = {"type": "function", "function": {"name": "stop", "arguments": '{"a": 1}'}}
     messages = [*said("u"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "done"}]
     text = codec.decode(codec.encode(messages, tools=[{"type": "function", "function": {"name": "stop"}}])).strip()
-    assert text == (
-        '<tool_call>stop u0 a<tool_call>\n{"name": "stop", "arguments": {"a": 1}}\n</tool_call> '
-        "u<tool_response>\ndone\n</tool_response>"
-    )
+    assert text.partition("stop ")[2] == f"u0 a{calls} u<tool_response>\ndone\n</tool_response>"
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
@@ -182,11 +191,11 @@ def nested(levels: int) -> dict[str, Any]:
 
 
 def test_what_is_nested_too_deeply_is_named(bundle_copy: Path) -> None:
-    """Python stops at a thousand calls; the parser of JSON takes about as many levels, so clients can send that."""
+    """Python 3.11 stops at a thousand calls, 3.13 later. The parser of JSON takes about as many, so clients can send that."""
     codec = write_template(bundle_copy, SHOWN + "{{ mood }}{% if tools %}<tool_call>{% endif %}")
-    deep = {"function": {"name": "f", "arguments": nested(300)}}
-    for options, calls in (({"template_kwargs": {"mood": nested(300)}}, {}), ({}, {"tool_calls": [deep]})):
+    deep = {"function": {"name": "f", "arguments": nested(20_000)}}
+    for options, calls in (({"template_kwargs": {"mood": nested(20_000)}}, {}), ({}, {"tool_calls": [deep]})):
         with pytest.raises(InputError, match="the prompt is nested too deeply"):
             codec.encode([*said("u"), {"role": "assistant", "content": "a", **calls}], **options)
     with pytest.raises(InputError, match="tools: parameters of f: are nested too deeply"):
-        tools_of([{"type": "function", "function": {"name": "f", "parameters": nested(400)}}])
+        tools_of([{"type": "function", "function": {"name": "f", "parameters": nested(20_000)}}])

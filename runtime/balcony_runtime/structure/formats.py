@@ -1,6 +1,7 @@
 """Formats of calls: how model families write calls of tools, from the table ``formats.toml``.
 
-Owns the choice of a format for a chat template, and the messages for templates that know no tools or an unknown format.
+Owns the choice of a format for a chat template, and the messages for templates that know no tools, write no calls, or have an
+unknown format.
 """
 
 from __future__ import annotations
@@ -65,12 +66,15 @@ def format_of(template: str) -> CallFormat | None:
     return None
 
 
-def plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template that knows no tools or no calls: these and results as text, tools in the system's.
+def plain_messages(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], form: CallFormat
+) -> list[dict[str, Any]]:
+    """The conversation for a template that writes no calls: calls and results become text.
 
     Args:
         messages: messages whose contents are texts.
-        tools: functions that the model may call; may be empty.
+        tools: functions that the system message shows, because the template does not; may be empty.
+        form: how the model writes calls.
     """
     found: list[dict[str, Any]] = []
     for is_result, group in itertools.groupby(messages, lambda one: one["role"] == "tool"):
@@ -79,9 +83,9 @@ def plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mappin
             found.append({"role": "user", "content": "\n".join(texts)})
             continue
         for message in group:
-            calls = [_written(call["function"]) for call in message.get("tool_calls") or ()]
+            calls = _written(message.get("tool_calls") or (), form)
             rest = {key: value for key, value in message.items() if key != "tool_calls"}
-            found.append(rest | {"content": "\n".join(filter(None, [message["content"], *calls]))})
+            found.append(rest | {"content": "\n".join(filter(None, [message["content"], calls]))})
     if tools:
         listed = "\n".join(_json(tool["function"]) for tool in tools)
         instruction = _INSTRUCTION.format(tools=listed)
@@ -121,10 +125,11 @@ def _joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [one | {"content": "\n\n".join(parts)} for one, parts in zip(found, texts, strict=True)]
 
 
-def _written(function: Mapping[str, Any]) -> str:
-    form = formats()[DEFAULT]
-    arguments = _json(function["arguments"])
-    return f"{form.marker}{form.head}{function['name']}{form.middle}{arguments}{form.tail}"
+def _written(calls: Sequence[Mapping[str, Any]], form: CallFormat) -> str:
+    functions = [call["function"] for call in calls]
+    texts = (f"{form.head}{one['name']}{form.middle}{_json(one['arguments'])}{form.tail}" for one in functions)
+    joined = (form.between + (form.marker if form.each else "")).join(texts)
+    return joined and f"{form.marker}{form.first}{joined}{form.last}"
 
 
 def _json(value: Any) -> str:
