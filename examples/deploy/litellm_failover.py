@@ -92,7 +92,7 @@ async def ask(router: Any) -> tuple[str, str]:
             **REPLY,
         )
         async for piece in stream:
-            began = began or bool(piece.choices and piece.choices[0].delta.content)
+            began = True  # also by a piece without text: a token may be half of a character
             if piece.choices and piece.choices[0].finish_reason is not None:
                 return "whole", ""
     except Exception as error:  # LiteLLM has a class for each provider's errors
