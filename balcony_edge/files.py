@@ -100,6 +100,16 @@ def require_path(value: object, what: str, error_class: type[BalconyError], cure
         raise error_class(f"{what} of type {type(value).__name__}: {cure}")
 
 
+def visible(directory: Path, *endings: str) -> list[Path]:
+    """What is in a directory under names with some endings, in order, without the hidden ``._X`` of a Mac and ``.#X`` of Emacs.
+
+    Raises:
+        OSError: the directory cannot be read. ``glob`` would find nothing in it.
+    """
+    names = (path for path in directory.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in names if path.name.endswith(endings))
+
+
 def exists(path: Path) -> bool:
     """Whether a path is there. From Python 3.14 on ``Path.exists`` also says no where the system refuses to look.
 
@@ -194,6 +204,13 @@ def sync(path: Path) -> None:
     """Wait until a file is on the disk."""
     with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
+
+
+def sync_all(directory: Path) -> None:
+    """Wait until all files of a directory are on the disk. Before it gets its final name: power may be lost."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            sync(path)
 
 
 def _flush(file: BinaryIO) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from balcony_edge.bundle.bundle import ENGINES, manifest_lock, read_manifest, replace_manifest
 from balcony_edge.bundle.manifest import EngineSet, Manifest
 from balcony_edge.errors import BundleError
-from balcony_edge.files import partial_directory, sync
+from balcony_edge.files import partial_directory, sync_all
 
 
 @contextmanager
@@ -62,8 +62,7 @@ def record_engines(bundle: Path, name: str, engines: EngineSet, made: Path) -> M
         place = home / name
         while place.exists():
             place = home / f"{name}.{secrets.token_hex(4)}"
-        for file in made.iterdir():
-            sync(file)  # on the disk before the set of this name is removed: power may be lost
+        sync_all(made)  # also before the set of this name is removed
         made.rename(place)
         entry = engines.model_copy(update={"directory": None if place.name == name else place.name})
         updated = manifest.model_copy(update={"engines": {**manifest.engines, name: entry}})

@@ -29,9 +29,8 @@ import numpy as np
 from balcony_edge.budget import Budget
 from balcony_edge.device.machine import cpu_name
 from balcony_runtime.decoding.prices import measure_prices
-from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.llm import LLM
-from benchmarks.control.policies import always_paying, has_exact_products, read_prompts
+from benchmarks.control.policies import always_paying, has_exact_products, new_speculator, read_prompts
 
 TOKENS, STRETCH, SHALLOW_TOKENS = 128, 16, 6
 #: Budgets of the stretches of a reply; all of them give the full depth's tokens.
@@ -45,7 +44,7 @@ def spoilt_and_speculated(llm: LLM, prompt: list[int], turn: int) -> tuple[list[
     for _ in llm.stream(prompt, max_new_tokens=SHALLOW_TOKENS, ignore_eos=True, sequence=sequence):
         pass
     # One that served earlier replies would have learned the true prices, under which rounds do not pay.
-    llm._learned.speculator = Speculator(llm.exit_layers, llm.engine.manifest.agreement)
+    llm._learned.speculator = new_speculator(llm)
     llm.budget = BUDGETS[0]
     reply, speculated = [], 0
     for token in llm.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True, sequence=sequence):

@@ -78,10 +78,15 @@ class Policy(NamedTuple):
     thresholds: ConfidenceSpec | None = None
 
 
+def new_speculator(llm: LLM) -> Speculator:
+    """One that has learned nothing."""
+    return Speculator(llm.exit_layers, llm.engine.manifest.agreement)
+
+
 def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
     llm.costs = policy.costs
     llm._settings.budgets = policy.budget, policy.budget
-    llm._learned.speculator = policy.speculator or Speculator(llm.exit_layers, llm.engine.manifest.agreement)
+    llm._learned.speculator = policy.speculator or new_speculator(llm)
     llm._learned.confident = Confident(llm.exit_layers, policy.thresholds)
     replies, drafted, made, kept, early = [], 0, 0, 0, 0
     begin = time.perf_counter()
@@ -154,7 +159,7 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
     free = always_paying(costs)
 
     def policy(budget: Budget, prices: CostModel = costs, spec: ConfidenceSpec | None = None) -> Policy:
-        speculator = None if prices is free else Speculator(exits, llm.engine.manifest.agreement)
+        speculator = None if prices is free else new_speculator(llm)
         return Policy(budget, prices, speculator, spec)
 
     policies = {

@@ -33,11 +33,11 @@ from typing import Any
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.device.costs import CostModel
 from balcony_edge.device.profile import DeviceProfile
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import WARM_TOKENS, Bench, Key, prompt, switched
 from balcony_runtime.profiler.grid import Grid
+from balcony_runtime.profiler.results import fixed_ms
 from benchmarks.rounds import Neighbours, p95
 
 COMBINATIONS, ROUNDS = 50, 5
@@ -71,17 +71,13 @@ def main() -> int:
     return 0 if all(part["met"] for part in result.values() if isinstance(part, dict)) else 1
 
 
-def fixed_costs(profile: DeviceProfile) -> CostModel:
-    """The profile's prices for steps at fixed exits, which have no decision: Python's share where both were measured."""
-    decided = {(entry.exit_layer, entry.context) for entry in profile.select("controller")}
-    python = [one.timing.p50_ms for one in profile.select("python") if (one.exit_layer, one.context) in decided]
-    return replace(profile.costs, overhead_ms=median(python))
-
-
 def held_out(llm: LLM, profile: DeviceProfile, count: int) -> dict[str, Any]:
     """Compare the prices of steps with a backlog with their times; corrected by the machine's drift since the profile."""
     generator = random.Random(20261125)
-    costs, exits = fixed_costs(profile), profile.costs.exits
+    exits, typical = profile.costs.exits, {}
+    for one in profile.entries:
+        typical[Key(one.kind, one.exit_layer, one.from_exit, one.rows, one.context)] = one.timing.p50_ms
+    costs = replace(profile.costs, overhead_ms=fixed_ms(typical))  # steps at fixed exits have no decision
     longest = min(LONGEST, llm.engine.manifest.model.context_length - MOST_PENDING - 2)
     combinations = [
         (generator.randrange(len(exits)), generator.randrange(1, longest), int(MOST_PENDING ** generator.random()))

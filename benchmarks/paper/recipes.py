@@ -315,8 +315,7 @@ class Bench:
         while trainer.done < 1:
             trainer.train_step()
         seconds = time.monotonic() - started
-        if trainer.states.cache is not None:
-            trainer.states.cache.sync()  # for the next trials
+        trainer.states.sync()  # for the next trials
         scores = [
             self._judged({e: b.state_dict() for e, b in trainer.balconies.items()}),
             self._judged(trainer.averages),

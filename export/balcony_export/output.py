@@ -16,7 +16,7 @@ from types import FrameType
 from safetensors import SafetensorError
 
 from balcony_edge.errors import InputError
-from balcony_edge.files import exists, partial_directory, require_writable, sync
+from balcony_edge.files import exists, partial_directory, require_writable, sync_all
 
 
 def refuse_existing(output: Path) -> None:
@@ -50,9 +50,7 @@ def fresh_directory(output: Path) -> Iterator[Path]:
                 yield directory
                 # Windows cannot rename a directory with a mapped file. Graphs are cycles, so only the collector unmaps theirs.
                 gc.collect()
-            for path in directory.rglob("*"):  # on the disk before its name is: power may be lost
-                if path.is_file():
-                    sync(path)
+            sync_all(directory)
             directory.rename(output)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

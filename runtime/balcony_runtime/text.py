@@ -295,10 +295,10 @@ class TextCodec:
                 "this bundle has no chat template: give the prompt as a text (chat=False, --raw, or /v1/completions)"
             )
         calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-        told = given.get("tools", ()) if (form := self._call_format) is None else ()
-        if told or (calls and not (form and form.written)):
-            messages = plain_messages(messages, told, self.call_format)
-            given = {**given, **({"tools": None} if told else {})}
+        unshown = given.get("tools", ()) if self._call_format is None else ()  # the template has no place for them
+        if unshown or (calls and not self.call_format.written):
+            messages = plain_messages(messages, unshown, self.call_format)
+            given = {**given, "tools": None} if unshown else given
         try:
             return self._rendered(template, messages, given)
         except InputError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from balcony_edge.errors import InputError
+from balcony_edge.files import visible
 
 TEXT_FORMS = 'JSON Lines with "text", or a .txt or .raw file'
 CHAT_FORMS = 'JSON Lines with "text", "messages" or "instruction" and "response"/"output", or a .txt or .raw file'
@@ -54,8 +55,7 @@ def files_in(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        seen = (file for file in path.iterdir() if not file.name.startswith("."))
-        inside = sorted(file for file in seen if file.suffix in (".jsonl", ".txt"))
+        inside = visible(path, ".jsonl", ".txt")
         if not inside:
             raise InputError(f"{path}: has no .jsonl or .txt files: give {CHAT_FORMS}")
         yield from inside

@@ -80,6 +80,11 @@ class BackboneStates:
             self.cache.put(rows, states)
         return states
 
+    def sync(self) -> None:
+        """Have what the cache keeps on the disk: see :meth:`StateCache.sync`."""
+        if self.cache is not None:
+            self.cache.sync()
+
 
 class StateCache:
     """States of rows on disk: (exits + 1) × T × D values a row (2.4 MB for the demo model at 512 tokens in bfloat16).

@@ -376,8 +376,7 @@ class Trainer:
             "first_row": self.order.first,
         }
         if self.processes.writes:
-            if self.states.cache is not None:
-                self.states.cache.sync()
+            self.states.sync()
             save_run(self.work, self.balconies, self.averages, self.optimizers, state)
 
     def _write(self, directory: Path, exit_layer: int, judged: Judged) -> None:

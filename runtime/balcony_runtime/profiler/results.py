@@ -87,7 +87,7 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None
         stages=stages,
         balconies=(*balconies, unit("norm", full, "norm")),
         head=unit("lm_head", full, "LM head"),
-        overhead_ms=_fixed_ms(typical),
+        overhead_ms=fixed_ms(typical),
     )
     anchored = _anchored(costs, typical)
     decided_ms = median(overhead) if overhead else anchored.overhead_ms
@@ -107,7 +107,7 @@ def _middle(key: Key, found: list[list[float]]) -> Key:
     return replace(key, context=key.context + WARM_TOKENS + (len(found[0]) - 1) // 2)
 
 
-def _fixed_ms(typical: Mapping[Key, float]) -> float:
+def fixed_ms(typical: Mapping[Key, float]) -> float:
     """Python's share of a step at a fixed exit, where it was also measured with a decision."""
     keys = (replace(key, kind="python") for key in typical if key.kind == "controller")
     found = [typical[key] for key in keys if key in typical]
@@ -168,7 +168,7 @@ def predicted_ms(costs: CostModel, key: Key) -> float | None:
 
 def entries(blocks: Blocks, costs: CostModel) -> tuple[Entry, ...]:
     """The entry of each quantity, with its predicted time: its price without a decision, since all exits are fixed here."""
-    fixed = replace(costs, overhead_ms=_fixed_ms(_typical(blocks)))
+    fixed = replace(costs, overhead_ms=fixed_ms(_typical(blocks)))
     return tuple(
         Entry(**asdict(key), timing=summarise(found), predicted_ms=predicted_ms(fixed, _middle(key, found)))
         for key, found in blocks.items()

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -58,6 +58,14 @@ class Looks:
     def due(self, streams: Sequence[Stream]) -> bool:
         """Whether to look now."""
         waits, now_s = {one.key: one.waits for one in streams}, time.monotonic()
+        self._tell_of_left(streams, waits, now_s)
+        if not any(waits.values()) or (waits == self._waits and now_s - self._looked_s < LOOK_S):
+            return False
+        self._waits, self._looked_s = waits, now_s
+        return True
+
+    def _tell_of_left(self, streams: Sequence[Stream], waits: Mapping[int, bool], now_s: float) -> None:
+        """Warn if those that wait do so for streams whose tokens nobody has asked for in a while."""
         goes_on = any(self._waits.get(key) for key, one in waits.items() if one)  # as at the last look
         if not goes_on or any(one.asks and one.admitted for one in streams):
             self._left_s = now_s
@@ -69,10 +77,6 @@ class Looks:
                 LEFT_S,
                 left,
             )
-        if not any(waits.values()) or (waits == self._waits and now_s - self._looked_s < LOOK_S):
-            return False
-        self._waits, self._looked_s = waits, now_s
-        return True
 
 
 class Bounds(NamedTuple):

@@ -48,7 +48,7 @@ class CallFormat(NamedTuple):
     between: str = ""
     last: str = ""
     several: bool = True
-    written: bool = True  # not of the table: whether the chat template writes the calls of earlier turns
+    written: bool = False  # not of the table: whether the chat template writes the calls of earlier turns
 
 
 @cache

@@ -308,7 +308,7 @@ def _as_written(tokenizer: str, *, named: bool) -> str:
     them in "<think>" or Gemma's "<table>" in a schema or an expression. Tools name them by number.
     """
     found = json.loads(tokenizer)
-    first = found.get("normalizer") or {"type": "NFC"}
+    first = found.get("normalizer") or {"normalizers": []}
     steps = [one for one in first.get("normalizers", [first]) if not one["type"].startswith("NF")]
     found["normalizer"] = {"type": "Sequence", "normalizers": steps}
     if named or "merges" not in (model := found["model"]):

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from balcony_edge import files as files_module
 from balcony_edge.bundle import engine_sets
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
@@ -491,7 +492,7 @@ def test_a_set_is_on_the_disk_before_the_old_one_is_removed(
     entry = EngineSet(
         target="rtx", precision="fp16", operators="fused", graphs={}, files={}, context_length=64, batch_size=1
     )
-    monkeypatch.setattr(engine_sets, "sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(files_module, "sync", lambda path: synced.append(path.name))
     with new_engine_directory(bundle.path, "set") as directory:
         for name in ("stage_0.engine", "weights.bin"):
             (directory / name).write_bytes(b"gigabytes")

@@ -24,7 +24,7 @@ from balcony_edge.bundle.bundle import Bundle, sha256_file
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.device.machine import cpu_name, text_of
 from balcony_edge.errors import BundleError, InputError
-from balcony_edge.files import locked, partial_directory, remove_leftovers, sync
+from balcony_edge.files import locked, partial_directory, remove_leftovers, sync_all
 from balcony_runtime.backends.graph_files.join import Part, join
 
 #: Name → size and SHA-256 of every other file of a directory of packed weights.
@@ -74,8 +74,7 @@ def packed_graphs(
                         (part / paths[f"path_{layer}"]).write_bytes(joined_step(bundle.manifest, layer, part))
                     made = {file.name: [file.stat().st_size, sha256_file(file)] for file in sorted(part.iterdir())}
                     (part / FILES).write_text(json.dumps(made, indent=1))
-                    for path in part.iterdir():  # on the disk before its name is: power may be lost
-                        sync(path)
+                    sync_all(part)
                     part.rename(home)
         except OSError as error:
             if not home.is_dir():  # without locks, another process may have made them meanwhile

@@ -16,6 +16,7 @@ from unicodedata import normalize
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import BudgetError, InputError
+from balcony_edge.files import visible
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 
 _log = logging.getLogger(__name__)
@@ -41,9 +42,7 @@ def budget_files(folder: Path | None) -> dict[Path, Budget]:
     if folder is None:
         return {}
     try:
-        # glob() would find nothing in a directory that may not be read, and all names would be gone.
-        seen = (path for path in folder.iterdir() if not path.name.startswith("."))  # of a Mac, of Emacs
-        files = sorted(path for path in seen if path.name.endswith(".toml"))
+        files = visible(folder, ".toml")  # of a directory that may not be read not all names are gone: that is an error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"--budgets {folder}: is not a directory: give one with budget files (*.toml)") from error
     except OSError as error:
