@@ -376,7 +376,8 @@ def load_budget(path: str | os.PathLike[str]) -> Budget:
     except OSError as error:
         raise BudgetError(f"{os.fspath(path)}: not readable ({error.strerror}); name a budget file") from error
     except (ValueError, RecursionError) as error:
-        raise BudgetError(f"{os.fspath(path)}: not readable as TOML ({error}); correct the file") from error
+        cure = "name a budget file, or correct it"
+        raise BudgetError(f"{os.fspath(path)}: not readable as TOML ({error}); {cure}") from error
     try:
         return Budget.model_validate(document)
     except BudgetError as error:

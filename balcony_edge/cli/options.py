@@ -42,6 +42,16 @@ def refuse_given(context: typer.Context, options: Mapping[str, str], why: str) -
             raise InputError(f"{option}{why}: leave it out")
 
 
+def use_threads(threads: int | None = None) -> None:
+    """Give PyTorch this number of threads; by default at most one for each CPU, because it knows no container's quota."""
+    import torch
+
+    from balcony_edge.device.machine import available_cpus, checked_threads
+
+    known = min(torch.get_num_threads(), available_cpus())
+    torch.set_num_threads(known if threads is None else checked_threads(threads))
+
+
 def output_target(value: str) -> tuple[Format, Path | None]:
     """``(format, file)`` of ``-o``: the suffix of a file is its format, and a format alone means stdout (None)."""
     from balcony_edge.device.tables import FORMATS

@@ -314,7 +314,8 @@ class DeviceProfile(_Frozen):
         except OSError as error:
             raise ProfileError(f"{name}: cannot be read ({error.strerror}): name a device profile") from error
         except (ValueError, RecursionError) as error:
-            raise ProfileError(f"{name}: not readable as JSON ({error}): measure again") from error
+            cure = "name a device profile, or measure again"  # profiles/ also has budget files
+            raise ProfileError(f"{name}: not readable as JSON ({error}): {cure}") from error
         version = document.get("schema_version") if isinstance(document, dict) else None
         if version != SCHEMA_VERSION or isinstance(version, bool):
             raise ProfileError(

@@ -93,7 +93,7 @@ def gflop_per_token(setting: Setting) -> dict[str, float]:
     with FlopCounterMode(display=False) as head, torch.no_grad():
         hidden[0] @ compared.T
     with FlopCounterMode(display=False) as optimizer:
-        for one in make_optimizers(balcony.parameters(), setting.optimizer, 1e-3, 1e-3, 0.0):
+        for one in make_optimizers(balcony.parameters(), setting.optimizer, 1e-3, 1e-3, 0.0, torch.float32):
             one.step()
     flops = {
         "backbone": config.num_hidden_layers * layer.get_total_flops() / row,

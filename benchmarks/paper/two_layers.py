@@ -75,7 +75,12 @@ class Arm:
                 optimizer
                 for module, share in layered
                 for optimizer in make_optimizers(
-                    module.parameters(), "muon", share * config.rate, share * config.vector_rate, 0.0
+                    module.parameters(),
+                    "muon",
+                    share * config.rate,
+                    share * config.vector_rate,
+                    0.0,
+                    self.trainer.dtype,
                 )
             ]
         self.trainer.clock = lambda: self.spent_s

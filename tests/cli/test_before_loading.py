@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from balcony_edge.cli.options import use_threads
+from balcony_edge.errors import InputError
 from balcony_export.data.documents import read_documents, refuse_unreadable
 from tests.support.command import refused as refused_here
 
@@ -16,6 +19,42 @@ from tests.support.command import refused as refused_here
 def loaded(*_: Any, **__: Any) -> None:
     """Stands for a function that loads a model."""
     pytest.fail("the model was loaded")
+
+
+@pytest.mark.parametrize(("has", "cpus", "asked", "threads"), [(64, 2, None, 2), (1, 2, None, 1), (1, 2, 2, 2)])
+def test_pytorch_has_no_more_threads_than_a_containers_quota(
+    has: int, cpus: int, asked: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`docker run --cpus 2` on 64 CPUs, OMP_NUM_THREADS=1, and --threads: it counts the machine's cores by itself."""
+    found: list[int] = []
+    monkeypatch.setattr("balcony_edge.device.machine.available_cpus", lambda: cpus)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: has)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    use_threads(asked)
+    assert found == [threads]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "CHECKPOINT", "--exits", "2", "-o", "OUT"),
+        ("train", "CHECKPOINT", "--exits", "2", "--data", "TEXT", "--steps", "1", "-o", "OUT"),
+        ("cut", "CHECKPOINT", "--mlp", "8", "--calibration", "TEXT", "-o", "OUT"),
+        ("eval", "CHECKPOINT", "--text", "TEXT"),
+        ("verify", "BUNDLE", "--against", "CHECKPOINT"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_threads_are_bounded_before_the_model_is_loaded(
+    command: tuple[str, ...], tiny: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bounded(*_: object) -> None:
+        raise InputError("bounded")
+
+    (text := tmp_path / "text.jsonl").write_text('{"text": "the fox"}\n' * 9)
+    monkeypatch.setattr(f"balcony_edge.cli.workstation.{command[0]}.use_threads", bounded)
+    places = {"CHECKPOINT": tiny_checkpoint, "TEXT": text, "OUT": tmp_path / "out", "BUNDLE": tiny.path}
+    refused_here("bounded", *(places.get(word, word) for word in command))
 
 
 def test_run_refuses_a_place_for_its_trace_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

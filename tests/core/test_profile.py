@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from balcony_edge.budget import Budget
+from balcony_edge.budget import Budget, load_budget
 from balcony_edge.device.compare import compare_profiles
 from balcony_edge.device.costs import Bend, CostModel, UnitCost
-from balcony_edge.device.machine import Machine, has_bfloat16, this_device
+from balcony_edge.device.machine import Machine, this_device
 from balcony_edge.device.profile import (
     BundleFacts,
     Conditions,
@@ -148,6 +148,14 @@ def test_what_is_no_profile_is_one_line(content: str, tmp_path: Path) -> None:
         DeviceProfile.load(tmp_path)
 
 
+def test_a_budget_file_is_no_profile_and_the_other_way_round() -> None:
+    """The directory ``profiles/`` has both, and a user who takes one for the other need not measure for minutes."""
+    with pytest.raises(ProfileError, match=r"voice\.toml: not readable as JSON .*: name a device profile, or measure"):
+        DeviceProfile.load(SHIPPED[0].parents[1] / "voice.toml")
+    with pytest.raises(BudgetError, match=r"\.json: not readable as TOML .*; name a budget file, or correct it"):
+        load_budget(SHIPPED[0])
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_profiles_load_and_keep_their_bars(path: Path) -> None:
     profile = DeviceProfile.load(path)
@@ -196,22 +204,6 @@ def test_a_device_is_read_from_its_files(tmp_path: Path) -> None:
         assert this_device(tmp_path).power_mode == name, "the number alone would be the same"
     empty = this_device(tmp_path / "none")
     assert empty.board is None and empty.memory_bytes is None and empty.cpus >= 1 and empty.cpu
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "has"),
-    [
-        ("flags\t\t: fpu avx512f avx512_vnni\n", False),
-        ("flags\t\t: fpu avx512f avx512_bf16 amx_tile\n", True),
-        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
-        ("Features\t: fp asimd\n", False),
-        ("model name\t: unknown\n", True),
-    ],
-)
-def test_bfloat16_is_known_from_the_cpus_features(cpuinfo: str, has: bool, tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "cpuinfo").write_text(cpuinfo)
-    assert has_bfloat16(tmp_path) is has
 
 
 def test_plan_says_which_exits_meet_a_target_and_how_surely() -> None:

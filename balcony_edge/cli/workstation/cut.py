@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from balcony_edge.cli.console import progress_bar, stdout
+from balcony_edge.cli.options import use_threads
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ def cut(
 
     Train its balconies with `train OUTPUT --teacher MODEL`. Balconies that were cut with it are in OUTPUT/balconies.
     """
-    import torch
-
-    from balcony_edge.device.machine import checked_threads
     from balcony_export.data.corpus import build_corpus
     from balcony_export.data.documents import refuse_unreadable
     from balcony_export.model.architecture import longest_context
@@ -59,8 +57,7 @@ def cut(
     scheme = _scheme(mlp, tune_steps, precision)
     refuse_missing(balconies)
     refuse_unreadable(calibration)
-    if threads is not None:
-        torch.set_num_threads(checked_threads(threads))
+    use_threads(threads)
     with progress_bar() as progress:
         progress("loading the model", 0.0)
         tokenizer = load_tokenizer(model)

@@ -17,7 +17,7 @@ from rich.table import Table
 from balcony_edge.bundle.bundle import Bundle, read_manifest
 from balcony_edge.bundle.manifest import MANIFEST, Manifest, Quality, one_line
 from balcony_edge.cli.console import progress_bar, stderr, stdout
-from balcony_edge.cli.options import Engines, OnDevice
+from balcony_edge.cli.options import Engines, OnDevice, use_threads
 from balcony_edge.errors import BundleError, InputError
 from balcony_edge.files import exists, require_writable
 
@@ -213,19 +213,15 @@ def _open_bundle(
 
 
 def _open_model(subject: str, balconies: Path | None, exits: str | None, threads: int | None) -> TorchScorer:
-    import torch
-
-    from balcony_edge.device.machine import checked_threads
     from balcony_export.evaluate.scorer import TorchScorer
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_model, load_tokenizer, model_name
     from balcony_export.model.exits import ExitModel
+    from balcony_export.model.gpu import move_to_gpu
 
-    if threads is not None:
-        torch.set_num_threads(checked_threads(threads))
+    use_threads(threads)
     loaded = load_model(subject, attn_implementation=None)  # eager takes memory for the square of the window
-    if torch.cuda.is_available():
-        loaded.to("cuda")  # type: ignore[arg-type]
+    move_to_gpu(loaded)
     layers = None if exits is None else parse_exits(exits, loaded.config.num_hidden_layers)
     return TorchScorer(ExitModel.open(loaded, layers, balconies), load_tokenizer(subject), name=model_name(subject))
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EnginePrecision, Manifest, one_line
 from balcony_edge.cli.console import progress_bar, stderr, stdout
+from balcony_edge.cli.options import use_threads
 from balcony_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def export(
     kl = None if quality_budget is None else parse_budget(quality_budget)
     _refuse_mismatches(kl, scheme, calibration, evaluate)
     refuse_missing(balconies)
+    use_threads()
     with progress_bar() as progress:
         tokenizer = load_tokenizer(model)
         rows, texts = _read_texts(tokenizer, calibration, evaluate)  # first, because loading may take minutes

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from balcony_edge.cli.console import stderr, stdout
-from balcony_edge.cli.options import refuse_given
+from balcony_edge.cli.options import refuse_given, use_threads
 from balcony_edge.errors import InputError, MissingDependencyError, TrainingError
 from balcony_edge.files import require_writable
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from balcony_export.data.corpus import Corpus
     from balcony_export.data.packed import PackedText
     from balcony_export.model.balcony import Balcony, BalconyKind
+    from balcony_export.train.precision import PassPrecision
     from balcony_export.train.report import StepReport
     from balcony_export.train.trainer import Trainer
 
@@ -95,8 +96,12 @@ def train(
     ] = None,
     average: Annotated[float, typer.Option(help="Memory of the averaged weights, 0 to 1.")] = 0.99,
     precision: Annotated[
-        Literal["bf16", "fp32"], typer.Option(help="Type of the passes; weights are trained in fp32.")
-    ] = "bf16",
+        Literal["bf16", "fp32"] | None,
+        typer.Option(
+            help="Type of the passes; weights are trained in fp32 (default: bf16 where the CPU or GPU multiplies in it, else "
+            "fp32; with --resume, that of the checkpoint)."
+        ),
+    ] = None,
     cache_gb: Annotated[
         float, typer.Option(help="GB on disk for states of the backbone, which later epochs reuse.")
     ] = 0.0,
@@ -115,14 +120,12 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Train one decoder layer per exit to predict what the frozen full model predicts."""
-    import torch
-
-    from balcony_edge.device.machine import checked_threads, has_bfloat16
     from balcony_export.data.packed import PackedText
     from balcony_export.model.balcony import parse_exits
     from balcony_export.model.checkpoint import load_tokenizer, load_trainable
     from balcony_export.train.config import TrainConfig
     from balcony_export.train.parallel import Processes
+    from balcony_export.train.precision import native_precision
     from balcony_export.train.run_files import PACKED, run_directory
     from balcony_export.train.trainer import Start, Trainer
 
@@ -131,8 +134,7 @@ def train(
         if steps is not None:
             raise InputError("--steps and --tokens: both set the length of the run: give one of them")
         steps = max(1, tokens // (batch_rows * seq_len))
-    if threads is not None:
-        torch.set_num_threads(checked_threads(threads))
+    use_threads(threads)
     if steps is None and minutes is None:
         raise InputError("the length of the run is missing: give --tokens, --steps or --minutes")
     config = TrainConfig(
@@ -153,7 +155,7 @@ def train(
         decay_share=decay_share,
         clip=clip,
         average=average,
-        precision=precision,
+        precision=precision or native_precision(),
         loss=loss,
         seed=seed,
         evaluate_every=evaluate_every,
@@ -171,6 +173,8 @@ def train(
     _refuse_checkpoint(run_directory(output, layers), resume)
     begins_as, kind = _start(context, init, exit_module, start)
     begun = None if start is None else _begun(start, loaded, layers, kind, resume)
+    if resume and precision is None:
+        config = replace(config, precision=_checkpoint_precision(run_directory(output, layers)))
     config = replace(config, exits=layers, start=begins_as, module=kind)
     config.check_processes(Processes().count)
     text = PackedText(
@@ -186,8 +190,10 @@ def train(
     if begun is not None and start is not None:
         begin = Start(begun, 0 if resume else _rows_seen(start, layers, text.corpus), start.resolve())
     trainer = Trainer(loaded, text.corpus, config, output, start=begin, teacher=uncut, compiled=compiled)
-    if precision == "bf16" and trainer.device.type == "cpu" and not has_bfloat16():
-        stderr.print("this CPU has no bfloat16 instructions: --precision fp32 trains about three times as fast")
+    if config.precision == "bf16" and native_precision() == "fp32":
+        stderr.print(
+            f"this {trainer.device.type.upper()} does not multiply in bfloat16: a run in fp32 is many times as fast"
+        )
     _ready(trainer, text, resume)
     before = {} if trainer.step else {e: kl for e, (kl, _) in trainer.evaluate().items()}
     with _saved_at_interrupts(trainer):
@@ -230,6 +236,16 @@ def _refuse_checkpoint(work: Path, resume: bool) -> None:
         raise TrainingError(f"{work}: has no checkpoint: train without --resume first")
     if begun and not resume:
         raise TrainingError(f"{work}: has a checkpoint: continue with --resume, or remove the directory")
+
+
+def _checkpoint_precision(work: Path) -> PassPrecision:
+    """Type of the passes of the run in this directory: its checkpoint may come from another machine."""
+    from balcony_export.train.run_files import read_state
+
+    state = read_state(work)
+    assert state is not None  # _refuse_checkpoint has seen it
+    precision: PassPrecision = state["recipe"]["precision"]
+    return precision
 
 
 def _begun(
@@ -385,7 +401,7 @@ def _finish(trainer: Trainer, model: str, given_tokens: int | None, before: dict
     metrics, after = read_metrics(trainer.work / METRICS), {e: kl for e, (kl, _) in results.items()}
     try:
         plot_curves(metrics, plot, f"Balconies of {name}", trainer.config.loss, before=before, after=after)
-    except (MissingDependencyError, TrainingError) as error:
+    except (MissingDependencyError, TrainingError, OSError) as error:  # matplotlib finds no place to write
         stderr.print(f"no plot: {error}", style="yellow", markup=False)
     if as_json:
         document: dict[str, Any] = {

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli.console import progress_bar, stdout
+from balcony_edge.cli.options import use_threads
 
 
 def verify(
@@ -31,6 +32,7 @@ def verify(
     manifest = Bundle.open(bundle).manifest
     layers, kind = manifest.exit_layers[:-1], manifest.exits[0].module
     refuse_missing(balconies)
+    use_threads()
     with progress_bar() as progress:
         progress("loading the model", 0.1)
         exits = ExitModel.open(load_model(against), layers, balconies, kind)

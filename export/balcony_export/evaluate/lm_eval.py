@@ -19,11 +19,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError, MissingDependencyError
 from balcony_export.evaluate.scorer import BundleScorer, Scorer, ScoringRequest, TorchScorer, not_finite
 from balcony_export.model.exits import ExitModel
+from balcony_export.model.gpu import move_to_gpu
 
 try:
     from lm_eval.api.instance import Instance
@@ -177,16 +179,13 @@ class BalconyLM(TemplateLM):  # type: ignore[misc] # the harness has no strict t
         return self.scorer.name.replace("/", "__").replace(" ", "_")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's template writes it."""
-        return cast(
-            "str",
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            ),
-        )
+        """The conversation as the model's template writes it, without a system message that it refuses (Gemma 2's)."""
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        try:
+            return cast("str", self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
+        except TemplateError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            return cast("str", self.tokenizer.apply_chat_template(others, tokenize=False, **options))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokens of a text, with the tokenizer's special tokens unless the text already begins with one."""
@@ -291,7 +290,10 @@ def _open(
         return BundleScorer(opened, (layer,), None if threads is None else int(threads))
     assert model is not None
     loaded: Any = load_model(model, attn_implementation=None)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:
+        move_to_gpu(loaded)
+    else:
+        loaded.to(device)
     if exit_layer is None or exit_layer == int(loaded.config.num_hidden_layers):
         return TorchScorer(ExitModel(loaded), load_tokenizer(model), name=model)
     if balconies is None:

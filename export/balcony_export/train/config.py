@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from balcony_edge.errors import InputError
 from balcony_export.model.balcony import BalconyKind
 from balcony_export.train.loss import LossKind
+from balcony_export.train.precision import PassPrecision, native_precision
 from balcony_export.train.schedule import OptimizerKind, ScheduleKind
-
-PassPrecision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class TrainConfig:
     decay_share: float = 0.4
     clip: float = 1.0
     average: float = 0.99  # memory of the exponential moving average of the weights
-    precision: PassPrecision = "bf16"  # of the passes; weights are trained in float32
+    # of the passes and of Muon's products; weights are trained in float32
+    precision: PassPrecision = field(default_factory=native_precision)
     start: str = "last layer"  # or "random", or the digest of the balconies that the run started from
     module: BalconyKind = "decoder"
     loss: LossKind = "kl"

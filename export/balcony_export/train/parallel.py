@@ -15,13 +15,15 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]  # accelerate ships no types
 from torch import distributed, nn
 
+from balcony_export.model.gpu import has_gpu
+
 
 class Processes:
     """Index of this process and number of processes, which is 1 without ``accelerate launch``."""
 
     def __init__(self) -> None:
         # CUDA or the CPU: Apple's GPU has no float64, which the sums need
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not has_gpu())
         self.index: int = state.process_index
         self.count: int = state.num_processes
         self.device: torch.device = state.device

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from balcony_export.train.muon import Muon
+
 ScheduleKind = Literal["trapezoidal", "cosine"]
 OptimizerKind = Literal["muon", "adamw"]
 
@@ -47,13 +49,17 @@ class Schedule:
 
 
 def make_optimizers(
-    parameters: Iterable[nn.Parameter], kind: OptimizerKind, rate: float, vector_rate: float, weight_decay: float
+    parameters: Iterable[nn.Parameter],
+    kind: OptimizerKind,
+    rate: float,
+    vector_rate: float,
+    weight_decay: float,
+    dtype: torch.dtype,
 ) -> list[torch.optim.Optimizer]:
     """Optimizers of one balcony, separate for matrices and vectors.
 
-    Muon (orthogonalized momentum) gets the matrices, with its update scaled to the size of AdamW's so that one rate suits both.
-    Norms always go to AdamW. Its betas suit short runs: with 0.999 the second moment would remember the first steps, whose
-    gradients are a hundred times larger, for a whole small run.
+    Muon gets the matrices and computes in ``dtype``. Norms always go to AdamW. Its betas suit short runs: with 0.999 the second
+    moment would remember the first steps, whose gradients are a hundred times larger, for a whole small run.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -66,8 +72,7 @@ def make_optimizers(
     else:
         optimizers = [torch.optim.AdamW(vectors, lr=vector_rate, **adamw)]
         if matrices:  # an exit that is only a norm has none
-            muon = torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            optimizers.insert(0, muon)
+            optimizers.insert(0, Muon(matrices, rate, weight_decay, dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

@@ -40,6 +40,7 @@ from balcony_export.train.config import TrainConfig
 from balcony_export.train.loss import HeadLoss, VocabularyPart, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.positions import pick_positions
+from balcony_export.train.precision import DTYPES
 from balcony_export.train.report import Judged, StepReport
 from balcony_export.train.run_files import (
     CHECKPOINT,
@@ -121,7 +122,7 @@ class Trainer:
         self.start = start
         check_directory(output, self.base_facts, next(iter(self.balconies.values())))  # before the training
         self.device = self.processes.device
-        self.dtype = dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.dtype = dtype = DTYPES[config.precision]
         frozen = (self.exits,) if self.full is self.exits else (self.exits, self.full)
         for one in frozen:
             if self.device.type == "cpu" and (can_compile() if compiled is None else compiled):
@@ -143,7 +144,7 @@ class Trainer:
         for exit_layer, balcony in self.balconies.items():
             balcony.to(self.device).float().eval().requires_grad_(True)  # without dropout, which export has none of
             self.optimizers[exit_layer] = make_optimizers(
-                balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay
+                balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay, dtype
             )
             self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.decay_share)

@@ -13,7 +13,7 @@ import numpy as np
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, Manifest
-from balcony_edge.device.machine import checked_threads, this_device
+from balcony_edge.device.machine import checked_threads, cpu_features, this_device
 from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_edge.files import require_path
 from balcony_runtime.backends.base import Backend
@@ -147,6 +147,7 @@ def open_backend(
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
+        _warn_of_unpacking(bundle)
         place = None if packed is None else Path(packed)
         return OnnxRuntimeBackend(bundle, threads=threads, packed=place, verify_hashes=verify_hashes)
     threads = None if threads is None else checked_threads(threads)
@@ -175,6 +176,25 @@ def open_backend(
         _log.warning("%s: runs on the CPU: %s", bundle.path, error)
     # not before: the error holds the sessions that were opened
     return open_backend(bundle, "cpu", threads=threads, verify_hashes=verify_hashes)
+
+
+def _warn_of_unpacking(bundle: Bundle) -> None:
+    """Say it if ONNX Runtime has no kernels for a bundle's integers on this CPU: it unpacks them at every token."""
+    quantized, features = bundle.manifest.quantization, cpu_features()
+    if quantized is None:
+        return
+    if "sse2" in features and "avx2" not in features:
+        slow, cure = "int4 and int8 weights without AVX2", "fp32, or give a virtual machine its host's CPU type"
+    elif "asimd" in features and "asimddp" not in features and 8 in (quantized.bits, quantized.head_bits):
+        slow, cure = "8-bit weights without dot products of int8", "int4,head=4"
+    else:
+        return
+    _log.warning(
+        "%s: ONNX Runtime unpacks %s at every token, and this CPU has none: export with --precision %s",
+        bundle.path,
+        slow,
+        cure,
+    )
 
 
 def _chosen(bundle: Bundle, engines: str | None) -> tuple[DeviceName, str | None]:

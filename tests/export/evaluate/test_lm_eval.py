@@ -18,6 +18,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.scorer import Block, BundleScorer, ScoringRequest, TorchScorer
+from balcony_export.export import ExportOptions, export_bundle
 from tests.conftest import Exported
 
 TEXTS = (
@@ -94,6 +95,34 @@ def test_generation_equals_the_harness_own_adapter_and_stops(
         for scorer in (bundle_scorer, torch_scorer)
     ]
     assert shallow[0] == shallow[1] != wanted
+
+
+def test_a_base_model_begins_a_text_as_its_own_tokenizer_does(
+    tiny: Any, make_tokenizer: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration has a bos_token_id by default (1 in a Llama), whatever its tokenizer has."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    monkeypatch.setattr(tiny.exits.model.config, "bos_token_id", 7)
+    options = ExportOptions("base", trained=True)
+    export_bundle(tiny.exits, tokenizer, tmp_path / "base", options, traced=tiny.traced)
+    bundle = BundleScorer(Bundle.open(tmp_path / "base"))
+    ours, own = (BalconyLM(sweep=Sweep(one)) for one in (bundle, TorchScorer(tiny.exits, tokenizer)))
+    bundle.close()
+    assert ours.prefix_token_id == own.prefix_token_id == tokenizer.eos_token_id != 7
+
+
+def test_a_template_that_refuses_the_system_role_is_written_as_by_the_harness_own_adapter(
+    oracle: Any, torch_scorer: TorchScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness makes a task's description a system message (MMLU), and Gemma 2's template refuses those."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template = refuses + "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    for one in (oracle, torch_scorer):
+        monkeypatch.setattr(one.tokenizer, "chat_template", template)
+    chat = [{"role": "system", "content": "about rivers"}, {"role": "user", "content": "why?"}]
+    found, wanted = (one.apply_chat_template(chat) for one in (BalconyLM(sweep=Sweep(torch_scorer)), oracle))
+    assert found == wanted == "<user>why?\n"
 
 
 def test_a_task_file_gives_the_harness_own_scores(

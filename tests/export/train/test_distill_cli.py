@@ -160,12 +160,20 @@ def test_an_interrupt_saves_the_step_where_nobody_reads_stderr(monkeypatch: pyte
         assert trainer.interrupted, "the run ends after its step"
 
 
-def test_an_exit_that_began_as_the_full_model_has_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_a_place(*_: object, **__: object) -> None:
+    """What importing matplotlib does where neither the home directory nor one for temporary files can be written."""
+    raise OSError("Matplotlib requires access to a writable cache directory")
+
+
+@pytest.mark.parametrize("plotting", [lambda *_, **__: None, _without_a_place])
+def test_an_exit_that_began_as_the_full_model_has_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plotting: Any
+) -> None:
     """A copy of the last layer after all layers before it: its KL is exactly 0 in Mamba in float32."""
     screen, facts = io.StringIO(), {"work": tmp_path, "output": tmp_path, "config": SimpleNamespace(loss="kl")}
     trainer: Any = SimpleNamespace(best={2: (0.0, 1.0)}, balconies={2: torch.nn.Linear(2, 2)}, tokens=48, **facts)
     (tmp_path / METRICS).touch()
-    monkeypatch.setattr("balcony_export.train.report.plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr("balcony_export.train.report.plot_curves", plotting)
     monkeypatch.setattr(verb, "stdout", Console(file=screen, width=120))
     verb._finish(trainer, "tiny", None, {2: 0.0}, as_json=False)
     assert "100.0 %" in screen.getvalue()

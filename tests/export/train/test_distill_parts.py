@@ -371,7 +371,7 @@ def test_schedules_have_their_shapes() -> None:
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_rates_and_decay_reach_the_optimizers(kind: OptimizerKind) -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    made = make_optimizers([matrix, vector], kind, 0.2, 0.3, 0.05)
+    made = make_optimizers([matrix, vector], kind, 0.2, 0.3, 0.05, torch.float32)
     for factor in (0.25, 0.5):
         set_rate(made, factor)
     groups = [(group, one) for optimizer in made for group in optimizer.param_groups for one in group["params"]]

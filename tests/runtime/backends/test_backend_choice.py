@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -131,11 +132,15 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     try:
         cuda.compute_capability()
     except DeviceError as error:
-        assert choose(built) == ("cpu", None, str(error), False)
-        device = this_device().model_copy(update={"gpus": (Gpu(name="RTX", driver="550", memory_bytes=2**33),)})
-        with monkeypatch.context() as patch:  # a driver that is too old, or no cuda-python
-            patch.setattr(choose_module, "this_device", lambda: device)
-            assert choose(built) == ("cpu", None, str(error), True)
+        card = Gpu(name="RTX", driver="550", memory_bytes=2**33)
+        for gpus in (
+            (),
+            (card,),
+        ):  # NVML lists those that the tests hide; with one: a driver too old, or no cuda-python
+            device = this_device().model_copy(update={"gpus": gpus})
+            with monkeypatch.context() as patch:
+                patch.setattr(choose_module, "this_device", lambda device=device: device)
+                assert choose(built) == ("cpu", None, str(error), bool(gpus))
     for capability, wanted, reason in (
         ("89", ("tensorrt", "rtx-fp16"), "engines for this GPU"),
         (
@@ -351,6 +356,34 @@ def test_a_pool_that_the_host_made_is_used(tiny: Any) -> None:
         "    print(len(llm.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True).tokens))\n"
     )
     assert printed(program, tiny.path) == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("features", "precision", "told"),
+    [
+        ("fpu sse2 sse4_2", "int4,head=4", "without AVX2 .* export with --precision fp32"),  # a Celeron J4125, kvm64
+        ("fpu sse2 sse4_2 avx avx2", "int4", None),
+        (
+            "fp asimd crc32",
+            "int4",
+            "without dot products of int8 .* export with --precision int4,head=4",
+        ),  # a Cortex-A72
+        ("fp asimd crc32", "int4,head=4", None),
+        ("fp asimd asimddp", "int4", None),
+        ("", "int4", None),  # without procfs
+    ],
+)
+def test_a_cpu_on_which_weights_are_unpacked_at_every_token_is_told(
+    features: str,
+    precision: str,
+    told: str | None,
+    with_precision: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(choose_module, "cpu_features", lambda: frozenset(features.split()))
+    choose_module.open_backend(Bundle.open(with_precision("llama", precision)), "cpu").close()
+    assert [bool(re.search(told or "unpacks", line)) for line in caplog.messages] == ([] if told is None else [True])
 
 
 def test_an_engine_names_the_threads_that_run_it(tiny: Any) -> None:

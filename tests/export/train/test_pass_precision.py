@@ -1,0 +1,116 @@
+"""Type of a run's passes: the faster one of this machine, and on a resume that of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from balcony_edge.cli import app
+from balcony_export.train import precision as module
+from balcony_export.train.config import TrainConfig
+from balcony_export.train.muon import Muon, orthogonal
+from balcony_export.train.precision import DTYPES, PassPrecision, native_precision
+from balcony_export.train.run_files import read_state
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """The choice is made once in a process."""
+    native_precision.cache_clear()
+    yield
+    native_precision.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("bf16_s", "fp32_s", "faster"),
+    [(0.9, 0.002, "fp32"), (0.006, 0.002, "fp32"), (0.001, 0.002, "bf16")],
+    ids=["AVX2", "AVX-512", "AVX-512 BF16"],
+)
+def test_passes_have_the_type_in_which_the_cpu_is_faster(
+    bf16_s: float, fp32_s: float, faster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_gpu", lambda: False)
+    monkeypatch.setattr(module, "_product_s", {"bf16": bf16_s, "fp32": fp32_s}.__getitem__)
+    assert TrainConfig(exits=(2,)).precision == native_precision() == faster
+
+
+@pytest.mark.parametrize(("has", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_says_whether_it_multiplies_in_bfloat16(
+    has: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def supported(including_emulation: bool) -> bool:
+        return has or including_emulation
+
+    monkeypatch.setattr(module, "has_gpu", lambda: True)
+    monkeypatch.setattr(module, "_product_s", lambda _: pytest.fail("it is not about the CPU"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert native_precision() == precision
+
+
+def test_a_product_is_timed_in_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[torch.dtype] = []
+    clock = iter([0.0, 9.0, 20.0, 22.0, 30.0, 33.0, 40.0, 45.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda one, _: products.append(one.dtype), raising=True)
+    assert module._product_s("bf16") == 2.0, "the first product sets up, and others may be disturbed"
+    assert products == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_muon_is_that_of_pytorch_in_any_type(precision: PassPrecision) -> None:
+    """In bfloat16 to the bit, over steps with momentum, decay and another rate; in float32 as near as bfloat16 is."""
+    given = torch.Generator().manual_seed(0)
+    start = torch.randn(24, 16, generator=given)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    makers = (
+        Muon([ours], 0.02, 0.1, DTYPES[precision]),
+        torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for rate in (0.02, 0.02, 0.01):
+        gradient = torch.randn(24, 16, generator=given)
+        for optimizer, matrix in zip(makers, (ours, theirs), strict=True):
+            matrix.grad = gradient.clone()
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+    moved = (theirs - start).detach()
+    apart = float((ours - theirs).detach().norm() / moved.norm())
+    assert apart == 0 if precision == "bf16" else 1e-4 < apart < 0.03
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_singular_values_are_brought_near_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert values.max() / values.min() > 2
+    made = left.T @ orthogonal(matrix) @ right.T
+    assert ((made.diagonal() > 0.65) & (made.diagonal() < 1.25)).all()
+    assert (made - made.diagonal().diag()).abs().max() < 1e-6
+
+
+def test_a_resumed_run_keeps_the_type_of_its_checkpoint(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come from another machine."""
+    command = ["train", str(tiny_checkpoint), "--exits", "2", "--data", str(text_file), "-o", str(tmp_path / "out")]
+    command += ["--seq-len", "24", "--held-out-rows", "4", "--json", "--no-compile"]
+
+    def trained(*options: str) -> Any:
+        done = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+        return json.loads(done.stdout)["steps"], read_state(tmp_path / "out" / "run" / "2"), done.stderr
+
+    monkeypatch.setattr(module, "has_gpu", lambda: False)
+    monkeypatch.setattr(module, "_product_s", {"bf16": 1.0, "fp32": 2.0}.__getitem__)
+    steps, state, told = trained("--steps", "2")
+    assert (steps, state["recipe"]["precision"]) == (2, "bf16") and "bfloat16" not in told
+    native_precision.cache_clear()
+    monkeypatch.setattr(module, "_product_s", {"bf16": 2.0, "fp32": 1.0}.__getitem__)
+    steps, state, told = trained("--steps", "3", "--resume")
+    assert (steps, state["recipe"]["precision"]) == (3, "bf16")
+    assert "this CPU does not multiply in bfloat16: a run in fp32 is many times as fast" in told
