@@ -5,8 +5,8 @@ backend that opens a graph checks that its real inputs equal the tables below.
 
     bundle/
       bundle.json               this manifest
-      tokenizer.json  generation_config.json
-      chat_template.jinja  special_tokens.json   if the model has a chat template
+      tokenizer.json  special_tokens.json  generation_config.json
+      chat_template.jinja       if the model has a chat template
       backbone.onnx             the whole shared backbone, one hidden-state output per exit; not loaded by the runtime
       stage_<i>.onnx            its layers between two exits, with their KV cache
       balcony_<e>.onnx          decoder layer and norm of the exit below the full depth

@@ -360,12 +360,12 @@ def _write_tokenizer(
 ) -> None:
     backend: Any = tokenizer.backend_tokenizer
     (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    # a bundle's reader takes no others, such as the image_thumbnail of LFM2-VL's tokenizer
+    named = {key: value for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")}
+    special = {key: str(value) for key, value in named.items() if isinstance(value, str)}
+    (directory / "special_tokens.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")
     if template is not None:
-        # a bundle's reader takes no others, such as the image_thumbnail of LFM2-VL's tokenizer
-        named = {key: value for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")}
-        special = {key: str(value) for key, value in named.items() if isinstance(value, str)}
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-        (directory / "special_tokens.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")
     generation: Any = model.generation_config
     document = generation.to_diff_dict() if generation is not None else {}
     (directory / "generation_config.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

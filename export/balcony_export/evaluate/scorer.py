@@ -262,7 +262,8 @@ def bundle_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises a plain Exception for any damage
         raise BundleError(f"{path}: cannot be read as a tokenizer ({error}): export the bundle again") from error
-    named = "special_tokens.json" in bundle.manifest.files  # it names all that there are
+    # it names all that there are; bundles without a chat template did not have it before
+    named = "special_tokens.json" in bundle.manifest.files
     special: dict[str, Any] = special_tokens(bundle) if named else {}
     model = bundle.manifest.model
     if model.eos_token_ids:

@@ -23,9 +23,8 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -41,6 +40,7 @@ from balcony_edge.bundle.manifest import one_line
 from balcony_edge.errors import CheckpointError, InputError, MissingDependencyError
 from balcony_edge.files import expanded
 from balcony_export.model.architecture import longest_context, parts_of
+from balcony_export.model.gguf_file import check_gguf, repair_tokenizer
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _ALLOWED = "a Hugging Face directory (config.json and safetensors), a .gguf file or a hub name"
@@ -49,23 +49,10 @@ _READ_ERRORS = (
     *(OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, ImportError),
     *(SafetensorError, struct.error, StrictDataclassError),
 )
-#: GGUF architecture and number of layers of Gemma 2 27B and Gemma 3 27B, whose ``query_pre_attn_scalar`` is not 256.
-_OTHER_SCALES = (("gemma2", 46), ("gemma3", 62))
-#: GGUF architectures whose classes have no biases as transformers configures them.
-_WITHOUT_BIASES = ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3")
 #: Kinds of Granite 4's layers, as transformers 5 calls them → as its files do, and as other engines read them.
 _GRANITE_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
-#: Names that llama.cpp gives to one way of splitting text: each digit by itself, then GPT-2's rule (``llama-vocab.cpp``).
-_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-#: The same for GPT-2's rule alone, which transformers takes for all names that it does not know.
-_GPT2_RULE = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum")
-#: Last of the letters that stand for bytes in byte-level vocabularies (GPT-2's ``bytes_to_unicode``).
-_LAST_BYTE = "\u0143"
 #: Control token of all of Mistral's own tokenizers with more than 100,000 tokens (Tekken).
 _INSTRUCTION = "[INST]"
-#: Tensors of factors on the rotary frequencies: of Llama 3, and the two of Phi-3 with a context of 128k and Phi-4-mini.
-_ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_GGUF_BIAS = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.bias$")
 
 
 def load_model(
@@ -88,22 +75,26 @@ def load_model(
         CheckpointError: ``source`` cannot be loaded, or export could not represent it.
     """
     where, options = _locate(source)
+    given: dict[str, Any] = {"dtype": dtype}
     with _explained(source), _vectors_in_float32():
+        if keep_dtype and not options:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+            config.get_text_config().dtype = None  # the first weight tells it, which config.json need not do
+            given = {"dtype": "auto", "config": config}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
-            dtype="auto" if keep_dtype and not options else dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **given,
             **options,
             **({"quantization_config": GgufConfig(dequantize=True)} if options else {}),
         )
     model, report = loaded
     if attn_implementation is None and getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{source}: {len(missing)} weights are missing, the first is {missing[0]}: download the checkpoint again"
         )
@@ -170,11 +161,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if options:
-        _drop_additions(tokenizer)
-    if options and _splits_digits(Path(where) / options["gguf_file"]):
-        # The conversion keeps only the byte level, but these split digits first (llama.cpp's ids are the reference).
-        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        repair_tokenizer(tokenizer, Path(where) / options["gguf_file"])
     return tokenizer
 
 
@@ -246,7 +233,7 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
     """``(name or path for transformers, gguf_file option)`` of a source, whose files are checked."""
     path = demo_model_path() if str(source) == "demo" else expanded(source)
     if path.is_file():
-        _check_gguf(path)
+        check_gguf(path)
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -254,12 +241,9 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
             return str(path), {}
         candidates = sorted(path.glob("[!.]*.gguf"))
         if len(candidates) == 1:
-            _check_gguf(candidates[0])
-            return str(path), {"gguf_file": candidates[0].name}
-        found = (
-            f"has {len(candidates)} GGUF files: name one of them" if candidates else f"is not a model: give {_ALLOWED}"
-        )
-        raise CheckpointError(f"{source}: {found}")
+            return _locate(candidates[0])
+        many = f"has {len(candidates)} GGUF files: name one of them"
+        raise CheckpointError(f"{source}: {many if candidates else f'is not a model: give {_ALLOWED}'}")
     if _HUB_NAME.match(str(source)):
         _ask_hub(str(source))
         with _explained(source):
@@ -300,8 +284,7 @@ def _check_directory(path: Path) -> None:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: is damaged: download the checkpoint again") from error
-        absent = sorted(name for name in names if not (path / str(name)).is_file())
-        if absent:
+        if absent := sorted(name for name in names if not (path / str(name)).is_file()):
             raise CheckpointError(f"{path}: {absent[0]} is missing, but {index.name} names it: download it again")
     if not shards:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
@@ -342,96 +325,6 @@ def _check_safetensors(path: Path) -> None:
         )
 
 
-def _check_gguf(path: Path) -> None:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise CheckpointError(f"{path}: is not a GGUF file: give {_ALLOWED}")
-    try:
-        from gguf import GGUFReader  # noqa: PLC0415  # slow to import, and only GGUF needs it
-    except ImportError as error:
-        raise MissingDependencyError(
-            "reading GGUF needs the package gguf: pip install 'balcony-edge[export]'"
-        ) from error
-    try:
-        reader = GGUFReader(path)
-        end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: is cut short or damaged, or its version or types are not known here ({error}): download it again, "
-            "or give another file of the model, such as its safetensors"
-        ) from error
-    parts = reader.get_field("split.count")
-    if parts is not None and int(parts.contents()) > 1:
-        raise CheckpointError(
-            f"{path}: is one of {parts.contents()} parts of a GGUF file: join them with `llama-gguf-split --merge`, "
-            "or give the model's safetensors"
-        )
-    if end == 0 or path.stat().st_size < end:
-        raise CheckpointError(f"{path}: is cut short: download it again")
-    try:
-        what = next(_misread(reader), None)
-    except ValueError as error:  # a text that is not UTF-8
-        raise CheckpointError(f"{path}: is damaged ({error}): download it again") from error
-    if what is not None:
-        raise CheckpointError(f"{path}: {what}: give the model's safetensors")
-
-
-def _misread(reader: Any) -> Iterator[str]:
-    """What of a GGUF file transformers would leave out without a word."""
-    names = [tensor.name for tensor in reader.tensors]
-    scaling = {str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")}
-    if {*_ROPE_FACTORS} & {*names} or scaling - {"none"}:
-        yield "scales its rotary frequencies, which transformers silently ignores in GGUF files"
-    if factors := [name for name in names if name.endswith(".scale")]:  # NVFP4's second scale
-        yield f"has {factors[0]}, a factor of a weight that transformers silently ignores in GGUF files"
-    known = reader.get_field("general.architecture")
-    architecture = "" if known is None else str(known.contents())
-    window, length = (reader.get_field(f"phi3.{key}") for key in ("attention.sliding_window", "context_length"))
-    if window is not None and length is not None and 0 < int(window.contents()) < int(length.contents()):
-        yield "has a sliding window, which transformers silently ignores in GGUF files of phi3"
-    norms = reader.get_field(f"{architecture}.ssm.dt_b_c_rms")
-    if norms is not None and norms.contents():
-        yield "is a Falcon-Mamba, which transformers reads from GGUF files as a Mamba without its norms"
-    count = reader.get_field(f"{architecture}.block_count")
-    model, split = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if model is not None and model.contents() == "gpt2":
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import (  # noqa: PLC0415  # only GGUF needs it
-            GGUF_PRE_TOKENIZER_SPLITS,
-        )
-
-        name = "default" if split is None else str(split.contents())
-        if name not in {*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_APART, *_GPT2_RULE}:
-            yield f"splits text by the rule '{name}', which transformers does not know in GGUF files"
-    if (architecture, None if count is None else int(count.contents())) in _OTHER_SCALES:
-        yield (
-            f"this size of {architecture} scales its attention in another way than the others, and GGUF files do not say so"
-        )
-    biases = [name for name in names if _GGUF_BIAS.match(name)]
-    if biases and architecture in _WITHOUT_BIASES:
-        yield f"has {biases[0]}, a bias that transformers silently ignores in GGUF files of {architecture}"
-    if (token := _respelled(reader)) is not None:
-        yield f"has the control token {token}, which transformers takes for ordinary letters in GGUF files"
-
-
-def _respelled(reader: Any) -> str | None:
-    """The token that begins or ends texts, if transformers spells it by its bytes (DeepSeek-R1-Distill-Qwen).
-
-    It then adds the name once more, after the last row of the token table.
-    """
-    model, tokens = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "tokens"))
-    if model is None or tokens is None or model.contents() != "gpt2":
-        return None
-    for key in ("bos_token_id", "eos_token_id"):
-        place = reader.get_field(f"tokenizer.ggml.{key}")
-        if place is None or not 0 <= place.contents() < len(tokens.data):
-            continue
-        token = str(tokens.contents(int(place.contents())))
-        if any(letter > _LAST_BYTE for letter in token):
-            return token
-    return None
-
-
 def _has_tokenizer(path: Path) -> bool:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
     return any((path / name).is_file() for name in names)
@@ -442,26 +335,6 @@ def _has_rules(where: str) -> bool:
     if Path(where).is_dir():
         return (Path(where) / "tokenizer.json").is_file()
     return isinstance(try_to_load_from_cache(where, "tokenizer.json"), str)
-
-
-def _drop_additions(tokenizer: Any) -> None:
-    """Remove tokens that the GGUF does not have: transformers adds GPT-2's ``<|endoftext|>`` after the last of Llama 3's."""
-    backend = tokenizer.backend_tokenizer
-    # the file's own tokens are those of the tokenizer's model; the file is not read again, which takes seconds
-    count = max(backend.get_vocab(with_added_tokens=False).values()) + 1
-    if max(backend.get_added_tokens_decoder(), default=0) < count:
-        return
-    document = json.loads(backend.to_str())
-    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < count]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(document))
-
-
-def _splits_digits(path: Path) -> bool:
-    """Whether the GGUF's metadata names a way of splitting text that takes digits apart (SmolLM, Granite Code)."""
-    from gguf import GGUFReader  # noqa: PLC0415  # see _check_gguf
-
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return field is not None and str(field.contents()) in _DIGITS_APART
 
 
 @contextlib.contextmanager

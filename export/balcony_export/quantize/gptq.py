@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.errors import InputError
 from balcony_export.data.corpus import Corpus, build_corpus
+from balcony_export.model.architecture import longest_context
 from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.experts import ExpertMoments
 
@@ -64,7 +65,8 @@ def first_rows(corpus: Corpus) -> list[list[int]]:
 def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """``weight name → mean of x xᵀ`` over the inputs of each linear layer, named as in the traced graphs  # (K, K)
 
-    The names of experts' weights end with the number of the expert, whose moments are over its own rows.
+    The names of experts' weights end with the number of the expert, whose moments are over its own rows. What of a row is
+    after the model's context is left out.
 
     Rows larger than the median are scaled down to it, because in some layers the activations of the first position are
     thousands of times larger than the others. But that position is the attention sink, to which nearly every token attends.
@@ -89,7 +91,7 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
         sums[name].addmm_(x.T, x)
         counts[name] = counts.get(name, 0) + len(x)
 
-    experts = ExpertMoments(scaled, SINK_ROWS)
+    experts, longest = ExpertMoments(scaled, SINK_ROWS), longest_context(exits.model.config)
 
     def watch(root: nn.Module, prefix: str) -> None:
         handles.extend(experts.watch(root, prefix))
@@ -107,7 +109,7 @@ def second_moments(exits: ExitModel, rows: Sequence[Sequence[int]]) -> dict[str,
         watch(balcony, f"balcony_{exit_layer}.")
     try:
         for row in rows:
-            states = exits.run(torch.tensor([list(row)]), exits.exit_layers)
+            states = exits.run(torch.tensor([list(row)[:longest]]), exits.exit_layers)
             for exit_layer in (exits.depth, *exits.balconies):  # sums of floats: the order is part of the result
                 add("lm_head.weight", exits.normed(exit_layer, states))
     finally:

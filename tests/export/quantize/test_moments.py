@@ -32,6 +32,13 @@ def test_the_head_has_the_inputs_of_every_exit(tiny: Any) -> None:
     torch.testing.assert_close(second_moments(exits, rows)["lm_head.weight"], total / count, rtol=1e-4, atol=1e-5)
 
 
+def test_no_position_is_after_the_context(tiny: Any) -> None:
+    """Nobody has trained the model there. Rows of text have 512 tokens, and small models take 256 or 128."""
+    row, longest = [(7 * i) % 120 + 1 for i in range(400)], tiny.model.config.max_position_embeddings
+    found, wanted = (second_moments(tiny.exits, [one])["lm_head.weight"] for one in (row, row[:longest]))
+    assert longest < len(row) and torch.equal(found, wanted)
+
+
 @torch.no_grad()
 def test_an_expert_has_the_inputs_of_its_own_rows() -> None:
     """Its down projection takes what its own gate lets through, of the rows as the model has them."""
