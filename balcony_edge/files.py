@@ -268,4 +268,6 @@ def _lock(path: Path, *, wait: bool) -> int | None:
 
 def _unlock(lock: int | None) -> None:
     if lock is not None:
+        # a process that was forked meanwhile also has the descriptor, and would keep the lock
+        fcntl.flock(lock, fcntl.LOCK_UN)
         os.close(lock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -35,6 +36,17 @@ def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path)
     (tmp_path / "file").chmod(0o640)
     write_atomically(tmp_path / "file", b"new", InputError, "free space")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640, "only some may read it"
+
+
+def test_the_page_of_errors_names_what_a_killed_writer_leaves(tmp_path: Path) -> None:
+    """Hundreds of megabytes in a hidden directory, for good where the next export has another name."""
+    page = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"`(\.bundle\.\S+)`\), which the next one with the same output removes", page)
+    (leftover := tmp_path / name).mkdir()
+    with partial_directory(tmp_path / "bundle-small"):
+        assert leftover.exists()
+    with partial_directory(tmp_path / "bundle"):
+        assert not leftover.exists()
 
 
 def test_leftovers_of_a_killed_writer_are_removed_and_those_in_use_stay(tmp_path: Path) -> None:
@@ -74,6 +86,23 @@ def test_a_file_on_nfs_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pass
     with locked(weights, taken), locked(tmp_path, taken):  # directories have no lock there
         pass
+
+
+def test_a_process_that_is_forked_meanwhile_does_not_keep_a_lock(tmp_path: Path) -> None:
+    """As a worker of multiprocessing that begins while another thread of the application packs the weights."""
+    program = """
+import os, sys; from pathlib import Path
+from balcony_edge.errors import InputError; from balcony_edge.files import locked
+until, end = os.pipe()
+with locked(Path(sys.argv[1])):
+    if not os.fork():
+        os.close(end)
+        os.read(until, 1)  # until its parent has ended
+        os._exit(0)
+with locked(Path(sys.argv[1]), InputError("taken")):
+    pass
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
 
 
 def test_a_refused_write_is_one_line(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
 from tests.runtime.backends.cuda_stand_in import onnxruntime, runtime
+from tests.support.command import printed
 
 
 def test_an_engine_on_a_device_may_be_closed_twice(with_engine_sets: Callable[[str], Bundle]) -> None:
@@ -108,7 +110,8 @@ with balcony_edge.load({str(tiny.path)!r}) as llm:
                     act()
                 except balcony_edge.InputError as error:
                     print(error, flush=True)
-            llm.close()
+            for one in (begun, fresh, replies, llm):
+                one.close()
             os._exit(0)
     forked.set()
     other.join()
@@ -136,3 +139,21 @@ if not child:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=True)
+
+
+def test_threads_of_the_application_go_on_after_the_main_one(tiny: Any, tmp_path: Path) -> None:
+    """Python waits for them, but its pools of threads begin nothing any more: for graphs, for masks, for a file's hashes."""
+    program = """
+import sys, threading, balcony_edge
+
+def work(bundle, prefixes):
+    threading.main_thread().join()
+    sampling = balcony_edge.SamplingParams(regex="[ab]{3}")
+    for _ in range(2):
+        with balcony_edge.load(bundle, prefix_directory=prefixes) as llm:
+            reply = llm.generate(list(range(10, 70)), sampling=sampling, max_new_tokens=3)
+    print(reply.cached_tokens)
+
+threading.Thread(target=work, args=sys.argv[1:]).start()
+"""
+    assert printed(program, tiny.path, tmp_path) == "59\n"

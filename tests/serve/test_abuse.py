@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from balcony_runtime.serve.http import server as server_module
 from balcony_runtime.serve.http.connections import Connection
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.service import Limits
@@ -143,6 +145,23 @@ def test_a_client_that_reads_slowly_gets_its_answer(hasty: Server) -> None:
     assert len(json.loads(found.partition(b"\r\n\r\n")[2])["choices"]) == 8
 
 
+def test_what_clients_leave_unread_is_bounded(hasty: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole text's token ids are megabytes, and 16 kB a minute would keep them for hours, on each connection."""
+    connections, bounded = hasty._uvicorn.server_state.connections, hasty._uvicorn.config.http
+    monkeypatch.setattr(bounded, "unread_s", 60.0)
+    body = json.dumps({"content": "a " * 200_000}).encode()
+    head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with connect(hasty, head + body, receive_buffer=4096):
+        until(lambda: len(bounded.unread) == 1)
+        (first,) = connections
+        monkeypatch.setattr(
+            "balcony_runtime.serve.http.connections.MOST_UNREAD", first.transport.get_write_buffer_size()
+        )
+        with connect(hasty, head + body, receive_buffer=4096):
+            until(lambda: first not in connections and len(bounded.unread) == 1)
+            assert len(connections) == 1, "the second client's answer stays"
+
+
 def test_one_connection_too_many_closes_the_one_that_has_waited_longest(
     hasty: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +174,27 @@ def test_one_connection_too_many_closes_the_one_that_has_waited_longest(
         assert httpx.post(hasty.url + CHAT, json=HELLO).status_code == 200
         assert all_of(silent[0]) == b""
         assert busy.recv(1000)
+
+
+@pytest.mark.parametrize(
+    ("files", "raised", "most"),
+    [
+        ((256, 512), [(512, 512)], 512 - 256 - 64),
+        ((1024, -1), [(1320, -1)], 1000),  # -1: no limit
+        ((4096, 4096), [], 1000),
+        ((-1, -1), [], 1000),
+        ((100, 100), [(100, 100)], 1),
+    ],
+)
+def test_connections_leave_files_for_everything_else(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[int, int], raised: list[tuple[int, int]], most: int
+) -> None:
+    """256 that the kernel holds until they are accepted, and 64 that are no connections."""
+    told: list[tuple[int, int]] = []
+    limits = SimpleNamespace(RLIMIT_NOFILE=7, RLIM_INFINITY=-1, getrlimit=lambda _: files)
+    limits.setrlimit = lambda _, both: told.append(both)
+    monkeypatch.setattr(server_module, "resource", limits)
+    assert server_module._connection_class(Limits(connections=1000)).most == most and told == raised
 
 
 def test_connections_that_come_at_once_are_bounded(hasty: Server, monkeypatch: pytest.MonkeyPatch) -> None:

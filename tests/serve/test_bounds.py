@@ -24,6 +24,7 @@ import pytest
 
 import balcony_edge
 from balcony_runtime.serve.bodies.asked import Asked, read_asked
+from balcony_runtime.serve.bodies.fields import Fields
 from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.http import server as server_module
 from balcony_runtime.serve.http.app import SMALL_BODY
@@ -400,19 +401,26 @@ def test_texts_that_are_tokenized_count_as_bodies(
     assert tokenize(200_000) == 200
 
 
-def test_a_large_body_is_read_while_others_are_answered(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, gate = threading.Event(), threading.Event()
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT, HELLO), ("/tokenize", {"content": "fox"}), ("/detokenize", {"tokens": [7]})]
+)
+def test_a_large_body_is_read_while_others_are_answered(
+    path: str, body: dict[str, Any], http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate, read = threading.Event(), threading.Event(), Fields.__init__
 
-    def slowly(*args: Any, **options: Any) -> Asked:
+    def slowly(*args: Any, **options: Any) -> None:
         begun.set()
         assert gate.wait(60)
-        return read_asked(*args, **options)
+        read(*args, **options)
 
-    monkeypatch.setattr("balcony_runtime.serve.http.app.read_asked", slowly)
+    monkeypatch.setattr(Fields, "__init__", slowly)
     with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(http.post, CHAT, json=HELLO | {"chat_id": "x" * LARGE_BODY})
-        assert begun.wait(20) and http.get("/health").status_code == 200
-        gate.set()
+        answer = threads.submit(http.post, path, json=body | {"chat_id": "x" * LARGE_BODY})
+        try:
+            assert begun.wait(20) and http.get("/health", timeout=20).status_code == 200
+        finally:
+            gate.set()
         assert answer.result().status_code == 200
 
 

@@ -78,6 +78,7 @@ def test_several_replies(client: openai.OpenAI) -> None:
             found[choice.index] += choice.delta.content or ""
     assert list(found.values()) == texts
     assert once.usage.completion_tokens == 24 and once.balcony["tokens_per_exit"] == {"5": 24}
+    assert once.usage.prompt_tokens == chat(client).usage.prompt_tokens, "as OpenAI has it"
 
 
 def test_stop_bias_and_ignored_ends(client: openai.OpenAI, server: Server) -> None:

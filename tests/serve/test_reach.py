@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import shutil
 import socket
 import ssl
@@ -10,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +22,7 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import BalconyError, InputError
+from balcony_runtime.serve.http import server as server_module
 from balcony_runtime.serve.http.server import Server, Settings
 from balcony_runtime.serve.work.service import Limits
 from tests.serve.client import CHAT, HELLO, until
@@ -204,6 +208,31 @@ def test_servers_that_start_at_once_do_not_share_a_port() -> None:
         pytest.raises(InputError, match=r"cannot be listened on \(Address already in use\)"),
     ):
         Server(lambda: pytest.fail("it must not load"), Settings(port=taken.getsockname()[1]))
+
+
+def test_the_watchdog_hears_of_a_decode_thread_that_goes_on_and_of_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times in each period, here of two seconds, unless a turn has taken more than half of it."""
+    turns, told, slept = [0.0, 0.9, 1.1, math.inf, 0.2], list[str](), list[float]()
+
+    class Stuck:
+        @property
+        def stuck_s(self) -> float:
+            return turns.pop(0)
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 5:
+            raise EOFError
+
+    server = Server(lambda: pytest.fail("it must not load"), Settings(port=0))
+    server._sockets[0].close()
+    monkeypatch.setattr(server, "service", Stuck())
+    monkeypatch.setattr(server_module, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(server_module, "_notify", told.append)
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    with pytest.raises(EOFError):
+        asyncio.run(server._tell_watchdog())
+    assert (told, slept) == (["WATCHDOG=1"] * 3, [0.5] * 5)
 
 
 def test_a_container_that_is_stopped_before_its_port_is_open_ends() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,6 +20,8 @@ from balcony_runtime.serve.bodies.asked import read_asked
 from balcony_runtime.serve.bodies.fields import FOREIGN
 from balcony_runtime.serve.bodies.refusal import RefusedError, draining, refusal_of, stopped, too_long
 from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.work.jobs import Job
+from balcony_runtime.serve.work.service import Limits, Service
 from tests.serve.client import until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -244,6 +248,19 @@ def test_clients_do_not_repeat_what_would_end_in_the_same_way() -> None:
     passing = refusal_of(BusyError("x"), 7), draining(), stopped(), refusal_of(ValueError("a bug"))
     assert not any("x-should-retry" in one.headers for one in passing)
     assert [one.headers.get("retry-after") for one in passing] == ["7", "5", None, None]
+
+
+def test_who_is_turned_away_may_come_when_a_place_is_likely_to_be_free() -> None:
+    """Four run at once, each for 1 s on average, and after one of 26 s for 6. Four that wait take as long again."""
+    service, answer = Service(None, None, None, Limits(parallel=4)), Mock(scores={}, streaming=False)
+    service._loaded, answer.jobs, answer.asked_s = Mock(), [Job(0, 0, [1], None)], time.monotonic() - 26.0
+    assert service.retry_s == 1
+    service._closed(answer, "tiny", "")
+    assert service._mean_s == pytest.approx(6.0, abs=0.2)
+    service._mean_s = 6.0
+    for waiting, seconds in ((0, 2), (3, 6), (4, 8), (200, 60)):
+        service._jobs = {key: Job(key, 0, [1], None) for key in range(waiting)}
+        assert service.retry_s == seconds
 
 
 def test_a_refusal_does_not_repeat_a_large_value(http: httpx.Client) -> None:

@@ -288,11 +288,15 @@ def test_times_of_replies_that_follow_one_another() -> None:
     for begun_s, last_s in ((1.0, 5.0), (5.0, 9.0)):
         costs.append(cost := Cost(asked_s=0.0))
         cost.begun_s, cost.earliest_first_s, cost.latest_first_s = begun_s - 0.25, begun_s, begun_s
-        cost.last_s, cost.tokens, cost.gaps = last_s, 100, 99
+        cost.last_s, cost.tokens, cost.gaps, cost.gaps_ms = last_s, 100, 99, 99 * 40.0
+        cost.per_exit.update({2: 25, 5: 75})
     total = Cost.of(costs)
-    timings = total.timings(prompt_tokens=10, cached=0)
+    timings, facts = total.timings(prompt_tokens=10, cached=0), total.facts()
     assert (timings["prompt_ms"], timings["predicted_ms"]) == (250.0, 8000.0)  # without the wait
     assert timings["predicted_per_second"] == pytest.approx(24.75)
+    assert (timings["prompt_per_second"], timings["prompt_per_token_ms"]) == (40.0, 25.0)
+    assert timings["predicted_per_token_ms"] == pytest.approx(8000 / 198)
+    assert (facts["mean_tpot_ms"], facts["mean_depth"]) == (pytest.approx(40.0), 4.25)
     assert total.ttft_ms == 5000.0
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
+from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.serve.work.service import Limits
-from tests.serve.client import SLOW, until
+from balcony_runtime.serve.work.slots import MOST_ENDED, Slots
+from tests.serve.client import CHAT, HELLO, SLOW, until
 
 PROMPT = {"prompt": list(range(10, 70)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}
 
@@ -120,6 +126,37 @@ def test_saved_slots_are_bounded(serve: Callable[..., Server], tmp_path: Path) -
     assert [answer.status_code for answer in answers] == [200, 507, 200], "a file may be replaced"
     assert "b.session: 0.1 MB are saved by name, and 0.001 MB may be" in answers[1].json()["error"]["message"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.session"]
+
+
+def test_the_latest_replies_have_slots_and_earlier_ones_have_none() -> None:
+    slots = Slots(Mock(), 0)
+    for key in range(MOST_ENDED + 2):
+        slots.ended(Job(key, 0, [key, 7], None))
+    assert [slots._tokens(key) for key in (2, MOST_ENDED + 1)] == [[2, 7], [MOST_ENDED + 1, 7]]
+    with pytest.raises(RefusedError, match="slot 1: has no reply that has ended lately"):
+        slots._tokens(1)
+
+
+def test_slots_leave_the_threads_to_prompts(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk hangs, as that of --prefix-dir may on a network drive, and clients save again and again."""
+    server, gate, at_work = serve(), threading.Event(), list[str]()
+
+    def hangs(slots: Slots, action: str, *_: Any) -> dict[str, Any]:
+        at_work.append(action)
+        assert gate.wait(60)
+        return {}
+
+    monkeypatch.setattr(Slots, "act", hangs)
+    # the loop has 32 threads at most
+    with httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(40) as savers:
+        saves = [savers.submit(client.post, "/slots/1?action=save", json={"filename": "a"}) for _ in range(40)]
+        try:
+            until(lambda: at_work and len(server._uvicorn.server_state.tasks) == len(saves))
+            assert client.post(CHAT, json=HELLO, timeout=30).status_code == 200
+            assert len(at_work) == 1, "of two saves at once each would find the bound of --saved-mb not reached"
+        finally:
+            gate.set()
+        assert {save.result().status_code for save in saves} == {200}
 
 
 def test_a_reply_in_progress_is_not_saved(saving: httpx.Client) -> None:

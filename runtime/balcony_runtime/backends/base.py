@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from balcony_edge.errors import InputError
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class State(Protocol):
@@ -291,6 +293,18 @@ def likeliest(logits: FloatArray) -> IntArray:
     if not np.isfinite(np.take_along_axis(logits, best[:, None], 1)).all():
         raise not_finite()
     return best
+
+
+def at_once(call: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+    """Results of a call for each item, in their order, from so many threads."""
+    try:
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - fails as the calls below
+
+        with ThreadPoolExecutor(threads) as pool:
+            found: Iterator[_R] = pool.map(call, items)
+    except RuntimeError:  # the main thread has ended: pools begin nothing any more, and the application's threads go on
+        found = map(call, items)
+    return list(found)
 
 
 def closed() -> InputError:

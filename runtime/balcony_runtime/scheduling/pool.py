@@ -398,11 +398,14 @@ class SequencePool:
                     return rows
         return 0
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
         """Free ended sequences, after writing them to the files, the one that was used last first.
 
-        No thread may take one meanwhile.
+        No thread may take one meanwhile. Without ``waits``, as in the handler of a signal in the middle of a round of this
+        thread, nothing is done while a step has the pool: this thread would wait for itself.
         """
+        if not waits and self._lock.locked():
+            return
         with self._locked():
             ended, self._ended = self._ended[::-1], []
         if (files := self._files) is not None:

@@ -120,7 +120,7 @@ class Scheduler:
     def close(self) -> None:
         """Write what ended sequences have to the files."""
         if self._pool is not None:
-            self._pool.close()
+            self._pool.close(waits=self._leader != threading.get_ident())
 
     def most_rows(self, rows: int) -> int | None:
         """Rows that all sequences together may have, or None; errors as for :meth:`.Bounds.most_rows`."""
@@ -256,8 +256,8 @@ class Scheduler:
 
     def wake(self) -> None:
         """Let waiting threads look whether their streams were cancelled."""
-        with self._turn:
-            self._turn.notify_all()
+        if not self._engine.is_forked:  # as for free()
+            self.ask((), 0.0)
 
     def leave(self, stream: Stream, held: ExitStack | None = None, *, waits: bool = True) -> None:
         """Remove a stream; waits for another thread's round with it. A round that still has it closes ``held`` at its end."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.seen import Chunk
 from balcony_edge.control.governor import LEAST_PACE_TPS
+from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import NotFiniteError
 from balcony_runtime.decoding.loop import Decoder, Step, run_chunk
 
@@ -183,5 +184,6 @@ class Undoable:
                 if stream.asks:
                     stream.fail(error)
             elif asks and stream.decoder.begun and not stream.decoder.untold:
-                stream.sequence.rollback(min(length, stream.sequence.length))
+                with contextlib.suppress(InputError):  # the engine was closed meanwhile
+                    stream.sequence.rollback(min(length, stream.sequence.length))
         return isinstance(error, Exception)

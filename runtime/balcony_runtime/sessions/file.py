@@ -18,7 +18,6 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
 from balcony_edge.files import atomic_file, require_path
-from balcony_runtime.backends.base import Array, IntArray
+from balcony_runtime.backends.base import Array, IntArray, at_once
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.tokens import refuse_foreign
 
@@ -333,12 +332,9 @@ class _Reader(Closing):
         def matches(name: str) -> bool:
             return bool(_hash(self.array(name)) == self.notes.hashes.get(name))
 
-        with ThreadPoolExecutor(2) as threads:
-            # At its end Python starts no thread, and ``atexit`` may close an LLM, which looks at each file that it writes.
-            found: Iterator[bool] = threads.map(matches, names) if len(names) > 1 else map(matches, names)
-            for name, right in zip(names, found, strict=True):
-                if not right:
-                    raise self.damaged(f"{name} does not match its hash")
+        for name, right in zip(names, at_once(matches, names, 2), strict=True):
+            if not right:
+                raise self.damaged(f"{name} does not match its hash")
         if self.array("tokens").size:
             refuse_foreign(self.array("tokens"), self._vocabulary)
 

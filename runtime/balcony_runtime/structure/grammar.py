@@ -8,6 +8,7 @@ exits or sampling.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from balcony_edge.errors import InputError, MissingDependencyError
 from balcony_runtime.structure.asked import JSON_FORM, Structure
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from llguidance import LLMatcher, LLTokenizer
 
 BoolArray = npt.NDArray[np.bool_]
@@ -208,7 +210,10 @@ class Guide:
         if self._fill_s < SLOW_S:
             self._fill()
         else:
-            self._pending = _helpers().submit(self._fill)
+            with contextlib.suppress(
+                RuntimeError
+            ):  # no helper once the main thread has ended: it is computed when it is needed
+                self._pending = _helpers().submit(self._fill)
 
     def allowed(self) -> BoolArray | None:
         """Which tokens may come next, (V,); None after the end of sequence, where all may.
@@ -353,6 +358,8 @@ def _line(reason: str) -> str:
 
 @cache
 def _helpers() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - fails once the main thread has ended
+
     return ThreadPoolExecutor(HELPERS, thread_name_prefix="balcony-grammar")
 
 

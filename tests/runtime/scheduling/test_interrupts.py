@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
+from balcony_edge.errors import InputError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.scheduling.pool import SequencePool
+from balcony_runtime.scheduling.shared_step import SharedStep
 from balcony_runtime.scheduling.stream import Cancellation
 from tests.support.replies import PRICES, ids
 from tests.support.schedules import assert_equal, from_scratch
@@ -145,6 +148,40 @@ def test_recording_may_stop_in_the_handler_of_a_signal(llm: LLM, monkeypatch: py
         next(stream)
         monkeypatch.setattr(TokenSequence, "step", interrupted)
         assert len(list(stream)) == 7
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["goes on", "exits"])
+def test_a_bundle_may_be_closed_in_the_handler_of_a_signal(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """Python runs it in the middle of a shared pass of its own thread, which would wait for itself for ever."""
+    run, found = SharedStep.run, list[Any]()
+
+    def interrupted(self: SharedStep, *arguments: Any) -> Any:
+        monkeypatch.setattr(SharedStep, "run", run)
+        llm.close()
+        if ends:
+            sys.exit(0)
+        return run(self, *arguments)
+
+    def handled() -> None:
+        try:
+            with llm.together() as replies:
+                for number in range(2):
+                    replies.add([1, 2, 3 + number], **OPTIONS)
+                for _ in range(3):
+                    replies.step()
+                monkeypatch.setattr(SharedStep, "run", interrupted)
+                while replies.open:
+                    found.extend(one for _, one in replies.step() if not isinstance(one, Token))
+        except BaseException as error:  # SystemExit would end the thread in silence
+            found.append(error)
+
+    thread = threading.Thread(target=handled, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it waits for itself"
+    assert [type(one) for one in found] == ([SystemExit] if ends else [InputError] * 2)
 
 
 def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from balcony_edge.bundle.manifest import GraphSpec, Manifest
 from balcony_edge.closing import Closing
 from balcony_edge.device.machine import best_threads, checked_threads
 from balcony_edge.errors import BundleError, is_out_of_memory
+from balcony_runtime.backends.base import at_once
 from balcony_runtime.backends.installed import checked_onnxruntime, first_line, refuse_too_old
 
 if checked_onnxruntime():  # refuses an unusable installation before the modules below import it
@@ -196,8 +196,7 @@ class OnnxRuntimeBackend(Closing):
         graphs.pop("backbone", None)  # the stages contain its layers
         # The largest first: what packing them takes for a while is then free again for the others.
         largest = sorted(graphs, key=lambda name: -graphs[name].weight_bytes)
-        with ThreadPoolExecutor(LOADERS) as pool:
-            loaded = dict(zip(largest, pool.map(lambda name: opened(name, graphs[name]), largest), strict=True))
+        loaded = dict(zip(largest, at_once(lambda name: opened(name, graphs[name]), largest, LOADERS), strict=True))
         self.sessions = {name: loaded[name] for name in graphs}
         for layer in bundle.manifest.exit_layers if shared else ():
             path = shared[f"path_{layer}"]

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.applications import Starlette
@@ -40,6 +40,7 @@ from balcony_runtime.text import TextCodec
 from balcony_runtime.tokens import refuse_foreign
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 #: Rules of the page: nothing from elsewhere, and no frame around it.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -185,9 +186,7 @@ class _Routes:
         self._service.refuse_unready()
         async with self._body(request) as body:
             asked_s = time.monotonic()  # a large body waits for others before it is read
-            read = partial(read_asked, body, chat=chat)  # of 8 MB it takes seconds, in which no stream would go on
-            asked = await self._service.in_thread(read, len(body)) if len(body) > LARGE_BODY else read()
-            del read  # it holds the body
+            asked = await self._read(body, partial(read_asked, chat=chat))
             watch = asyncio.create_task(gone(request.receive))
             try:
                 answer = await self._answer(asked, len(body), asked_s, request, watch)
@@ -235,7 +234,7 @@ class _Routes:
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
         async with self._body(request) as body:
-            return await self._tokenize(Fields(body, TOKENIZE), len(body))
+            return await self._tokenize(await self._read(body, partial(Fields, table=TOKENIZE)), len(body))
 
     async def _tokenize(self, fields: Fields, size: int) -> Response:
         llm = self._service.llm
@@ -265,7 +264,7 @@ class _Routes:
         """The text of token ids."""
         llm = self._service.llm
         async with self._body(request) as body:
-            tokens = Fields(body, DETOKENIZE).tokens("tokens")
+            tokens = await self._read(body, lambda body: Fields(body, DETOKENIZE).tokens("tokens"))
             refuse_longer(llm.engine, "the text", len(tokens))  # the answer stays until its client has read it
             if tokens:
                 refuse_foreign(np.array(tokens), llm.engine.manifest.model.vocab_size)
@@ -326,7 +325,7 @@ class _Routes:
         if action is not None and action not in ACTIONS:
             raise bad("action", action, f"must be one of {', '.join(ACTIONS)}")
         async with self._body(request) as body:
-            fields = Fields(body or b"{}", SLOT)
+            fields = await self._read(body or b"{}", partial(Fields, table=SLOT))
         if action is None:
             if "budget" not in fields.names:
                 raise RefusedError(
@@ -344,6 +343,10 @@ class _Routes:
             yield bytes(found)
         finally:
             self._body_bytes -= len(found)
+
+    async def _read(self, body: bytes, read: Callable[[bytes], _T]) -> _T:
+        """What a body asks for. Of 8 MB it takes seconds, in which no stream would go on: a large one is read in a thread."""
+        return await self._service.in_thread(partial(read, body), len(body)) if len(body) > LARGE_BODY else read(body)
 
     async def _receive(self, request: Request, found: bytearray) -> None:
         """Append the body of a request, if it is not too large and comes in time."""

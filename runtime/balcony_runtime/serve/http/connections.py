@@ -21,6 +21,8 @@ from balcony_runtime.serve.bodies.refusal import RefusedError
 KEEP_ALIVE_S = 75
 #: Bytes that a client must read of a full buffer each time; a byte a minute would keep the connection for ever.
 LEAST_READ = 1 << 14
+#: Most bytes of answers that all clients together leave unread; one may leave more, if it is alone.
+MOST_UNREAD = 64_000_000
 #: Bytes of the next requests that are taken while a request is answered.
 MOST_AHEAD = 1 << 16
 
@@ -34,7 +36,8 @@ def bounded(head_s: float, unread_s: float, most: int) -> type[Connection]:
         unread_s: longest time for which a client may leave a full buffer unread.
         most: most connections. One more closes the connection that has waited longest for a request.
     """
-    return type("Bounded", (Connection,), {"head_s": head_s, "unread_s": unread_s, "most": most, "idle": {}})
+    bounds = {"head_s": head_s, "unread_s": unread_s, "most": most, "idle": {}, "unread": {}}
+    return type("Bounded", (Connection,), bounds)
 
 
 class Connection(H11Protocol):
@@ -45,6 +48,8 @@ class Connection(H11Protocol):
     most: ClassVar[int]
     #: Connections without a request in progress, the longest idle one first.
     idle: ClassVar[dict[Connection, None]]
+    #: Connections whose buffer is full, the one that has been so for longest first.
+    unread: ClassVar[dict[Connection, None]]
 
     _head_timer: asyncio.TimerHandle | None = None
     _unread_timer: asyncio.TimerHandle | None = None
@@ -68,6 +73,7 @@ class Connection(H11Protocol):
         self._stop_head_timer()
         self._stop_unread_timer()
         self.idle.pop(self, None)
+        self.unread.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -113,10 +119,16 @@ class Connection(H11Protocol):
         """The client does not read fast enough."""
         super().pause_writing()
         self._start_unread_timer()
+        self.unread[self] = None
+        while len(self.unread) > 1 and sum(map(_unread, self.unread)) > MOST_UNREAD:
+            longest = next(iter(self.unread))
+            del self.unread[longest]
+            longest.transport.abort()
 
     def resume_writing(self) -> None:
         """The client has read."""
         super().resume_writing()
+        self.unread.pop(self, None)
         self._stop_unread_timer()
         if self.transport.is_closing():  # what is left may be little, and still not be read
             self._start_unread_timer()
@@ -138,14 +150,13 @@ class Connection(H11Protocol):
 
     def _start_unread_timer(self) -> None:
         """Start the time for reading what was sent, unless it runs."""
-        if self._unread_timer is None and self.transport.get_write_buffer_size():
-            unread = self.transport.get_write_buffer_size()
+        if self._unread_timer is None and (unread := _unread(self)):
             self._unread_timer = self.loop.call_later(self.unread_s, self._drop_if_unread, unread)
 
     def _drop_if_unread(self, before: int) -> None:
         """Close the connection if its client has read next to nothing of the buffer; otherwise start the time again."""
         self._unread_timer = None
-        left = self.transport.get_write_buffer_size()
+        left = _unread(self)
         if left and before - left < LEAST_READ:
             self.transport.abort()
         else:
@@ -160,3 +171,8 @@ class Connection(H11Protocol):
         if self._unread_timer is not None:
             self._unread_timer.cancel()
             self._unread_timer = None
+
+
+def _unread(connection: Connection) -> int:
+    """Bytes that wait in this process until the client reads."""
+    return connection.transport.get_write_buffer_size()

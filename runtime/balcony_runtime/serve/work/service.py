@@ -109,6 +109,8 @@ class Service:
         # One at a time: the threads that read prompts are for everybody, and the decode thread must not wait for a compiler.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="balcony-compile")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="balcony-large")
+        # The disk of slots may hang; and of several saves at once each would find room for its file.
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="balcony-slots")
 
     def load(self, open_llm: Callable[[], LLM], loop: asyncio.AbstractEventLoop) -> None:
         """Load the bundle and measure its prices, so that no budget of a request has to. Takes seconds; for a thread."""
@@ -151,7 +153,8 @@ class Service:
     def close(self) -> None:
         """End all replies and free the engine."""
         self._compiler.shutdown(wait=False, cancel_futures=True)
-        self._large.shutdown(cancel_futures=True)  # the text that it reads may still look for rows
+        for pool in (self._large, self._disk):
+            pool.shutdown(cancel_futures=True)  # the text that one reads may still look for rows
         if self._loaded is not None:
             self._loaded.worker.stop()
             self._loaded.llm.close()
@@ -426,4 +429,5 @@ class Service:
         """Save, restore or erase the rows of a slot; see :meth:`.slots.Slots.act`."""
         if key in self._jobs and action != "restore":
             raise RefusedError(409, f"slot {key}: its reply is in progress: wait until it has ended", "slot_busy")
-        return await asyncio.to_thread(self._parts.slots.act, action, key, name)
+        slots = self._parts.slots
+        return await asyncio.get_running_loop().run_in_executor(self._disk, slots.act, action, key, name)
