@@ -21,7 +21,6 @@ from balcony_edge.control.company.round_trace import RoundTraceWriter
 from balcony_edge.control.company.seen import Chunk, CompanyState, Round, RoundSeen, StreamSeen
 from balcony_edge.control.company.waiting import MOST_OVERTAKEN, in_order, overtakes
 from balcony_edge.control.decision import Measurement
-from balcony_edge.control.verdict import nearest_rank
 from balcony_edge.device.costs import CostModel
 from balcony_edge.simulation.plant import Physics, SimulatedDevice
 
@@ -264,29 +263,22 @@ def _seen(plant: CompanyPlant, stream: SimulatedStream) -> StreamSeen:
     )
 
 
-def summary(streams: Sequence[SimulatedStream], costs: CostModel, quality: Sequence[float]) -> Mapping[str, float]:
-    """Figures of a run: tokens, share of late tokens, mean depth and agreement, 95th percentile of the first token's time.
+def summary(streams: Sequence[SimulatedStream], costs: CostModel) -> Mapping[str, float]:
+    """Figures of a run: share of late tokens, mean depth, and those below.
 
     ``deadlines_missed`` is a share of the streams that have one, whose tokens are not among the late ones.
     ``switches`` is the number of changes of the exit in 100 tokens, ``longest_gap_ms`` that of streams that ask for nothing,
     which give way to all others.
     """
-    agreement = dict(zip(costs.exits, quality, strict=True))
     exits = [layer for stream in streams for layer in stream.exits]
     later = sum(max(len(stream.exits) - 1, 0) for stream in streams if stream.arrival.budget.tpot_ms is not None)
-    firsts = sorted(stream.gaps_ms[0] for stream in streams if stream.gaps_ms)
     switches = sum(one != other for stream in streams for one, other in pairwise(stream.exits))
     lax = [stream for stream in streams if stream.arrival.budget == Budget()]
     due = [stream for stream in streams if stream.arrival.budget.deadline_s is not None]
     return {
-        "streams": len(streams),
-        "refused": sum(stream.refused_s is not None for stream in streams),
-        "tokens": len(exits),
         "late_share": sum(stream.late_tokens for stream in streams) / max(later, 1),
         "deadlines_missed": sum(stream.missed_deadline for stream in due) / max(len(due), 1),
         "mean_depth": sum(exits) / max(len(exits), 1) / costs.exits[-1],
-        "mean_agreement": sum(agreement[layer] for layer in exits) / max(len(exits), 1),
         "switches": 100 * switches / max(len(exits), 1),
         "longest_gap_ms": max((gap for stream in lax for gap in stream.gaps_ms[1:]), default=0.0),
-        "ttft_p95_ms": nearest_rank(firsts, 0.95) if firsts else math.nan,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from balcony_edge.errors import InputError
 
@@ -39,20 +39,31 @@ def parse_load(text: str) -> Load:
     name, _, rest = text.partition(":")
     if name not in PARAMETERS:
         raise InputError(f"load {name!r}: must be one of {', '.join(PARAMETERS)}, or the file of a recorded trace")
-    values = dict(PARAMETERS[name])
-    for word in filter(None, rest.split(",")):
-        key, _, number = word.partition("=")
-        if key not in values:
-            allowed = ", ".join(values) or "nothing"
-            raise InputError(f"load {text!r}: {name} takes {allowed}, not {key!r}: e.g. square:high=1.7,period_s=4")
+    ranges = {key: RANGES.get(key, TIMES) for key in PARAMETERS[name]}
+    given = numbers(f"load {text!r}", filter(None, rest.split(",")), ranges, "square:high=1.7,period_s=4")
+    return _generated(name, PARAMETERS[name] | given)
+
+
+def numbers(
+    given: str, words: Iterable[str], ranges: Mapping[str, tuple[float, float]], example: str
+) -> dict[str, float]:
+    """Key → number of words ``key=number``; an error begins with ``given`` and ends with ``example``.
+
+    Raises:
+        InputError: a key is unknown, or a value is not a number in its range.
+    """
+    found = {}
+    for key, _, number in (word.partition("=") for word in words):
+        if key not in ranges:
+            raise InputError(f"{given}: must be one of {', '.join(ranges) or 'none'}, as key=value, e.g. {example}")
         try:
-            values[key] = float(number)
+            found[key] = float(number)
         except ValueError:
-            values[key] = math.nan
-        least, most = RANGES.get(key, TIMES)
-        if not least <= values[key] <= most:
-            raise InputError(f"load {text!r}: {key} = {number}: must be {least:g} to {most:g}")
-    return _generated(name, values)
+            found[key] = math.nan
+        least, most = ranges[key]
+        if not least <= found[key] <= most:
+            raise InputError(f"{given}: {key} must be {least:g} to {most:g}, e.g. {example}")
+    return found
 
 
 def _generated(name: str, values: dict[str, float]) -> Load:

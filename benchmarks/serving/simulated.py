@@ -182,8 +182,8 @@ def simulation(seeds: int) -> dict[str, Any]:
             if not arrivals:
                 continue
             run = company.simulate_company(INT4, arrivals, quality=QUALITY, seed=seed, decide=timed)
-            found = company.summary(run, INT4, QUALITY)
-            best = company.summary(oracle(arrivals, seed), INT4, QUALITY)
+            found = company.summary(run, INT4)
+            best = company.summary(oracle(arrivals, seed), INT4)
             ratios.append(found["mean_depth"] / best["mean_depth"])
             of_bound.append(found["mean_depth"] / deepest(INT4, run, bin_s=BIN_S))
             late.append(found["late_share"])

@@ -69,4 +69,4 @@ def test_no_simulated_run_is_deeper(seed: int) -> None:
     quality = (0.5, 0.7, 1.0)
     streams = simulate_company(SMALL, poisson(3.0, 4.0, classes, seed=seed), quality=quality, seed=seed)
     coarse, fine = (deepest(SMALL, streams, bin_s=bin_s) for bin_s in (0.5, 0.1))
-    assert summary(streams, SMALL, quality)["mean_depth"] <= fine + 1e-9 <= coarse + 2e-9 <= 1 + 3e-9
+    assert summary(streams, SMALL)["mean_depth"] <= fine + 1e-9 <= coarse + 2e-9 <= 1 + 3e-9

@@ -224,7 +224,7 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     refused("neither of --budget and --tpot-ms: a budget is a file or a target", *common[:3])
     refused("tpot_ms = -1", *common[:3], "--tpot-ms", "-1")
     refused("one reply has one budget: also give --arrivals", *common, "--budget", budget)
-    refused("--arrivals speed=3: 'speed=3' is not known: give e.g. rate=0.8", *common, "--arrivals", "speed=3")
+    refused("--arrivals speed=3: must be one of rate, burst, as key=value", *common, "--arrivals", "speed=3")
     refused("--device mass=3: must be one of idle_w, busy_w", *common, "--device", "mass=3")
     for word, allowed in (
         ("busy_w=x", "busy_w must be 0 to 100000"),

@@ -344,12 +344,12 @@ def test_recorded_load() -> None:
     ("text", "message"),
     [
         ("wave", "load 'wave': must be one of idle, constant, step, ramp, square, bursts, or the file of a recorded"),
-        ("step:low=1", "load 'step:low=1': step takes high, at_s, not 'low'"),
-        ("square:high=x", "load 'square:high=x': high = x: must be 0.001 to 1000"),
-        ("square:period_s=0", "load 'square:period_s=0': period_s = 0: must be 0.001 to 1e+06"),
-        ("square:period_s=nan", "load 'square:period_s=nan': period_s = nan: must be 0.001 to 1e+06"),
-        ("constant:high=1e9", "load 'constant:high=1e9': high = 1e9: must be 0.001 to 1000"),
-        ("bursts:mean_s=1e-9", "load 'bursts:mean_s=1e-9': mean_s = 1e-9: must be 0.001 to 1e+06"),
+        ("step:low=1", "load 'step:low=1': must be one of high, at_s, as key=value"),
+        ("square:high=x", "load 'square:high=x': high must be 0.001 to 1000"),
+        ("square:period_s=0", "load 'square:period_s=0': period_s must be 0.001 to 1e+06"),
+        ("square:period_s=nan", "load 'square:period_s=nan': period_s must be 0.001 to 1e+06"),
+        ("constant:high=1e9", "load 'constant:high=1e9': high must be 0.001 to 1000"),
+        ("bursts:mean_s=1e-9", "load 'bursts:mean_s=1e-9': mean_s must be 0.001 to 1e+06"),
     ],
 )
 def test_loads_that_are_none(text: str, message: str) -> None:

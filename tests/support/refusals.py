@@ -286,7 +286,7 @@ REFUSALS = (
     ),
     Refusal(
         ("simulate", "--profile", "device.json", "--tpot-ms", "30", "--arrivals", "rate=0"),
-        "--arrivals rate=0: must have a rate of 0.001 to 1000 a second and a burst of 1 to 100: give e.g. rate=0.8,burst=3",
+        "--arrivals rate=0: rate must be 0.001 to 1000, e.g. rate=0.8,burst=3",
         "arrivals at an impossible rate",
     ),
 )

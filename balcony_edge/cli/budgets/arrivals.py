@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,6 +15,7 @@ from rich.table import Table
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.cli.console import folded, stdout
 from balcony_edge.errors import InputError
+from balcony_edge.simulation.loads import numbers
 
 if TYPE_CHECKING:
     from balcony_edge.control.company.seen import Round
@@ -36,23 +36,11 @@ def parsed(text: str) -> tuple[float, int]:
     Raises:
         InputError: a key is unknown, or a value is out of range.
     """
-    values = {"rate": math.nan, "burst": 1.0}
-    for part in text.split(","):
-        key, _, number = part.partition("=")
-        try:
-            if key not in values:
-                raise ValueError
-            values[key] = float(number)
-        except ValueError:
-            raise InputError(
-                f"--arrivals {text}: {part!r} is not known: give e.g. rate=0.8 or rate=0.8,burst=3"
-            ) from None
-    rate, burst = values["rate"], values["burst"]
-    if not 1e-3 <= rate <= 1e3 or not (1 <= burst <= 100 and burst.is_integer()):
-        raise InputError(
-            f"--arrivals {text}: must have a rate of 0.001 to 1000 a second and a burst of 1 to 100: give e.g. rate=0.8,burst=3"
-        )
-    return rate, int(burst)
+    ranges = {"rate": (1e-3, 1e3), "burst": (1, 100)}
+    found = {"burst": 1.0} | numbers(f"--arrivals {text}", text.split(","), ranges, "rate=0.8,burst=3")
+    if "rate" not in found or not found["burst"].is_integer():
+        raise InputError(f"--arrivals {text}: must have a rate, and a burst is whole: give e.g. rate=0.8,burst=3")
+    return found["rate"], int(found["burst"])
 
 
 def classes(files: Sequence[Path], own: Budget) -> dict[str, Budget]:

@@ -239,6 +239,7 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
     Raises:
         InputError: a key is unknown, or a value is not a number in its range.
     """
+    from balcony_edge.simulation.loads import numbers
     from balcony_edge.simulation.plant import RANGES, Physics
 
     rail = profile.rail_of(budget)
@@ -253,17 +254,8 @@ def physics(words: list[str], profile: DeviceProfile, budget: Budget) -> Physics
         values["throttle_c"] = math.inf
     defaults = asdict(Physics())
     for word in words:
-        key, _, text = word.partition("=")
-        if key not in RANGES:
-            raise InputError(f"--device {word}: must be one of {', '.join(RANGES)}, as key=value, e.g. busy_w=8")
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        least, most = RANGES[key]
-        if not least <= value <= most:
-            raise InputError(f"--device {word}: {key} must be {least:g} to {most:g}, e.g. busy_w=8")
-        values[key] = type(defaults[key])(value)
+        found = numbers(f"--device {word}", [word], RANGES, "busy_w=8")
+        values |= {key: type(defaults[key])(value) for key, value in found.items()}
     return Physics(**values)
 
 

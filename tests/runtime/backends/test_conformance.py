@@ -136,7 +136,7 @@ def test_long_sequences_cross_chunks_and_cache_buckets(
 ) -> None:
     monkeypatch.setattr(engine_module, "MAX_PASS_ROWS", 48)
     random = np.random.default_rng(11)
-    for batch in (1, 2):
+    for batch in range(1, min(subject.backend.most_members or 2, 2) + 1):
         sequence = subject.new_sequence(batch_size=batch)
         tokens = random.integers(0, 320, (batch, 256))
         got = sequence.advance(2, tokens[:, :200], num_logits=3)

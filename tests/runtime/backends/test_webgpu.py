@@ -159,10 +159,10 @@ def test_passes_of_several_rows(tiny: Any, on_webgpu: Engine, monkeypatch: pytes
         for exit_layer in (2, 3, 5):
             for queries in (1, 3, 6, 8):  # within the last pass, and across passes
                 sequence = on_webgpu.new_sequence(max_length=16)
-                (member,) = sequence.state._members
-                take = member._take
+                state: Any = sequence.state
+                take = state._take
                 monkeypatch.setattr(
-                    member, "_take", lambda rows, at, *into, take=take: (runs.append(len(at)), take(rows, at, *into))[1]
+                    state, "_take", lambda rows, at, *into, take=take: (runs.append(len(at)), take(rows, at, *into))[1]
                 )
                 tokens = [7, 3, 5, 11, 2, 9, 4, 8]
                 got = sequence.advance(exit_layer, tokens, num_logits=queries)
@@ -196,19 +196,20 @@ def test_memory_goes_back_with_the_sequence_and_after_an_error(
         return count
 
     before = held()
-    sequence = on_webgpu.new_sequence(batch_size=2, max_length=16)
-    sequence.advance(3, [[1, 2, 3], [4, 5, 6]], num_logits=2)
-    sequence.step(3, np.array([7, 8]))
+    sequence = on_webgpu.new_sequence(max_length=16)
+    sequence.advance(3, [1, 2, 3], num_logits=2)
+    sequence.step(3, np.array([7]))
     assert held() > before
     state: Any = sequence.state
-    for member in state._members:
-        sizes = len(member._memory.values), len(member._memory.passes)
-        with monkeypatch.context() as patch, pytest.raises(DeviceError, match="lost"):
-            patch.setattr(member, "_put", lambda *_: (_ for _ in ()).throw(DeviceError("lost")))
-            member.run_stage(2, 0, 2)
-        assert (len(member._memory.values), len(member._memory.passes)) == sizes
-    del sequence, state, member
+    sizes = len(state._memory.values), len(state._memory.passes)
+    with monkeypatch.context() as patch, pytest.raises(DeviceError, match="lost"):
+        patch.setattr(state, "_put", lambda *_: (_ for _ in ()).throw(DeviceError("lost")))
+        state.run_stage(2, 0, 2)
+    assert (len(state._memory.values), len(state._memory.passes)) == sizes
+    del sequence, state
     assert held() == before
+    with pytest.raises(InputError, match="batch_size = 2: WebGPU runs no batches"):
+        on_webgpu.new_sequence(batch_size=2)
 
 
 #: Bundles that are loaded, used and closed in threads; with passes at the same time the provider fails or crashes.

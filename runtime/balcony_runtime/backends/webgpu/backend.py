@@ -9,7 +9,7 @@ from __future__ import annotations
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.closing import Closing
-from balcony_edge.errors import BundleError
+from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.backends.graph_files.check import check_graph, nodes_of
 from balcony_runtime.backends.onnxruntime.backend import check_io
 from balcony_runtime.backends.token_table import TokenTable
@@ -38,7 +38,7 @@ class WebGpuBackend(Closing):
         self.threads = 1
         self.max_length = self.manifest.model.context_length
         self.name = f"ONNX Runtime, {NAME}"
-        self.most_members: int | None = None
+        self.most_members: int | None = 1
         self.picks_inside, self.graphs = True, "lowered"
         self.table = TokenTable(bundle)
         self.dtype = self.table.dtype
@@ -69,10 +69,13 @@ class WebGpuBackend(Closing):
         """Memory for one sequence; see :class:`balcony_runtime.backends.base.Backend`.
 
         Raises:
+            InputError: there are several members.
             DeviceError: there is not enough memory.
         """
+        if batch_size > 1:
+            raise InputError(f"batch_size = {batch_size}: WebGPU runs no batches: give each its own sequence")
         with self.device.lock:
-            return WebGpuState(self, batch_size, max_length)
+            return WebGpuState(self, max_length)
 
     def new_pool(self, members: int, max_length: int) -> None:
         """Nothing: a part of a buffer cannot be bound, so members of a pool could not share passes over ranges."""

@@ -2,8 +2,8 @@
 
 Owns the values of a sequence. The graphs are those for CPUs (``manifest.cpu``), unchanged: ``GroupQueryAttention`` writes the
 keys and values of new rows into the cache that it is given. The embedding of a token is looked up in main memory and is all
-that a step takes to the device besides positions; the step brings back the logits, or the likeliest token. Each member of a
-batch has values of its own, because a part of a buffer cannot be bound.
+that a step takes to the device besides positions; the step brings back the logits, or the likeliest token. There are no
+batches: a part of a buffer cannot be bound, so members could share no pass.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from balcony_edge.bundle.manifest import DType
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, RowsOnly, not_finite, part_of
-from balcony_runtime.backends.webgpu.device import BoundPass, DeviceMemory, Value
+from balcony_runtime.backends.webgpu.device import BoundPass, Value
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.webgpu.backend import WebGpuBackend
 
 P = ParamSpec("P")
 R = TypeVar("R")
-V = TypeVar("V")
 
 
 class _Step(NamedTuple):
@@ -48,11 +47,24 @@ class _Step(NamedTuple):
     best: list[BoundPass]
 
 
-class _Member:
-    """One member of a batch: its row buffers and caches, and the passes over them."""
+def _exclusive(method: Callable[Concatenate[WebGpuState, P], R]) -> Callable[Concatenate[WebGpuState, P], R]:
+    """Make a method exclusive: while it runs, no other sequence of any bundle uses WebGPU, and the device is not closed."""
 
-    def __init__(self, backend: WebGpuBackend, memory: DeviceMemory, max_length: int) -> None:
+    @functools.wraps(method)
+    def locked(state: WebGpuState, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with state._device.lock:
+            state._device.refuse_closed()
+            return method(state, *args, **kwargs)
+
+    return locked
+
+
+class WebGpuState(RowsOnly):
+    """One sequence's rows and caches on a WebGPU device; implements :class:`balcony_runtime.backends.base.State`."""
+
+    def __init__(self, backend: WebGpuBackend, max_length: int) -> None:
         manifest, device = backend.manifest, backend.device
+        memory = device.new_memory(self)
         self._backend, self._device, self._memory = backend, device, memory
         self._layers = (0, *manifest.exit_layers)  # layer of each boundary
         self._specs = manifest.runnable
@@ -86,30 +98,34 @@ class _Member:
         sizes = [math.prod(value.shape) for value in (*self._rows, *self._row, self._hidden, *cached)]
         return sum(sizes) * self._backend.dtype.itemsize + 2 * self._found.nbytes
 
-    def decode(self, exit_index: int, token: int, row: int) -> FloatArray:
-        """The logits of a step, (V,), in an array that the next step overwrites."""
-        step = self._step(exit_index, token, row)
+    @_exclusive
+    def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
+        """Run one row through all graphs on the way to an exit."""
+        step = self._step(exit_index, ids.item(), row)
         self._run(*step.inner, *step.logits)
-        logits: FloatArray = self._found[0, 0]
+        logits: FloatArray = self._found[0]
         return logits
 
-    def decode_best(self, exit_index: int, token: int, row: int) -> int:
-        """The likeliest token of a step.
+    @_exclusive
+    def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
+        """The same, but return only the likeliest token, (1,).
 
         Raises:
             InputError: a logit is NaN or infinite.
         """
-        step = self._step(exit_index, token, row)
+        step = self._step(exit_index, ids.item(), row)
         self._run(*step.inner, *step.best)
         best, total = self._picked[0, 0].tolist()
         if not math.isfinite(total):
             raise not_finite()
-        return int(best)
+        return np.array([int(best)])
 
+    @_exclusive
     def embed(self, tokens: IntArray, start: int) -> None:
-        """Write tokens (n,) to boundary 0."""
-        self._ids[start : start + len(tokens)] = tokens
+        """Write tokens (1, n) to boundary 0."""
+        self._ids[start : start + tokens.shape[1]] = tokens[0]
 
+    @_exclusive
     def run_stage(self, stage: int, start: int, stop: int) -> None:
         """Run rows of one boundary to the next."""
         layer, after = self._layers[stage : stage + 2]
@@ -118,6 +134,7 @@ class _Member:
                 rows = {f"hidden_{layer}": self._rows_at(stage, first, last)}
                 self._put(self._rows[stage], self._once(f"stage_{stage}", rows, last, f"hidden_{after}"), first)
 
+    @_exclusive
     def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
         """Run the balcony or the norm of an exit over rows of its boundary.
 
@@ -138,8 +155,9 @@ class _Member:
                         made = self._take(made, np.arange(begin - first, last - first)).made(self._memory)
                     self._put(self._asked, made, max(first, begin) - begin)
 
-    def logits(self) -> FloatArray:
-        """Logits (Q, V) of the last exit."""
+    @_exclusive
+    def logits(self, num_queries: int) -> FloatArray:
+        """Run the head over the result of :meth:`run_exit`."""
         assert self._asked is not None
         found = np.empty((1, self._asked.shape[1], self._found.shape[2]), np.float32)
         with self._temporary():
@@ -147,20 +165,22 @@ class _Member:
             head.give("hidden", self._asked)
             head.take("logits", found)
             self._run(head)
-        logits: FloatArray = found[0]
-        return logits
+        return found
 
+    @_exclusive
     def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
         """Copies of the rows at the boundaries after the stages, and of keys and values."""
         found = {}
         for name, value, first in self._reached(stage_rows, balcony_rows):
-            found[name] = (whole := np.empty(value.shape, self._backend.dtype))[first]
+            whole = np.empty(value.shape, self._backend.dtype)
             with self._temporary():
                 self._take(value, np.arange(value.shape[1]), whole)
+            found[name] = whole[first].copy()
         return found
 
+    @_exclusive
     def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
-        """Copy what another member has made to the device."""
+        """Copy what another state has made to the device."""
         for name, value, first in self._reached(stage_rows, balcony_rows):
             whole = np.zeros(value.shape, self._backend.dtype)
             whole[first] = part_of(parts, name, whole[first].shape, whole.dtype)
@@ -180,6 +200,7 @@ class _Member:
             for past, value in self._caches.get(name, {}).items() if rows else ():
                 yield f"{name}.{past}", value, np.s_[:, :, :rows]
 
+    @_exclusive
     def wait(self) -> None:
         """Wait for all passes so far, by reading a row in a pass after them."""
         with self._temporary():
@@ -312,92 +333,3 @@ class _Member:
         for one in passes:
             one.run()
         self.busy_ns += time.perf_counter_ns() - begin
-
-
-def _exclusive(method: Callable[Concatenate[WebGpuState, P], R]) -> Callable[Concatenate[WebGpuState, P], R]:
-    """Make a method exclusive: while it runs, no other sequence of any bundle uses WebGPU, and the device is not closed."""
-
-    @functools.wraps(method)
-    def locked(state: WebGpuState, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with state._device.lock:
-            state._device.refuse_closed()
-            return method(state, *args, **kwargs)
-
-    return locked
-
-
-class WebGpuState(RowsOnly):
-    """One sequence's rows and caches on a WebGPU device; implements :class:`balcony_runtime.backends.base.State`."""
-
-    def __init__(self, backend: WebGpuBackend, batch_size: int, max_length: int) -> None:
-        self._device = backend.device
-        self._members = [_Member(backend, backend.device.new_memory(self), max_length) for _ in range(batch_size)]
-
-    @property
-    def busy_ns(self) -> int:
-        """Nanoseconds inside the engine."""
-        return sum(member.busy_ns for member in self._members)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of row buffers, KV caches and logits at full length, since a device allocates them whole."""
-        return sum(member.memory_bytes for member in self._members)
-
-    @_exclusive
-    def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
-        """Run one row of each member through all graphs on the way to an exit."""
-        logits = [member.decode(exit_index, token, row) for member, token in self._each(ids.tolist())]
-        return logits[0][None] if len(logits) == 1 else np.stack(logits)
-
-    @_exclusive
-    def decode_best(self, exit_index: int, ids: IntArray, row: int) -> IntArray:
-        """The same, but return only the likeliest token of each member, (B,).
-
-        Raises:
-            InputError: a logit is NaN or infinite.
-        """
-        return np.array([member.decode_best(exit_index, token, row) for member, token in self._each(ids.tolist())])
-
-    @_exclusive
-    def embed(self, tokens: IntArray, start: int) -> None:
-        """Write tokens (B, n) to boundary 0."""
-        for member, line in self._each(tokens):
-            member.embed(line, start)
-
-    @_exclusive
-    def run_stage(self, stage: int, start: int, stop: int) -> None:
-        """Run rows from boundary ``stage`` to boundary ``stage + 1``."""
-        for member in self._members:
-            member.run_stage(stage, start, stop)
-
-    @_exclusive
-    def run_exit(self, exit_index: int, start: int, stop: int, num_queries: int) -> None:
-        """Run the balcony or the norm of an exit over rows of its boundary."""
-        for member in self._members:
-            member.run_exit(exit_index, start, stop, num_queries)
-
-    @_exclusive
-    def parts(self, stage_rows: Sequence[int], balcony_rows: Sequence[int]) -> dict[str, Array]:
-        """Copies of the rows at the boundaries after the stages, and of keys and values."""
-        each = [member.parts(stage_rows, balcony_rows) for member in self._members]
-        return {name: np.concatenate([parts[name] for parts in each]) for name in each[0]}
-
-    @_exclusive
-    def fill(self, stage_rows: Sequence[int], balcony_rows: Sequence[int], parts: Mapping[str, Array]) -> None:
-        """Copy what another state has made to the device."""
-        for index, member in enumerate(self._members):
-            own = {name: part[index : index + 1] for name, part in parts.items()}
-            member.fill(stage_rows, balcony_rows, own)
-
-    @_exclusive
-    def wait(self) -> None:
-        """Wait for all passes so far."""
-        self._members[-1].wait()
-
-    @_exclusive
-    def logits(self, num_queries: int) -> FloatArray:
-        """Run the head over the result of :meth:`run_exit`."""
-        return np.stack([member.logits() for member in self._members])
-
-    def _each(self, values: Iterable[V]) -> Iterable[tuple[_Member, V]]:
-        return zip(self._members, values, strict=True)
