@@ -150,7 +150,7 @@ def load(
     Args:
         path: directory of the bundle.
         budget: budget of replies: a :class:`Budget`, the path of a budget file, or None for full depth without a target.
-            With a target and without a device profile, loading measures the prices of the exits (about half a second).
+            With a target, a ceiling or a policy, and no device profile, loading measures prices (about half a second).
         profile: device profile written by `balcony-edge profile`. A warning names a profile of another device or bundle.
         threads: threads of the engine's shared pool; by default one for each core of this process that is not slow
             (hyper-threads count once), and at most four for each CPU. The first engine of a process decides.

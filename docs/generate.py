@@ -72,8 +72,8 @@ usage and 130 for Ctrl-C. In Python the same line is the message of a `balcony_e
 ([the classes](python-api.md#errors)); anything else that is raised is a bug and keeps its traceback.
 
 A command that fails leaves no half-written file or directory behind, traces excepted, which keep what was recorded until then.
-That includes a full disk and Ctrl-C. The leftovers of an
-export that was killed are removed by the next one.
+That includes a full disk and Ctrl-C. An export that was killed leaves a hidden
+directory next to its output (`.bundle.partial-1f2e3d4c`), which the next one with the same output removes.
 
 In this table `…` stands for text that depends on the machine or the file.
 """

@@ -232,7 +232,7 @@ def test_budgets_and_profiles_of_examples_are_in_the_repository() -> None:
 def test_the_api_page_names_everything() -> None:
     text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
     names = [*balcony_edge.__all__]  # the fields of Budget are in docs/budget-file.md
-    for kind in (LLM, Token, Reply, TokenStream, SamplingParams):
+    for kind in (LLM, Token, Reply, TokenStream, SamplingParams, balcony_edge.CallReader):
         members = {*vars(kind), *getattr(kind, "__annotations__", {})}
         names += [kind.__name__, *(name for name in members if not name.startswith("_"))]
     assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
@@ -282,6 +282,14 @@ def test_the_errors_of_a_reply_are_named() -> None:
     reply = ("InputError", "ContextLengthError", "InfeasibleError", "MissingDependencyError")
     for name in (*reply, "BudgetError", "BusyError", "DeviceError"):
         assert f" {name}: " in str(LLM.stream.__doc__) and f"`{name}`" in told, name
+
+
+def test_the_errors_of_a_sequence_are_named() -> None:
+    """On a CPU, too, a pass that fails is the device's error."""
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    told = page.split("\n## Engine and TokenSequence\n", 1)[1].split("\n## ", 1)[0]
+    for name in ("InputError", "ContextLengthError", "DeviceError"):
+        assert f" {name}: " in str(balcony_edge.TokenSequence.advance.__doc__) and f"`{name}`" in told, name
 
 
 @pytest.mark.parametrize(("page", "name"), [("server.md", "infeasible"), ("python-api.md", "InfeasibleError")])

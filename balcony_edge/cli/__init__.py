@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,10 +82,14 @@ WORKSTATION = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "onn
 
 def main() -> None:
     """Entry point of the ``balcony-edge`` command."""
+    if sys.stderr is None:  # closed: print() would write errors to stdout, and the next file would be descriptor 2
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the whole process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
+            # Windows takes its code page for files and pipes, which would lose most of what is not English in a reply.
+            given = sys.platform != "win32" or stream.isatty() or "PYTHONIOENCODING" in os.environ
             # An ASCII or Latin-1 locale has no box characters and no emoji; a question mark is better than no output.
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(encoding=None if given else "utf-8", errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Decode invalid bytes as in arguments; the code that reads a text refuses input that is not UTF-8.
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -120,6 +125,10 @@ def reported(action: Callable[[], object]) -> None:
         elif str(error) == "can't start new thread":
             cure = "end other processes, or raise the limit (ulimit -u; a container's limit of processes)"
             print(f"balcony-edge: no more threads can be started: {cure}", file=sys.stderr)  # noqa: T201 - likewise
+        elif type(error).__name__ == "InductorError":  # of torch.compile, as where /tmp is full or runs no programs
+            why = " ".join(str(error).partition("\n")[0].split())[:200]
+            cure = "train with --no-compile, or name a directory with room in TMPDIR, from which programs may run"
+            print(f"balcony-edge: the loss cannot be compiled ({why}): {cure}", file=sys.stderr)  # noqa: T201 - likewise
         elif not isinstance(error, OSError) or not _explain(error):
             raise
         sys.exit(1)

@@ -70,7 +70,8 @@ class Engine(Closing):
 
         Raises:
             BundleError: the bundle is missing, damaged, or differs from its manifest.
-            DeviceError: the device is missing.
+            InputError: there are too many threads, or packed weights cannot be used.
+            DeviceError: the device is missing, or has too little memory.
             MissingDependencyError: the engine is not installed.
         """
         return cls.of(Bundle.open(path, verify_hashes=verify_hashes), verify_hashes=verify_hashes, **options)
@@ -227,6 +228,7 @@ class TokenSequence:
         Raises:
             InputError: the exit is unknown, a token is outside the vocabulary, or there are fewer rows than ``num_logits``.
             ContextLengthError: the tokens do not fit; nothing is appended.
+            DeviceError: the device fails, or has too little memory; what has not run is pending.
         """
         index = self._index(exit_layer)
         tokens = checked(new_tokens, self.batch_size, self.engine.manifest.model.vocab_size)

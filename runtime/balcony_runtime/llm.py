@@ -224,7 +224,7 @@ class LLM(Closing):
         documents: Sequence[Mapping[str, Any]] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Tokens of a prompt, as :meth:`stream` uses them. Further arguments are those of :meth:`TextCodec.encode`."""
+        """Tokens of a prompt; arguments and errors as for :meth:`stream`, ``add_special_tokens`` as for :class:`.TextCodec`."""
         shown = None if self._requests.box(tools, tool_choice) is None else tools
         return self.codec.encode(
             prompt,
@@ -288,7 +288,7 @@ class LLM(Closing):
             logprobs: number of most likely tokens to report with their log-probabilities, next to the token's own.
             chat: whether to put a text into the chat template; by default if the bundle has one.
             control_tokens: whether the name of a control token in the prompt (such as ``<|im_end|>``) is that token; by
-                default it is in a plain text, and not in messages, tools and documents.
+                default only where the prompt is not put into the chat template.
             ignore_eos: whether to go on after the end-of-sequence token; for measurements.
             tools: functions that the model may call, in OpenAI's shape.
             tool_choice: ``auto`` (the default), ``none``, ``required``, or the function that it must call, as

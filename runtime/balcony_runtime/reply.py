@@ -39,7 +39,7 @@ class Token(NamedTuple):
             sequence.
         exit_layer: exit that made the token.
         latency_ms: gap since the previous token, without its reader's time; for the first token, time to first token.
-        predicted_ms: latency that the controller expected; None without a target.
+        predicted_ms: latency that the controller expected; None if ``target_ms`` is None, as under a deadline alone.
         target_ms: ``tpot_ms`` of the budget when the token was made; for the first token, ``ttft_ms``.
         caught_up_rows: number of pending rows that deeper stages ran in the same gap, including those of a switch.
         pending_rows: number of rows that the deepest stage has not taken in yet.

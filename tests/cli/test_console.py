@@ -19,6 +19,21 @@ from balcony_edge.cli.show import show_summary
 from balcony_edge.control.verdict import Verdict
 
 
+@pytest.mark.parametrize(("platform", "wanted"), [("win32", "牛 – ż".encode()), ("linux", "? – ?".encode("cp1252"))])
+def test_a_reply_in_a_file_keeps_its_letters_on_windows(
+    platform: str, wanted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run BUNDLE --file question.txt > answer.txt`: the question is read as UTF-8, whatever the code page is."""
+    written = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(sys, "stdout", written)
+    monkeypatch.setattr(cli, "reported", lambda _: console.write_text("牛 – ż"))
+    cli.main()
+    written.flush()
+    assert written.buffer.getvalue() == wanted  # type: ignore[attr-defined]  # it is a BytesIO
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -87,6 +87,7 @@ def test_engines_are_those_of_this_environment() -> None:
     assert ort["packages"] == {"onnxruntime": onnxruntime.__version__}
     assert ort["note"].startswith(f"{onnxruntime.__version__} (needs 1.25): bundles run on the CPU")
     assert ort["used"] == "CPUExecutionProvider" and ort["providers"] == onnxruntime.get_available_providers()
+    assert ("--device cuda" in ort["note"]) == ("CUDAExecutionProvider" in ort["providers"])
     assert webgpu["engine"] == "webgpu" and webgpu["note"]
     assert [engine["engine"] for engine in tensorrt] == ["tensorrt", "tensorrt_rtx"]
     assert (
@@ -103,6 +104,15 @@ def test_a_missing_engine_names_its_cure() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     (ort,) = [engine for engine in json.loads(done.stdout)["engines"] if engine["engine"] == "onnxruntime"]
     assert ort["used"] is None and "pip install 'balcony-edge[cpu]'" in ort["note"]
+
+
+def test_a_tensorrt_that_cannot_be_imported_builds_nothing(tmp_path: Path) -> None:
+    """That of JetPack, seen by another Python: Debian's have one directory of packages."""
+    (tmp_path / "tensorrt").mkdir()
+    (tmp_path / "tensorrt" / "__init__.py").write_text("from .tensorrt import *\n")
+    done = invoke("--json", PYTHONPATH=str(tmp_path))
+    (found,) = [one["note"] for one in json.loads(done.stdout)["engines"] if one["engine"] == "tensorrt"]
+    assert found.startswith("tensorrt cannot be used (No module named 'tensorrt.tensorrt'): it is part of JetPack")
 
 
 def test_a_sensor_that_hangs_is_shown_and_not_waited_for(tmp_path: Path) -> None:

@@ -80,6 +80,13 @@ def test_a_closed_stdout_is_not_an_error(tiny: Any, arguments: str) -> None:
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
+def test_an_error_is_no_document_where_stderr_is_closed(tmp_path: Path) -> None:
+    """Python's print() takes stdout then."""
+    command = f"{sys.executable} -m balcony_edge inspect {tmp_path / 'none'} --json 2>&-"
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 @pytest.mark.parametrize("live", [(), ("--live",)])
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
 def test_a_reply_in_a_file_has_no_colours(tiny: Any, variable: str, live: tuple[str, ...]) -> None:

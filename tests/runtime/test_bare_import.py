@@ -156,6 +156,17 @@ def test_the_server_says_that_it_does_not_run_on_windows() -> None:
     assert printed(program) == "serve: does not run on Windows: run it under WSL, or use the Python API\n"
 
 
+def test_a_mac_is_not_sent_for_packages_that_do_not_exist_for_it() -> None:
+    """Of `[tensorrt]` nothing is installed there, and `[gpu]` cannot be."""
+    program = (
+        "import sys\nfrom balcony_edge.errors import MissingDependencyError\n"
+        "import balcony_runtime.backends.accelerator.device\nsys.platform, sys.modules['cuda'] = 'darwin', None\n"
+        "try:\n    import balcony_runtime.backends.accelerator.cuda\n"
+        "except MissingDependencyError as error:\n    print(error)\n"
+    )
+    assert printed(program) == "macOS has no CUDA: run with --device cpu\n"
+
+
 @pytest.mark.parametrize(
     ("installed", "changes", "words"),
     [

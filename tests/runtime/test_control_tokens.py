@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ def codec(tiny: Any) -> TextCodec:
 
 def test_control_tokens_have_names(codec: TextCodec, tiny: Any) -> None:
     assert codec.name(tiny.tokenizer.convert_tokens_to_ids("<end>")) == "<end>"
+
+
+def test_docstrings_have_the_arguments_of_encode_and_the_default_of_control_tokens() -> None:
+    """``encode`` refers to ``stream``, where a text is put into the chat template if there is one; its names are then text."""
+    told = f"{LLM.encode.__doc__} {LLM.stream.__doc__}"
+    names = inspect.signature(LLM.encode).parameters.keys() - {"self"}
+    assert not [name for name in names if name not in told]
+    assert "default only where the prompt is not put into the chat template" in told
 
 
 @pytest.mark.parametrize("text", ["a<end>b", "<end>", "the <end> fox <end><end>", "no token of control"])

@@ -17,6 +17,7 @@ from balcony_edge.cli.console import stdout
 from balcony_edge.errors import BalconyError, InputError
 
 if TYPE_CHECKING:
+    from balcony_runtime.backends.accelerator.tensorrt_builder import Target
     from balcony_runtime.sensors import SourceHealth
 
 #: Seconds before the readings are taken: watts from an energy counter and CPU shares need two samples, one every 0.2 s.
@@ -62,7 +63,7 @@ def doctor(
 
 def engine_facts() -> list[dict[str, Any]]:
     """Facts of each engine: packages and versions, execution providers, and whether bundles run on it."""
-    return [_onnxruntime(), _webgpu(), _cuda(), _tensorrt("tensorrt"), _tensorrt("tensorrt_rtx")]
+    return [_onnxruntime(), _webgpu(), _cuda(), _tensorrt("tensorrt"), _tensorrt("rtx")]
 
 
 def _onnxruntime() -> dict[str, Any]:
@@ -73,8 +74,10 @@ def _onnxruntime() -> dict[str, Any]:
         module = checked_onnxruntime()
     except BalconyError as error:
         return {**facts, "note": str(error)}
-    note = f"{module.__version__} (needs {OLDEST}): bundles run on the CPU; engine sets on a GPU with --device cuda"
-    return {**facts, "providers": module.get_available_providers(), "used": "CPUExecutionProvider", "note": note}
+    providers = module.get_available_providers()
+    gpu = "; engine sets on a GPU with --device cuda" if "CUDAExecutionProvider" in providers else ""
+    note = f"{module.__version__} (needs {OLDEST}): bundles run on the CPU{gpu}"
+    return {**facts, "providers": providers, "used": "CPUExecutionProvider", "note": note}
 
 
 def _webgpu() -> dict[str, Any]:
@@ -122,15 +125,18 @@ def _cuda() -> dict[str, Any]:
     return {**facts, "note": note}
 
 
-def _tensorrt(module: str) -> dict[str, Any]:
+def _tensorrt(target: Target) -> dict[str, Any]:
     from importlib.metadata import packages_distributions, version
-    from importlib.util import find_spec
 
-    facts: dict[str, Any] = {"engine": module, "packages": {}, "providers": [], "used": None}
-    if find_spec(module) is None:
-        return {**facts, "note": "not installed"}
+    from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, import_tensorrt
+
+    module, note = MODULES[target], "`balcony-edge build` makes engines with it"
     packages = {name: version(name) for name in packages_distributions().get(module, ())}
-    return {**facts, "packages": packages, "note": "`balcony-edge build` makes engines with it"}
+    try:
+        import_tensorrt(target)
+    except BalconyError as error:
+        note = str(error)
+    return {"engine": module, "packages": packages, "providers": [], "used": None, "note": note}
 
 
 def _show(

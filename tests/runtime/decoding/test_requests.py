@@ -201,6 +201,16 @@ def test_the_controller_is_told_which_tokens_were_forced(llm: LLM, tmp_path: Pat
     assert seen.forced_tokens > 0
 
 
+def test_our_busy_time_is_that_of_our_steps(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By it the slow loop tells our watts from those of others. A step looks at the clock at both ends, 30 ms apart."""
+    clock = SimpleNamespace(perf_counter_ns=iter(range(0, 10**12, 30_000_000)).__next__, monotonic=time.monotonic)
+    monkeypatch.setattr("balcony_runtime.decoding.loop.time", clock)
+    with TraceWriter(tmp_path / "run.jsonl") as trace:
+        assert len(list(llm.stream([1, 2, 3], max_new_tokens=5, ignore_eos=True, trace=trace))) == 5
+    busy_s = [token.seen.busy_s for token in read_trace(tmp_path / "run.jsonl")]
+    assert busy_s == pytest.approx([0.0, 0.03, 0.06, 0.09, 0.12])
+
+
 def test_a_round_that_gave_no_token_measures_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time is no part of the plain step after it, from which the controller learns the load."""
 
@@ -247,6 +257,25 @@ def test_a_pace_is_held_next_to_a_slow_reader(llm: LLM) -> None:
     assert verdict.held and 1.0 < (verdict.reached or 0.0) <= 10.1
 
 
+@pytest.mark.parametrize(
+    ("idle_ms", "step_ms", "portions"), [(50.0, 10.0, 5), (50.0, 60.0, 0), (5000.0, 10.0, 100), (0.0, 10.0, 0)]
+)
+def test_a_wait_is_for_pending_rows_no_longer_than_it_may_be(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, idle_ms: float, step_ms: float, portions: int
+) -> None:
+    """They take watts and joules. A token is due in a second, each portion takes 10 ms, and none may end too late."""
+    ran, slept = list[int](), list[float]()
+    environment = Environment(lambda: (Budget(), None), tuple, llm._learned, 1, sleep=slept.append)
+    sampler = Sampler(SamplingParams(), np.zeros((1, 0), np.int64), 100)
+    decoder = Decoder(llm.engine.new_sequence(), np.zeros((1, 1), np.int64), sampler, environment)
+    clock = SimpleNamespace(perf_counter_ns=iter(range(0, 10**12, 10_000_000)).__next__)
+    monkeypatch.setattr("balcony_runtime.decoding.loop.time", clock)
+    monkeypatch.setattr(decoder.sequence, "catch_up", lambda rows: ran.append(rows) or rows)
+    decision = Decision(2, step_ms, step_ms, period_ms=1000.0, idle_ms=idle_ms)
+    assert decoder._wait(decision, 10**9) == portions * 10**7
+    assert len(ran) == portions and sum(slept) == pytest.approx(1.0 - 0.01 * portions)
+
+
 def test_a_deadline_runs_while_the_reader_is_at_a_token(llm: LLM) -> None:
     """The controller counts from the request, and so does the verdict."""
     budget = Budget(deadline_s=0.2, expected_tokens=5)
@@ -288,3 +317,18 @@ def test_a_policy_has_the_time_that_a_plain_step_has(llm: LLM) -> None:
     (turn,) = turns
     assert (turn.slowdown, turn.left) == (2.0, 7)
     assert turn.most_ms == pytest.approx(50.0 / math.exp(1.2816 * 0.1), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "period_ms"), [({"max_pace_tps": 20}, 50.0), ({"deadline_s": 60, "expected_tokens": 9}, 0.0), ({}, 0.0)]
+)
+def test_a_policy_makes_no_token_with_a_pace_or_a_deadline(llm: LLM, keys: dict[str, Any], period_ms: float) -> None:
+    """A round of drafts would bring up to nine tokens at once."""
+    turns: list[Turn] = []
+    policy: Any = SimpleNamespace(attempt=turns.append)
+    sampler = Sampler(SamplingParams(), np.zeros((1, 0), np.int64), 100)
+    environment = Environment(lambda: (Budget(), None), tuple, llm._learned, 9)
+    decoder = Decoder(llm.engine.new_sequence(), np.zeros((1, 1), np.int64), sampler, environment)
+    decoder._budget, decoder._costs, decoder._made = Budget(**keys), PRICES, 2
+    decoder._attempt(policy, np.array([1]), Decision(llm.exit_layers[-1], 20.0, 10.0, period_ms=period_ms), 0)
+    assert len(turns) == (not keys)

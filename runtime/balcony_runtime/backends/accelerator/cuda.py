@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from balcony_runtime.backends.accelerator.device import Launch, Region, array_dt
 try:
     from cuda.bindings import runtime as cudart
 except ImportError as missing:
+    if sys.platform == "darwin":  # no extra brings it there
+        raise MissingDependencyError("macOS has no CUDA: run with --device cpu") from missing
     raise MissingDependencyError(
         "cuda-python is not installed: pip install 'balcony-edge[tensorrt]' for engines, or '[gpu]' for ONNX Runtime"
     ) from missing

@@ -53,7 +53,8 @@ def import_tensorrt(target: Target) -> Any:
     """Import the module of a TensorRT.
 
     Raises:
-        MissingDependencyError: the module is not installed.
+        MissingDependencyError: the module is not installed, or cannot be used: JetPack's is built for one version of Python,
+            and other versions find it, too, because Debian's have one directory of packages.
     """
     name = MODULES[target]
     try:
@@ -62,9 +63,12 @@ def import_tensorrt(target: Target) -> Any:
         cure = (
             "pip install 'balcony-edge[tensorrt]'"
             if target == "rtx"
-            else "it is part of JetPack (apt install tensorrt); or write graphs with --graphs-only and build on the device"
+            else "it is part of JetPack (apt install tensorrt), for the system's Python; elsewhere: pip install tensorrt; or "
+            "write graphs with --graphs-only and build on the device"
         )
-        raise MissingDependencyError(f"{name} is not installed: {cure}") from error
+        absent = isinstance(error, ModuleNotFoundError) and error.name == name
+        why = "is not installed" if absent else f"cannot be used ({' '.join(str(error).split())})"
+        raise MissingDependencyError(f"{name} {why}: {cure}") from error
 
 
 def started(make: Callable[[Any], Any], log: Any, name: str, error: type[BalconyError]) -> Any:
