@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -18,3 +19,11 @@ def test_a_word_that_names_no_mistake_is_an_error(
     with pytest.raises(SystemExit):
         mutants.main()
     assert "--only csots.py: mutants.toml has no such mistake" in capsys.readouterr().err
+
+
+def test_what_the_named_tests_read_is_copied() -> None:
+    """One that looks for a page in a copy without pages would stop all of `make test-deep` before the first mistake."""
+    files = {test.partition("::")[0] for mutant in mutants.listed() for test in mutant.tests.split()}
+    texts = [(mutants.ROOT / file).read_text(encoding="utf-8") for file in files]
+    read = {folder for text in texts for folder in re.findall(r'parents\[\d\] / "(\w+)', text)}
+    assert "docs" in read and {one for one in read if (mutants.ROOT / one).exists()} <= {*mutants.COPIED}

@@ -52,6 +52,8 @@ def test_threads_are_bounded_before_the_model_is_loaded(
         raise InputError("bounded")
 
     (text := tmp_path / "text.jsonl").write_text('{"text": "the fox"}\n' * 9)
+    for name in ("load_model", "load_trainable"):
+        monkeypatch.setattr(f"balcony_export.model.checkpoint.{name}", loaded)
     monkeypatch.setattr(f"balcony_edge.cli.workstation.{command[0]}.use_threads", bounded)
     places = {"CHECKPOINT": tiny_checkpoint, "TEXT": text, "OUT": tmp_path / "out", "BUNDLE": tiny.path}
     refused_here("bounded", *(places.get(word, word) for word in command))

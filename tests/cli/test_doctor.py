@@ -106,13 +106,21 @@ def test_a_missing_engine_names_its_cure() -> None:
     assert ort["used"] is None and "pip install 'balcony-edge[cpu]'" in ort["note"]
 
 
-def test_a_tensorrt_that_cannot_be_imported_builds_nothing(tmp_path: Path) -> None:
-    """That of JetPack, seen by another Python: Debian's have one directory of packages."""
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("from .tensorrt import *\n", "No module named 'tensorrt.tensorrt'"),
+        ("raise FileNotFoundError('Could not find: nvinfer_10.dll.\\nNote')\n", "Could not find: nvinfer_10.dll. Note"),
+    ],
+    ids=["JetPack", "Windows"],
+)
+def test_a_tensorrt_that_cannot_be_imported_builds_nothing(source: str, why: str, tmp_path: Path) -> None:
+    """That of JetPack, seen by another Python (Debian's have one directory of packages), and one without its libraries."""
     (tmp_path / "tensorrt").mkdir()
-    (tmp_path / "tensorrt" / "__init__.py").write_text("from .tensorrt import *\n")
+    (tmp_path / "tensorrt" / "__init__.py").write_text(source)
     done = invoke("--json", PYTHONPATH=str(tmp_path))
     (found,) = [one["note"] for one in json.loads(done.stdout)["engines"] if one["engine"] == "tensorrt"]
-    assert found.startswith("tensorrt cannot be used (No module named 'tensorrt.tensorrt'): it is part of JetPack")
+    assert found.startswith(f"tensorrt cannot be used ({why}): it is part of JetPack")
 
 
 def test_a_sensor_that_hangs_is_shown_and_not_waited_for(tmp_path: Path) -> None:

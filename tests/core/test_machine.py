@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from balcony_edge.device import machine
-from balcony_edge.device.machine import Gpu, Machine, best_threads, checked_threads, this_device
+from balcony_edge.device.machine import Gpu, Machine, best_threads, checked_threads, cpu_features, this_device
 from balcony_edge.errors import InputError
 
 #: What Linux 6.12 prints for a core, with the tabs that it prints; there is no model name.
@@ -180,6 +180,22 @@ def test_a_quota_of_the_container_bounds_the_threads(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     assert machine.available_cpus(tmp_path) == cpus
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "features"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu sse2 avx2\nvmx flags\t: vnmi\n\n" * 2, {"fpu", "sse2", "avx2"}),
+        (cores("0xd0b", "0xd0b"), {"fp", "asimd", "evtstrm", "aes", "asimddp"}),
+        ("model name\t: unknown\n", set()),
+    ],
+)
+def test_instruction_sets_are_those_of_the_kernels_list(cpuinfo: str, features: set[str], tmp_path: Path) -> None:
+    """`flags` on x86, `Features` on Arm: without them nobody hears that weights are unpacked at every token."""
+    assert cpu_features(tmp_path) == frozenset()  # no procfs
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(cpuinfo)
+    assert cpu_features(tmp_path) == features
 
 
 def test_another_gpu_is_a_difference() -> None:

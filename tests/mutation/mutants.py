@@ -28,7 +28,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("balcony_edge", "runtime", "export", "tests", "profiles", "benchmarks", "pyproject.toml")
+COPIED = ("balcony_edge", "runtime", "export", "tests", "profiles", "benchmarks", "docs", "pyproject.toml")
 SLOW_TO_IMPORT = (
     "hypothesis",
     "onnx",

@@ -157,3 +157,32 @@ def work(bundle, prefixes):
 threading.Thread(target=work, args=sys.argv[1:]).start()
 """
     assert printed(program, tiny.path, tmp_path) == "59\n"
+
+
+@pytest.mark.parametrize("ends", ["interrupt", "fail"])
+def test_a_load_that_ends_early_opens_no_other_graphs(ends: str) -> None:
+    """Ctrl-C, or a graph that is damaged or has no room: a large bundle takes a minute, and Python would wait for the rest."""
+    program = """
+import signal, sys, threading, time
+from balcony_runtime.backends.base import at_once
+
+begun = []
+
+def fail():
+    raise ValueError
+
+def interrupt():
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+def opened(number):
+    begun.append(number)
+    time.sleep(0.05)
+    if number == 3:
+        globals()[sys.argv[1]]()
+
+try:
+    at_once(opened, range(40), 2)
+except (KeyboardInterrupt, ValueError):
+    print(len(begun) < 40, threading.active_count())
+"""
+    assert printed(program, ends) == "True 1\n"

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
 from balcony_runtime.serve.http import server as server_module
-from balcony_runtime.serve.http.connections import Connection
+from balcony_runtime.serve.http.connections import Connection, bounded
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.service import Limits
 from tests.serve.client import CHAT, HELLO, SLOW, connect, connected, is_free, until
@@ -160,6 +161,16 @@ def test_what_clients_leave_unread_is_bounded(hasty: Server, monkeypatch: pytest
         with connect(hasty, head + body, receive_buffer=4096):
             until(lambda: first not in connections and len(bounded.unread) == 1)
             assert len(connections) == 1, "the second client's answer stays"
+
+
+def test_a_slow_reader_of_a_stream_stays_when_others_leave_large_answers_unread() -> None:
+    """Its buffer has been full for longest, but to end it would free 70 kB of 90 MB."""
+    kind, clients = bounded(10.0, 60.0, 10), list[Any]()
+    for size in (70_000, 40_000_000, 50_000_000):
+        clients.append(one := object.__new__(kind))
+        one.flow, one.loop, one.transport = Mock(), Mock(), Mock(get_write_buffer_size=Mock(return_value=size))
+        one.pause_writing()
+    assert [one.transport.abort.called for one in clients] == [False, True, False]
 
 
 def test_one_connection_too_many_closes_the_one_that_has_waited_longest(

@@ -173,9 +173,8 @@ def train(
     _refuse_checkpoint(run_directory(output, layers), resume)
     begins_as, kind = _start(context, init, exit_module, start)
     begun = None if start is None else _begun(start, loaded, layers, kind, resume)
-    if resume and precision is None:
-        config = replace(config, precision=_checkpoint_precision(run_directory(output, layers)))
-    config = replace(config, exits=layers, start=begins_as, module=kind)
+    passes = _precision(precision, run_directory(output, layers) if resume else None)
+    config = replace(config, exits=layers, start=begins_as, module=kind, precision=passes)
     config.check_processes(Processes().count)
     text = PackedText(
         run_directory(output, layers) / PACKED,
@@ -191,9 +190,7 @@ def train(
         begin = Start(begun, 0 if resume else _rows_seen(start, layers, text.corpus), start.resolve())
     trainer = Trainer(loaded, text.corpus, config, output, start=begin, teacher=uncut, compiled=compiled)
     if config.precision == "bf16" and native_precision() == "fp32":
-        stderr.print(
-            f"this {trainer.device.type.upper()} does not multiply in bfloat16: a run in fp32 is many times as fast"
-        )
+        stderr.print("passes in bf16 are slower here than in fp32: a new run takes fp32 by default")
     _ready(trainer, text, resume)
     before = {} if trainer.step else {e: kl for e, (kl, _) in trainer.evaluate().items()}
     with _saved_at_interrupts(trainer):
@@ -238,14 +235,20 @@ def _refuse_checkpoint(work: Path, resume: bool) -> None:
         raise TrainingError(f"{work}: has a checkpoint: continue with --resume, or remove the directory")
 
 
-def _checkpoint_precision(work: Path) -> PassPrecision:
-    """Type of the passes of the run in this directory: its checkpoint may come from another machine."""
+def _precision(given: PassPrecision | None, resumed: Path | None) -> PassPrecision:
+    """Type of the passes: by default that of the run to resume, which may come from another machine, or the faster one here."""
+    from balcony_export.train.parallel import Processes
+    from balcony_export.train.precision import native_precision
     from balcony_export.train.run_files import read_state
 
-    state = read_state(work)
+    if given is not None:
+        return given
+    if resumed is None:
+        return Processes().agreed(native_precision())  # each process has measured, perhaps on another machine
+    state = read_state(resumed)
     assert state is not None  # _refuse_checkpoint has seen it
-    precision: PassPrecision = state["recipe"]["precision"]
-    return precision
+    kept: PassPrecision = state["recipe"]["precision"]
+    return kept
 
 
 def _begun(

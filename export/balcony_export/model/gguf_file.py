@@ -41,7 +41,8 @@ def check_gguf(path: Path) -> None:
     if magic != b"GGUF":
         raise CheckpointError(f"{path}: is not a GGUF file: give one, or a Hugging Face directory or hub name")
     if (path.parent / "tokenizer.json").is_file():
-        raise CheckpointError(f"{path}: transformers reads tokenizer.json next to it, not its own: move one of them")
+        instead = "transformers reads tokenizer.json next to it instead of its own tokenizer"
+        raise CheckpointError(f"{path}: {instead}: move one of the two")
     try:
         from gguf import GGUFReader  # noqa: PLC0415  # slow to import, and only GGUF needs it
     except ImportError as error:

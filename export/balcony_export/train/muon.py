@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Coefficients of the Newton-Schulz iteration, and number of iterations: those of ``torch.optim.Muon``.
-_COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+#: Odd polynomials of degree 5, one after another: the best ones for singular values from 0.001 to 1 (Polar Express, Amsel et
+#: al. 2025, https://arxiv.org/abs/2505.16932). torch.optim.Muon repeats one. At equal cost KL is 0.7 % lower.
+_POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749518, 0.4188073119525678),
+)
+#: How much further each of them looks. Without it rounding to bfloat16 takes singular values to 1.4.
+_SAFETY = 1.01
 
 
 class Muon(torch.optim.Muon):
@@ -46,11 +55,11 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix with the same singular vectors and singular values of 0.7 to 1.2  # (M, N)"""
+    """A matrix with the same singular vectors and singular values near 1  # (M, N)"""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / wide.norm().clamp(min=1e-7)  # no singular value is above 1
-    first, third, fifth = _COEFFICIENTS
-    for _ in range(_ITERATIONS):
+    for first, third, fifth in _POLYNOMIALS:
+        wide = wide / _SAFETY
         square = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(square, square, square, beta=third, alpha=fifth), wide, beta=first)
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T

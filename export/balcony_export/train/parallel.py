@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]  # accelerate ships no types
 from torch import distributed, nn
 
 from balcony_export.model.gpu import has_gpu
+
+_T = TypeVar("_T")
 
 
 class Processes:
@@ -48,6 +50,13 @@ class Processes:
         # with the decoder as their root, layers share its streams, and the next layer is gathered during a pass
         fully_shard(decoder, mesh=mesh, ignored_params=own)
         model.to(self.device)
+
+    def agreed(self, value: _T) -> _T:
+        """The value of process 0."""
+        found = [value]
+        if self.count > 1:
+            distributed.broadcast_object_list(found)
+        return found[0]
 
     def share(self, passes: int) -> range:
         """The passes of a step that this process makes; ``passes`` is a multiple of the number of processes."""

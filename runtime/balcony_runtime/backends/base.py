@@ -8,6 +8,7 @@ policies: :mod:`balcony_runtime.engine` decides which rows go through which grap
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any, Protocol, Self, TypeVar
 
@@ -296,15 +297,18 @@ def likeliest(logits: FloatArray) -> IntArray:
 
 
 def at_once(call: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
-    """Results of a call for each item, in their order, from so many threads."""
-    try:
-        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - fails as the calls below
+    """Results of a call for each item, in their order, from so many threads; after an error or Ctrl-C none begins any more."""
+    with ExitStack() as held:
+        try:
+            from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - fails as the calls below
 
-        with ThreadPoolExecutor(threads) as pool:
-            found: Iterator[_R] = pool.map(call, items)
-    except RuntimeError:  # the main thread has ended: pools begin nothing any more, and the application's threads go on
-        found = map(call, items)
-    return list(found)
+            found: Iterator[_R] = held.enter_context(ThreadPoolExecutor(threads)).map(call, items)
+        except (
+            RuntimeError
+        ):  # the main thread has ended: pools begin nothing any more, and the application's threads go on
+            held.close()
+            found = map(call, items)
+        return list(found)  # in the pool's context: it is the iterator that cancels what has not begun
 
 
 def closed() -> InputError:

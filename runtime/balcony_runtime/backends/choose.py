@@ -184,17 +184,13 @@ def _warn_of_unpacking(bundle: Bundle) -> None:
     if quantized is None:
         return
     if "sse2" in features and "avx2" not in features:
-        slow, cure = "int4 and int8 weights without AVX2", "fp32, or give a virtual machine its host's CPU type"
+        absent, weights, cure = "AVX2", "int4 and int8", "fp32, or give a virtual machine its host's CPU type"
     elif "asimd" in features and "asimddp" not in features and 8 in (quantized.bits, quantized.head_bits):
-        slow, cure = "8-bit weights without dot products of int8", "int4,head=4"
+        absent, weights, cure = "dot products of int8", "8-bit", "int4,head=4"
     else:
         return
-    _log.warning(
-        "%s: ONNX Runtime unpacks %s at every token, and this CPU has none: export with --precision %s",
-        bundle.path,
-        slow,
-        cure,
-    )
+    why = f"this CPU has no {absent}, so ONNX Runtime unpacks {weights} weights at every token"
+    _log.warning("%s: %s: export with --precision %s", bundle.path, why, cure)
 
 
 def _chosen(bundle: Bundle, engines: str | None) -> tuple[DeviceName, str | None]:

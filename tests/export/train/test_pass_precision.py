@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from typer.testing import CliRunner
 
 from balcony_edge.cli import app
 from balcony_export.train import precision as module
 from balcony_export.train.config import TrainConfig
 from balcony_export.train.muon import Muon, orthogonal
+from balcony_export.train.parallel import Processes
 from balcony_export.train.precision import DTYPES, PassPrecision, native_precision
 from balcony_export.train.run_files import read_state
 
@@ -63,35 +64,67 @@ def test_a_product_is_timed_in_the_type(monkeypatch: pytest.MonkeyPatch) -> None
     assert products == [torch.bfloat16] * 4
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_muon_is_that_of_pytorch_in_any_type(precision: PassPrecision) -> None:
-    """In bfloat16 to the bit, over steps with momentum, decay and another rate; in float32 as near as bfloat16 is."""
+def _steps(precision: PassPrecision) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A matrix after steps with momentum, decay and another rate, and the gradients."""
+    given = torch.Generator().manual_seed(0)
+    matrix = nn.Parameter(torch.randn(24, 16, generator=given))
+    gradients = [torch.randn(24, 16, generator=given) for _ in range(3)]
+    optimizer = Muon([matrix], 0.02, 0.1, DTYPES[precision])
+    for rate, gradient in zip((0.02, 0.02, 0.01), gradients, strict=True):
+        matrix.grad = gradient.clone()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return matrix.detach(), gradients
+
+
+def test_steps_of_muon_follow_the_orthogonal_momentum() -> None:
+    """With the singular value decomposition instead of its approximation, whose singular values are 0.87 to 1.13."""
     given = torch.Generator().manual_seed(0)
     start = torch.randn(24, 16, generator=given)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    makers = (
-        Muon([ours], 0.02, 0.1, DTYPES[precision]),
-        torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-    )
-    for rate in (0.02, 0.02, 0.01):
-        gradient = torch.randn(24, 16, generator=given)
-        for optimizer, matrix in zip(makers, (ours, theirs), strict=True):
-            matrix.grad = gradient.clone()
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-    moved = (theirs - start).detach()
-    apart = float((ours - theirs).detach().norm() / moved.norm())
-    assert apart == 0 if precision == "bf16" else 1e-4 < apart < 0.03
+    wanted, momentum = start.clone(), torch.zeros(24, 16)
+    made, gradients = _steps("fp32")
+    for rate, gradient in zip((0.02, 0.02, 0.01), gradients, strict=True):
+        momentum = 0.95 * momentum + 0.05 * gradient
+        left, _, right = torch.linalg.svd(0.05 * gradient + 0.95 * momentum, full_matrices=False)
+        wanted = wanted * (1 - rate * 0.1) - rate * 0.2 * 24**0.5 * (left @ right)
+    assert float((made - wanted).norm() / (wanted - start).norm()) < 0.12
 
 
-@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
-def test_singular_values_are_brought_near_one(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+def test_products_of_muon_have_the_type_of_the_passes() -> None:
+    made, _ = _steps("fp32")
+    rounded, _ = _steps("bf16")
+    assert 1e-4 < float((made - rounded).norm()) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (192, 576)])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_singular_values_are_brought_near_one(shape: tuple[int, int], precision: PassPrecision) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     assert values.max() / values.min() > 2
-    made = left.T @ orthogonal(matrix) @ right.T
-    assert ((made.diagonal() > 0.65) & (made.diagonal() < 1.25)).all()
-    assert (made - made.diagonal().diag()).abs().max() < 1e-6
+    made = left.T @ orthogonal(matrix.to(DTYPES[precision])).float() @ right.T
+    assert ((made.diagonal() > 0.86) & (made.diagonal() < 1.14)).all()
+    assert (made - made.diagonal().diag()).abs().max() < (1e-5 if precision == "fp32" else 0.05)
+
+
+def test_all_processes_take_the_type_that_the_first_has_measured(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a Muon of its own, and several machines, or processes that disturb one another, measure differently."""
+    for place in ("precision", "parallel"):
+        monkeypatch.setattr(f"balcony_export.train.{place}.has_gpu", lambda: False)
+    several = Processes()
+    assert several.agreed("fp32") == "fp32"
+    several.count = 2
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda found: found.__setitem__(0, "bf16"))
+    assert several.agreed("fp32") == "bf16"
+    monkeypatch.setattr(module, "_product_s", {"bf16": 2.0, "fp32": 1.0}.__getitem__)
+    monkeypatch.setattr(Processes, "agreed", lambda _, found: {"fp32": "bf16"}[found])
+    command = ["train", str(tiny_checkpoint), "--exits", "2", "--data", str(text_file), "-o", str(tmp_path / "out")]
+    command += ["--seq-len", "24", "--held-out-rows", "4", "--steps", "1", "--json", "--no-compile"]
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    state: Any = read_state(tmp_path / "out" / "run" / "2")
+    assert state["recipe"]["precision"] == "bf16"
 
 
 def test_a_resumed_run_keeps_the_type_of_its_checkpoint(
@@ -105,12 +138,13 @@ def test_a_resumed_run_keeps_the_type_of_its_checkpoint(
         done = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
         return json.loads(done.stdout)["steps"], read_state(tmp_path / "out" / "run" / "2"), done.stderr
 
-    monkeypatch.setattr(module, "has_gpu", lambda: False)
+    for place in ("precision", "parallel"):
+        monkeypatch.setattr(f"balcony_export.train.{place}.has_gpu", lambda: False)
     monkeypatch.setattr(module, "_product_s", {"bf16": 1.0, "fp32": 2.0}.__getitem__)
     steps, state, told = trained("--steps", "2")
-    assert (steps, state["recipe"]["precision"]) == (2, "bf16") and "bfloat16" not in told
+    assert (steps, state["recipe"]["precision"]) == (2, "bf16") and "slower" not in told
     native_precision.cache_clear()
     monkeypatch.setattr(module, "_product_s", {"bf16": 2.0, "fp32": 1.0}.__getitem__)
     steps, state, told = trained("--steps", "3", "--resume")
     assert (steps, state["recipe"]["precision"]) == (3, "bf16")
-    assert "this CPU does not multiply in bfloat16: a run in fp32 is many times as fast" in told
+    assert "passes in bf16 are slower here than in fp32: a new run takes fp32 by default" in told

@@ -361,13 +361,14 @@ def test_a_pool_that_the_host_made_is_used(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("features", "precision", "told"),
     [
-        ("fpu sse2 sse4_2", "int4,head=4", "without AVX2 .* export with --precision fp32"),  # a Celeron J4125, kvm64
-        ("fpu sse2 sse4_2 avx avx2", "int4", None),
         (
-            "fp asimd crc32",
-            "int4",
-            "without dot products of int8 .* export with --precision int4,head=4",
-        ),  # a Cortex-A72
+            "fpu sse2 sse4_2",
+            "int4,head=4",
+            "has no AVX2, so .* int4 and int8 weights .* --precision fp32",
+        ),  # a Celeron J4125, kvm64
+        ("fpu sse2 sse4_2 avx avx2", "int4", None),
+        # a Cortex-A72
+        ("fp asimd crc32", "int4", "has no dot products of int8, so .* 8-bit weights .* --precision int4,head=4"),
         ("fp asimd crc32", "int4,head=4", None),
         ("fp asimd asimddp", "int4", None),
         ("", "int4", None),  # without procfs

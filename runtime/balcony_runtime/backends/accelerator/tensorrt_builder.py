@@ -54,12 +54,13 @@ def import_tensorrt(target: Target) -> Any:
 
     Raises:
         MissingDependencyError: the module is not installed, or cannot be used: JetPack's is built for one version of Python,
-            and other versions find it, too, because Debian's have one directory of packages.
+            and other versions find it, too, because Debian's have one directory of packages. On Windows it raises
+            FileNotFoundError where its libraries are not on PATH.
     """
     name = MODULES[target]
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         cure = (
             "pip install 'balcony-edge[tensorrt]'"
             if target == "rtx"
@@ -67,7 +68,7 @@ def import_tensorrt(target: Target) -> Any:
             "write graphs with --graphs-only and build on the device"
         )
         absent = isinstance(error, ModuleNotFoundError) and error.name == name
-        why = "is not installed" if absent else f"cannot be used ({' '.join(str(error).split())})"
+        why = "is not installed" if absent else f"cannot be used ({' '.join(str(error).split())[:200]})"
         raise MissingDependencyError(f"{name} {why}: {cure}") from error
 
 

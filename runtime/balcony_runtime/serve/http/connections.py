@@ -121,7 +121,10 @@ class Connection(H11Protocol):
         self._start_unread_timer()
         self.unread[self] = None
         while len(self.unread) > 1 and sum(map(_unread, self.unread)) > MOST_UNREAD:
-            longest = next(iter(self.unread))
+            share = MOST_UNREAD / len(
+                self.unread
+            )  # one that leaves little, as a slow reader of a stream, would free nothing
+            longest = next(one for one in self.unread if _unread(one) > share)
             del self.unread[longest]
             longest.transport.abort()
 

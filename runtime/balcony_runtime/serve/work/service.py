@@ -429,5 +429,5 @@ class Service:
         """Save, restore or erase the rows of a slot; see :meth:`.slots.Slots.act`."""
         if key in self._jobs and action != "restore":
             raise RefusedError(409, f"slot {key}: its reply is in progress: wait until it has ended", "slot_busy")
-        slots = self._parts.slots
-        return await asyncio.get_running_loop().run_in_executor(self._disk, slots.act, action, key, name)
+        slots, threads = self._parts.slots, None if action == "erase" else self._disk  # which frees memory only
+        return await asyncio.get_running_loop().run_in_executor(threads, slots.act, action, key, name)
