@@ -21,6 +21,12 @@ def test_a_word_that_names_no_mistake_is_an_error(
     assert "--only csots.py: mutants.toml has no such mistake" in capsys.readouterr().err
 
 
+def test_every_mistake_has_its_text_in_its_file() -> None:
+    """One whose line was changed would stop `make test-deep` in the middle."""
+    texts = {one.file: (mutants.ROOT / one.file).read_text(encoding="utf-8") for one in mutants.listed()}
+    assert [one.what for one in mutants.listed() if texts[one.file].count(one.old) != 1] == []
+
+
 def test_what_the_named_tests_read_is_copied() -> None:
     """One that looks for a page in a copy without pages would stop all of `make test-deep` before the first mistake."""
     files = {test.partition("::")[0] for mutant in mutants.listed() for test in mutant.tests.split()}

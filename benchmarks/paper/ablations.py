@@ -111,6 +111,7 @@ def distilled(
             "average": 0.0,
             "schedule": "cosine",
             "precision": "fp32",
+            "state_weight": 0.0,
             **changes,
         }
         config = TrainConfig(

@@ -182,7 +182,9 @@ def learned(subject: Subject, method: Method, steps: int, output: Path) -> ExitM
     if not method.depth:
         return ExitModel(exits.model)
     started = exits.balconies or init_balconies(exits.model, subject.exits)
-    config = TrainConfig(exits=subject.exits, steps=learning, evaluate_every=learning, **subject.recipe)
+    # the paper's loss: cut and tuned models learn by the KL alone, too
+    alone = {"state_weight": 0.0} | subject.recipe
+    config = TrainConfig(exits=subject.exits, steps=learning, evaluate_every=learning, **alone)
     teacher = subject.model if method.cut or (method.int4 and not method.learn_first) else None
     start = Start(started) if subject.balconies else None
     if not output.exists():

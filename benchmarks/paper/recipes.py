@@ -132,15 +132,6 @@ class _DrawsLikely(Trainer):
         return sample
 
 
-def _newton_schulz(steps: int) -> Callable[[Trainer], None]:
-    def start(trainer: Trainer) -> None:
-        for optimizers in trainer.optimizers.values():
-            for group in (group for one in optimizers for group in one.param_groups if "ns_steps" in group):
-                group["ns_steps"] = steps
-
-    return start
-
-
 @dataclass(frozen=True)
 class Trial:
     """Differences of a trial from the shipped recipe."""
@@ -163,6 +154,7 @@ TRIALS: dict[str, Trial] = {
             "batch_rows": 4,
             "micro_rows": 4,
             "vocabulary": 0,
+            "state_weight": 0.0,
         }
     ),
     "paper's schedule, 2 rows": Trial({"optimizer": "adamw", "rate": 5e-4, "vector_rate": 5e-4, "schedule": "cosine"}),
@@ -177,6 +169,11 @@ TRIALS: dict[str, Trial] = {
     "4,096 of the vocabulary": Trial({"vocabulary": 4096}),
     "256 positions": Trial({"positions": 256}),
     "256 positions, the whole vocabulary": Trial({"positions": 256, "vocabulary": 0}),
+    "256 positions, the whole vocabulary, the KL alone": Trial(
+        {"positions": 256, "vocabulary": 0, "state_weight": 0.0}
+    ),
+    "without the states' distance": Trial({"state_weight": 0.0}),
+    "half the weight of the states' distance": Trial({"state_weight": 0.25}),
     "128 positions": Trial({"positions": 128}),
     "64 positions": Trial({"positions": 64}),
     "8 rows of 128 a step": Trial({"seq_len": 128, "batch_rows": 8, "micro_rows": 8}),
@@ -191,8 +188,6 @@ TRIALS: dict[str, Trial] = {
     "massive activations in the loss": Trial(trainer=_SeesSinks),
     "the whole vocabulary in the last fifth": Trial(trainer=_ExactAtTheEnd),
     "likely tokens drawn": Trial(trainer=_DrawsLikely),
-    "4 iterations of Newton-Schulz": Trial(start=_newton_schulz(4)),
-    "3 iterations of Newton-Schulz": Trial(start=_newton_schulz(3)),
     "sampled text": Trial(data="sampled"),
     "half sampled text": Trial(data="mixed"),
 }

@@ -60,7 +60,7 @@ class Arm:
             balcony = TwoLayers(copy.deepcopy(layers[EXIT - 1]), balcony)
         config = TrainConfig(
             exits=(balcony.exit_layer,), minutes=options.minutes, rate=options.rate, vector_rate=options.rate / 2,
-            decay_share=1.0,
+            decay_share=1.0, state_weight=0.0,
         )  # fmt: skip
         seen = rows_seen(SHIPPED, (EXIT,), corpus.digest) or 0
         print(f"{name}: begins after {seen:,} rows", flush=True)

@@ -164,6 +164,10 @@ def test_too_little_text_to_calibrate_on_is_refused_before_the_model_is_loaded(
             ("--loss", "ce", "--vocabulary", "4096"),
             "--vocabulary with --loss ce, which compares all tokens: leave it out",
         ),
+        (
+            ("--loss", "ce", "--state-weight", "0.5"),
+            "--state-weight with --loss ce, which learns from the text alone: leave it out",
+        ),
     ],
 )
 def test_train_refuses_options_without_effect(
@@ -173,3 +177,5 @@ def test_train_refuses_options_without_effect(
     common = (*common, "-o", tmp_path / "out")
     refused_here(line, *common, *options)
     refused_here("has no checkpoint: train without --resume first", *common, "--resume")
+    papers = ("--loss", "ce", "--vocabulary", "0", "--state-weight", "0")  # what `ce` does by itself
+    refused_here("has no checkpoint: train without --resume first", *common, *papers, "--resume")

@@ -68,6 +68,13 @@ def train(
         Literal["kl", "kl+ce", "ce"],
         typer.Option(help="Target: the full model's distribution (kl), the text (ce), or the paper's mix."),
     ] = "kl",
+    state_weight: Annotated[
+        float,
+        typer.Option(
+            help="Weight of the distance between the states of an exit and of the full model, next to the KL; it falls to 0 "
+            "over the run."
+        ),
+    ] = 0.5,
     optimizer: Annotated[
         Literal["muon", "adamw"], typer.Option(help="Optimizer of the matrices; norms use AdamW.")
     ] = "muon",
@@ -129,7 +136,7 @@ def train(
     from balcony_export.train.run_files import PACKED, run_directory
     from balcony_export.train.trainer import Start, Trainer
 
-    _refuse_without_effect(context, schedule, loss, vocabulary)
+    _refuse_without_effect(context, schedule, loss, vocabulary, state_weight)
     if tokens is not None:
         if steps is not None:
             raise InputError("--steps and --tokens: both set the length of the run: give one of them")
@@ -146,6 +153,7 @@ def train(
         micro_rows=batch_rows if micro_rows is None else micro_rows,
         positions=positions,
         vocabulary=vocabulary,
+        state_weight=state_weight,
         optimizer=optimizer,
         rate=rate,
         vector_rate=rate / 2 if vector_rate is None else vector_rate,
@@ -205,12 +213,16 @@ def train(
     _finish(trainer, model, pretraining_tokens, before, as_json)
 
 
-def _refuse_without_effect(context: typer.Context, schedule: str, loss: str, vocabulary: int) -> None:
+def _refuse_without_effect(
+    context: typer.Context, schedule: str, loss: str, vocabulary: int, state_weight: float
+) -> None:
     """Refuse options that the others of the run leave without effect: its record would name them."""
     if schedule == "cosine":
         refuse_given(
             context, {"decay_share": "--decay-share"}, " with --schedule cosine, which falls over the whole run"
         )
+    if loss == "ce" and state_weight:
+        refuse_given(context, {"state_weight": "--state-weight"}, " with --loss ce, which learns from the text alone")
     if loss == "ce" and vocabulary:
         refuse_given(context, {"vocabulary": "--vocabulary"}, " with --loss ce, which compares all tokens")
 

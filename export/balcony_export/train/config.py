@@ -31,6 +31,7 @@ class TrainConfig:
     # per row in the loss; 0: all, which at equal tokens has 4 % less KL than 256, 11 % less than 128
     positions: int = 0
     vocabulary: int = 8192  # tokens that a step compares (see `VocabularySample`); 0: all
+    state_weight: float = 0.5  # of the full model's states (see `HeadLoss.backward`); it falls to 0 over the run
     optimizer: OptimizerKind = "muon"
     rate: float = 6e-3
     vector_rate: float = 3e-3  # learning rate of all that is no matrix: norms, convolutions, experts (three axes)
@@ -92,6 +93,7 @@ class TrainConfig:
         for name, low, high in (
             ("positions", 0, 10**9),
             ("vocabulary", 0, 10**9),
+            ("state_weight", 0.0, 100.0),
             ("average", 0.0, 0.99999),
             ("decay_share", 0.0, 1.0),
             ("weight_decay", 0.0, 1e3),

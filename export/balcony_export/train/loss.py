@@ -239,6 +239,7 @@ class HeadLoss:
         students: Sequence[torch.Tensor],
         labels: torch.Tensor | None = None,
         part: VocabularyPart | None = None,
+        state_weight: float = 0.0,
     ) -> list[float]:
         """Backpropagate each exit's sum of the loss over positions from its states on; returns the sums.
 
@@ -247,6 +248,8 @@ class HeadLoss:
             students: Normed hidden states of each exit  # (n, D)
             labels: Next token at each position, if the loss includes the text  # (n,)
             part: Tokens that the KL compares; by default all.
+            state_weight: How large the gradient that draws an exit's states to those of the full model is, next to that of the
+                KL, which it is added to. The sums are without it.
         """
         kl_weight, ce_weight = self.weights_of
         detached = [student.detach() for student in students]
@@ -255,7 +258,7 @@ class HeadLoss:
         if kl_weight:
             for index, (kl, grad) in enumerate(self.kl(full, detached, part)):
                 totals[index] += kl_weight * float(kl.sum())
-                grads[index] = kl_weight * grad
+                grads[index] = kl_weight * (grad + _pull(grad, detached[index] - full, state_weight))
         if ce_weight:
             assert labels is not None
             for index, student in enumerate(detached):
@@ -267,3 +270,11 @@ class HeadLoss:
                 assert isinstance(gradient, torch.Tensor)
                 student.backward(gradient.to(student.dtype))
         return totals
+
+
+def _pull(gradient: torch.Tensor, apart: torch.Tensor, weight: float) -> torch.Tensor | float:
+    """Gradient of a distance of states: at each position along it, as large as a share of the gradient there  # (n, D)"""
+    if not weight or not len(apart):  # the gradient at no position has one axis only
+        return 0.0
+    sizes, distances = (one.norm(dim=-1, keepdim=True) for one in (gradient, apart))
+    return weight * sizes / distances.clamp(min=1e-9) * apart

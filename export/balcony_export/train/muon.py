@@ -1,7 +1,7 @@
 """Muon for the matrices of a balcony: steps along their momentum, orthogonalized (https://kellerjordan.github.io/posts/muon/).
 
-Owns the type of its matrix products. ``torch.optim.Muon``, from which all else comes, computes them in bfloat16, which on a CPU
-without such instructions takes 5 s for one matrix of the demo model (0.02 s in float32).
+Owns the polynomials and the type of its matrix products. ``torch.optim.Muon``, from which all else comes, computes them in
+bfloat16, which on a CPU without such instructions takes 5 s for one matrix of the demo model (0.02 s in float32).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SAFETY = 1.01
 
 
 class Muon(torch.optim.Muon):
-    """``torch.optim.Muon`` whose products are in ``dtype``.
+    """``torch.optim.Muon`` whose products are in ``dtype``; its ``ns_coefficients`` and ``ns_steps`` have no effect.
 
     A step changes a weight by 0.2 times the rate on average (root mean square), as one of AdamW does (Liu et al. 2025,
     https://arxiv.org/abs/2502.16982), so that one rate suits both.

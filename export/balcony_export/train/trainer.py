@@ -1,9 +1,9 @@
 """Distillation of balconies (paper, sections 3 and 4.1): the frozen model teaches one decoder layer per exit.
 
 Owns the loop: the rows and positions of a step, the loss (equation 2: the sum over exits of KL(full ‖ exit), a token mean over
-positions without padding), clipping, averaging, held-out evaluation, checkpoints. Data is :mod:`balcony_export.data.corpus`,
-the backbone's states :mod:`.states`, the loss :mod:`.loss`, rates and optimizers :mod:`.schedule`, the run's files
-:mod:`.run_files`, tables and plots :mod:`.report`.
+positions without padding), how hard states are drawn, clipping, averaging, held-out evaluation, checkpoints. Data is
+:mod:`balcony_export.data.corpus`, the backbone's states :mod:`.states`, the loss :mod:`.loss`, rates and optimizers
+:mod:`.schedule`, the run's files :mod:`.run_files`, tables and plots :mod:`.report`.
 
 Everything random follows from seed and step, so a resumed run repeats what the killed run would have done. Every exit has its
 own optimizer and clipping, so training exits together or alone gives the same weights, except that a position with a massive
@@ -212,7 +212,7 @@ class Trainer:
         chunks = np.split(np.arange(config.batch_rows), config.batch_rows // config.micro_rows)
         # loss per exit, number of positions, number of processes that were interrupted
         sums = torch.zeros(len(config.exits) + 2, dtype=torch.float64, device=self.device)
-        part = self._part(rows)
+        part, pull = self._part(rows), config.state_weight * (1 - self.done)
         for number in self.processes.share(len(chunks)):
             which = rows[chunks[number]]
             states, picked = self.states.at(which), Rows(train.tokens[which], train.lengths[which])
@@ -224,7 +224,7 @@ class Trainer:
             # the position after each; the very last one has none, and no loss on the text uses it
             following = (where + 1).clamp(max=picked.tokens.size - 1)
             labels = torch.from_numpy(picked.tokens).long().to(self.device).flatten()[following]
-            sums[:-2] += sums.new_tensor(self.head.backward(full, self._students(states, where), labels, part))
+            sums[:-2] += sums.new_tensor(self.head.backward(full, self._students(states, where), labels, part, pull))
         sums[-1] = self.interrupted  # now, and not before the passes, which may take a minute
         self.processes.sum([sums])
         *kls, counted, interrupts = sums.tolist()
