@@ -276,5 +276,6 @@ def _pull(gradient: torch.Tensor, apart: torch.Tensor, weight: float) -> torch.T
     """Gradient of a distance of states: at each position along it, as large as a share of the gradient there  # (n, D)"""
     if not weight or not len(apart):  # the gradient at no position has one axis only
         return 0.0
-    sizes, distances = (one.norm(dim=-1, keepdim=True) for one in (gradient, apart))
-    return weight * sizes / distances.clamp(min=1e-9) * apart
+    size, distance = (torch.linalg.vector_norm(one, dim=-1, keepdim=True) for one in (gradient, apart))
+    pull: torch.Tensor = weight * size / distance.clamp(min=1e-9) * apart
+    return pull
