@@ -167,6 +167,7 @@ import signal, sys, threading, time
 from balcony_runtime.backends.base import at_once
 
 begun = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell has none
 
 def fail():
     raise ValueError
