@@ -12,7 +12,7 @@ probability. An exit *fits* when its next step, pending rows included, costs no 
     stay   while the present exit fits
     down   at once: the deepest shallower exit that fits
     else   the shallowest allowed exit (``best_effort``: the one whose gap comes closest, backlog included);
-           ``infeasible`` if no luck brings the steady price of an allowed exit within its room
+           ``infeasible`` if no allowed exit's steady price is within its room even at the noise of a calm device
 
 An exit that would hold the target without its backlog gets chunks of catch-up next to the steps at a shallower exit
 (:mod:`.catching_up`). The step that enters this exit may be late if the asked probability has left a late token over

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="Device profile to compare with.")],
-    second: Annotated[Path, typer.Argument(help="Device profile to compare.")],
+    first: Annotated[Path, typer.Argument(help="Device profile that counts as 1.")],
+    second: Annotated[Path, typer.Argument(help="Device profile whose ratios are shown.")],
     everything: Annotated[
         bool, typer.Option("--all", help="Also show single passes and the time spent in Python.")
     ] = False,

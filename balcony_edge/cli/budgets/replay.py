@@ -32,7 +32,7 @@ def replay(
 ) -> None:
     """Run the controller again over a recorded trace; exit code 1 if a decision differs from the recorded one.
 
-    A difference shows a change of the controller since the recording. It also shows a run without the device.
+    A difference shows that the controller has changed since the recording. The device is not needed.
     """
     from balcony_edge.control.company.round_trace import is_round_trace
 

@@ -42,9 +42,9 @@ def run(
     policy: Annotated[
         Literal["plain", "speculative", "confident", "lossless"] | None,
         typer.Option(
-            help="How full-depth tokens are made, when that is measured to be faster. speculative: a shallow exit drafts them "
-            "(lossless: and no other tokens are made). confident: a shallow exit gives them if its balcony is confident "
-            "enough (thresholds: `balcony-edge calibrate`)."
+            help="How full-depth tokens are made, when that is measured to be faster. speculative: a shallow exit drafts "
+            "them. lossless: the same, and all tokens are full-depth tokens. confident: a shallow exit gives them if its "
+            "balcony is confident enough (thresholds: `balcony-edge calibrate`)."
         ),
     ] = None,
     profile: Annotated[

@@ -40,7 +40,7 @@ class JsonLines(logging.Formatter):
 def serve(
     bundle: Annotated[Path, typer.Argument(help="Directory that `balcony-edge export` wrote.")],
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of IPv4, :: also of IPv6.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all of IPv4, :: all of IPv4 and IPv6.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     budget: Annotated[
@@ -56,7 +56,7 @@ def serve(
         str | None,
         typer.Option(
             envvar="BALCONY_EDGE_API_KEY",
-            help="Key that requests must bring. Other users can see an option; a variable they cannot.",
+            help="Key that requests must carry. Other users can see the option, but not the variable.",
         ),
     ] = None,
     ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate for TLS (PEM).")] = None,
@@ -90,7 +90,7 @@ def serve(
         typer.Option(help="Directory to keep them in from one start to the next, and for slots saved by name."),
     ] = None,
     saved_mb: Annotated[
-        int, typer.Option(min=0, help="Megabytes of slots saved by name, from which on no more are saved.")
+        int, typer.Option(min=0, help="Megabytes of slots saved by name after which a new one is refused.")
     ] = 1000,
     record: Annotated[
         Path | None,

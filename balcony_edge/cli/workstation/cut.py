@@ -38,7 +38,7 @@ def cut(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Write a smaller model, in float32: MLPs keep their most active neurons, weights become values that int4 holds.
+    """Write a smaller model as a float32 checkpoint: with narrower MLPs, with weights that int4 holds, or with both.
 
     Train its balconies with `train OUTPUT --teacher MODEL`. Balconies that were cut with it are in OUTPUT/balconies.
     """

@@ -87,12 +87,12 @@ def train(
     warmup_steps: Annotated[int, typer.Option(help="Number of steps with rising rate.")] = 50,
     decay_share: Annotated[float, typer.Option(help="Share of the run with falling rate (trapezoidal).")] = 0.4,
     clip: Annotated[float, typer.Option(help="Largest gradient norm of a balcony.")] = 1.0,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
-    batch_rows: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 2,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 2,
     micro_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows per pass (default: all rows of a step); fewer accumulate gradients.")
+        int | None, typer.Option(min=1, help="Sequences per pass (default: all of a step); fewer accumulate gradients.")
     ] = None,
-    positions: Annotated[int, typer.Option(help="Number of positions of a row in the loss; 0: all.")] = 0,
+    positions: Annotated[int, typer.Option(help="Number of positions of a sequence in the loss; 0: all.")] = 0,
     vocabulary: Annotated[
         int,
         typer.Option(help="Number of tokens that a step compares, half of them drawn anew each step; 0: all."),
@@ -101,7 +101,7 @@ def train(
         list[str] | None,
         typer.Option(metavar="FILE=SHARE", help="Share of a file's documents to use, 0 to 1. Repeatable."),
     ] = None,
-    average: Annotated[float, typer.Option(help="Memory of the averaged weights, 0 to 1.")] = 0.99,
+    average: Annotated[float, typer.Option(help="Decay of the moving average of the weights, 0 to 1.")] = 0.99,
     precision: Annotated[
         Literal["bf16", "fp32"] | None,
         typer.Option(
@@ -112,10 +112,10 @@ def train(
     cache_gb: Annotated[
         float, typer.Option(help="GB on disk for states of the backbone, which later epochs reuse.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of rows and positions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of sequences and positions.")] = 0,
     evaluate_every: Annotated[int, typer.Option(help="Steps between held-out evaluations, which keep the best.")] = 500,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
-    held_out_rows: Annotated[int, typer.Option(min=1, help="Number of rows kept out of training.")] = 24,
+    held_out_rows: Annotated[int, typer.Option(min=1, help="Number of sequences kept out of training.")] = 24,
     compiled: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Compile the loss (default: if there is a C++ compiler)."),

@@ -9,7 +9,7 @@ left. A round must end before the first stream in it is due, and leave the strea
 each with the probability that its budget asks for. The slowdown is that of the device: streams do not see one another as load.
 
 **Assignment.** From time to time, and when streams or budgets change, every stream gets the deepest exit that the shortest
-target leaves time for (:mod:`.assignment`). Streams that can wait for a whole round share the places that their rates need.
+target leaves time for (:mod:`.assignment`). Streams that can wait for a whole round get only the places that their rates need.
 If no depth holds all targets, the newest of the streams with the least weight gives its target up (one that cannot be met at
 all goes first). It then gets its tokens where the others leave time, or an error if its budget asks for one. Depth leaves the
 share of the time that prompts have taken lately; no target is given up for that.
@@ -17,7 +17,7 @@ share of the time that prompts have taken lately; no target is given up for that
 **Round.** All streams step together as long as the round is in time. Otherwise those that can wait are left out, and after that
 depth is taken for one round. What is left of the time goes to the prompt of a new stream, and then to the pending rows of a
 stream that was assigned a deeper exit. A stream without a target gets at least a token every ``ELASTIC`` rounds. A prompt that
-would miss ``ttft_ms`` in this way runs at once and whole, if all others have tokens left that may be late by their probability.
+would miss ``ttft_ms`` in this way runs at once and whole, if the probability of each other stream still allows it a late token.
 """
 
 from __future__ import annotations

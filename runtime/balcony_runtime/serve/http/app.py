@@ -1,7 +1,6 @@
 """The routes: paths of OpenAI, vLLM and llama.cpp's server.
 
-Owns the paths. Every error of a route or the guard is OpenAI's object. Only a browser's question before a request gets plain
-text.
+Owns the paths. Every error of a route or the guard is OpenAI's object. Only a CORS preflight request gets plain text.
 """
 
 from __future__ import annotations
