@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched from a hub
 
 import copy
 import functools
+import gc
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from balcony_edge.errors import MissingDependencyError
 from balcony_export.export import ExportOptions, Traced, export_bundle, trace
 from balcony_export.model.balcony import Balcony, init_balconies
+from balcony_export.model.checkpoint import demo_model_path, load_tokenizer
 from balcony_export.model.exits import ExitModel
 from tests.support.traces import SharedTraces, unwatched
 
@@ -256,6 +259,15 @@ def make_tokenizer() -> Callable[[], transformers.PreTrainedTokenizerFast]:
     return tiny_tokenizer
 
 
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """The demo model's tokenizer, which takes many seconds to read; read only."""
+    try:
+        return load_tokenizer(demo_model_path())
+    except MissingDependencyError as missing:
+        pytest.skip(str(missing))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_traces() -> Iterator[None]:
     """Trace models without coverage and without collecting garbage, and only those that are unlike earlier ones."""
@@ -287,6 +299,8 @@ def exported(exits: ExitModel, name: str, path: Path) -> Exported:
     tokenizer, options = tiny_tokenizer(), ExportOptions(name, trained=True)
     traced = trace(exits, options)
     export_bundle(exits, tokenizer, path, options, traced=traced)
+    # The graphs stay for the session. The collection at the end of every export would walk over those of all bundles.
+    gc.freeze()
     return Exported(path, exits, tokenizer, traced)
 
 
@@ -314,6 +328,15 @@ def tiny_checkpoint(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
     copy.deepcopy(tiny.model).save_pretrained(path)
     tiny.tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(make_tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers as a Hugging Face directory, for a process that traces it by itself."""
+    path = tmp_path_factory.mktemp("checkpoint") / "small-llama"
+    make_tiny("llama", num_hidden_layers=2).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
     return path
 
 

@@ -15,9 +15,8 @@ import torch
 
 import balcony_edge
 from balcony_edge.budget import Budget
-from balcony_edge.errors import MissingDependencyError
 from balcony_export.export import ExportOptions, export_bundle
-from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.model.checkpoint import demo_model_path, load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.loss import Head, HeadLoss
 from balcony_export.verify import verify
@@ -54,18 +53,14 @@ PROMPTS = (
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def demo(demo_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from types import SimpleNamespace
 
-    try:
-        source = demo_model_path()
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
-    model, tokenizer = load_model(source), load_tokenizer(source)
+    model = load_model(demo_model_path())
     exits = ExitModel.open(model, EXITS)
     path = tmp_path_factory.mktemp("smollm2") / "bundle"
-    export_bundle(exits, tokenizer, path, ExportOptions("SmolLM2-135M-Instruct", trained=False))
-    return SimpleNamespace(path=path, model=model, tokenizer=tokenizer, exits=exits)
+    export_bundle(exits, demo_tokenizer, path, ExportOptions("SmolLM2-135M-Instruct", trained=False))
+    return SimpleNamespace(path=path, model=model, tokenizer=demo_tokenizer, exits=exits)
 
 
 @pytest.fixture(scope="module")

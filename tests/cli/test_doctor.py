@@ -17,6 +17,7 @@ import pytest
 
 from balcony_edge.cli.device.doctor import clock_note
 from balcony_edge.device.machine import available_cpus
+from tests.support.command import invoke_here
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()", "doctor"]
 
@@ -32,6 +33,12 @@ def diagnose(*arguments: str | Path) -> Any:
     done = invoke(*arguments, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    """What it says of this machine."""
+    return diagnose()
 
 
 def test_orin_nano(sysfs_tree: Callable[[str], Path]) -> None:
@@ -79,8 +86,7 @@ def test_laptop_with_watts_by_a_counter(sysfs_tree: Callable[[str], Path]) -> No
     assert readings["battery:BAT0+BAT1"]["charging"] is False and readings["battery:drain"]["watts"] == 9.25
 
 
-def test_engines_are_those_of_this_environment() -> None:
-    report = diagnose()
+def test_engines_are_those_of_this_environment(report: Any) -> None:
     ort, webgpu, cuda, *tensorrt = report["engines"]
     import onnxruntime
 
@@ -133,9 +139,8 @@ def test_a_sensor_that_hangs_is_shown_and_not_waited_for(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("columns", ["40", "80"])
-def test_no_cure_is_cut(columns: str) -> None:
+def test_no_cure_is_cut(report: Any, columns: str) -> None:
     """Every note and cure of the JSON document is on the screen in one piece, so that a user can copy it."""
-    report = diagnose()
     shown = invoke(COLUMNS=columns).stdout
     cures = [absence["cure"] for source in report["sensors"]["sources"] for absence in source["absences"]]
     wanted = [engine["note"] for engine in report["engines"]] + cures
@@ -145,7 +150,7 @@ def test_no_cure_is_cut(columns: str) -> None:
 
 
 def test_a_root_that_is_not_a_directory(tmp_path: Path) -> None:
-    done = invoke("--sysfs", tmp_path / "none")
+    done = invoke_here("doctor", "--sysfs", tmp_path / "none")
     assert (done.returncode, done.stdout) == (1, "")
     wanted = f"--sysfs {tmp_path / 'none'}: is not a directory: give the root of a sysfs tree, such as /sys"
     assert done.stderr == f"balcony-edge: {wanted}\n"

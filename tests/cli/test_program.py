@@ -27,7 +27,7 @@ from balcony_export.data.documents import read_documents
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.serve.http.server import Settings
 from balcony_runtime.serve.work.service import Limits
-from tests.support.command import invoke_here
+from tests.support.command import invoke_here, unmeasured
 from tests.support.command import refused as refused_here
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from balcony_edge.cli import main; main()"]
@@ -87,32 +87,36 @@ def test_an_error_is_no_document_where_stderr_is_closed(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
 
 
+SAMPLED = ("the fox", "-n", "20", "--temperature", "3", "--seed", "1")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Any) -> str:
+    return invoke("run", tiny.path, *SAMPLED).stdout
+
+
 @pytest.mark.parametrize("live", [(), ("--live",)])
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_a_reply_in_a_file_has_no_colours(tiny: Any, variable: str, live: tuple[str, ...]) -> None:
+def test_a_reply_in_a_file_has_no_colours(tiny: Any, plain: str, variable: str, live: tuple[str, ...]) -> None:
     """FORCE_COLOR, which many CI services set, makes a terminal of every console of rich."""
-    options = ("the fox", "-n", "20", "--temperature", "3", "--seed", "1")
-    done = invoke("run", tiny.path, *options, *live, env={**os.environ, variable: "1", "TERM": "xterm"})
-    assert done.returncode == 0 and done.stdout == invoke("run", tiny.path, *options).stdout, done
+    done = invoke("run", tiny.path, *SAMPLED, *live, env={**os.environ, variable: "1", "TERM": "xterm"})
+    assert done.returncode == 0 and done.stdout == plain, done
     assert "\x1b" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("arguments", [("doctor",), ("train", "--help"), ("run", "BUNDLE", "the fox", "-n", "20")])
-def test_a_stream_that_lacks_characters(tiny: Any, encoding: str, arguments: tuple[str, ...]) -> None:
+def test_a_stream_that_lacks_characters(tiny: Any, arguments: tuple[str, ...]) -> None:
     """Boxes, ×, ° and a model's output become question marks instead of a traceback."""
-    done = invoke(
-        *(str(tiny.path) if part == "BUNDLE" else part for part in arguments),
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-    )
+    command = [str(tiny.path) if part == "BUNDLE" else part for part in arguments]
+    done = invoke(*command, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stdout and "Traceback" not in done.stderr, done
 
 
 def test_prompts_from_files_and_pipes(tiny: Any, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("the quick brown fox\n")
-    wanted = invoke("run", tiny.path, "the quick brown fox", "-n", "8").stdout
-    assert invoke("run", tiny.path, "--file", file, "-n", "8").stdout == wanted
+    wanted = invoke_here("run", tiny.path, "the quick brown fox", "-n", "8").stdout
+    assert invoke_here("run", tiny.path, "--file", file, "-n", "8").stdout == wanted
     assert invoke("run", tiny.path, "--file", "-", "-n", "8", input="the quick brown fox\n").stdout == wanted
     assert invoke("run", tiny.path, "-n", "8", input="the quick brown fox\n").stdout == wanted
     document = json.loads(invoke("run", tiny.path, "-n", "8", "--json", input="the quick brown fox").stdout)
@@ -120,8 +124,8 @@ def test_prompts_from_files_and_pipes(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_a_system_message_with_a_prompt(tiny: Any) -> None:
-    plain = json.loads(invoke("run", tiny.path, "the fox", "-n", "2", "--json").stdout)
-    led = json.loads(invoke("run", tiny.path, "the fox", "--system", "be brief", "-n", "2", "--json").stdout)
+    plain = json.loads(invoke_here("run", tiny.path, "the fox", "-n", "2", "--json").stdout)
+    led = json.loads(invoke_here("run", tiny.path, "the fox", "--system", "be brief", "-n", "2", "--json").stdout)
     ids = tiny.tokenizer("<system>be brief\n", add_special_tokens=False).input_ids
     assert led["prompt_tokens"] == plain["prompt_tokens"] + len(ids)
 
@@ -198,7 +202,7 @@ def test_engines_are_built_where_nobody_reads_what_is_shown(
     monkeypatch.setattr("balcony_runtime.backends.accelerator.tensorrt_builder.import_tensorrt", lambda _: None)
     monkeypatch.setattr("balcony_edge.cli.workstation.build.build_into", lambda path, *_: built.append(path))
     monkeypatch.setattr("balcony_edge.cli.workstation.export._report", lambda *_: sys.exit(1))
-    options = ("--exits", "2", "-o", tmp_path / "b", "--no-verify", "--tensorrt", "fp16")
+    options = ("--exits", "2,3", "-o", tmp_path / "b", "--no-verify", "--tensorrt", "fp16")
     assert invoke_here("export", tiny_checkpoint, *options).returncode == 1 and built == [tmp_path / "b"]
 
 
@@ -210,7 +214,7 @@ def test_the_manifest_in_place_of_the_bundle(tiny: Any, verb: str, text_file: Pa
 
 
 def test_an_error_after_a_progress_bar_begins_on_the_first_line(tiny: Any, tmp_path: Path) -> None:
-    refused("does not exist", "verify", tiny.path, "--against", tmp_path / "none")
+    refused("does not exist", "verify", tiny.path, "--against", tmp_path / "none", env=unmeasured())
 
 
 @pytest.fixture
@@ -317,7 +321,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
         "2",
         "-o",
         tmp_path / "x",
-        env={**os.environ, **hub},
+        env={**unmeasured(), **hub},
     )
 
 
@@ -350,7 +354,7 @@ def test_a_device_that_cannot_write_graphs_names_those_that_it_has(
 
 def test_a_bundle_of_int4_is_not_sent_to_build(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
-    done = invoke_here("export", tiny_checkpoint, "--exits", "2", "-o", bundle, "--no-verify", "--precision", "int4")
+    done = invoke_here("export", tiny_checkpoint, "--exits", "2,3", "-o", bundle, "--no-verify", "--precision", "int4")
     assert done.returncode == 0, done.stderr
     wanted = (
         "precision int4 has no graphs for cuda: run it with --device cpu, or export the model with --precision fp16"

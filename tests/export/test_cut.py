@@ -127,10 +127,10 @@ def test_a_bundle_of_a_rounded_model_holds_its_weights(make_tiny: Any, make_toke
     """Up to float32 rounding in the backbone and the head; balconies are rounded at the export."""
     scheme = parse_precision("int4,block=32,head=4,level=1")
     assert not isinstance(scheme, str)
-    exits = ExitModel.open(make_tiny("llama"), (2,))
+    exits = ExitModel.open(make_tiny("llama", num_hidden_layers=2), (1,))
     before = exits.copy()
     round_backbone(exits, scheme, ROWS)
-    assert torch.equal(exits.balconies[2].layer.mlp.up_proj.weight, before.balconies[2].layer.mlp.up_proj.weight)
+    assert torch.equal(exits.balconies[1].layer.mlp.up_proj.weight, before.balconies[1].layer.mlp.up_proj.weight)
     assert not torch.equal(exits.parts.layers[0].mlp.up_proj.weight, before.parts.layers[0].mlp.up_proj.weight)
     export_bundle(
         exits, make_tokenizer(), tmp_path / "bundle", ExportOptions("tiny", True, scheme, calibration=ROWS[:3])
@@ -238,7 +238,8 @@ def test_the_commands_make_a_bundle_of_a_cut_model(
     make_tiny: Callable[..., Any], make_tokenizer: Callable[[], Any], tmp_path: Path
 ) -> None:
     """cut, then train from the cut balconies with the uncut model as teacher, then export; and what they refuse."""
-    make_tiny("llama").save_pretrained(tmp_path / "model")
+    uncut = make_tiny("llama", num_hidden_layers=3)
+    uncut.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     words, generator = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"], np.random.default_rng(3)
     text = tmp_path / "text.jsonl"
@@ -257,7 +258,7 @@ def test_the_commands_make_a_bundle_of_a_cut_model(
     model, small = tmp_path / "model", tmp_path / "small"
     recipe = (
         "--exits",
-        "2,3",
+        "1,2",
         "--data",
         text,
         "--seq-len",
@@ -275,17 +276,17 @@ def test_the_commands_make_a_bundle_of_a_cut_model(
     run(*cut, "--precision", "fp32", fails="--precision fp32: rounds nothing")
     width = ("--mlp", 32, "--tune-steps", 2, "--precision", "int4,head=4", "--balconies", tmp_path / "first")
     facts = run(*cut, *width, "--threads", 1)
-    assert facts["parameters"] < sum(p.numel() for p in make_tiny("llama").parameters()) and 0 < facts["kl"] < 10
+    assert facts["parameters"] < sum(p.numel() for p in uncut.parameters()) and 0 < facts["kl"] < 10
     again = ("train", small, *recipe, "-o", tmp_path / "second", "--start", small / BALCONIES, "--teacher")
     run(*again, model, "--loss", "ce", fails="--teacher with --loss ce")
-    make_tiny("llama").save_pretrained(tmp_path / "foreign")
+    uncut.save_pretrained(tmp_path / "foreign")
     foreign = make_tokenizer()
     foreign.add_tokens(["another"])
     foreign.save_pretrained(tmp_path / "foreign")
     run(*again, tmp_path / "foreign", fails="its tokens are not those of")
-    assert set(run(*again, model)["exits"]) == {"2", "3"}
-    bundle = ("export", small, "--exits", "2,3", "--balconies", tmp_path / "second", "--precision", "int4,head=4")
-    assert run(*bundle, "-o", tmp_path / "bundle")["exits"] == [2, 3, 5]
+    assert set(run(*again, model)["exits"]) == {"1", "2"}
+    bundle = ("export", small, "--exits", "1,2", "--balconies", tmp_path / "second", "--precision", "int4,head=4")
+    assert run(*bundle, "-o", tmp_path / "bundle")["exits"] == [1, 2, 3]
 
 
 def test_a_product_of_full_rank_is_the_matrix_itself(make_tiny: Any, make_tokenizer: Any, tmp_path: Path) -> None:

@@ -203,12 +203,11 @@ def test_a_gguf_file_next_to_another_tokenizer_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_gguf_tokenizer_splits_digits_and_keeps_its_template(demo: Path) -> None:
-    tokenizer = load_tokenizer(demo)
+def test_gguf_tokenizer_splits_digits_and_keeps_its_template(demo_tokenizer: Any) -> None:
     # llama.cpp's ids for this text
-    assert tokenizer("In 2024, 12345").input_ids == [788, 216, 34, 32, 34, 36, 28, 216, 33, 34, 35, 36, 37]
-    assert tokenizer.decode(tokenizer("1 + 234 = 235, café 🙂").input_ids) == "1 + 234 = 235, café 🙂"
-    chat = tokenizer.apply_chat_template(
+    assert demo_tokenizer("In 2024, 12345").input_ids == [788, 216, 34, 32, 34, 36, 28, 216, 33, 34, 35, 36, 37]
+    assert demo_tokenizer.decode(demo_tokenizer("1 + 234 = 235, café 🙂").input_ids) == "1 + 234 = 235, café 🙂"
+    chat = demo_tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert str(chat).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")

@@ -337,7 +337,7 @@ def test_power_is_the_slope_of_the_energy_counter() -> None:
 
 
 def test_energy_per_token_is_power_over_speed(llm: LLM) -> None:
-    grid = dataclasses.replace(Grid.make(256, **SMALL), power_s=0.5)
+    grid = dataclasses.replace(Grid.make(256, **SMALL), power_s=0.3)
     with Sensors([Counter()], rate_hz=10) as sensors:
         profile = measure_profile(llm, sensors, grid, lambda *_: None)
     assert [power.exit_layer for power in profile.power] == list(llm.exit_layers) and profile.power_reason is None
@@ -389,13 +389,13 @@ def test_prompts_run_on_an_empty_sequence(llm: LLM) -> None:
 
 
 class Late(NoPower):
-    """A gauge that shows the power of one second ago: 5 W without load, 20 W while ``busy`` is set."""
+    """A gauge that shows the power of 0.3 s ago: 5 W without load, 20 W while ``busy`` is set."""
 
     def __init__(self) -> None:
         self.past: list[tuple[float, float]] = [(0.0, 20.0)]
 
     def read(self, now_s: float) -> SourceSample:
-        watts = next(value for time_s, value in reversed(self.past) if time_s <= now_s - 1.0)
+        watts = next(value for time_s, value in reversed(self.past) if time_s <= now_s - 0.3)
         return SourceSample((Reading("ina:board", "board", now_s, watts=watts),))
 
 
@@ -412,7 +412,7 @@ def test_the_power_is_not_that_of_the_load_before(llm: LLM, monkeypatch: pytest.
     rails: dict[Any, tuple[str, ...]] = {"board": ("ina:board",)}
     with Sensors([source], rate_hz=10) as sensors:
         source.past.append((time.monotonic(), 5.0))  # the load has just ended
-        found, lost = _power(bench, Meter(sensors, rails), rails, 1.2)
+        found, lost = _power(bench, Meter(sensors, rails), rails, 0.5)
     assert {power.idle_w for power in found} == {5.0} and lost == []
     assert {power.exit_layer: power.busy_w for power in found} == pytest.approx(drawn, rel=1e-3)
 

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 from balcony_edge.bundle.manifest import ModelSpec
 from balcony_edge.errors import InputError
 from balcony_edge.files import atomic_file
+from balcony_export import export
 from balcony_export.graph import trace, widen
 from balcony_export.model.exits import ExitModel
 
@@ -37,6 +38,8 @@ _SOURCES = (
     "tests/support/traces.py",
 )
 _LIBRARIES = ("torch", "transformers", "onnx-ir", "onnxscript")
+#: Most values of a module whose trace is kept: 16 MB in float32, more than any tiny model has.
+_MOST_VALUES = 1 << 22
 
 
 def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,6 +65,7 @@ class SharedTraces:
     def __init__(self) -> None:
         self._made: dict[str, ir.Model] = {}
         self._kept = _directory()
+        self._reserved: Mapping[int, torch.Tensor] = {}
         self._trace_backbone, self._trace_balcony = trace.trace_backbone, trace.trace_balcony
 
     @contextmanager
@@ -70,15 +74,21 @@ class SharedTraces:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trace, "trace_backbone", self._backbone)
             patch.setattr(trace, "trace_balcony", self._balcony)
+            patch.setattr(export, "stand_ins", self._stand_ins)
             yield
 
+    @contextmanager
+    def _stand_ins(self, roots: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Mapping[int, torch.Tensor]]:
+        with widen.stand_ins(roots, dtype) as self._reserved:
+            yield self._reserved
+
     def _backbone(self, exits: ExitModel, spec: ModelSpec) -> ir.Model:
-        key = _key(exits, exits.parts.layers, spec.context_length, exits.exit_layers)
+        key = self._key(exits, exits.parts.layers, spec.context_length, exits.exit_layers)
         return self._once(key, lambda: self._trace_backbone(exits, spec))
 
     def _balcony(self, exits: ExitModel, exit_layer: int, spec: ModelSpec, traced: Mapping[int, ir.Model]) -> ir.Model:
         balcony = exits.balconies[exit_layer]
-        key = _key(exits, balcony, spec.context_length, balcony.kind, balcony.copies)
+        key = self._key(exits, balcony, spec.context_length, balcony.kind, balcony.copies)
         return self._once(key, lambda: self._trace_balcony(exits, exit_layer, spec, traced))
 
     def _once(self, key: str | None, make: Callable[[], ir.Model]) -> ir.Model:
@@ -95,6 +105,21 @@ class SharedTraces:
             self._made[key] = ir.load(path)
         return self._made[key].clone()
 
+    def _key(self, exits: ExitModel, module: nn.Module, *facts: Any) -> str | None:
+        """The key of a trace; None for one of a large model, or of one whose matrices are reserved memory meanwhile."""
+        config = {name: value for name, value in exits.model.config.to_dict().items() if name not in _ORIGIN}
+        ropes = (table for pair in exits.rotary_tables(facts[0]).values() for table in pair)
+        tensors = [*module.named_parameters(), *module.named_buffers(), *(("rope", table) for table in ropes)]
+        if sum(tensor.numel() for _, tensor in tensors) > _MOST_VALUES:
+            return None
+        if any(tensor.data_ptr() in self._reserved for _, tensor in tensors):
+            return None
+        digest = hashlib.sha256(repr((type(exits.model), sorted(config.items()), module, facts)).encode())
+        for name, tensor in tensors:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
 
 def _directory() -> Path:
     """The directory of traces by the present code; those by other code are removed."""
@@ -109,17 +134,3 @@ def _directory() -> Path:
             shutil.rmtree(other, ignore_errors=True)
     found.mkdir(parents=True, exist_ok=True)
     return found
-
-
-def _key(exits: ExitModel, module: nn.Module, *facts: Any) -> str | None:
-    """The key of a trace; None for one of a larger model, whose matrices may be reserved memory meanwhile."""
-    config = {name: value for name, value in exits.model.config.to_dict().items() if name not in _ORIGIN}
-    ropes = (table for pair in exits.rotary_tables(facts[0]).values() for table in pair)
-    tensors = [*module.named_parameters(), *module.named_buffers(), *(("rope", table) for table in ropes)]
-    if any(tensor.numel() > widen.SMALL for _, tensor in tensors):
-        return None
-    digest = hashlib.sha256(repr((type(exits.model), sorted(config.items()), module, facts)).encode())
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -296,12 +296,12 @@ def test_a_dense_balcony_needs_experts(make_tiny: Callable[..., Any]) -> None:
 )
 def test_exit_modules_of_mixtures_export_and_verify(name: str, kind: Any, tmp_path: Path) -> None:
     model, tokenizer = tiny_mixture(name), tiny_tokenizer()
-    balconies = init_balconies(model, (2,), kind)
+    balconies = init_balconies(model, EXITS, kind)  # the exits of `mixture`, whose traced backbone is taken
     save_balconies(tmp_path / "balconies", balconies, fingerprint(model))
     exits = ExitModel(model, load_balconies(tmp_path / "balconies", model))
     assert {balcony.kind for balcony in exits.balconies.values()} == {kind}
     manifest = export_bundle(exits, tokenizer, tmp_path / "b", ExportOptions(name, trained=False))
-    assert manifest.cached_exits == ((2,) if kind == "dense" else ())
+    assert manifest.cached_exits == (EXITS if kind == "dense" else ())
     checks = verify(tmp_path / "b", exits, tokenizer, [PROMPT])
     assert all(check.passed for check in checks), checks
 

@@ -242,8 +242,11 @@ def test_a_window_as_long_as_the_context_is_none(make_tiny: Any) -> None:
         assert "local_window_size" not in node.attributes and node.inputs[-1].name == "no_sink"
 
 
-def test_heads_that_the_fused_attention_refuses_keep_the_portable_graphs(export_tiny: Callable[[str], Any]) -> None:
-    manifest = Bundle.open(export_tiny("llama-small-heads").path).manifest
+def test_heads_that_the_fused_attention_refuses_keep_the_portable_graphs(
+    tmp_path: Path, make_tiny: Any, make_tokenizer: Any
+) -> None:
+    exits, options = ExitModel(make_tiny("llama-small-heads", num_hidden_layers=1)), ExportOptions("x", trained=False)
+    manifest = export_bundle(exits, make_tokenizer(), tmp_path / "b", options)
     assert manifest.cpu == {} and manifest.runnable is manifest.graphs
 
 

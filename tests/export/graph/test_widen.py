@@ -57,9 +57,7 @@ def test_the_bytes_are_those_of_the_widened_model(
     wanted = exported(wide, make_tokenizer(), tmp_path / "wide", precision)
     before = {name: (id(weight), weight.clone()) for name, weight in narrow.named_parameters()}
     monkeypatch.setattr(widen, "PIECE_BYTES", 1000)  # every weight in several pieces
-    monkeypatch.setattr(
-        widen, "SMALL", 1024
-    )  # limit below which the tracer merges equal tensors, and traces are shared
+    monkeypatch.setattr(widen, "SMALL", 1024)  # every matrix is reserved memory, so its trace is its own
     assert exported(narrow, make_tokenizer(), tmp_path / "narrow", precision) == wanted
     assert MANIFEST in wanted
     after = dict(narrow.named_parameters())
