@@ -97,6 +97,12 @@ def hostile() -> dict[str, dict[str, Any]]:
         "false": False,
         "a text that is not JSON": "{",
         "a list": "[]",
+        "40 patterns at once": {"type": "string", "allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(40)]},
+        "40 patterns, each with the next": {
+            "$defs": {f"d{i}": {"pattern": f"a.{{{i}}}b", "$ref": f"#/$defs/d{i + 1}"} for i in range(40)}
+            | {"d40": {"type": "string"}},
+            "$ref": "#/$defs/d0",
+        },
     }
     found: dict[str, dict[str, Any]] = {name: {"json_schema": one} for name, one in schemas.items()}
     return found | {
@@ -105,12 +111,19 @@ def hostile() -> dict[str, dict[str, Any]]:
         "a regex with a back-reference": {"regex": r"(a)\1"},
         "a regex that matches nothing": {"regex": r"[^\s\S]"},
         "an empty regex": {"regex": ""},
+        "a long list as a regex": {"regex": [0] * 100_000},
         "a grammar with an unknown rule": {"grammar": "start: nothing"},
         "a grammar that is none": {"grammar": "start ::: ="},
         "a power of ten in a grammar": {"grammar": 'start: %json {"multipleOf": 1e999999999}'},
         "a divisor with many digits in a grammar": {"grammar": 'start: %json {"multipleOf": 0.' + "0" * 40 + "1}"},
         "an open bracket in a grammar": {"grammar": "root ::= " + "[" * 100_000},
+        "40 expressions at once": {"grammar": "start: X\nX: " + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(40))},
         "a grammar of blank lines": {"grammar": "\n" * 200_000 + "root"},
+        "a chain of 1,900 long rules": {
+            "grammar": "root ::= r0\n"
+            + "".join(f"r{i} ::= {'.' * 115}r{i + 1}\n" for i in range(1900))
+            + 'r1900 ::= "x"'
+        },
         "a chain of 20,000 rules": {
             "grammar": "root::=0\n" + "".join(f"{i:x}::={i + 1:x}\n" for i in range(20_000)) + '4e20::="x"'
         },

@@ -143,11 +143,15 @@ class _Metered(NodeTransformer):
     def generic_visit(self, node: Any, *args: Any, **options: Any) -> Any:
         """Change a node after its children."""
         node = super().generic_visit(node, *args, **options)
+        if isinstance(node, nodes.For) and node.test is not None:  # the body does not run where it fails
+            node.test = _call("made", [node.test])
         if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
             node.body.insert(0, nodes.ExprStmt(_call("tick", [])))
         elif isinstance(node, nodes.Concat):
             return _call("joined", node.nodes)
-        elif isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
+        elif isinstance(node, nodes.List | nodes.Dict | nodes.Compare) or (
+            isinstance(node, nodes.Tuple) and node.ctx == "load"
+        ):
             return _call("made", [node])
         return node
 
@@ -227,18 +231,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         return bounded
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """An element, or a slice; only a slice is a new value and passes the meter."""
+        """An element, or a slice, which is a new value and passes the meter; the hash of a tuple may take a while."""
         found = super().getitem(obj, argument)
-        return _made(found) if isinstance(argument, slice) else found
+        return found if isinstance(argument, str | int) else _made(found)
 
 
-def _tick() -> None:
+def _tick() -> _Limits:
+    """The limits of this rendering, if its time is not over."""
     limits = _LIMITS.get()
     # Even with `optimized=False` jinja2 computes constants while it compiles, where no clock and no meter runs.
     if limits is None:
         raise jinja2.TemplateRuntimeError("nothing is computed outside a rendering")
     if time.monotonic() > limits.deadline_s:
         raise jinja2.TemplateRuntimeError(f"rendering took longer than {MAX_SECONDS:g} s")
+    return limits
 
 
 def _size(value: Any, known: dict[int, int] | None = None) -> int:
@@ -265,7 +271,8 @@ def _bounded(size: int) -> None:
 
 
 def _made(value: Any) -> Any:
-    """The value, after the meter has seen it."""
+    """The value, after the clock and the meter have seen it."""
+    limits = _tick()
     if isinstance(value, int) and value.bit_length() > MAX_BITS:  # a division of long numbers takes minutes
         raise jinja2.TemplateRuntimeError(f"a number is longer than {MAX_BITS:,} bits")
     if isinstance(value, str | bytes):
@@ -275,11 +282,9 @@ def _made(value: Any) -> Any:
         size = ELEMENT * len(value)
     else:
         return value
-    limits = _LIMITS.get()
-    if limits is not None:
-        limits.made += size
-        if limits.made > MAX_MADE:
-            raise jinja2.TemplateRuntimeError(f"its values are longer than {MAX_MADE:,} characters together")
+    limits.made += size
+    if limits.made > MAX_MADE:
+        raise jinja2.TemplateRuntimeError(f"its values are longer than {MAX_MADE:,} characters together")
     return value
 
 

@@ -27,7 +27,7 @@ from balcony_runtime.structure.formats import (
     plain_messages,
     without_system,
 )
-from balcony_runtime.structure.marks import THOUGHT, ThoughtReader, overlap, with_thought
+from balcony_runtime.structure.marks import THOUGHT, ThoughtReader, one_of, overlap, with_thought
 from balcony_runtime.template import ChatTemplate
 
 Message = Mapping[str, Any]
@@ -220,7 +220,7 @@ class TextCodec:
                 raise InputError(
                     f"role = {shown(role)}: is part of a control token: give one of {', '.join(sorted(_ROLES))}"
                 )
-        spelled = re.compile("|".join(map(re.escape, names)))
+        spelled = one_of(tuple(names))
         places = {name: place for place, name in enumerate(names)}
 
         def hidden(value: Any) -> Any:

@@ -331,6 +331,7 @@ GREEDY = {
     "{% for i in range(3000) %}{% set n.x = n.x + [x[1:]] %}{% endfor %}",
     "macros without a loop": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "tests without a loop": "{{ (['ab'] * 5000) | select('in', 'a' * 4000000) | list | length }}",
+    "a condition": "{% set x = [1.5] * 80000 %}{% for i in range(99999) if i in x %}{% endfor %}",
     "another clock": "{% set _balcony_tick = 1 %}{% macro tick() %}{% endmacro %}"
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
 }

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 from balcony_edge.errors import InputError, shown
 
@@ -21,6 +22,9 @@ MOST_CHARACTERS = 256_000
 MOST_REMAINDERS = 10_000
 #: Most digits of a value of ``multipleOf``, and of its power of ten: nobody must compute 10 to the power of 999,999,999.
 MOST_DIGITS = 40
+#: Most patterns of a schema that joins some, and most ``&`` of a grammar. The automaton is their product, which the compiler
+#: builds before it counts: 20 patterns took 3 s and 300 MB, 13 operands 4 s, and each further one 2.3 times as long.
+MOST_JOINED = 12
 #: JSON is written as ``json.dumps`` writes it, which is the form that models were trained on; a schema's own
 #: ``x-guidance`` comes first.
 JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -38,6 +42,11 @@ _READABLE: dict[str, dict[str, Any]] = {
 VALUES = ("const", "default", "enum", "examples")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]+)')
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
+#: Keywords by which other schemas hold as well, and keywords that ask for nothing more.
+_JOINING = {"allOf", "anyOf", "oneOf", "$ref"}
+_NOTES = {"$schema", "$id", "$defs", "definitions", "type", "title", "description", "default", "examples", "x-guidance"}
+#: Texts and expressions of a grammar; escapes outside of them are skipped as a whole, so that it takes linear time.
+_QUOTED = re.compile(r'\\.|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 
 
 class Structure(NamedTuple):
@@ -72,7 +81,7 @@ def structure_of(*, json_schema: Any = None, regex: str | None = None, grammar: 
     ((kind, value),) = asked.items()
     text = schema_text(value) if kind == "json_schema" else value
     if not isinstance(text, str) or not text:
-        raise InputError(f"{kind} = {text!r}: must be a text that is not empty: give a {kind}, or leave it out")
+        raise InputError(f"{kind} = {shown(text)}: must be a text that is not empty: give a {kind}, or leave it out")
     return checked(Structure(kind, text))
 
 
@@ -97,12 +106,56 @@ def schema_text(schema: Any) -> str:
             schema = {}
         if isinstance(schema, Mapping):
             text = json.dumps(schema, ensure_ascii=False, allow_nan=False, default=dict)
-            return json.dumps(_readable(json.loads(text)), ensure_ascii=False) if '"format"' in text else text
+            found = json.loads(text)
+            _refuse_joined(found)
+            return json.dumps(_readable(found), ensure_ascii=False) if '"format"' in text else text
     except RecursionError:
         raise InputError("json_schema: is nested too deeply: give a schema of at most 60 levels") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"json_schema: is not JSON ({error}): give a schema as a dict, JSON text or class") from None
     raise InputError(f"json_schema = {shown(schema)}: must be a JSON object: give e.g. {{'type': 'object'}}")
+
+
+def _refuse_joined(schema: Any) -> None:
+    """Refuse a schema in which a text may have to follow too many patterns at once.
+
+    All those count that a part which joins some can reach.
+    """
+    joins = [part for part in _parts(schema, [schema]) if _joins(part)]
+    patterns = {part["pattern"] for part in _parts(schema, joins) if isinstance(part.get("pattern"), str)}
+    if len(patterns) > MOST_JOINED:
+        raise InputError(
+            f"json_schema: a text may have to follow several of its {len(patterns)} patterns: the automaton would be too "
+            f"large: give at most {MOST_JOINED}, or leave allOf and keywords next to anyOf, oneOf and $ref out"
+        )
+
+
+def _joins(part: Mapping[str, Any]) -> bool:
+    several = isinstance(both := part.get("allOf"), list) and len(both) > 1
+    return several or (bool(part.keys() & _JOINING) and len(part.keys() - _NOTES) > 1)
+
+
+def _parts(schema: Any, begin: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Every object of some parts of a schema, and of what they refer to."""
+    left, seen = list(begin), set[int]()
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict) and id(part) not in seen:
+            seen.add(id(part))
+            left += part.values()
+            if isinstance(part.get("$ref"), str):
+                left.append(_target(schema, part["$ref"]))
+            yield part
+
+
+def _target(schema: Any, reference: str) -> Any:
+    """What a reference names: a JSON pointer; the whole schema for another form."""
+    found = schema
+    for key in unquote(reference).split("/")[1:]:
+        found = found.get(key.replace("~1", "/").replace("~0", "~"), schema) if isinstance(found, dict) else schema
+    return found
 
 
 def _readable(schema: Any) -> Any:
@@ -176,6 +229,8 @@ def checked(asked: Structure) -> Structure:
             f"{asked.kind}: has {len(asked.text):,} characters; at most {MOST_CHARACTERS:,} are taken: give a smaller one"
         )
     text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), asked.text)  # a schema in a grammar may hide its keys
+    if asked.kind == "grammar" and _QUOTED.sub("", asked.text).count("&") + text.count('"pattern"') > MOST_JOINED:
+        raise InputError(f'grammar: joins more than {MOST_JOINED} expressions or patterns: give fewer & and "pattern"')
     numbers = dict.fromkeys(_MULTIPLE.findall(text))
     if _remainders(numbers) > MOST_REMAINDERS:
         raise InputError(

@@ -1,11 +1,14 @@
 """Marks in the text of a reply as it comes: what may become a mark is held back.
 
-Owns the marks around a thought. Those around calls are :mod:`.formats`.
+Owns the marks around a thought, and the search for many marks at once. Those around calls are :mod:`.formats`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 #: Marks around a thought, as Qwen, DeepSeek and most other families write them.
@@ -17,6 +20,26 @@ _NAMES = ("reasoning_content", "thinking", "reasoning")
 def overlap(text: str, mark: str) -> int:
     """Length of the longest suffix of ``text`` that is a prefix of ``mark``, and not all of it."""
     return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0)
+
+
+@cache
+def one_of(marks: tuple[str, ...]) -> re.Pattern[str]:
+    """An expression that finds marks in a text; where several begin at one place, the longest.
+
+    It looks at each letter once, however many marks begin alike. Llama 3 has 248 ``<|reserved_special_token_N|>``: as a list of
+    choices they took 9 s, all under Python's lock, for a text of 8 MB that only begins them.
+    """
+    return re.compile(_expression(marks))
+
+
+def _expression(marks: Sequence[str]) -> str:
+    begin = os.path.commonprefix(marks)  # noqa: RUF071 - letters are meant
+    later: dict[str, list[str]] = {}
+    for mark in marks:
+        if rest := mark[len(begin) :]:
+            later.setdefault(rest[0], []).append(rest)
+    choice = "|".join(map(_expression, later.values()))
+    return re.escape(begin) + (f"(?:{choice}){'?' if begin in marks else ''}" if choice else "")
 
 
 def with_thought(message: Mapping[str, Any]) -> dict[str, Any]:

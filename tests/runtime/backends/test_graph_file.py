@@ -85,6 +85,12 @@ def named_twice() -> bytes:
     return made.SerializeToString() + field(7, graph)
 
 
+def wide(number: int, content: bytes) -> bytes:
+    """The same, whose number has a bit more than C++ reads: ONNX Runtime knows the field, and a reader of all bits does not."""
+    encoded = field(number, content)
+    return bytes([encoded[0] | 128, 128, 128, 128, 16]) + encoded[1:]
+
+
 def disguised() -> onnx.ModelProto:
     """Weights in another file, whose entry also has a number in place of its key, which readers of the format skip."""
     made = external("extra.bin")
@@ -136,12 +142,26 @@ def test_listed_weights_pass_and_a_torn_file_is_named(tmp_path: Path) -> None:
         check_graph(path, ["weights.bin"])
 
 
-def test_a_bundle_with_an_endless_loop_is_refused_when_it_is_opened(bundle_copy: Path) -> None:
+def test_a_field_that_only_onnxruntime_sees_is_refused(tmp_path: Path) -> None:
+    made, path = endless(), tmp_path / "norm.onnx"
+    (node,) = made.graph.node
+    loop = wide(1, node.SerializeToString())
+    del made.graph.node[:]
+    graph = field(7, made.graph.SerializeToString() + loop)
+    made.ClearField("graph")
+    path.write_bytes(made.SerializeToString() + graph)
+    with pytest.raises(BundleError, match="the number of a field has more than 32 bits"):
+        check_graph(path, ["norm.onnx"])
+
+
+def test_a_bundle_with_an_endless_loop_is_refused_when_it_is_opened(bundle_copy: Path, tmp_path: Path) -> None:
     """Sizes, hashes and fingerprint are consistent; without the check, the first step would hang."""
     (bundle_copy / "cpu_norm.onnx").write_bytes(endless().SerializeToString())
     document = json.loads((bundle_copy / MANIFEST).read_text())
     document["files"]["cpu_norm.onnx"] = file_spec(bundle_copy / "cpu_norm.onnx").model_dump()
     document["fingerprint"] = fingerprint(document)
     (bundle_copy / MANIFEST).write_text(json.dumps(document))
-    with pytest.raises(BundleError, match=r"cpu_norm\.onnx: contains a graph inside an operator \(Loop\)"):
-        Engine.open(bundle_copy)
+    for packed in (None, tmp_path / "packed"):
+        with pytest.raises(BundleError, match=r"cpu_norm\.onnx: contains a graph inside an operator \(Loop\)"):
+            Engine.open(bundle_copy, packed=packed)
+    assert not list((tmp_path / "packed").iterdir())  # nothing was made of it

@@ -26,6 +26,8 @@ def message_fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
+        if key >> 32:  # the readers of C++ drop the bits above, and would see another field than this one
+            raise ValueError("the number of a field has more than 32 bits")
         number, kind, begin = key >> 3, key & 7, at
         if kind == VARINT:
             _, at = _varint(message, at)

@@ -180,9 +180,12 @@ class OnnxRuntimeBackend(Closing):
         self.paths: dict[int, ort.InferenceSession] = {}
         shared: Mapping[str, Path] = {}
         if packed is not None:
-            shared = packed_graphs(
-                bundle, packed, lambda source, target: _pack(source, target, threads), verify_hashes=verify_hashes
-            )
+
+            def pack(source: Path, target: Path) -> None:
+                check_graph(source, bundle.manifest.files)  # before ONNX Runtime reads it
+                _pack(source, target, threads)
+
+            shared = packed_graphs(bundle, packed, pack, verify_hashes=verify_hashes)
 
         def opened(name: str, spec: GraphSpec) -> ort.InferenceSession:
             check_graph(bundle.file(spec.file), bundle.manifest.files)
