@@ -125,6 +125,13 @@ def test_a_random_start_is_another_and_as_large_and_follows_from_seed_and_exit(m
     assert 0.5 < float(drawn.detach().std()) / model.config.initializer_range < 2
 
 
+def test_a_random_start_says_nothing_about_gpus(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with several, PyTorch warns in ten lines, in each process of a run, and takes the state of all of them."""
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert set(init_balconies(make_tiny("llama"), (2,), random=0)) == {2}
+
+
 @pytest.mark.parametrize("loss", ["ce", "kl+ce"])
 def test_the_text_as_teacher(make_tiny: Any, tmp_path: Path, loss: Any) -> None:
     """Value and gradient of the loss against PyTorch's own, and a run that trains with it."""

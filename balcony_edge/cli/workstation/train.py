@@ -367,17 +367,28 @@ def _start(context: typer.Context, init: str, kind: BalconyKind, start: Path | N
 
 @contextmanager
 def _saved_at_interrupts(trainer: Trainer) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run after its step, which is saved; a second one ends it at once."""
+    """Let Ctrl-C, SIGTERM and SIGHUP end the run after its step, which is saved; a second one ends it at once.
+
+    One within a second is the same request: systemd and Slurm signal every process of a job, and `accelerate launch` passes the
+    signal that it gets on to the processes that it started.
+    """
+    numbers, first_s = [signal.SIGINT, signal.SIGTERM], 0.0
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # as under `nohup`
+        numbers.append(hangup)
 
     def interrupt(*_: object) -> None:
+        nonlocal first_s
         if trainer.interrupted:
-            raise KeyboardInterrupt
-        trainer.interrupted = True
+            if trainer.clock() - first_s > 1:
+                raise KeyboardInterrupt
+            return
+        first_s, trainer.interrupted = trainer.clock(), True
         # Not through rich, which may be in the middle of a line. Ctrl-C also ends a `tee` that reads stderr.
         with suppress(OSError):
             os.write(2, b"the step ends and is saved; once more ends the run at once\n")
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

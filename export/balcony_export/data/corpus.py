@@ -7,6 +7,7 @@ them as in the base models' own pretraining.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,12 +71,18 @@ class Order:
         epochs, rows = np.divmod(places, self.count)
         for epoch in set(epochs.tolist()) - {0}:
             here = epochs == epoch
-            rows[here] = np.random.default_rng([self.seed, epoch]).permutation(self.count)[rows[here]]
+            rows[here] = _shuffled(self.count, self.seed, epoch)[rows[here]]
         return rows
 
     def learned(self, steps: int) -> int:
         """Number of rows, repeats counted, that this run and earlier ones have learned from after ``steps`` of its steps."""
         return self.first + steps * self.batch_rows
+
+
+@functools.lru_cache(maxsize=2)  # a step may lie across two epochs
+def _shuffled(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Order of an epoch. A million rows take 31 ms, as long as a step of 64 sequences on a GPU."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def build_corpus(

@@ -172,7 +172,7 @@ def init_balconies(
     made = {e: Balcony(e, copy.deepcopy(copied), copy.deepcopy(norm), kind).eval() for e in exit_layers}
     if random is not None:
         for exit_layer, balcony in made.items():
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=()):  # the model is on the CPU
                 torch.manual_seed(int(np.random.SeedSequence([random, exit_layer]).generate_state(1)[0]))
                 balcony.apply(model._init_weights)
     return made

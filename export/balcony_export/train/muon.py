@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from balcony_export.train.parallel import Processes
+
 #: Odd polynomials of degree 5, one after another: the best ones for singular values from 0.001 to 1 (Polar Express, Amsel et
 #: al. 2025, https://arxiv.org/abs/2505.16932). torch.optim.Muon repeats one. At equal cost KL is 0.7 % lower.
 _POLYNOMIALS = (
@@ -34,24 +36,27 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, matrices: Iterable[nn.Parameter], rate: float, weight_decay: float, dtype: torch.dtype) -> None:
         super().__init__(matrices, lr=rate, weight_decay=weight_decay)
-        self.dtype = dtype
+        self.dtype, self.processes = dtype, Processes()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Change every matrix that has a gradient."""
+        """Change every matrix that has a gradient; each process of the run orthogonalizes its part of them."""
         for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            own, directions = self.processes.share(len(matrices)), [torch.zeros_like(matrix) for matrix in matrices]
+            for number, (matrix, direction) in enumerate(zip(matrices, directions, strict=True)):
                 state = self.state[matrix]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 momentum: torch.Tensor = state["momentum_buffer"]
                 momentum.lerp_(matrix.grad, 1 - group["momentum"])
-                ahead = matrix.grad.lerp(momentum, group["momentum"])  # Nesterov's
-                size = 0.2 * max(matrix.shape) ** 0.5
+                if number in own:
+                    ahead = matrix.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                    direction.copy_(orthogonal(ahead.to(self.dtype)))
+            self.processes.sum(directions)
+            for matrix, direction in zip(matrices, directions, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(orthogonal(ahead.to(self.dtype)), alpha=-group["lr"] * size)
+                matrix.add_(direction, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Several processes of one training run, as ``accelerate launch`` starts them.
 
-Owns only the sharing: each process takes its part of a step's passes, gradients and losses are summed, and process 0 writes. A
-balcony is small (3.5M parameters for the demo model), so every process has all of them. The frozen backbone is on every device
-as a whole or, with ``accelerate launch --use_fsdp``, in equal parts: the weights of a layer are gathered for its pass (FSDP2).
+Owns only the sharing: each process takes its part of a step's passes and of Muon's matrices, what they find is summed, and
+process 0 writes. A balcony is small (3.5M parameters for the demo model), so every process has all of them. The frozen backbone
+is on every device as a whole or, with ``accelerate launch --use_fsdp``, in equal parts: the weights of a layer are gathered for
+its pass (FSDP2).
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class Processes:
             distributed.broadcast_object_list(found)
         return found[0]
 
-    def share(self, passes: int) -> range:
-        """The passes of a step that this process makes; ``passes`` is a multiple of the number of processes."""
-        return range(self.index, passes, self.count)
+    def share(self, parts: int) -> range:
+        """Those of the passes of a step, or of other parts of the work, that this process does."""
+        return range(self.index, parts, self.count)
 
     def gradients(self, module: nn.Module) -> list[torch.Tensor]:
         """Gradients of a module's parameters. A process without any gives zeros, or the others would wait for it."""

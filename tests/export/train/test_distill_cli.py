@@ -152,12 +152,40 @@ def test_an_interrupt_saves_the_step_where_nobody_reads_stderr(monkeypatch: pyte
     def broken(*_: object) -> int:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    trainer: Any = SimpleNamespace(interrupted=False)
+    trainer: Any = SimpleNamespace(interrupted=False, clock=lambda: 0.0)
     with verb._saved_at_interrupts(trainer):
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", broken)
             signal.raise_signal(signal.SIGINT)
         assert trainer.interrupted, "the run ends after its step"
+
+
+def test_a_signal_that_comes_twice_is_one_request() -> None:
+    """systemd and Slurm signal every process of a job, and `accelerate launch` then passes its own one on."""
+    times = iter([5.0, 5.01, 7.0])
+    trainer: Any = SimpleNamespace(interrupted=False, clock=lambda: next(times))
+    with verb._saved_at_interrupts(trainer):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert trainer.interrupted, "the run ends after its step"
+        with pytest.raises(KeyboardInterrupt):  # somebody waits no longer
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_lost_connection_saves_the_step_unless_nohup_ignores_it() -> None:
+    """SIGHUP, which the end of an ssh session sends, and `accelerate launch` to its processes, also under nohup."""
+    trainer: Any = SimpleNamespace(interrupted=False, clock=lambda: 0.0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with verb._saved_at_interrupts(trainer):
+            signal.raise_signal(signal.SIGHUP)
+        assert not trainer.interrupted
+        signal.signal(signal.SIGHUP, lambda *_: None)
+        with verb._saved_at_interrupts(trainer):
+            signal.raise_signal(signal.SIGHUP)
+        assert trainer.interrupted, "the run ends after its step"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _without_a_place(*_: object, **__: object) -> None:
@@ -257,6 +285,9 @@ def test_the_commands_for_several_devices_are_ones_that_accelerate_takes() -> No
         given = launch_command_parser().parse_args(shlex.split(command))
         checked, *_ = _validate_launch_command(given)
         assert getattr(checked, flag) and checked.num_processes == 4
+    words = shlex.split(commands[0])
+    rows, part = (int(words[words.index(option) + 1]) for option in ("--batch-rows", "--micro-rows"))
+    assert rows == 4 * part >= 64, "with smaller passes, launches and Muon take longer than they do"
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_chunks_are_as_long_as_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> N
         chunk_size("cuda", *one)
         for one in ((32_000, 8192), (1_022, 8192), (90, 8192), (12_264, 49_152), (12_264, 1 << 17))
     ]
-    assert sizes == [2048, 512, CHUNK, 256, CHUNK] and chunk_size("cpu", 32_000, 8192) == CHUNK
+    assert sizes == [2048, 512, CHUNK, 512, 512] and chunk_size("cpu", 32_000, 8192) == CHUNK
     generator = torch.Generator().manual_seed(5)
     head = HeadLoss(Head(torch.randn(50, 16, generator=generator)), dtype=torch.float32, compiled=False)
     full, student = torch.randn(2, 2 * CHUNK + 40, 16, generator=generator)
@@ -346,7 +346,7 @@ def test_a_chat_has_the_same_text_on_every_day(tmp_path: Path, make_tokenizer: C
     assert digests[0] == digests[1] != digests[2] and "2025" in texts[0]
 
 
-def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
+def test_every_epoch_has_every_row_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     order = Order(count=300, batch_rows=2, seed=0)
     epochs = [[row for step in range(150) for row in order.rows(150 * epoch + step).tolist()] for epoch in range(3)]
     assert epochs[0] == list(range(300)), "the corpus is already shuffled"
@@ -354,6 +354,8 @@ def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     odd = Order(count=299, batch_rows=2, seed=0)  # a step across two epochs
     assert odd.rows(149).tolist() == [298, np.random.default_rng([0, 1]).permutation(299)[0]]
+    monkeypatch.setattr(np.random, "default_rng", lambda _: pytest.fail("an epoch is shuffled once, not at each step"))
+    assert order.rows(449).tolist() == epochs[2][-2:]
 
 
 def test_schedules_have_their_shapes() -> None:

@@ -96,6 +96,21 @@ def test_products_of_muon_have_the_type_of_the_passes() -> None:
     assert 1e-4 < float((made - rounded).norm()) < 0.02
 
 
+def test_each_process_orthogonalizes_its_part_of_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(Processes, "sum", lambda _, directions: found.append([one.clone() for one in directions]))
+    for index, count in ((0, 1), (0, 2), (1, 2)):
+        given = torch.Generator().manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(8, 6, generator=given)) for _ in range(3)]
+        muon = Muon(matrices, 0.02, 0.0, torch.float32)
+        muon.processes.index, muon.processes.count = index, count
+        for matrix in matrices:
+            matrix.grad = torch.randn(8, 6, generator=given)
+        muon.step()
+    for number, (alone, *parts) in enumerate(zip(*found, strict=True)):
+        assert torch.equal(alone, parts[number % 2]) and alone.any() and not parts[1 - number % 2].any()
+
+
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (192, 576)])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_singular_values_are_brought_near_one(shape: tuple[int, int], precision: PassPrecision) -> None:
@@ -110,7 +125,7 @@ def test_singular_values_are_brought_near_one(shape: tuple[int, int], precision:
 def test_all_processes_take_the_type_that_the_first_has_measured(
     tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has a Muon of its own, and several machines, or processes that disturb one another, measure differently."""
+    """Each does a part of Muon, and several machines, or processes that disturb one another, measure differently."""
     for place in ("precision", "parallel"):
         monkeypatch.setattr(f"balcony_export.train.{place}.has_gpu", lambda: False)
     several = Processes()
