@@ -1,4 +1,4 @@
-"""Clients that people use: curl, llm and LiteLLM."""
+"""Clients that people use: curl, llm, LiteLLM, and the reading of ``vllm bench serve``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from balcony_runtime.serve.http.server import Server
+from balcony_runtime.serve.work import answers
 from tests.serve.client import HELLO
 
 
@@ -118,3 +120,29 @@ print(json.dumps({
     assert found["text"] == found["streamed"] == answer["choices"][0]["message"]["content"]
     assert found["exits"] == {"3": 6} and found["tokens"] == 6
     assert "temperature = -1" in found["error"]
+
+
+def texts_by_blocks(reads: Iterable[bytes]) -> Iterator[str]:
+    """Texts as ``vllm bench serve`` reads them: it strips each read, and drops a block that begins with a comment."""
+    held = ""
+    for read in reads:
+        held += read.decode().strip()
+        *blocks, held = held.split("\n\n")
+        if held.startswith("data: {") and held.endswith("}"):  # the empty line after it was stripped
+            blocks, held = [*blocks, held], ""
+        for block in blocks:
+            if not block.startswith(":"):
+                (choice,) = json.loads(block.removeprefix("data: "))["choices"]
+                yield (choice["text"] if "text" in choice else choice["delta"].get("content")) or ""
+
+
+@pytest.mark.parametrize("body", [HELLO, {"prompt": "hello", "max_tokens": 6}], ids=["chat", "completion"])
+def test_no_text_is_lost_after_a_comment(server: Server, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "KEEPALIVE_S", 0.005)  # a token comes every 25 ms
+    (token,) = server.service.llm.encode("z", chat=False)
+    body = body | {"logit_bias": {str(token): 1000}, "budget": {"max_pace_tps": 40}, "stream": True}
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    with httpx.stream("POST", f"{server.url}{path}", json=body) as answer:
+        reads = list(answer.iter_raw())
+    assert any(read.startswith(b": waiting") for read in reads)
+    assert "".join(texts_by_blocks(reads)) == "z" * 6

@@ -25,11 +25,12 @@ def chat(client: openai.OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(**options)
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(client: openai.OpenAI, http: httpx.Client) -> None:
     names = [model.id for model in client.models.list()]
     assert names[:5] == ["tiny", "tiny:exit-2", "tiny:exit-3", "tiny:exit-5", "tiny:lossless"]
     assert names[5:] == ["tiny:saver", "tiny:shallow", "tiny:slow", "tiny:strict", "tiny:voice"]
     assert client.models.retrieve("tiny:voice").id == "tiny:voice"
+    assert {model["root"] for model in http.get("/v1/models").json()["data"]} == {"tiny"}, "vLLM's bench serve reads it"
     with pytest.raises(openai.NotFoundError, match="did you mean tiny:voice"):
         client.models.retrieve("tiny:voise")
 

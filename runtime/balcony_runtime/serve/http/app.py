@@ -169,6 +169,7 @@ class _Routes:
             "object": "model",
             "created": service.started_s,
             "owned_by": "balcony-edge",
+            "root": service.names.name,  # as vLLM has it: its `bench serve` takes the name from here
             "max_model_len": service.llm.engine.max_length,
             "budget": service.names.budgets[name].model_dump(exclude_unset=True),
         }

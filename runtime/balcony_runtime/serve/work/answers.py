@@ -29,6 +29,7 @@ OPENING_S = 5.0
 #: Seconds between comments in a stream that has nothing to say, so that proxies keep it open.
 KEEPALIVE_S = 15.0
 #: Such a comment. No empty line follows it: many clients in Go take one for an event, which has no data, and end the stream.
+#: Clients that split at empty lines (`vllm bench serve`) take the next piece for a part of it, so that piece says nothing.
 _WAITING = b": waiting\n"
 _DONE = b"data: [DONE]\n\n"
 
@@ -148,17 +149,19 @@ class Answer:
             GoneError: the client has disconnected.
         """
         opened: set[Job] = set()
-        told_s = time.monotonic()
+        told_s, waited = time.monotonic(), False
         try:
             while self._left:
                 found, self._first = self._first or await self._next(KEEPALIVE_S), None
-                pieces = [] if found is None else await self._pieces(found, opened)
+                pieces = [] if found is None else await self._pieces(found, opened, waited)
                 # Tokens without a text come and show nothing: control tokens after ``ignore_eos``, text after a call.
                 if not pieces and time.monotonic() - told_s < KEEPALIVE_S:
                     continue
-                told_s = time.monotonic()
-                for event in [_event(piece) for piece in pieces] or [_WAITING]:
+                events = [_event(piece) for piece in pieces] or [_WAITING]
+                # After a comment in one write: the same clients strip each read, and would not see where the empty piece ends.
+                for event in [b"".join(events)] if waited else events:
                     yield event
+                told_s, waited = time.monotonic(), not pieces
         except RefusedError as refusal:
             yield _event(refusal.body) + _DONE
             return
@@ -166,11 +169,14 @@ class Answer:
             yield _event(self.shapes.closing(self.jobs))
         yield _DONE
 
-    async def _pieces(self, found: tuple[Job, Item], opened: set[Job]) -> list[dict[str, Any]]:
-        """Pieces of the stream for an item. A choice opens with its first token: clients take the first piece for it."""
+    async def _pieces(self, found: tuple[Job, Item], opened: set[Job], waited: bool) -> list[dict[str, Any]]:
+        """Pieces of the stream for an item. A choice opens with its first token: clients take the first piece for it.
+
+        ``waited``: whether a comment is the last that was sent.
+        """
         job, item = found
         self._take(job, item)
-        pieces = []
+        pieces, role = [], self.asked.chat and job not in opened
         if not isinstance(item, Scores):
             if job not in opened:
                 scores = self.scores.get(job)
@@ -181,6 +187,8 @@ class Answer:
             opened.add(job)
             made = self.shapes.token(job, item) if isinstance(item, Token) else [self.shapes.end(job)]
             pieces += made
+        if pieces and waited:  # the role comes first, and may be dropped as well
+            pieces.insert(int(role), self.shapes.empty(job))
         if pieces and not self._left:
             pieces[-1] |= self.shapes.costs(self.jobs, [one.cost for one in self.jobs])
         return pieces

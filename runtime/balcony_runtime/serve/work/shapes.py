@@ -95,6 +95,10 @@ class Shapes:
             self._thoughts[job] = None if self._asked.document else self._codec.thought_reader(job.ids)
         return self._thoughts[job]
 
+    def empty(self, job: Job) -> dict[str, Any]:
+        """A piece of a choice that says nothing."""
+        return self._piece(job, {} if self._asked.chat else "", None, None)
+
     def end(self, job: Job) -> dict[str, Any]:
         """The last piece of a choice that makes no tokens."""
         return self._piece(job, "", None, "length")
