@@ -5,6 +5,7 @@ Owns the wording and the tables. The consoles are :mod:`.console`; the live view
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from balcony_edge.errors import BalconyError
 if TYPE_CHECKING:
     from balcony_edge.bundle.manifest import EngineSet
     from balcony_edge.device.profile import DeviceProfile
+    from balcony_runtime.decoding.confident import Telemetry
     from balcony_runtime.reply import Reply, TokenStream
 
 
@@ -105,6 +107,13 @@ def show_summary(reply: Reply, styles: dict[int, str], console: Console) -> None
             unknown = "not measured" if one.reached is None else "unknown: the sensor has gone"
             verdicts.add_row(one.key, f"{one.asked:g}", reached, free, words.get(one.held, f"[yellow]{unknown}[/]"))
         console.print(verdicts)
+
+
+def show_checks(quality: Mapping[int, Telemetry], console: Console) -> None:
+    """Print what the full depth said about tokens of confidence exits, of all replies so far."""
+    for layer, (checked, disagreed) in quality.items():
+        if checked:
+            console.print(f"exit {layer}: the full depth disagreed with {disagreed} of {checked} checked tokens")
 
 
 def reached_words(value: float, asked: float) -> str:

@@ -13,9 +13,9 @@ The forced ones give a curve of agreement over speed, for comparison with the fi
 
 The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
 ``same_as_plain``: share of tokens that equal those of the plain reply, ``speculated``: share of tokens from rounds, ``kept``:
-share of drafts kept, ``early``: share of tokens that exited early) and
-``bars``. The bars: policies on auto reach at least 0.97 of plain, and lossless replies equal the plain ones. Exit code 1 if
-one is missed.
+share of drafts kept, ``early``: share of tokens that exited early, ``joules_per_token``: of the board, else the CPU, else the
+GPU; null if no sensor measures any) and ``bars``. The bars: policies on auto reach at least 0.97 of plain, and lossless
+replies equal the plain ones. Exit code 1 if one is missed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from balcony_edge.budget import Budget
+from balcony_edge.budget import Budget, Rail
 from balcony_edge.bundle.manifest import ConfidenceSpec, Manifest
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.machine import cpu_name
+from balcony_edge.device.readings import adding_up
 from balcony_edge.errors import InputError
 from balcony_export.data.documents import read_documents, read_records
 from balcony_runtime.decoding.confident import Confident
@@ -64,6 +65,7 @@ class Run(NamedTuple):
     made: int
     kept: int
     early: int
+    joules: float | None
 
 
 class Policy(NamedTuple):
@@ -83,13 +85,22 @@ def new_speculator(llm: LLM) -> Speculator:
     return Speculator(llm.exit_layers, llm.engine.manifest.agreement)
 
 
+def energy_j(llm: LLM) -> float | None:
+    """Energy counter of the first rail that a sensor measures; None if none does."""
+    readings = [one for one in llm.readings() if one.joules is not None]
+    for rail in get_args(Rail):
+        if own := [one for one in readings if one.scope == rail]:
+            return sum(one.joules or 0.0 for one in adding_up(own, rail))
+    return None
+
+
 def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
     llm.costs = policy.costs
     llm._settings.budgets = policy.budget, policy.budget
     llm._learned.speculator = policy.speculator or new_speculator(llm)
     llm._learned.confident = Confident(llm.exit_layers, policy.thresholds)
     replies, drafted, made, kept, early = [], 0, 0, 0, 0
-    begin = time.perf_counter()
+    begin, begin_j = time.perf_counter(), energy_j(llm)
     for prompt in prompts:
         # a sequence of its own: rows of the last policy's reply to this prompt would spare this one the prompt
         sequence = llm.engine.new_sequence()
@@ -100,7 +111,9 @@ def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
         for token in tokens:
             if token.latency_ms and (found := re.search(r"drafted (\d+) at \d+, kept (\d+)", token.reason)):
                 made, kept = made + int(found[1]), kept + int(found[2])
-    return Run(time.perf_counter() - begin, replies, drafted, made, kept, early)
+    seconds, end_j = time.perf_counter() - begin, energy_j(llm)
+    joules = None if begin_j is None or end_j is None else end_j - begin_j
+    return Run(seconds, replies, drafted, made, kept, early, joules)
 
 
 def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> float:
@@ -177,7 +190,7 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
     plain = samples["plain"]
     found = {}
     for name, runs in samples.items():
-        last = runs[-1]
+        last, joules = runs[-1], [run.joules for run in runs if run.joules is not None]
         found[name] = {
             "tokens_per_s": round(len(prompts) * TOKENS / median(run.seconds for run in runs), 1),
             "of_plain": round(ratio([run.seconds for run in plain], [run.seconds for run in runs]), 3),
@@ -189,6 +202,7 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
             "speculated": round(last.drafted / (len(prompts) * TOKENS), 3),
             "early": round(last.early / (len(prompts) * TOKENS), 3),
             "kept": round(last.kept / last.made, 3) if last.made else None,
+            "joules_per_token": round(median(joules) / (len(prompts) * TOKENS), 4) if joules else None,
         }  # fmt: skip
     return found
 

@@ -11,6 +11,7 @@ import pytest
 
 import balcony_edge
 from balcony_edge.budget import Budget
+from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError, MissingDependencyError
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.speculate import Speculator
@@ -34,6 +35,20 @@ def test_a_policy_that_is_forced_teaches_the_others_nothing(tiny: Any, monkeypat
         assert run.replies == found.replies and llm._learned.speculator is auto
         policies._run(llm, free._replace(speculator=None), [[5, 9, 17]])
         assert llm._learned.speculator not in (auto, forced)
+
+
+def test_the_energy_of_a_policy_is_that_of_the_board(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "TOKENS", 4)
+    counters = iter((10.0, 13.0))
+
+    def readings(_: Any) -> tuple[Reading, ...]:
+        joules = next(counters)
+        return Reading("rapl:package-0", "cpu", 0.0, joules=joules), Reading("meter", "board", 0.0, joules=2 * joules)
+
+    with balcony_edge.load(tiny.path) as llm:
+        monkeypatch.setattr(type(llm), "readings", readings)
+        asked = policies.Policy(Budget(exit_layer=2), measure_prices(llm.engine), None)
+        assert policies._run(llm, asked, [[5, 9, 17]]).joules == 6.0
 
 
 def test_the_first_token_is_timed_with_both_lengths_of_context(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from balcony_edge.cli.console import depth_styles
 from balcony_edge.cli.device.chat import Conversation, parse_command
 from balcony_edge.control.trace import read_trace, replay
 from balcony_edge.errors import BudgetError
+from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.text import TextCodec, TextStream
 from tests.support.command import invoke_here
 
@@ -102,6 +103,15 @@ def test_two_slashes_begin_a_message(tiny: Any, tmp_path: Path) -> None:
         assert conversation.handle("//etc/hosts is what?") and not conversation.handle("/quit")
         said += [message["content"] for message in conversation.chat.messages if message["role"] == "user"]
     assert said == ["/etc/hosts is what?"]
+
+
+def test_stats_show_the_checks_of_confidence_exits(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with balcony_edge.load(tiny.path) as llm:
+        llm._learned.confident.telemetry[2] = Telemetry(40, 3)
+        conversation = Conversation(llm, depth_styles(llm.exit_layers), None, {"max_new_tokens": 2}, live=False)
+        assert conversation.handle("the fox") and conversation.handle("/stats")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "exit 2: the full depth disagreed with 3 of 40 checked tokens" in shown and "exit 3:" not in shown
 
 
 def test_a_full_context_says_what_to_do(tiny: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from balcony_edge.device.profile import DeviceProfile, Power, QualityFigure
+from balcony_edge.device.profile import DeviceProfile, Moment, Power, QualityFigure, Sustained
 from tests.support.command import invoke, invoke_here, refused, unmeasured
 
 GRID = ("--quick", "-p", "16", "-n", "5", "-d", "0,40", "--pending", "2,5", "-r", "3", "--threads", "1")
@@ -58,6 +58,20 @@ def test_brackets_of_an_engine_are_shown(
     monkeypatch.setattr("balcony_runtime.profiler.run.measure_profile", lambda *_, **__: cut)
     done = invoke_here("profile", tiny.path, "-o", tmp_path / "p.json")
     assert done.returncode == 1 and note in done.stderr, done.stderr
+
+
+def test_a_sustained_run_and_memory_are_shown_and_not_only_kept(
+    measured: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without -o they would be kept nowhere, after five minutes of load."""
+    whole = DeviceProfile.load(measured)
+    hot = whole.model_copy(update={"sustained": throttled(whole)})
+    monkeypatch.setattr("balcony_runtime.profiler.run.measure_profile", lambda *_, **__: hot)
+    shown = " ".join(invoke_here("profile", tiny.path, "--sustain", "300s").stdout.split())
+    assert (
+        "sustained for 300 s: 6.00 ms a token at exit 5, 3.00 times as long as in the first seconds (2.00 ms)" in shown
+    )
+    assert f"{whole.memory.per_1k_tokens_bytes / 1e6:.1f} MB for 1,000 tokens" in shown
 
 
 def test_every_format_has_the_same_numbers(measured: Path) -> None:
@@ -186,6 +200,14 @@ def browser() -> str:
     return found
 
 
+def throttled(profile: DeviceProfile) -> Sustained:
+    """Five minutes after which a token takes three times as long."""
+    timing = profile.select("decode")[0].timing
+    burst, end = (timing.model_copy(update={"p50_ms": ms}) for ms in (2.0, 6.0))
+    moments = tuple(Moment(at_s=s, p50_ms=ms, celsius=c) for s, ms, c in ((0.0, 2.5, 51.0), (240.0, 6.0, 83.0)))
+    return Sustained(exit_layer=5, seconds=300.0, burst=burst, sustained=end, moments=moments)
+
+
 @pytest.fixture(scope="module")
 def page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[DeviceProfile, Path]:
     """The report of a profile that has every part, and names that would end a script element."""
@@ -203,6 +225,7 @@ def page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Devi
                 Power(exit_layer=layer, rail="cpu", source="rapl", busy_w=9.5, idle_w=3.25, joules_per_token=layer / 7)
                 for layer in bare.bundle.exit_layers
             ),
+            "sustained": throttled(bare),
         }
     )
     path = tmp_path_factory.mktemp("report") / "report.html"
@@ -243,7 +266,10 @@ for (const chart of document.querySelectorAll('.js-plotly-plot'))
   drawn[chart.id] = chart.calcdata.map(trace => [trace[0].trace.name, trace.map(p => [p.x, p.y, p.s])]);
 const pre = document.createElement('pre');
 pre.id = 'probe';
-pre.textContent = JSON.stringify({drawn, width: document.documentElement.scrollWidth,
+const right = part => part.getBoundingClientRect().right;
+const chart = document.querySelector('#chart-sustained');
+pre.textContent = JSON.stringify({drawn, edge: right(chart.querySelector('.main-svg')),
+  degrees: Math.max(...[...chart.querySelectorAll('.y2tick text')].map(right)), width: document.documentElement.scrollWidth,
   text: getComputedStyle(document.body).color, axis: document.querySelector('.xtick text').style.fill,
   requests: performance.getEntriesByType('resource').map(entry => entry.name)});
 document.body.append(pre);
@@ -260,8 +286,12 @@ def test_the_report_draws_the_profiles_numbers_and_fetches_nothing(
     assert seen["requests"] == []
     drawn = {name: dict(traces) for name, traces in seen["drawn"].items()}
     assert set(drawn) == {
-        "chart-quality-latency", "chart-quality-energy", "chart-decode", "chart-parts", "chart-switches"
+        "chart-quality-latency", "chart-quality-energy", "chart-decode", "chart-parts", "chart-switches", "chart-sustained"
     }  # fmt: skip
+    run = {name: [(x, y) for x, y, _ in points] for name, points in drawn["chart-sustained"].items()}
+    assert run == {"exit 5": [(0, 2.5), (240, 6)], "burst": [(0, 2), (300, 2)], "°C": [(0, 51), (240, 83)]}
+    assert "3.00 times as long as in the first seconds" in document
+    assert seen["degrees"] <= seen["edge"], "numbers of the axis are cut off"
     assert len({entry.rows for entry in profile.select("prefill")}) == 1  # one prompt length: no chart of one point
     for layer in profile.bundle.exit_layers:
         entries = sorted(profile.select("decode", layer), key=lambda entry: entry.context)

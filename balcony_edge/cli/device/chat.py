@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from balcony_edge.budget import Budget
 from balcony_edge.cli.console import stdout, visible
 from balcony_edge.cli.device.live import show_live
-from balcony_edge.cli.show import show_stream, show_summary
+from balcony_edge.cli.show import show_checks, show_stream, show_summary
 from balcony_edge.errors import BalconyError, BudgetError, ContextLengthError, InputError
 from balcony_edge.files import expanded
 from balcony_runtime.chat import Chat
@@ -151,6 +151,7 @@ class Conversation:
         if self.last is None:
             raise InputError("/stats: there is no reply yet: send a message first")
         show_summary(self.last, self.styles, stdout)
+        show_checks(self.llm.quality, stdout)
 
 
 def read_message() -> str:

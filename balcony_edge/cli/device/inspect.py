@@ -100,11 +100,11 @@ def _show(path: Path, manifest: Manifest, exits: list[dict[str, Any]], tables: b
     if (thresholds := manifest.confidence) is not None:
         known = ", ".join(f"exit {layer} from {one.threshold:.3f}" for layer, one in thresholds.thresholds.items())
         stdout.print(f"confidence exits ({thresholds.measure}): {known or 'none keeps the promise'}", markup=False)
+    listed = [*manifest.graphs.items(), *((f"cpu {n}", g) for n, g in manifest.cpu.items())]
     for name, engines in manifest.engines.items():
         show_engines(name, engines)
-    for name, graph in (
-        (*manifest.graphs.items(), *((f"cpu {n}", g) for n, g in manifest.cpu.items())) if tables else ()
-    ):
+        listed += [(f"tensorrt/{name} {n}", g) for n, g in engines.graphs.items()]
+    for name, graph in listed if tables else ():
         listing = Table("tensor", "", "dtype", "shape", title=escape(f"{name} ({graph.file})"), title_justify="left")
         for role, tensors in (("in", graph.inputs), ("out", graph.outputs)):
             for tensor in tensors:

@@ -136,6 +136,14 @@ def _show(measured: DeviceProfile) -> None:
         times = {entry.exit_layer: entry.timing.p50_ms for entry in prefills if entry.rows == rows}
         table.add_row(str(rows), *(f"{times[layer]:.1f}" if layer in times else "" for layer in bundle.exit_layers))
     stdout.print(table)
+    if (run := measured.sustained) is not None:
+        stdout.print(
+            f"sustained for {run.seconds:.0f} s: {run.sustained.p50_ms:.2f} ms a token at exit {run.exit_layer}, "
+            f"{run.slowdown:.2f} times as long as in the first seconds ({run.burst.p50_ms:.2f} ms)"
+        )
+    memory = measured.memory
+    peak = "" if memory.peak_bytes is None else f"{memory.peak_bytes / 1e6:.0f} MB at the peak, "
+    stdout.print(f"memory: {peak}{memory.per_1k_tokens_bytes / 1e6:.1f} MB for 1,000 tokens")
     worst = max((r.p95 for r in measured.residuals if r.part.endswith("steps")), default=0.0)
     stdout.print(
         f"{len(measured.entries)} quantities in {measured.conditions.seconds:.0f} s; "

@@ -14,7 +14,7 @@ import typer
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.cli.console import depth_styles, stderr, stdout, write_text
 from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads
-from balcony_edge.cli.show import show_stream, show_summary, summary
+from balcony_edge.cli.show import show_checks, show_stream, show_summary, summary
 from balcony_edge.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
@@ -148,19 +148,16 @@ def run(
             stream = llm.stream(ids, chat=chat, logprobs=logprobs, trace=writer, **options)
             plain = None if as_json else styles
             interrupted = show_live(stream, styles, llm) if live else show_stream(stream, plain)
-            reply, confident = stream.reply, asked.policy == "confident"
-            quality = {str(e): seen._asdict() for e, seen in llm.quality.items()} if confident else None
+            reply, quality = stream.reply, llm.quality
             if as_json:  # before the trace is closed: it is shown even if its record cannot be kept
+                seen = {str(e): one._asdict() for e, one in quality.items()} if asked.policy == "confident" else None
                 made = {"text": reply.text, "tokens": [token.to_dict() for token in reply.tokens]}
-                print(json.dumps({**summary(reply), "quality": quality, **made}))  # noqa: T201 - for programs
+                print(json.dumps({**summary(reply), "quality": seen, **made}))  # noqa: T201 - for programs
         if not as_json:
             if not (live and stdout.is_terminal):  # the live view on a terminal has ended the reply's last line
                 write_text("\n")
             show_summary(reply, styles, stderr)
-            for layer, seen in (quality or {}).items():
-                if seen["checked"]:
-                    share = f"{seen['disagreed']} of {seen['checked']} checked tokens"
-                    stderr.print(f"exit {layer}: the full depth disagreed with {share}")
+            show_checks(quality, stderr)
     if interrupted:
         raise typer.Exit(130)
 

@@ -205,8 +205,13 @@ class EarlyExits:
         price_ms += costs.head.pass_ms(checked + 1, context) - costs.head.pass_ms(1, context)
         rows = sequence.advance(full, [], num_logits=checked + 1)[0]  # (checked + 1, V)
         # The full depth's choice for a token is at the row before the token's place.
+        wrong = 0
         for place, said in zip(range(end - checked, end), rows[:-1].argmax(-1).tolist(), strict=True):
-            policy.check(unchecked[place], said == int(sequence.tokens[0, place]))
+            agreed = said == int(sequence.tokens[0, place])
+            policy.check(unchecked[place], agreed)
+            wrong += not agreed
+        if checked:
+            words += f", {wrong} of the last {checked} tokens are not the full depth's"
         unchecked.clear()  # the deeper stages have now run their rows
         last = np.ascontiguousarray(rows[-1:])
         return Made([sampler.pick(last)], [last], full, words, price_ms=price_ms)

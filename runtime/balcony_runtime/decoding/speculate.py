@@ -126,7 +126,7 @@ class Speculator:
             [np.array([token], np.int64) for token in tokens],
             [row[None] for row in logits],
             self._exits[-1],
-            f"drafted {drafts} at {planned.exit_layer}, kept {kept}",
+            f"drafted {drafts} at {planned.exit_layer}, kept {kept}, expected {planned.speedup:.2f} times as fast",
             drafts,
         )
 

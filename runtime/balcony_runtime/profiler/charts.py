@@ -175,6 +175,13 @@ def _sustained(profile: DeviceProfile) -> Chart | None:
         line={"color": COLOURS[0]},
         name=f"exit {run.exit_layer}",
     )
+    figure.add_scatter(
+        x=[0.0, run.seconds],
+        y=[run.burst.p50_ms] * 2,
+        mode="lines",
+        line={"color": COLOURS[-1], "dash": "dot"},
+        name="burst",
+    )
     if any(moment.celsius is not None for moment in run.moments):
         figure.add_scatter(
             x=[moment.at_s for moment in run.moments],
@@ -184,7 +191,8 @@ def _sustained(profile: DeviceProfile) -> Chart | None:
             name="°C",
             yaxis="y2",
         )
-        figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "title": "°C", "showgrid": False})
+        right = {"overlaying": "y", "side": "right", "title": "°C", "showgrid": False, "automargin": True}
+        figure.update_layout(yaxis2=right)
     text = f"At the end, a token takes {run.slowdown:.2f} times as long as in the first seconds."
     return Chart("sustained", "Sustained load compared with a burst", text, figure)
 

@@ -274,6 +274,10 @@ def test_telemetry_counts_what_the_full_depth_would_have_said(
         said = sequence.advance(5, ids, num_logits=len(tokens) + 1)[0].argmax(-1)
         wrong = sum(int(said[index]) != tokens[index].id for index in judged)
         assert llm.quality[2] == (len(judged), wrong) and judged
+        # Traces and the live view have the checks where they were made: in the reason.
+        told = [re.search(r", (\d+) of the last (\d+) tokens are not the full depth's", t.reason) for t in tokens]
+        counts = [(int(found[2]), int(found[1])) for found in told if found]
+        assert tuple(map(sum, zip(*counts, strict=True))) == llm.quality[2]
 
 
 def test_calibration_of_a_bundle(export_tiny: Callable[[str], Any]) -> None:

@@ -19,7 +19,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.errors import BudgetError
-from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS, Turn
+from balcony_runtime.decoding.policy import PLAN_TOKENS, PROBE_TOKENS, WORTH, Turn
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.speculate import (
     MEMORY,
@@ -298,6 +298,7 @@ def test_drafts_that_were_not_made_are_not_judged(llm: LLM, monkeypatch: pytest.
     turn = Turn(sequence, ids, sampler, Budget(), costs(), math.inf, 1.0, time.perf_counter_ns(), 20)
     made = speculator.attempt(turn)
     assert made is not None and made.drafted == 1 and made.words.startswith("drafted 1 at 2, kept ")
+    assert float(made.words.partition(", expected ")[2].removesuffix(" times as fast")) >= WORTH
     kept, judged = len(made.ids) - 1, MEMORY * PRIOR_DRAFTS
     assert speculator.acceptance(2) == pytest.approx((judged * 0.5 + kept) / (judged + 1))
     assert speculator._round_ratio == 1.0, "the time of one draft is not that of all, which the price is for"
