@@ -186,6 +186,7 @@ def test_a_mutant_has_the_name_that_its_module_is_imported_by(file: str) -> None
 def test_the_readme_stays_a_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 150 and len(text.encode()) <= 9_000, "move details from README.md to docs/"
+    assert "docs/variants.md#width-and-depth-together" in text, "when to cut a model too"
 
 
 def test_pages_tell_the_speed_of_int4_as_the_readme_measured_it() -> None:

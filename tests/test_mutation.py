@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 
 import pytest
 
@@ -33,3 +34,12 @@ def test_what_the_named_tests_read_is_copied() -> None:
     texts = [(mutants.ROOT / file).read_text(encoding="utf-8") for file in files]
     read = {folder for text in texts for folder in re.findall(r'parents\[\d\] / "(\w+)', text)}
     assert "docs" in read and {one for one in read if (mutants.ROOT / one).exists()} <= {*mutants.COPIED}
+
+
+def test_the_list_by_rule_has_every_sensor_and_all_tests_of_a_package() -> None:
+    """A module that came later would have no score, and a test that came later would find no mutant."""
+    entries = tomllib.loads((mutants.ROOT / "tests/mutation/mutation.toml").read_text(encoding="utf-8"))["entry"]
+    files, tests = ({one for entry in entries for one in entry[key]} for key in ("files", "tests"))
+    sensors = {path.name for path in (mutants.ROOT / "runtime/balcony_runtime/sensors").glob("*.py")} - {"base.py"}
+    assert [name for name in sensors if f"runtime/balcony_runtime/sensors/{name}" not in files] == []
+    assert {"tests/core/company", "tests/runtime/sensors"} <= tests
