@@ -1,11 +1,11 @@
 """Figures 2 and 4 of the paper on our runtime: the speed of models cut in depth or width, and their loss of quality.
 
-    python -m benchmarks.paper.depth_vs_width [--rounds 5] [--text TEXT.jsonl --balconies DIR] [--plot FILE]
+    python -m benchmarks.paper.depth_vs_width [--rounds 5] [--tokens 96] [--text TEXT.jsonl --balconies DIR] [--plot FILE]
 
 Speed (figure 2): random models of the demo model's shape are exported in float32 as bundles of the full depth alone. They
-decode after 32 tokens in interleaved rounds. A cut in depth removes layers. A cut in width reduces the MLP's inner size to
-the hidden size, then the number of heads (Flextron nests both, MatFormer the MLPs only). Parameters are those that a
-token reads, the LM head included.
+decode ``--tokens`` (the paper: 2,048) after 32 in interleaved rounds. A cut in depth removes layers. A cut in width reduces
+the MLP's inner size to the hidden size, then the number of heads (Flextron nests both, MatFormer the MLPs only). Parameters
+are those that a token reads, the LM head included.
 
 Quality (figure 4, with ``--text``): KL and top-1 agreement to the full model on held-out documents, for five methods:
 
@@ -18,8 +18,8 @@ Quality (figure 4, with ``--text``): KL and top-1 agreement to the full model on
 Only the balconies are trained. With ``--tune-steps`` all methods (the balcony starts fresh) are also shown before and after
 the same few documents of distillation.
 
-The last line is JSON: ``speed`` (cut → parameters, ``tokens_per_s``, ``speedup``), ``quality`` (method → parameters, ``kl``,
-``agreement``).
+The last line is JSON: ``tokens``, ``speed`` (cut → parameters, ``tokens_per_s``, ``speedup``), ``quality`` (method →
+parameters, ``kl``, ``agreement``).
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ from balcony_export.model.exits import ExitModel
 from balcony_export.variants.cut import narrow
 from balcony_export.variants.extract import submodel
 from balcony_runtime.engine import Engine
-from benchmarks.nvidia.gpu import tokens_per_second
+from benchmarks.nvidia.gpu import PROMPT_TOKENS, tokens_per_second
 from benchmarks.rounds import Neighbours, interleave, ratio
 
-TOKENS = 96
 #: Cut → changes of the demo model's configuration.
 CUTS: dict[str, dict[str, int]] = {
     "full": {},
@@ -65,7 +64,7 @@ DOCUMENTS, DOCUMENT_TOKENS = 24, 128
 TUNE_EXIT, TUNE_MLP, TUNE_RATE = 17, 576, 2e-4
 
 
-def export_cut(changes: dict[str, int], directory: Path) -> Path:
+def export_cut(changes: dict[str, int], directory: Path, context_length: int) -> Path:
     """Export a random model of a cut shape as a bundle."""
     config = copy.deepcopy(load_model(demo_model_path()).config)
     config.head_dim = config.hidden_size // config.num_attention_heads
@@ -75,17 +74,18 @@ def export_cut(changes: dict[str, int], directory: Path) -> Path:
         config.layer_types = config.layer_types[: changes["num_hidden_layers"]]
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     path = directory / "-".join(f"{key}{value}" for key, value in changes.items() or [("full", 0)])
-    options = ExportOptions("cut", trained=False, context_length=256)
+    options = ExportOptions("cut", trained=False, context_length=context_length)
     export_bundle(ExitModel(model), load_tokenizer(demo_model_path()), path, options)
     return path
 
 
-def measure_speed(rounds: int) -> dict[str, Any]:
+def measure_speed(rounds: int, tokens: int) -> dict[str, Any]:
     """Cut → parameters read by a token, tokens a second, speed-up within a round."""
     with tempfile.TemporaryDirectory() as scratch:
-        engines = {name: Engine.open(export_cut(changes, Path(scratch))) for name, changes in CUTS.items()}
+        context = max(256, PROMPT_TOKENS + tokens)
+        engines = {name: Engine.open(export_cut(changes, Path(scratch), context)) for name, changes in CUTS.items()}
         runs = {
-            name: partial(tokens_per_second, engine, engine.exit_layers[-1], 1, TOKENS)
+            name: partial(tokens_per_second, engine, engine.exit_layers[-1], 1, tokens)
             for name, engine in engines.items()
         }
         samples = interleave(runs, rounds)
@@ -267,6 +267,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=96, help="tokens to decode; the paper: 2048")
     parser.add_argument(
         "--text", type=Path, help="JSON Lines with a text in each line, not used for training the balconies"
     )
@@ -278,13 +279,13 @@ def main() -> None:
     options = parser.parse_args()
     neighbours = Neighbours()
     planes = measure_quality(options.text, options.balconies, options.tune_steps) if options.text is not None else {}
-    speed = measure_speed(options.rounds)
+    speed = measure_speed(options.rounds, options.tokens)
     for name, row in speed.items():
         print(
             f"{name:<24} {row['parameters'] / 1e6:6.1f} M  {row['tokens_per_s']:7.1f} tokens/s  {row['speedup']:.2f}×"
         )
     document = {"benchmark": "depth_vs_width", "cpu": cpu_name(), "rounds": options.rounds, **neighbours.report()}
-    print(json.dumps({**document, "speed": speed, "quality": planes}))
+    print(json.dumps({**document, "tokens": options.tokens, "speed": speed, "quality": planes}))
     if options.plot is not None:  # last: a picture that cannot be written costs no figures
         plot(speed, planes, options.plot)
 

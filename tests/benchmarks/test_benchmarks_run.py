@@ -18,7 +18,7 @@ from balcony_runtime.decoding.speculate import Speculator
 from benchmarks.control import policies
 from benchmarks.engine import memory
 from benchmarks.models import extracted
-from benchmarks.paper import recipes
+from benchmarks.paper import depth_vs_width, recipes
 
 
 def test_a_policy_that_is_forced_teaches_the_others_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +166,22 @@ def test_figures_are_printed_before_they_are_drawn(
     with pytest.raises(FileNotFoundError):
         policies.main()
     assert json.loads(capsys.readouterr().out)["policies"] == found
+
+
+def test_figure_2_can_decode_as_many_tokens_as_the_papers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Section 4.2: "prompt size of 32, output size of 2048"."""
+    asked: list[int] = []
+
+    def measured(rounds: int, tokens: int) -> dict[str, Any]:
+        asked.append(tokens)
+        return {}
+
+    monkeypatch.setattr(depth_vs_width, "measure_speed", measured)
+    monkeypatch.setattr("sys.argv", ["depth_vs_width", "--tokens", "2048"])
+    depth_vs_width.main()
+    assert asked == [json.loads(capsys.readouterr().out)["tokens"]] == [2048]
 
 
 def test_no_prompt_of_the_extracted_exit_comes_twice() -> None:

@@ -49,9 +49,9 @@ except ImportError as error:
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 
 TASKS = Path(__file__).parent / "offline_tasks"
-#: The metric of a table, in this order where a task has several; normalized by length where papers report that.
+#: The metric of a table, in this order where a task has several; normalized by length where leaderboards report that.
 _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity", "perplexity")
-_NORMALIZED = ("arc_challenge", "hellaswag", "hellaswag_10shot", "openbookqa")
+_NORMALIZED = ("arc_challenge", "hellaswag", "hellaswag_10shot")
 
 
 @dataclass(frozen=True)

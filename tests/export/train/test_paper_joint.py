@@ -65,6 +65,25 @@ def test_a_model_from_scratch_has_no_weight_of_its_checkpoint(tiny_checkpoint: P
     assert after and not [name for name, value in after.items() if torch.equal(value, before[name])]
 
 
+@pytest.mark.parametrize(("schedule", "rates"), [("cosine", [1.0, 0.75, 0.25]), ("trapezoidal", [1.0, 1.0, 5 / 6])])
+def test_the_rate_of_the_papers_pretraining(make_tiny: Any, schedule: Any, rates: list[float]) -> None:
+    """Section 4.1: a cosine for fine-tuning, "a trapezoidal scheduler" from scratch."""
+    config = JointConfig((2,), "scratch", steps=3, schedule=schedule)
+    trainer = JointTrainer(make_tiny("llama"), random_corpus(), config)
+    found = []
+    for _ in rates:
+        trainer.train_step()
+        found.append(trainer._optimizer.param_groups[0]["lr"] / 1e-3)
+    assert found == pytest.approx(rates)
+
+
+def test_the_page_names_the_papers_baselines_that_are_not_here() -> None:
+    """Those of its Table 1 and figure 4; only two of them were named."""
+    page = (Path(__file__).parents[3] / "docs" / "variants.md").read_text(encoding="utf-8").split("\n## ", 1)[0]
+    for name in ("LayerSkip", "Flextron", "SliceGPT", "Compresso", "NutePrune", "LLM-Pruner"):
+        assert name in page
+
+
 def test_joint_recipes_that_make_no_sense(make_tiny: Any) -> None:
     with pytest.raises(InputError, match="--objective sorted: its exits have no module"):
         JointConfig((2,), "sorted").check()
