@@ -1,6 +1,7 @@
-"""Text in and out of a bundle: prompts to tokens, and tokens to a stream of text without broken characters.
+"""Text in and out of a bundle: prompts to tokens, and tokens to text.
 
-The tokenizers library does the work; this module owns the meaning of the bundle's files. Chat templates are :mod:`.template`.
+The tokenizers library does the work; this module owns the meaning of the bundle's files. Chat templates are :mod:`.template`,
+text of tokens as they come is :mod:`.text_stream`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import jinja2
 from tokenizers import AddedToken, Tokenizer, models
-from tokenizers.decoders import ByteLevel, DecodeStream
+from tokenizers.decoders import ByteLevel
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError, shown
@@ -29,6 +30,7 @@ from balcony_runtime.structure.formats import (
 )
 from balcony_runtime.structure.marks import THOUGHT, ThoughtReader, one_of, overlap, with_thought
 from balcony_runtime.template import ChatTemplate
+from balcony_runtime.text_stream import CONTEXT_TOKENS, TextStream
 
 Message = Mapping[str, Any]
 #: Letter → byte of byte-level tokenizers (GPT-2): a byte that can be printed is its own letter, others follow from U+0100 on.
@@ -41,10 +43,6 @@ _BYTES = {chr(byte): byte for byte in _PRINTED} | {
 #: where a template writes a list or a mapping; it escapes noncharacters. Private-use characters are glyphs of many fonts.
 _OPEN, _CLOSE, _ALIAS = "\U00010600", "\U00010601", "\ufdd0"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_ALIAS}]")
-#: Tokens before another one that decide how it is spelled.
-CONTEXT_TOKENS = 8
-#: Most texts of tokens that are kept, as many as rows of the token table. With cold caches the tokenizer takes 16 µs.
-RECENT_TEXTS = 1024
 #: Roles that may be a part of a control token's name. Templates write a role between marks of their own, such as
 #: ``<|role|>``, where other words could become a control token.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
@@ -446,55 +444,3 @@ def _some(ids: list[int]) -> list[int]:
     if not ids:
         raise InputError("the prompt is empty (the tokenizer makes no token of it): give a text")
     return ids
-
-
-class TextStream:
-    """Incremental detokenization, which returns text only when its characters are complete.
-
-    Args:
-        tokenizer: the tokenizer.
-        before: tokens that the first one follows. Many tokenizers drop the space in front of a text's first word.
-        texts: texts of recent tokens, if they depend on no other token; None if they do.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), texts: dict[int, str] | None = None) -> None:
-        self._tokenizer, self._texts = tokenizer, texts
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._open: list[int] = []  # tokens since the last text
-        self._before = ""  # what ``before`` ends with, if it may be half of a character
-        before = before[-CONTEXT_TOKENS:]
-        # Byte fallback decodes neighbouring bytes together, and those after the end of a cut character would be unknown.
-        while before and re.match("<0x[89AB]", tokenizer.id_to_token(before[0]) or ""):
-            before = before[1:]
-        for token in before:
-            self.push(token)
-        self._before, self._open = self.flush(), []
-
-    def push(self, token: int) -> str:
-        """Text that this token completes; empty while a character is unfinished."""
-        texts = None if self._open or self._before else self._texts
-        if texts is not None and (text := texts.get(token)):
-            return text
-        self._open.append(token)
-        try:
-            text = self._stream.step(self._tokenizer, token) or ""
-        except Exception as error:  # the library raises a plain one
-            if "Invalid prefix" not in str(error):
-                raise
-            # With byte fallback, bytes that were already returned as a character become unknown characters when an unfinished
-            # one follows.
-            text = self.flush()
-            self._stream = DecodeStream(skip_special_tokens=True)
-            self._stream.step(self._tokenizer, token)
-        if text:
-            if texts is not None:
-                if len(texts) >= RECENT_TEXTS:
-                    texts.clear()
-                texts[token] = text
-            self._open = []
-            text, self._before = text.removeprefix(self._before), ""
-        return text
-
-    def flush(self) -> str:
-        """Remaining text at the end, if the last character was never completed."""
-        return str(self._tokenizer.decode(self._open, skip_special_tokens=True)) if self._open else ""

@@ -1,4 +1,4 @@
-"""Text in and out: the chat template in its sandbox, and streams without broken characters."""
+"""Text in and out: prompts, the chat template in its sandbox, and stop strings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, normalizers
 
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.telling import StopStrings
 from balcony_runtime.template import ChatTemplate
-from balcony_runtime.text import TextCodec, TextStream
+from balcony_runtime.text import TextCodec
 from tests.support.properties import examples
 from tests.support.templates import manifest_of, write_template
 
@@ -125,38 +125,6 @@ def test_what_a_training_left_in_the_tokenizer_changes_no_prompt(bundle_copy: Pa
         assert changed.encode(text) == codec.encode(text)
 
 
-def byte_fallback() -> Tokenizer:
-    """A tokenizer as in Llama 2, Mistral and Gemma: pieces with their space, and single bytes for other characters."""
-    pieces = ["<unk>", "▁text", "▁the", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
-    steps = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(list(steps))
-    return tokenizer
-
-
-@examples(500)
-@given(st.lists(st.sampled_from([1, 2, *(3 + byte for byte in b"\na\xe2\x82\xac\xf0\x9f\x98\x80")]), max_size=14))
-def test_bytes_that_never_become_a_character_end_no_stream(tokens: list[int]) -> None:
-    tokenizer = byte_fallback()
-    stream = TextStream(tokenizer)
-    streamed = "".join([*(stream.push(token) for token in tokens), stream.flush()])
-    whole = tokenizer.decode(tokens)
-    # A byte that was already returned may become an unknown character of the whole text; it cannot be taken back.
-    assert re.findall(" ?text| ?the", streamed) == re.findall(" ?text| ?the", whole)
-    assert len(streamed.encode()) <= len(whole.encode())
-
-
-def test_a_word_after_a_prompt_keeps_its_space(bundle_copy: Path) -> None:
-    """Tokenizers as in Llama 2 drop the space in front of a text's first word."""
-    (bundle_copy / "tokenizer.json").write_text(byte_fallback().to_str())
-    codec = TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
-    assert (codec.decode([1]), codec.name(1), codec.name(3 + ord("b"))) == ("text", " text", "b")
-    assert [codec.stream().push(1), codec.stream([1] * 9 + [2]).push(1)] == ["text", " text"]
-    khmer = [3 + byte for byte in "កខគ".encode()]  # the last eight bytes begin within a character
-    stream = codec.stream(khmer)
-    assert [stream.push(token) for token in (*khmer[:3], 2)] == ["", "", "ក", " the"]
-
-
 @pytest.mark.parametrize(
     ("prompt", "chat", "before"),
     [
@@ -174,52 +142,6 @@ def test_the_reply_to_a_plain_text_goes_on_with_it(tiny: Any, prompt: Any, chat:
         llm.codec.stream = lambda ids, **options: seen.append(list(ids)) or stream(ids, **options)
         llm.generate(prompt, chat=chat, max_new_tokens=1)
         assert seen == [llm.encode(prompt, chat=False) if prompt == "hello" and before else [7, 8] if before else []]
-
-
-def test_a_reply_completes_the_end_of_its_prompt_and_does_not_repeat_it(codec: TextCodec) -> None:
-    """A replacement character may be half of a character, or one that the prompt has."""
-    fox, (first, second) = codec.encode("fox", chat=False), codec.encode("\u0101", chat=False)
-    for before in (codec.encode("a\ufffd", chat=False), codec.encode("\ufffd" * 9, chat=False), [*fox, first]):
-        stream = codec.stream(before)
-        assert "".join(map(stream.push, fox)) + stream.flush() == "fox"
-    assert codec.stream([*fox, first]).push(second) == "\u0101"
-
-
-@examples(1000)
-@given(st.lists(st.integers(0, 319), max_size=40))
-def test_streamed_text_is_the_text_decoded_at_once(codec: TextCodec, tokens: list[int]) -> None:
-    stream = codec.stream()
-    pieces = [stream.push(token) for token in tokens]
-    assert "".join(pieces) + stream.flush() == codec.decode(tokens)
-
-
-@examples(100)
-@given(st.text(max_size=30))
-def test_no_piece_of_real_text_holds_half_a_character(codec: TextCodec, text: str) -> None:
-    stream = codec.stream()
-    pieces = [stream.push(token) for token in codec.encode(text, chat=False)] if text.strip() else []
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-    assert "".join(pieces) + stream.flush() == (text if text.strip() else "")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "🦊👩‍👩‍👧‍👦🏳️‍🌈 and 🇯🇵",
-        "مرحبا بالعالم، كيف حالك؟",
-        "שלום עולם",
-        "牛乳とパンを買う",
-        "é̂ ñ ö",
-        "a" * 5000,
-        "\u200b\u202e x",
-    ],
-    ids=["emoji", "arabic", "hebrew", "japanese", "combining", "a very long word", "invisible"],
-)
-def test_text_of_every_script_streams_whole(codec: TextCodec, text: str) -> None:
-    stream = codec.stream()
-    pieces = [stream.push(token) for token in codec.encode(text, chat=False)]
-    assert all("\ufffd" not in piece for piece in pieces)
-    assert "".join(pieces) + stream.flush() == text
 
 
 def test_a_template_gets_the_roles_that_it_knows(bundle_copy: Path) -> None:
@@ -484,17 +406,3 @@ def test_other_threads_run_while_a_long_text_is_tokenized(codec: TextCodec) -> N
     thread.join()
     assert len(tokens) > 60_000 and turns > 20 * took_s
     assert tokens[:40] == codec.encode(text[:1000], chat=False)[:40]
-
-
-def test_a_structured_text_keeps_its_first_space(bundle_copy: Path) -> None:
-    """Tokenizers like Llama 2's drop it from a text's beginning, and a regex may ask for it."""
-    document = json.loads((bundle_copy / "tokenizer.json").read_text())
-    document["decoder"] = {
-        "type": "Sequence",
-        "decoders": [document["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
-    }
-    (bundle_copy / "tokenizer.json").write_text(json.dumps(document))
-    codec = TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
-    (token,) = codec.encode(" the", chat=False)[:1]
-    assert codec.stream().push(token) + "|" != codec.stream(literal=True).push(token) + "|"
-    assert codec.stream(literal=True).push(token).startswith(" ")
