@@ -1,8 +1,8 @@
 """Generation: a loaded bundle that turns prompts into text within a budget.
 
 Owns :class:`LLM`. The decode loop is :mod:`balcony_runtime.decoding.loop`, the rounds of several replies are
-:mod:`balcony_runtime.scheduling.scheduler`, and :mod:`.telling` turns steps into text. The types that a user sees are in
-:mod:`.reply`, conversations in :mod:`.chat`.
+:mod:`balcony_runtime.scheduling.scheduler`, batches without rounds are :mod:`.lockstep`, and :mod:`.telling` turns steps into
+text. The types that a user sees are in :mod:`.reply`, conversations in :mod:`.chat`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
-
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.closing import Closing
@@ -28,13 +26,13 @@ from balcony_edge.files import require_writable_file
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.learned import Learned
-from balcony_runtime.decoding.loop import Decoder, Environment
 from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
+from balcony_runtime.lockstep import Lockstep
 from balcony_runtime.on_demand import SensorsOnDemand
 from balcony_runtime.reply import CommonSettings, Reply, ReplyLimits, TokenStream
-from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests
+from balcony_runtime.requests import Prompt, ReplyOptions, Requests
 from balcony_runtime.scheduling.admission import Bounds
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
 from balcony_runtime.scheduling.scheduler import MEMBERS, Scheduler
@@ -93,6 +91,7 @@ class LLM(Closing):
         scheduler = Scheduler(engine, self._learned, lambda: settings.costs, self.readings, bounds)
         limits = partial(ReplyLimits, settings, self.resolved)
         self._requests = Requests(engine, codec, scheduler, self._learned, limits, self.readings)
+        self._lockstep = Lockstep(engine, self._requests, self._learned, self.readings)
         try:
             self.budget = budget
         except BaseException:
@@ -347,8 +346,10 @@ class LLM(Closing):
             self._requests.of(prompt, budget=own, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
             for prompt, own in zip(prompts, budgets, strict=True)
         ]
-        if self._may_run_in_lockstep(requests, sampling):
-            return self._in_lockstep(requests, sampling)
+        alike = self._lockstep.takes(requests, sampling)
+        # Where they can share passes they do, each at its own length and exit.
+        if alike and self.budget.kv_memory_mb is None and self._places < len(requests):
+            return self._lockstep.texts(requests, sampling)
         waiting, streams = deque(requests), []
         with self.together() as replies:
             while waiting or replies.open:
@@ -383,43 +384,10 @@ class LLM(Closing):
         """Several replies that one thread drives; see :class:`.together.Together`."""
         return Together(self._requests)
 
-    def _may_run_in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> bool:
-        """Whether the replies run as one batch, because they cannot share passes otherwise."""
-        alike = len({(len(request.ids), request.limits.budget) for request in requests}) == 1
-        if not alike or len(requests) > (self.engine.backend.most_members or MEMBERS):
-            return False
-        if sampling is not None and sampling.temperature > 0 and sampling.seed is not None:
-            return False  # a batch draws from one generator, and a seed is each reply's own
-        return self.budget.kv_memory_mb is None and self._places < len(requests)
-
     @property
     def _places(self) -> int:
         """Number of replies that can share passes."""
         return 0 if self.pool is None else len(self.pool.members)
-
-    def _in_lockstep(self, requests: Sequence[Request], sampling: SamplingParams | None) -> list[str]:
-        """Reply to prompts of one length and one budget in one batch, for engines whose members all have the same length."""
-        batch, first = [request.ids for request in requests], requests[0]
-        sequence = self.engine.new_sequence(batch_size=len(batch), max_length=len(batch[0]) + first.max_new_tokens)
-        rows = np.array(batch, np.int64)
-        sampler = self._requests.sampler(sampling, rows)
-        environment = Environment(first.limits.now, self.readings, self._learned, first.max_new_tokens)
-        decoder = Decoder(sequence, rows, sampler, environment)
-        replies: list[list[int]] = [[] for _ in batch]
-        ended = [False] * len(batch)
-        slowdown = self._learned.state.slowdown
-        try:
-            for _, step in zip(range(first.max_new_tokens), decoder.steps(), strict=False):
-                for member, token in enumerate(step.ids.tolist()):
-                    ended[member] = ended[member] or token in first.ends
-                    if not ended[member]:
-                        replies[member].append(token)
-                if all(ended):
-                    break
-        finally:  # how long steps of several rows take says nothing about those of one
-            self._learned.state = self._learned.state._replace(slowdown=slowdown)
-        texts = (request.text for request in requests)
-        return ["".join(map(text.push, reply)) + text.flush() for text, reply in zip(texts, replies, strict=True)]
 
     def chat(self, *, system: str | None = None) -> Chat:
         """Begin a conversation that remembers its turns and reuses the rows that they have in common.

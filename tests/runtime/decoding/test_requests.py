@@ -28,6 +28,7 @@ from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.speculate import DraftRound, Speculator
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
+from balcony_runtime.lockstep import Lockstep
 from balcony_runtime.text import TextCodec
 from balcony_runtime.together import Together
 from tests.support.replies import PRICES, all_at_once
@@ -56,7 +57,7 @@ def test_a_batch_on_an_engine_that_shares_no_passes(tiny: Any, monkeypatch: pyte
         seeded = SamplingParams(temperature=1.0, seed=7)
         drawn = llm.generate_batch(prompts, max_new_tokens=16, sampling=seeded)
         assert drawn == [llm.generate(prompt, max_new_tokens=16, sampling=seeded).text for prompt in prompts]
-        monkeypatch.setattr(LLM, "_in_lockstep", None)
+        monkeypatch.setattr(Lockstep, "texts", None)
         monkeypatch.setattr(engine.backend, "most_members", 2)
         assert llm.generate_batch(prompts, max_new_tokens=16) == together
         for others, budgets in (

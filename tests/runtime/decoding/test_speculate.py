@@ -440,7 +440,7 @@ def test_a_batch_in_lockstep_teaches_nothing(llm: LLM) -> None:
     llm.costs = costs()
     budget, slowdown = Budget(policy="speculative", tpot_ms=1000.0), llm._learned.state.slowdown
     members = [llm._requests.of(ids, budget=budget, max_new_tokens=8) for ids in ([1, 2], [3, 4])]
-    assert len(llm._in_lockstep(members, None)) == 2
+    assert len(llm._lockstep.texts(members, None)) == 2
     speculator = llm._learned.speculator
     assert (speculator._plain_ratio, speculator._round_ratio) == (1.0, 1.0)
     assert llm._learned.state.slowdown == slowdown, "the next reply would begin too shallow"

@@ -289,7 +289,7 @@ def test_replies_in_company_are_those_alone(llm: LLM) -> None:
     rows = [[*prompt, 7][:4] for prompt in prompts]
     alone_too = [llm.generate(prompt, sampling=params, max_new_tokens=90).text for prompt in rows]
     requests = [llm._requests.of(row, sampling=params, max_new_tokens=90) for row in rows]
-    assert llm._in_lockstep(requests, params) == alone_too
+    assert llm._lockstep.texts(requests, params) == alone_too
     free = llm.generate(PROMPT, max_new_tokens=40, ignore_eos=True).text
     found: dict[int, str] = {}
 
