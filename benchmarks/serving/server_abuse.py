@@ -76,7 +76,7 @@ def server_of(bundle: Path) -> tuple[Server, threading.Thread]:
 def left_over(server: Server) -> dict[str, int]:
     """What a server that has nothing to do should not have: replies, and places in the pool that are taken."""
     scheduler = server.service.llm._requests.scheduler
-    pool = scheduler._pool
+    pool = scheduler.sequences._pool
     return {
         "replies": len(server.service.slots),
         "streams": len(scheduler._streams),

@@ -345,7 +345,7 @@ def soak(llm: LLM, tokens: int) -> dict[str, Any]:
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(work, range(6)))
-    pool = llm._requests.scheduler._pool
+    pool = llm._requests.scheduler.sequences._pool
     used = 0 if pool is None else pool.in_use
     early, late = median(sizes[len(sizes) // 4 : len(sizes) // 2]), median(sizes[-len(sizes) // 4 :])
     return {

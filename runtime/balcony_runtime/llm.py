@@ -35,7 +35,8 @@ from balcony_runtime.reply import CommonSettings, Reply, ReplyLimits, TokenStrea
 from balcony_runtime.requests import Prompt, ReplyOptions, Requests
 from balcony_runtime.scheduling.admission import Bounds
 from balcony_runtime.scheduling.pool import KEPT_BYTES, SequencePool
-from balcony_runtime.scheduling.scheduler import MEMBERS, Scheduler
+from balcony_runtime.scheduling.scheduler import Scheduler
+from balcony_runtime.scheduling.sequences import MEMBERS, Sequences
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import Message, TextCodec
@@ -87,8 +88,8 @@ class LLM(Closing):
         # The handler of a signal may set a budget while its own thread measures prices.
         self._costs_lock, self._sensors = threading.RLock(), SensorsOnDemand(readings)
         self._learned = Learned(engine.manifest)
-        bounds = Bounds.of(self._kv_bytes, prefix_mb, prefix_directory)
-        scheduler = Scheduler(engine, self._learned, lambda: settings.costs, self.readings, bounds)
+        sequences = Sequences(engine, Bounds.of(self._kv_bytes, prefix_mb, prefix_directory))
+        scheduler = Scheduler(engine, sequences, self._learned, lambda: settings.costs, self.readings)
         limits = partial(ReplyLimits, settings, self.resolved)
         self._requests = Requests(engine, codec, scheduler, self._learned, limits, self.readings)
         self._lockstep = Lockstep(engine, self._requests, self._learned, self.readings)
@@ -451,12 +452,12 @@ class LLM(Closing):
     @property
     def pool(self) -> SequencePool | None:
         """Memory of replies, with the rows of those that have ended; None if this engine shares no rows."""
-        return self._requests.scheduler.pool
+        return self._requests.scheduler.sequences.pool
 
     @property
     def prefix_files(self) -> PrefixFiles | None:
         """Files of rows in the directory that was given."""
-        return self._requests.scheduler.files
+        return self._requests.scheduler.sequences.files
 
     def close(self) -> None:
         """Free the engine, and stop the sensors if they were started; write what is kept, if there is a directory for it."""

@@ -16,7 +16,7 @@ from balcony_runtime.decoding.loop import Decoder, Environment
 from balcony_runtime.decoding.sampling import SamplingParams
 from balcony_runtime.engine import Engine
 from balcony_runtime.requests import Request, Requests
-from balcony_runtime.scheduling.scheduler import MEMBERS
+from balcony_runtime.scheduling.sequences import MEMBERS
 
 
 class Lockstep:

@@ -272,12 +272,12 @@ class Requests:
     @contextlib.contextmanager
     def sequence(self, tokens: Sequence[int], rows: int) -> Iterator[TokenSequence]:
         """A sequence of so many rows for a prompt; it shares passes and prefixes with others if there is room for it."""
-        sequence = self.scheduler.new_sequence(tokens, rows)
+        sequence = self.scheduler.sequences.new(tokens, rows)
         try:
             with _emptied_after_nan(sequence):
                 yield sequence
         finally:
-            self.scheduler.free(sequence)
+            self.scheduler.sequences.free(sequence)
 
     def decoder(self, request: Request, sequence: TokenSequence, asked_s: float) -> Decoder:
         """A decoder of a reply that was asked for at a time; the sequence keeps the rows that it shares with the prompt."""

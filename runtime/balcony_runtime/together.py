@@ -102,7 +102,7 @@ class Together(Closing):
         Raises:
             InputError: the rows would never fit into the memory that the budget leaves.
         """
-        self._scheduler.most_rows(rows)
+        self._scheduler.sequences.most_rows(rows)
         return self._requests.sequence((), rows)
 
     def pause(self, stream: TokenStream) -> None:
@@ -176,8 +176,8 @@ def _joined(requests: Requests, request: Request, asked_s: float) -> Iterator[tu
     """A reply in the company; one generator, which unwinds in order also where a ``Together`` is dropped without close()."""
     scheduler = requests.scheduler
     with ExitStack() as held:  # of callbacks alone: the collector would end another generator by itself, out of order
-        sequence = scheduler.new_sequence(request.ids, request.rows)
-        held.callback(scheduler.free, sequence)
+        sequence = scheduler.sequences.new(request.ids, request.rows)
+        held.callback(scheduler.sequences.free, sequence)
         decoder = requests.decoder(request, sequence, asked_s)
         stream = scheduler.join(decoder, request.rows, request.cancelled)
         held.callback(request.forget_untold, sequence)

@@ -37,7 +37,7 @@ def metric(url: str, line: str) -> float:
 def is_free(server: Server) -> bool:
     """Whether nothing is in progress, and the pool holds only sequences that have ended."""
     scheduler = server.service.llm._requests.scheduler
-    pool = scheduler._pool
+    pool = scheduler.sequences._pool
     return not server.service.slots and not scheduler._streams and not (pool is not None and pool.in_use)
 
 

@@ -23,7 +23,7 @@ def ids(reply: Reply) -> list[int]:
 
 def free_members(llm: LLM) -> int:
     """Members of the pool that no reply uses."""
-    pool = llm._requests.scheduler._pool
+    pool = llm._requests.scheduler.sequences._pool
     assert pool is not None
     return len(pool.members) - pool.in_use
 

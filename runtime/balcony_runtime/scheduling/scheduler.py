@@ -30,19 +30,16 @@ from balcony_edge.errors import BusyError, InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.learned import Learned
 from balcony_runtime.decoding.loop import Decoder, Step, unmeasured
-from balcony_runtime.engine import Engine, TokenSequence
-from balcony_runtime.scheduling.admission import Bounds, Looks, row_bytes
-from balcony_runtime.scheduling.pool import SequencePool
+from balcony_runtime.engine import Engine
+from balcony_runtime.scheduling.admission import Looks
+from balcony_runtime.scheduling.sequences import Sequences
 from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.scheduling.stream import Stream, Undoable, absent_ms, readers
-from balcony_runtime.sessions.prefixes import PrefixFiles
 
 if TYPE_CHECKING:
     from balcony_edge.control.company.round_trace import RoundTraceWriter
 
 _log = logging.getLogger(__name__)
-#: Members of the KV pool; streams for which there is none when they begin have memory of their own and share no passes.
-MEMBERS = 16
 #: Longest time that a round waits for the streams of the round before it, whose consumers are at their tokens.
 GATHER_S = 0.001
 #: Rows from which a prompt that has no target for its first token makes way for others, even if it is alone at first.
@@ -58,26 +55,22 @@ class Scheduler:
 
     Args:
         engine: engine of all sequences.
+        sequences: the sequences of all replies.
         learned: what replies learn about the device, shared with the decoders.
         costs: gives the prices, or None while no budget needs them.
         readings: gives the latest reading of every sensor.
-        bounds: what sequences may take.
-
-    Raises:
-        InputError: the directory of the bounds cannot be written.
     """
 
     def __init__(
         self,
         engine: Engine,
+        sequences: Sequences,
         learned: Learned,
         costs: Callable[[], CostModel | None],
         readings: Callable[[], tuple[Reading, ...]],
-        bounds: Bounds,
     ) -> None:
-        self._bounds, self._row_bytes = bounds, row_bytes(engine.manifest)
-        #: The prefixes on disk.
-        self.files = PrefixFiles(bounds.directory, engine, bounds.kept_bytes) if bounds.directory is not None else None
+        #: The sequences of all replies.
+        self.sequences = sequences
         self._engine, self._learned, self._costs, self._readings = engine, learned, costs, readings
         self._quality = tuple(qualities(engine.manifest.agreement))
         self._lock = threading.RLock()
@@ -88,8 +81,6 @@ class Scheduler:
         self._running: Sequence[Stream] = ()
         self._company: frozenset[int] = frozenset()  # streams of the last round that brought tokens
         self._looks = Looks()
-        self._changes = 0  # how often a stream has begun, or a sequence has been given back
-        self._lent: dict[TokenSequence, int] = {}  # sequences that are out → changes at the last look for rows, or -1
         self._controller: JointController | None = None
         self._priced: CostModel | None = None
         self._state = CompanyState()
@@ -98,19 +89,6 @@ class Scheduler:
         self._done_s = self._wait_s = self._idle_s = 0.0
         self._trace: RoundTraceWriter | None = None
         self._recorded: RoundTraceWriter | None = None  # the trace from the next round on
-        self._pool: SequencePool | None = None
-        self._pool_lock, self._pool_made = threading.Lock(), False
-
-    @property
-    def pool(self) -> SequencePool | None:
-        """The sequences that share passes; None if the engine cannot share passes."""
-        with self._pool_lock:
-            if not self._pool_made:
-                self._pool = SequencePool.of(self._engine, MEMBERS, self.files, self._bounds.kept_bytes)
-                self._pool_made = True  # last: after an interrupt the next reply tries again
-                if self._pool is None and self.files is not None:
-                    _log.warning("prefix_directory: replies of this engine share no rows, so nothing is kept there")
-        return self._pool
 
     @property
     def _all(self) -> tuple[Stream, ...]:
@@ -119,33 +97,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Write what ended sequences have to the files."""
-        if self._pool is not None:
-            self._pool.close(waits=self._leader != threading.get_ident())
-
-    def most_rows(self, rows: int) -> int | None:
-        """Rows that all sequences together may have, or None; errors as for :meth:`.Bounds.most_rows`."""
-        return self._bounds.most_rows(rows, self._row_bytes)
-
-    def new_sequence(self, tokens: Sequence[int], rows: int) -> TokenSequence:
-        """A sequence for a prompt and its reply, of which the first rows may be there already.
-
-        It shares passes with others if the engine can do that and there is room for it, now or when its prompt begins to run.
-        """
-        self._engine.refuse_closed()  # after a fork the locks of the pool may stay held
-        if (pool := self.pool) is None or (sequence := pool.take(tokens)) is None:
-            sequence = self._engine.new_sequence(max_length=rows if pool is None else None)
-        self._lent[sequence] = -1
-        return sequence
-
-    def free(self, sequence: TokenSequence) -> None:
-        """Give a sequence of :meth:`new_sequence` back."""
-        if self._engine.is_forked:  # another thread of the other process may have held the lock
-            return
-        del self._lent[sequence]
-        if self._pool is not None:
-            self._pool.give_back(sequence)
-        with self._lock:
-            self._changes += 1
+        self.sequences.close(waits=self._leader != threading.get_ident())
 
     def record(self, trace: RoundTraceWriter | None) -> None:
         """Record all rounds from the next one on, or stop recording; a signal's handler does not wait for its own step."""
@@ -215,7 +167,7 @@ class Scheduler:
         with self._turn:
             if (waiting := sum(not stream.admitted for stream in self._all)) >= MOST_WAITING:
                 raise BusyError(f"{waiting} replies wait for others to end: try again later")
-            self.most_rows(rows)
+            self.sequences.most_rows(rows)
             stream = Stream(next(self._keys), decoder, rows, cancelled)
             self._streams[stream.key] = stream
             return stream
@@ -256,12 +208,12 @@ class Scheduler:
 
     def wake(self) -> None:
         """Let waiting threads look whether their streams were cancelled."""
-        if not self._engine.is_forked:  # as for free()
+        if not self._engine.is_forked:  # another thread of the other process may have held the lock
             self.ask((), 0.0)
 
     def leave(self, stream: Stream, held: ExitStack | None = None, *, waits: bool = True) -> None:
         """Remove a stream; waits for another thread's round with it. A round that still has it closes ``held`` at its end."""
-        if self._engine.is_forked:  # as for free()
+        if self._engine.is_forked:  # as for wake()
             return
         with self._turn:
             stream.asks = False
@@ -296,7 +248,7 @@ class Scheduler:
         try:
             self._turn.release()  # an interrupt may come as it returns
             if begins:
-                self._look_again(begins)
+                self.sequences.look_again(begins)
                 begin_ns = time.perf_counter_ns()  # copies, and places made ready, are no part of the measurement
             for stream in [one for one in asking if one.asks and one.decoder.untold]:  # after an interrupted step
                 stream.answer(stream.decoder.step())
@@ -312,22 +264,10 @@ class Scheduler:
             ran, self._running = self._running, ()
             for left in [one.left for one in ran if one.left is not None]:
                 left.close()
-            self._changes += any(one.decoder.begun for one in begins)
+            self.sequences.have_run(begins)
             idle_s, self._idle_s = self._idle_s, 0.0
             if idle_s and all(one in known for one in self._all if one.asks):
                 self._turn.wait(min(idle_s, NAP_S))  # who asks meanwhile ends it
-
-    def _look_again(self, begins: Sequence[Stream]) -> None:
-        """Give prompts that have not run the places and rows that have come since; those that wait find what others leave."""
-        for stream in begins:
-            sequence, decoder = stream.sequence, stream.decoder
-            if self._pool is None or not stream.asks or self._lent.get(sequence, self._changes) == self._changes:
-                continue
-            self._lent[sequence] = self._changes
-            # Outside the pool, rows that were run by itself stay where they are.
-            if self._pool.holds(sequence) or sequence.stage_cursor[0] <= decoder.kept_rows:
-                with stream.isolated():
-                    decoder.kept_rows += self._pool.look_again(sequence, {one.sequence for one in begins})
 
     def _admit_next(self) -> bool:
         """Admit the first stream in order that there is memory and time for; whether there was one.
@@ -355,7 +295,7 @@ class Scheduler:
             InputError: its rows would never fit into the memory that the budget leaves.
         """
         others = [one for one in self._all if one.admitted]
-        most = self.most_rows(stream.rows)
+        most = self.sequences.most_rows(stream.rows)
         if most is not None and (left := most - sum(one.rows for one in others)) < stream.rows:
             return f"kv_memory_mb: the replies in progress leave room for {left} tokens, not for {stream.rows}: wait"
         if not others:
@@ -364,22 +304,8 @@ class Scheduler:
         return self._joint().refusal(self._state, now, self._seen_of(stream))
 
     def _seen_of(self, stream: Stream) -> StreamSeen:
-        return stream.decoder.seen(stream.key, stream.asked_s, self._will_share(stream))
-
-    def _will_share(self, stream: Stream) -> bool:
-        """Whether a stream shares passes, or will once its prompt begins to run, because there is a place for it."""
-        if (shares := self._shares(stream)) or self._pool is None or not self._may_move(stream):
-            return shares
-        others = (one for one in self._all if one is not stream)
-        promised = sum(one.admitted and self._may_move(one) and not self._shares(one) for one in others)
-        return self._pool.room > promised
-
-    def _may_move(self, stream: Stream) -> bool:
-        """Whether the stream takes a place in the pool if there is one when its prompt begins to run."""
-        return stream.sequence in self._lent and not stream.decoder.begun
-
-    def _shares(self, stream: Stream) -> bool:
-        return self._pool is not None and self._pool.holds(stream.sequence)
+        shares = self.sequences.shares(stream) or self.sequences.will_share(stream, self._all)
+        return stream.decoder.seen(stream.key, stream.asked_s, shares)
 
     def _gather(self) -> None:
         """Wait a moment for the streams of the last round, so that they stay together."""
@@ -423,12 +349,12 @@ class Scheduler:
             return
         for key, why in found.refused:
             streams.pop(key).fail(InfeasibleError(why))
-        work_ns, prepared = time.perf_counter_ns(), self._pool and self._pool.prepared
+        work_ns, prepared = time.perf_counter_ns(), self.sequences.prepared
         if found.chunk is not None and found.chunk.key in streams:
             streams[found.chunk.key].work_off(found.chunk)
         moves = {move.key: move.decision for move in found.moves if move.key in streams and streams[move.key].asks}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
-        unusual = any(not stream.decoder.begun for stream in logits) or prepared != (self._pool and self._pool.prepared)
+        unusual = any(not stream.decoder.begun for stream in logits) or prepared != self.sequences.prepared
         self._company, self._state, self._last = frozenset(moves) or self._company, state, None
         self._learned.follow(state.slowdown, state.governor)
         if self._trace is not None and self._priced is not None:
@@ -482,7 +408,7 @@ class Scheduler:
         together, logits = list[Stream](), {}
         for stream, decision in moves.items():
             sequence = stream.sequence
-            if stream.decoder.begun and self._shares(stream):
+            if stream.decoder.begun and self.sequences.shares(stream):
                 if sequence.length < sequence.max_length:
                     together.append(stream)
                 else:
@@ -493,8 +419,8 @@ class Scheduler:
                     logits[stream] = sequence.step(decision.exit_layer, np.array([stream.decoder.last_token])).copy()
                 else:
                     logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]
-        if together and self._pool is not None:
+        if together:
             tokens = [PoolMove(one.sequence, moves[one].exit_layer, one.decoder.last_token) for one in together]
             with Undoable(together):  # what fails in a shared pass ends those that share it
-                logits |= dict(zip(together, self._pool.step(tokens), strict=True))
+                logits |= dict(zip(together, self.sequences.step(tokens), strict=True))
         return logits

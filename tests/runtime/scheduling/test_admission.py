@@ -24,6 +24,7 @@ from balcony_runtime.reply import TokenStream
 from balcony_runtime.scheduling import admission
 from balcony_runtime.scheduling import scheduler as scheduler_module
 from balcony_runtime.scheduling.admission import Looks, row_bytes
+from balcony_runtime.scheduling.sequences import MEMBERS
 from balcony_runtime.text import TextCodec
 from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids
 
@@ -62,7 +63,7 @@ def test_one_stream_more_than_there_is_time_for(llm: LLM, monkeypatch: pytest.Mo
         replies.add([2], max_new_tokens=1)
         with pytest.raises(BusyError, match="2 replies wait for others to end: try again later"):
             replies.add([3], max_new_tokens=1)
-    assert free_members(llm) == scheduler_module.MEMBERS
+    assert free_members(llm) == MEMBERS
 
 
 def test_a_stream_that_waits_for_others_ends_as_soon_as_it_is_cancelled(llm: LLM) -> None:
@@ -181,9 +182,7 @@ def test_streams_that_come_and_go_leave_nothing_behind(llm: LLM) -> None:
     assert sum(all_at_once(*(lambda plan=plan: work(plan) for plan in plans))) > 400
     gc.collect()
     scheduler = llm._requests.scheduler
-    assert (
-        free_members(llm) == scheduler_module.MEMBERS and not scheduler._streams and not scheduler._state.streams.keys()
-    )
+    assert free_members(llm) == MEMBERS and not scheduler._streams and not scheduler._state.streams.keys()
 
 
 def test_memory_for_keys_and_values_is_bounded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +295,7 @@ def test_rounds_without_a_target_are_recorded(llm: LLM, tmp_path: Path) -> None:
 
 def test_more_streams_than_members(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Streams without a place in the pool have memory of their own: their tokens are the same, and their passes their own."""
-    monkeypatch.setattr(scheduler_module, "MEMBERS", 2)
+    monkeypatch.setattr("balcony_runtime.scheduling.sequences.MEMBERS", 2)
     want = [ids(llm.generate(prompt, max_new_tokens=8, ignore_eos=True)) for prompt in PROMPTS[:5]]
     llm.costs = PRICES
     with RoundTraceWriter(tmp_path / "rounds.jsonl") as trace, llm.together() as replies:

@@ -21,7 +21,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BalconyError, BusyError, InputError
 from balcony_runtime.engine import Engine, TokenSequence
 from balcony_runtime.llm import LLM
-from balcony_runtime.scheduling import scheduler
+from balcony_runtime.scheduling import sequences
 from balcony_runtime.scheduling.admission import row_bytes
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
@@ -375,7 +375,7 @@ def test_who_joins_a_full_pool_gets_a_place_when_it_begins(
     llm: LLM, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the rows that others have left there; a conversation keeps the memory that it has."""
-    monkeypatch.setattr(scheduler, "MEMBERS", 2)
+    monkeypatch.setattr(sequences, "MEMBERS", 2)
     prompt, options = list(range(10, 90)), {"max_new_tokens": 3, "ignore_eos": True}
     conversation = llm.engine.new_sequence()
     # Room for the rows of the first two replies, or for one of the two that wait.
@@ -439,7 +439,7 @@ def test_tokens_that_never_ran_are_no_rows_of_a_file(tiny_engine: Engine, tmp_pa
 
 def test_a_place_got_late_serves_longer_replies_later(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second reply waits for the only place; the third continues it and is longer than the second could have been."""
-    monkeypatch.setattr(scheduler, "MEMBERS", 1)
+    monkeypatch.setattr(sequences, "MEMBERS", 1)
     prompt, options = list(range(10, 90)), {"max_new_tokens": 3, "ignore_eos": True}
     llm.budget = Budget(kv_memory_mb=85 * row_bytes(llm.engine.manifest) / 1e6)
     with llm.together() as replies:

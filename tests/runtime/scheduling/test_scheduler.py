@@ -29,9 +29,9 @@ from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token, TokenStream
-from balcony_runtime.scheduling import scheduler as scheduler_module
 from balcony_runtime.scheduling.pool import LEAST_SHARED
 from balcony_runtime.scheduling.scheduler import MOST_WAITING
+from balcony_runtime.scheduling.sequences import MEMBERS
 from balcony_runtime.scheduling.stream import Stream
 from tests.support.command import invoke_here
 from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids, sizes_of_rounds
@@ -48,7 +48,7 @@ def test_threads_write_what_they_write_alone(llm: LLM) -> None:
     assert [ids(reply) for reply in together] == alone
     assert [set(reply.tokens_per_exit) for reply in together] == [{own.exit_layer} for own in budgets]
     assert max(rounds) >= 4, "streams of different threads share rounds"
-    assert free_members(llm) == scheduler_module.MEMBERS
+    assert free_members(llm) == MEMBERS
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -169,7 +169,7 @@ def test_a_cancelled_stream_leaves_the_others_alone(llm: LLM) -> None:
     next(abandoned)
     del abandoned
     gc.collect()
-    assert free_members(llm) == scheduler_module.MEMBERS and not llm._requests.scheduler._streams
+    assert free_members(llm) == MEMBERS and not llm._requests.scheduler._streams
 
 
 def test_a_reader_that_does_not_ask_holds_nobody_up(llm: LLM) -> None:
@@ -243,7 +243,7 @@ def test_an_interrupted_round_takes_nothing_from_the_others(llm: LLM, monkeypatc
         streams = [replies.add(prompt, **options) for prompt in PROMPTS[:3]]
         for _ in range(4):
             replies.step()
-        pool = llm._requests.scheduler._pool
+        pool = llm._requests.scheduler.sequences._pool
         assert pool is not None
         for where in ("decode", "run_stage", "run_exit", "keep", "logits"):
             with monkeypatch.context() as patch:
@@ -264,8 +264,8 @@ def test_an_interrupted_round_takes_nothing_from_the_others(llm: LLM, monkeypatc
 def test_a_long_prompt_makes_way_for_a_reply_that_comes_meanwhile(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True}
     prompt = [3 + 7 * place % 290 for place in range(200)]
-    assert llm._requests.scheduler.pool is not None
-    llm._requests.scheduler._pool.kept_bytes = 0  # the second run shall not begin with the rows of the first
+    assert llm._requests.scheduler.sequences.pool is not None
+    llm._requests.scheduler.sequences._pool.kept_bytes = 0  # the second run shall not begin with the rows of the first
     alone = ids(llm.generate(prompt, **options))
     llm.costs = PRICES
     monkeypatch.setattr(composition, "CALM_MS", 20.0)  # some dozen rows of a stage at these prices

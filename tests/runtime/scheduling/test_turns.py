@@ -77,7 +77,7 @@ def test_a_newcomer_does_not_wait_until_somebody_is_due(llm: LLM) -> None:
 def test_who_waits_to_be_admitted_does_not_keep_the_leader_busy(llm: LLM) -> None:
     """While everybody else waits for a pace, the leader sleeps between two looks."""
     llm.budget = Budget(kv_memory_mb=1.0)
-    rows = llm._requests.scheduler._bounds.most_rows(1, llm._requests.scheduler._row_bytes)
+    rows = llm._requests.scheduler.sequences.most_rows(1)
     assert rows is not None
     other = iter(llm.stream([7], budget=SLOW, max_new_tokens=rows // 2, ignore_eos=True))
     paced = llm.stream([1], budget=SLOW, max_new_tokens=rows // 3, ignore_eos=True)
@@ -333,7 +333,7 @@ def test_replies_that_nobody_holds_leave_the_company(llm: LLM) -> None:
         pass
     del replies  # at once, and not when the collector comes by in some thread
     scheduler = llm._requests.scheduler
-    assert not scheduler._streams and free_members(llm) == len(scheduler._pool.members)
+    assert not scheduler._streams and free_members(llm) == len(scheduler.sequences._pool.members)
     assert ids(llm.generate(prompt, max_new_tokens=6, ignore_eos=True)) == alone
 
 
