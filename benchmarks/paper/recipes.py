@@ -300,8 +300,8 @@ class Bench:
                 if known.pop("key") == key:
                     return known
         trial.start(trainer)
-        for exit_layer, balcony in trainer.balconies.items():
-            trainer.averages[exit_layer] = {key: value.clone() for key, value in balcony.state_dict().items()}
+        for learner in trainer.learners.values():
+            learner.average = {key: value.clone() for key, value in learner.balcony.state_dict().items()}
         trainer._begin()  # opens the cache of the backbone's states
         started = trainer.begun_s = time.monotonic()
         if self.minutes is not None:
@@ -313,7 +313,7 @@ class Bench:
         trainer.states.sync()  # for the next trials
         scores = [
             self._judged({e: b.state_dict() for e, b in trainer.balconies.items()}),
-            self._judged(trainer.averages),
+            self._judged({e: learner.average for e, learner in trainer.learners.items()}),
         ]
         best = {e: min((score[e] for score in scores), key=lambda pair: pair[0]) for e in EXITS}
         result = {

@@ -71,7 +71,7 @@ class Arm:
                 (balcony.layer, 1.0),
                 (balcony.norm, 1.0),
             ]
-            self.trainer.optimizers[balcony.exit_layer] = [
+            self.trainer.learners[balcony.exit_layer].optimizers = [
                 optimizer
                 for module, share in layered
                 for optimizer in make_optimizers(

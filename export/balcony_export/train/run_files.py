@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from balcony_edge.errors import TrainingError
-from balcony_export.model.balcony import Balcony
 from balcony_export.model.balcony_files import write_file
+from balcony_export.train.learner import Learner
 from balcony_export.train.report import StepReport
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -33,21 +33,15 @@ def run_directory(output: Path, exits: tuple[int, ...]) -> Path:
     return output / "run" / "-".join(map(str, exits))
 
 
-def save_run(
-    directory: Path,
-    balconies: dict[int, Balcony],
-    averages: dict[int, dict[str, torch.Tensor]],
-    optimizers: dict[int, list[torch.optim.Optimizer]],
-    state: dict[str, Any],
-) -> None:
+def save_run(directory: Path, learners: dict[int, Learner], state: dict[str, Any]) -> None:
     """Write the run's state; ``state`` has everything that is not a tensor (step, best loss, configuration)."""
     tensors: dict[str, torch.Tensor] = {}
-    for exit_layer, balcony in balconies.items():
-        for name, value in balcony.state_dict().items():
+    for exit_layer, learner in learners.items():
+        for name, value in learner.balcony.state_dict().items():
             tensors[f"{exit_layer}.weight.{name}"] = value
-        for name, value in averages[exit_layer].items():
+        for name, value in learner.average.items():
             tensors[f"{exit_layer}.average.{name}"] = value
-        for index, optimizer in enumerate(optimizers[exit_layer]):
+        for index, optimizer in enumerate(learner.optimizers):
             for parameter, slots in optimizer.state_dict()["state"].items():
                 for slot, value in slots.items():
                     tensors[f"{exit_layer}.optimizer.{index}.{parameter}.{slot}"] = torch.as_tensor(value)
@@ -75,12 +69,7 @@ def read_state(directory: Path) -> dict[str, Any] | None:
     return state
 
 
-def load_run(
-    directory: Path,
-    balconies: dict[int, Balcony],
-    averages: dict[int, dict[str, torch.Tensor]],
-    optimizers: dict[int, list[torch.optim.Optimizer]],
-) -> None:
+def load_run(directory: Path, learners: dict[int, Learner]) -> None:
     """Restore the weights, averages and optimizer states that :func:`save_run` wrote.
 
     All are copies, so that nothing maps the file: Windows would not replace it, and Linux would keep its blocks.
@@ -91,14 +80,14 @@ def load_run(
             exit_text, kind, name = key.split(".", 2)
             exit_layer, value = int(exit_text), file.get_tensor(key)
             if kind == "weight":
-                balconies[exit_layer].state_dict()[name].copy_(value)
+                learners[exit_layer].balcony.state_dict()[name].copy_(value)
             elif kind == "average":
-                averages[exit_layer][name].copy_(value)
+                learners[exit_layer].average[name].copy_(value)
             else:
                 index, parameter, slot = name.split(".")
                 slots.setdefault((exit_layer, int(index)), {}).setdefault(int(parameter), {})[slot] = value.clone()
-    for exit_layer, owned in optimizers.items():
-        for index, optimizer in enumerate(owned):
+    for exit_layer, learner in learners.items():
+        for index, optimizer in enumerate(learner.optimizers):
             document = optimizer.state_dict()
             document["state"] = slots.get((exit_layer, index), {})
             optimizer.load_state_dict(document)

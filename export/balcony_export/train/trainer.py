@@ -1,9 +1,9 @@
 """Distillation of balconies (paper, sections 3 and 4.1): the frozen model teaches one decoder layer per exit.
 
 Owns the loop: the rows and positions of a step, the loss (equation 2: the sum over exits of KL(full ‖ exit), a token mean over
-positions without padding), how hard states are drawn, clipping, averaging, held-out evaluation, checkpoints. Data is
-:mod:`balcony_export.data.corpus`, the backbone's states :mod:`.states`, the loss :mod:`.loss`, rates and optimizers
-:mod:`.schedule`, the run's files :mod:`.run_files`, tables and plots :mod:`.report`.
+positions without padding), how hard states are drawn, held-out evaluation, checkpoints. Data is
+:mod:`balcony_export.data.corpus`, the backbone's states :mod:`.states`, the loss :mod:`.loss`, an exit's optimizers and average
+:mod:`.learner`, rates :mod:`.schedule`, the run's files :mod:`.run_files`, tables and plots :mod:`.report`.
 
 Everything random follows from seed and step, so a resumed run repeats what the killed run would have done. Every exit has its
 own optimizer and clipping, so training exits together or alone gives the same weights, except that a position with a massive
@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from balcony_export.model.balcony_files import check_directory, fingerprint, is_
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.attention import can_compile, use_block_attention
 from balcony_export.train.config import TrainConfig
+from balcony_export.train.learner import Learner
 from balcony_export.train.loss import HeadLoss, VocabularyPart, VocabularySample
 from balcony_export.train.parallel import Processes
 from balcony_export.train.positions import pick_positions
@@ -52,7 +53,7 @@ from balcony_export.train.run_files import (
     save_run,
     trim_metrics,
 )
-from balcony_export.train.schedule import Schedule, make_optimizers, set_rate
+from balcony_export.train.schedule import Schedule
 from balcony_export.train.states import BackboneStates, StateCache, full_model, head_of
 
 METRICS = "metrics.jsonl"
@@ -139,14 +140,7 @@ class Trainer:
                 one.model.to(self.device)  # type: ignore[arg-type]
         full_head = None if self.full is self.exits else head_of(self.full)
         self.head = HeadLoss(head_of(self.exits), full_head, dtype=dtype, compiled=compiled, kind=config.loss)
-        self.optimizers: dict[int, list[torch.optim.Optimizer]] = {}
-        self.averages: dict[int, dict[str, torch.Tensor]] = {}
-        for exit_layer, balcony in self.balconies.items():
-            balcony.to(self.device).float().eval().requires_grad_(True)  # without dropout, which export has none of
-            self.optimizers[exit_layer] = make_optimizers(
-                balcony.parameters(), config.optimizer, config.rate, config.vector_rate, config.weight_decay, dtype
-            )
-            self.averages[exit_layer] = {name: value.clone() for name, value in balcony.state_dict().items()}
+        self.learners = {e: Learner(balcony, config, dtype, self.device) for e, balcony in self.balconies.items()}
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.decay_share)
         self.order = self._order(start.rows_seen if start else 0)
         self.step, self.wall_s = 0, 0.0  # wall_s: spent training, resumed parts included
@@ -230,22 +224,13 @@ class Trainer:
         *kls, counted, interrupts = sums.tolist()
         counted, self.stopped = max(counted, 1.0), interrupts > 0
         losses = {exit_layer: kl / counted for exit_layer, kl in zip(config.exits, kls, strict=True)}
-        for exit_layer, balcony in self.balconies.items():
+        for exit_layer, learner in self.learners.items():
             self._require_finite(exit_layer, losses[exit_layer])
-            gradients = self.processes.gradients(balcony)
+            gradients = self.processes.gradients(learner.balcony)
             self.processes.sum(gradients)
             for gradient in gradients:
                 gradient.div_(counted)
-            torch.nn.utils.clip_grad_norm_(balcony.parameters(), config.clip)
-            set_rate(self.optimizers[exit_layer], self.factor)
-            for optimizer in self.optimizers[exit_layer]:
-                optimizer.step()
-                optimizer.zero_grad()
-            # the memory grows with the steps, or an early average would still contain the initial weights
-            memory = min(config.average, (self.step + 1) / (self.step + 10))
-            with torch.no_grad():
-                for name, value in balcony.state_dict().items():
-                    self.averages[exit_layer][name].lerp_(value, 1 - memory)
+            learner.update(self.step, self.factor)
         self.step += 1
         return losses
 
@@ -254,8 +239,9 @@ class Trainer:
         """``exit layer -> (KL, top-1 agreement)`` on the held-out rows, at as many positions of each row as in training."""
         totals = {e: [0.0, 0] for e in self.config.exits}
         count = 0
-        exchanged = self.balconies if averaged else ()
-        self._exchange(exchanged)
+        exchanged = self.learners.values() if averaged else ()
+        for learner in exchanged:
+            learner.exchange()
         for states, where in self._held_out_states():
             full = states[-1].flatten(0, 1)[where]
             count += len(where)
@@ -263,7 +249,8 @@ class Trainer:
             for exit_layer, (kl, same) in zip(self.config.exits, compared, strict=True):
                 totals[exit_layer][0] += float(kl.sum())
                 totals[exit_layer][1] += int(same.sum())
-        self._exchange(exchanged)
+        for learner in exchanged:
+            learner.exchange()
         return {e: (kl / count, hits / count) for e, (kl, hits) in totals.items()}
 
     def judged(self) -> dict[int, Judged]:
@@ -279,10 +266,12 @@ class Trainer:
 
     def _measured(self, others: dict[int, dict[str, torch.Tensor]]) -> dict[int, tuple[float, float]]:
         """Quality of other balconies of some exits, which take the place of the averages meanwhile."""
-        kept = {e: self.averages[e] for e in others}
-        self.averages |= {e: {k: v.to(self.device).float() for k, v in one.items()} for e, one in others.items()}
+        kept = {e: self.learners[e].average for e in others}
+        for exit_layer, one in others.items():
+            self.learners[exit_layer].average = {name: value.to(self.device).float() for name, value in one.items()}
         found = self.evaluate(averaged=True) if others else {}
-        self.averages |= kept
+        for exit_layer, average in kept.items():
+            self.learners[exit_layer].average = average
         return {e: found[e] for e in others}
 
     def _held_out_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -300,15 +289,6 @@ class Trainer:
                 raise InputError("the held-out rows have no position for the loss: give more text")
             self._held_out = held_out
         return self._held_out
-
-    @torch.no_grad()
-    def _exchange(self, exits: Iterable[int]) -> None:
-        """Exchange the weights of some balconies with their averages."""
-        for exit_layer in exits:
-            for name, value in self.balconies[exit_layer].state_dict().items():
-                kept = value.clone()
-                value.copy_(self.averages[exit_layer][name])
-                self.averages[exit_layer][name].copy_(kept)
 
     # -- the run
 
@@ -342,7 +322,7 @@ class Trainer:
                 f"{self.work}: its checkpoint was made with another {', '.join(differing)}: "
                 "give the same options, model and data, or another output directory"
             )
-        load_run(self.work, self.balconies, self.averages, self.optimizers)
+        load_run(self.work, self.learners)
         self.step, self.wall_s = state["step"], state["wall_s"]
         self.order = self._order(state["first_row"])
         # without balconies that a killed run has half replaced: the next checkpoint writes them again
@@ -378,13 +358,15 @@ class Trainer:
         }
         if self.processes.writes:
             self.states.sync()
-            save_run(self.work, self.balconies, self.averages, self.optimizers, state)
+            save_run(self.work, self.learners, state)
 
     def _write(self, directory: Path, exit_layer: int, judged: Judged) -> None:
-        made = {exit_layer: self.balconies[exit_layer]}
-        self._exchange(made if judged.averaged else ())
-        save_balconies(directory, made, self.base_facts, self.facts(judged[:2]))
-        self._exchange(made if judged.averaged else ())
+        learner = self.learners[exit_layer]
+        if judged.averaged:
+            learner.exchange()
+        save_balconies(directory, {exit_layer: learner.balcony}, self.base_facts, self.facts(judged[:2]))
+        if judged.averaged:
+            learner.exchange()
 
     def _begin(self) -> None:
         """Open the cache, cut the metrics off at this step, and keep the balconies that a new run starts from."""

@@ -93,7 +93,7 @@ def test_the_gradient_is_that_of_the_mean_loss_and_is_clipped(
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     # the first of two steps of warm-up
-    rates = {group["lr"] for optimizer in trainer.optimizers[2] for group in optimizer.param_groups}
+    rates = {group["lr"] for optimizer in trainer.learners[2].optimizers for group in optimizer.param_groups}
     assert rates == {0.5 * 3e-3, 0.5 * 1e-3}
 
 
@@ -273,7 +273,7 @@ def test_averages_by_hand(make_tiny: Callable[..., Any], corpus: Corpus, tmp_pat
         trainer.train_step()
         for name, value in trainer.balconies[2].state_dict().items():
             want[name] = memory * want[name] + (1 - memory) * value
-            torch.testing.assert_close(trainer.averages[2][name], want[name])
+            torch.testing.assert_close(trainer.learners[2].average[name], want[name])
 
 
 def test_the_better_of_the_current_and_the_averaged_weights_is_written(
@@ -284,8 +284,8 @@ def test_the_better_of_the_current_and_the_averaged_weights_is_written(
     trainer = trainer_of(model, corpus, tmp_path)
     trainer.work.mkdir(parents=True)
     trainer.train_step()
-    for averages in trainer.averages.values():
-        for value in averages.values():
+    for learner in trainer.learners.values():
+        for value in learner.average.values():
             value.add_(1.0)  # far from the current weights
     current, averaged = {2: (2.0, 0.9), 3: (1.0, 0.4)}, {2: (1.5, 0.2), 3: (4.0, 0.5)}
     monkeypatch.setattr(trainer, "evaluate", lambda **given: averaged if given else current)
@@ -293,7 +293,7 @@ def test_the_better_of_the_current_and_the_averaged_weights_is_written(
     trainer.checkpoint(trainer.judged())
     assert trainer.best == {2: (1.5, 0.2), 3: (1.0, 0.4)}
     written, index = load_balconies(tmp_path, model), read_index(tmp_path)["exits"]
-    for exit_layer, kept in ((2, trainer.averages[2]), (3, before[3])):
+    for exit_layer, kept in ((2, trainer.learners[2].average), (3, before[3])):
         assert index[str(exit_layer)]["training"]["held_out_kl"] == trainer.best[exit_layer][0]
         for name, value in written[exit_layer].state_dict().items():
             torch.testing.assert_close(value, kept[name], rtol=0.01, atol=0.01)

@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(
     for exit_layer in (2, 3):
         for name, value in whole.balconies[exit_layer].state_dict().items():
             assert torch.equal(value, resumed.balconies[exit_layer].state_dict()[name])
-            assert torch.equal(whole.averages[exit_layer][name], resumed.averages[exit_layer][name])
+            assert torch.equal(whole.learners[exit_layer].average[name], resumed.learners[exit_layer].average[name])
 
 
 def test_an_interrupted_run_saves_its_step_and_goes_on_with_the_same_curve(
@@ -372,7 +372,7 @@ def test_the_rate_of_a_run_with_a_deadline_follows_its_time(
         assert [line["factor"] for line in lines] == pytest.approx(wanted, abs=1e-6)
         assert [reports[20].done, reports[20].eta_s] == pytest.approx([80 / 180, 100.0])
         assert reports[20].tokens_per_s == pytest.approx(2 * SEQ_LEN), "the first step compiles"
-        groups = [group for optimizer in trainer.optimizers[2] for group in optimizer.param_groups]
+        groups = [group for optimizer in trainer.learners[2].optimizers for group in optimizer.param_groups]
         assert [group["lr"] / group["peak"] for group in groups] == pytest.approx([wanted[-1]] * len(groups))
 
 
