@@ -46,12 +46,13 @@ if TYPE_CHECKING:
     from balcony_runtime.backends.choose import DeviceName
     from balcony_runtime.chat import Chat
     from balcony_runtime.decoding.sampling import SamplingParams
-    from balcony_runtime.engine import Engine, TokenSequence
+    from balcony_runtime.engine import Engine
     from balcony_runtime.llm import LLM
     from balcony_runtime.reply import Reply, Token, TokenStream
     from balcony_runtime.sensors import Sensors, device_sources
     from balcony_runtime.structure.calls import CallReader
     from balcony_runtime.together import Together
+    from balcony_runtime.token_sequence import TokenSequence
 
 __all__ = [
     "LLM",
@@ -104,7 +105,6 @@ _LAZY = {
     "Chat": "balcony_runtime.chat",
     "SamplingParams": "balcony_runtime.decoding.sampling",
     "Engine": "balcony_runtime.engine",
-    "TokenSequence": "balcony_runtime.engine",
     "LLM": "balcony_runtime.llm",
     "Reply": "balcony_runtime.reply",
     "Token": "balcony_runtime.reply",
@@ -113,6 +113,7 @@ _LAZY = {
     "device_sources": "balcony_runtime.sensors",
     "CallReader": "balcony_runtime.structure.calls",
     "Together": "balcony_runtime.together",
+    "TokenSequence": "balcony_runtime.token_sequence",
 }
 
 

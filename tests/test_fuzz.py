@@ -33,7 +33,8 @@ from balcony_export.model.balcony import init_balconies
 from balcony_export.model.balcony_files import INDEX, load_balconies, save_balconies
 from balcony_export.model.balcony_files import fingerprint as base_of
 from balcony_export.model.exits import ExitModel
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.command import unmeasured
 from tests.support.properties import CHANCE, examples
 

@@ -20,9 +20,9 @@ from balcony_export.model.checkpoint import demo_model_path, load_model
 from balcony_export.model.exits import ExitModel
 from balcony_export.train.loss import Head, HeadLoss
 from balcony_export.verify import verify
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import PoolMove, SequencePool
+from balcony_runtime.token_sequence import TokenSequence
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # the export of the real model comes before the first test
 

@@ -45,7 +45,8 @@ import transformers
 from balcony_edge.device.machine import best_threads, cpu_name
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.decoding.prices import measure_prices
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 from benchmarks.engine.decode import prompt
 from benchmarks.models.backbone_shapes import SHAPES, bundle_of, gguf_of
 from benchmarks.peer_workers import server

@@ -9,12 +9,13 @@ import numpy as np
 import onnxruntime as ort
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 from benchmarks.peer_workers.worker import FloatArray, Stepper, serve
 
 
 class BalconyEdge(Stepper):
-    """One bundle; see :class:`balcony_runtime.engine.TokenSequence`."""
+    """One bundle; see :class:`balcony_runtime.token_sequence.TokenSequence`."""
 
     version = f"onnxruntime {ort.__version__}"
 

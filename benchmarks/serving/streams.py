@@ -46,11 +46,11 @@ from balcony_edge.device.machine import cpu_name
 from balcony_edge.errors import BalconyError
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.decoding.loop import Decoder, Step
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
+from balcony_runtime.token_sequence import TokenSequence
 from benchmarks.peer_workers.worker import log_softmax
 from benchmarks.rounds import Neighbours, bar, interleave, print_bars, ratio
 from benchmarks.serving.simulated import mixes, simulation

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.errors import BalconyError, InputError
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.reply import ReplyLimits, Token, TokenStream
 from balcony_runtime.sessions import file
 from balcony_runtime.text import Message
+from balcony_runtime.token_sequence import TokenSequence
 
 if TYPE_CHECKING:
     from balcony_edge.control.trace import TraceWriter

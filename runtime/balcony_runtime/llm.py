@@ -28,7 +28,7 @@ from balcony_runtime.decoding.confident import Telemetry
 from balcony_runtime.decoding.learned import Learned
 from balcony_runtime.decoding.prices import measure_prices, profiled_prices
 from balcony_runtime.decoding.sampling import SamplingParams
-from balcony_runtime.engine import Engine, EngineOptions, TokenSequence
+from balcony_runtime.engine import Engine, EngineOptions
 from balcony_runtime.lockstep import Lockstep
 from balcony_runtime.on_demand import SensorsOnDemand
 from balcony_runtime.reply import CommonSettings, Reply, ReplyLimits, TokenStream
@@ -41,6 +41,7 @@ from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import Message, TextCodec
 from balcony_runtime.together import Together
+from balcony_runtime.token_sequence import TokenSequence
 from balcony_runtime.tokens import checked
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from balcony_runtime.backends.base import IntArray, NotFiniteError
 from balcony_runtime.decoding.learned import Learned
 from balcony_runtime.decoding.loop import Decoder, Environment, Step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.reply import ReplyLimits, Token
 from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.scheduling.stream import Cancellation
@@ -39,6 +39,7 @@ from balcony_runtime.structure.tools import Toolbox, toolbox
 from balcony_runtime.telling import StopStrings, told
 from balcony_runtime.text import Message, TextCodec
 from balcony_runtime.text_stream import TextStream
+from balcony_runtime.token_sequence import TokenSequence
 from balcony_runtime.tokens import common_length, refuse_foreign, whole
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Unpack
 from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.loop import Decoder, Step
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.requests import Prompt, ReplyOptions, Request, Requests
 from balcony_runtime.scheduling.stream import Stream
+from balcony_runtime.token_sequence import TokenSequence
 
 
 class _Open(NamedTuple):

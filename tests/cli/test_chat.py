@@ -170,10 +170,10 @@ def test_parsing_of_budget_words() -> None:
 def test_ctrl_c_stops_the_reply_and_not_the_program(tiny: Any, interruptible: Any) -> None:
     """A real terminal: a reply is interrupted, the next message is answered, Ctrl-D ends."""
     program = (
-        "import time; from balcony_runtime import engine\n"
-        "real = engine.TokenSequence.step\n"
+        "import time; from balcony_runtime import token_sequence\n"
+        "real = token_sequence.TokenSequence.step\n"
         "def slow(*a):\n    print('a step', flush=True); time.sleep(0.1); return real(*a)\n"
-        "engine.TokenSequence.step = slow\n" + PROGRAM
+        "token_sequence.TokenSequence.step = slow\n" + PROGRAM
     )
     master, worker = pty.openpty()
     command = [sys.executable, "-c", program, "run", str(tiny.path), "-n", "60", "--temperature", "3", "--seed", "1"]

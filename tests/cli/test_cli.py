@@ -421,10 +421,10 @@ def test_ctrl_c_in_generation_ends_the_reply(exported: Path, interruptible: Any)
     command = [*COMMAND, "run", str(exported), "the fox", "-n", "230", "--json", "--temperature", "3", "--seed", "1"]
     # Slow every token down in the child, so that the signal arrives while it generates.
     command[4] = (
-        "import sys, time; from balcony_runtime import engine\n"
-        "real = engine.TokenSequence.step\n"
+        "import sys, time; from balcony_runtime import token_sequence\n"
+        "real = token_sequence.TokenSequence.step\n"
         "def slow(*a):\n    print('token', file=sys.stderr, flush=True); time.sleep(0.1); return real(*a)\n"
-        "engine.TokenSequence.step = slow\n"
+        "token_sequence.TokenSequence.step = slow\n"
         "from balcony_edge.cli import main; main()"
     )
     process = interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

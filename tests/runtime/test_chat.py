@@ -16,10 +16,10 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.sampling import SamplingParams
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply, TokenStream
 from balcony_runtime.telling import StopStrings
+from balcony_runtime.token_sequence import TokenSequence
 
 
 def finish(stream: Any) -> Reply:

@@ -23,7 +23,8 @@ from balcony_edge.bundle.manifest import MANIFEST
 from balcony_edge.device.machine import available_cpus
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 
 
 def resident_bytes(arrays: list[Any]) -> int:
@@ -152,7 +153,7 @@ def test_a_balconys_backlog_ends_where_what_is_asked_begins(
 ) -> None:
     """``(start, stop, queries)`` of each pass of at most 16 rows: every row once, in as few passes as possible."""
     want = tiny_engine.new_sequence().advance(3, list(range(rows)), num_logits=asked)
-    monkeypatch.setattr("balcony_runtime.engine.MAX_PASS_ROWS", 16)
+    monkeypatch.setattr("balcony_runtime.token_sequence.MAX_PASS_ROWS", 16)
     with Engine.open(tiny.path) as engine:
         sequence = engine.new_sequence()
         run, seen = sequence.state.run_exit, []

@@ -26,11 +26,12 @@ import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.chat import Chat
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.properties import CHANCE, examples
 from tests.support.schedules import assert_equal, from_scratch
 from tests.support.templates import write_template

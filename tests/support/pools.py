@@ -8,9 +8,10 @@ import numpy as np
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.properties import examples
 from tests.support.schedules import assert_equal, check_cursors, from_scratch
 

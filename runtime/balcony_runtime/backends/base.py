@@ -2,7 +2,7 @@
 
 A backend owns weights and executable graphs; a :class:`State` owns one sequence's memory on the backend's device (row
 buffers, KV caches). A :class:`Pool` holds several that share passes; a backend may have none. None of them knows cursors or
-policies: :mod:`balcony_runtime.engine` decides which rows go through which graph, and the backend runs them.
+policies: :mod:`balcony_runtime.token_sequence` decides which rows go through which graph, and the backend runs them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from balcony_runtime.decoding.confident import EarlyExits
 from balcony_runtime.decoding.learned import Learned
 from balcony_runtime.decoding.policy import Made, Policy, Turn
 from balcony_runtime.decoding.sampling import Sampler
-from balcony_runtime.engine import TokenSequence
+from balcony_runtime.token_sequence import TokenSequence
 
 if TYPE_CHECKING:
     from balcony_edge.control.trace import TraceWriter

@@ -14,7 +14,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.device.costs import CostModel
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.sampling import Sampler
-from balcony_runtime.engine import TokenSequence
+from balcony_runtime.token_sequence import TokenSequence
 
 #: Expected speed-up over plain steps from which a policy is used. It is above 1 because prices are some percent off.
 WORTH = 1.03

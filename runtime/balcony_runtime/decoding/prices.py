@@ -20,7 +20,8 @@ from balcony_edge.device.costs import CostModel, ExpertCost, UnitCost, further_e
 from balcony_edge.device.machine import this_device
 from balcony_edge.errors import ProfileError
 from balcony_runtime.backends.base import State
-from balcony_runtime.engine import MAX_PASS_ROWS, Engine
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import MAX_PASS_ROWS
 
 _log = logging.getLogger(__name__)
 #: Repetitions of each pass, after a first one that is discarded because it packs weights and touches memory.

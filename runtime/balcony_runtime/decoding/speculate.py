@@ -27,7 +27,7 @@ from balcony_edge.errors import InputError
 from balcony_runtime.backends.base import FloatArray, IntArray, NotFiniteError
 from balcony_runtime.decoding.policy import Made, Probing, Turn
 from balcony_runtime.decoding.sampling import Sampler
-from balcony_runtime.engine import TokenSequence
+from balcony_runtime.token_sequence import TokenSequence
 
 #: Largest number of drafts in a round: with more, even an acceptance of nine in ten gains nothing.
 MOST_DRAFTS = 8

@@ -21,9 +21,9 @@ from balcony_edge.budget import Budget
 from balcony_edge.device.profile import Kind
 from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.decoding.prices import stand_at
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.grid import SHORT_END, Grid
+from balcony_runtime.token_sequence import TokenSequence
 
 #: Tokens of a block that do not count: the first runs the prompt, the second binds the decode step.
 WARM_TOKENS = 2

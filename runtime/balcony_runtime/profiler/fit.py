@@ -27,7 +27,7 @@ import numpy as np
 from balcony_edge.device.costs import Bend, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.profile import Residual
 from balcony_runtime.decoding.prices import non_negative
-from balcony_runtime.engine import MAX_PASS_ROWS
+from balcony_runtime.token_sequence import MAX_PASS_ROWS
 
 #: Candidates for :attr:`UnitCost.key_bucket`: the live context, and the step in which the ONNX Runtime backend binds keys.
 KEY_BUCKETS = (1, 128)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from balcony_edge.errors import ContextLengthError, InputError
-from balcony_runtime.engine import MAX_PASS_ROWS
+from balcony_runtime.token_sequence import MAX_PASS_ROWS
 
 #: Most values of an option; more are a typing mistake.
 MAX_VALUES = 1000

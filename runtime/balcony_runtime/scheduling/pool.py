@@ -18,10 +18,11 @@ import numpy as np
 
 from balcony_edge.errors import BalconyError, BusyError, DeviceError, InputError
 from balcony_runtime.backends.base import FloatArray, IntArray, Pool
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
+from balcony_runtime.token_sequence import TokenSequence
 
 _log = logging.getLogger(__name__)
 

@@ -11,12 +11,13 @@ import threading
 from collections.abc import Sequence
 
 from balcony_runtime.backends.base import FloatArray
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.scheduling.admission import Bounds, row_bytes
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.scheduling.stream import Stream
 from balcony_runtime.sessions.prefixes import PrefixFiles
+from balcony_runtime.token_sequence import TokenSequence
 
 _log = logging.getLogger(__name__)
 #: Members of the KV pool; streams for which there is none when they begin have memory of their own and share no passes.

@@ -30,7 +30,8 @@ from typing import NamedTuple
 import numpy as np
 
 from balcony_runtime.backends.base import FloatArray, Pool, neighbours
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 
 
 class PoolMove(NamedTuple):

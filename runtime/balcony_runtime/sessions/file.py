@@ -28,7 +28,8 @@ from balcony_edge.closing import Closing
 from balcony_edge.errors import InputError
 from balcony_edge.files import atomic_file, require_path
 from balcony_runtime.backends.base import Array, IntArray, at_once
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 from balcony_runtime.tokens import refuse_foreign
 
 #: Names of types in safetensors. The bits of bfloat16 come and go as unsigned integers.

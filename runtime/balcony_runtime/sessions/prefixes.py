@@ -18,8 +18,9 @@ from pathlib import Path
 from balcony_edge.errors import BalconyError, InputError
 from balcony_edge.files import remove_leftovers, require_writable
 from balcony_runtime.backends.base import IntArray
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.sessions import file
+from balcony_runtime.token_sequence import TokenSequence
 from balcony_runtime.tokens import common_length
 
 _log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ import pytest
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
-from balcony_runtime import engine as engine_module
+from balcony_runtime import token_sequence
 from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, Builder
 from balcony_runtime.engine import Engine
 from tests.support.engine_sets import build_engines, memory_for
@@ -134,7 +134,7 @@ def test_any_schedule_equals_a_pass_from_scratch(
 def test_long_sequences_cross_chunks_and_cache_buckets(
     subject: Engine, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "MAX_PASS_ROWS", 48)
+    monkeypatch.setattr(token_sequence, "MAX_PASS_ROWS", 48)
     random = np.random.default_rng(11)
     for batch in range(1, min(subject.backend.most_members or 2, 2) + 1):
         sequence = subject.new_sequence(batch_size=batch)

@@ -125,7 +125,7 @@ def test_a_profile_is_kept_if_it_is_interrupted_between_two_sequences(
         bench = Bench(llm, Grid.make(engine.max_length, quick=True))
         bench._sequence("pass", 40, room=0)
         found = bench.state_bytes()
-        monkeypatch.setattr("balcony_runtime.engine.TokenSequence.advance", interrupted)
+        monkeypatch.setattr("balcony_runtime.token_sequence.TokenSequence.advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench._sequence("decode", 8, room=4)
         assert bench.state_bytes() == found and found[1] > 0

@@ -16,7 +16,8 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, DeviceError
 from balcony_runtime.backends.onnxruntime import backend as onnxruntime_backend
 from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 
 TOKENS = np.random.default_rng(6).integers(0, 320, (2, 12))
 

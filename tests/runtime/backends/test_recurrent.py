@@ -16,10 +16,11 @@ from balcony_edge.errors import InputError
 from balcony_runtime.backends.onnxruntime import recurrent
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.prices import measure_prices
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler.cells import Bench
 from balcony_runtime.profiler.grid import Grid
+from balcony_runtime.token_sequence import TokenSequence
 from tests.runtime.decoding.test_speculate import PROMPTS, costs
 from tests.support.hybrids import EXPORTED, RECURRENT
 from tests.support.schedules import check_schedules

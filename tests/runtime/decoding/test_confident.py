@@ -37,7 +37,8 @@ from balcony_runtime.decoding.thresholds import (
     learn,
     measured,
 )
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 
 EXITS = (2, 3, 5)
 #: Threshold that a tiny random model does not reach half of the time.

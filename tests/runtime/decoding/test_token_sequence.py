@@ -11,7 +11,8 @@ import pytest
 
 from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.backends.base import RowsOnly
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
+from balcony_runtime.token_sequence import TokenSequence
 from balcony_runtime.tokens import whole
 
 VOCABULARY = 50
@@ -163,7 +164,8 @@ def test_a_batch_advances_together() -> None:
 
 
 def test_the_scores_of_a_pass_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("balcony_runtime.engine.MAX_SCORE_BYTES", 3 * 2 * 40 * 4)  # 3 rows of 2 heads, of 40 rows each
+    # 3 rows of 2 heads, of 40 rows each
+    monkeypatch.setattr("balcony_runtime.token_sequence.MAX_SCORE_BYTES", 3 * 2 * 40 * 4)
     sequence = Engine(Writes()).new_sequence()
     assert sequence.advance(2, [1, 2, 3, 4], num_logits=4).argmax(-1).tolist() == [[10, 11, 12, 13]]
     # a power of two, so that portions of MAX_PASS_ROWS rows end where passes end
@@ -175,7 +177,7 @@ def test_the_scores_of_a_pass_have_a_largest_size(monkeypatch: pytest.MonkeyPatc
 
 
 def test_passes_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("balcony_runtime.engine.MAX_PASS_ROWS", 4)
+    monkeypatch.setattr("balcony_runtime.token_sequence.MAX_PASS_ROWS", 4)
     sequence = Engine(Writes()).new_sequence()
     logits = sequence.advance(2, list(range(10)), num_logits=6)
     assert calls(sequence) == [

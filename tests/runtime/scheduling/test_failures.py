@@ -8,10 +8,10 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.errors import DeviceError
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
 from balcony_runtime.scheduling.pool import SequencePool
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.replies import PRICES, free_members, ids
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}

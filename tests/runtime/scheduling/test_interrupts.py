@@ -13,12 +13,13 @@ import pytest
 
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
 from balcony_edge.errors import InputError
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import SharedStep
 from balcony_runtime.scheduling.stream import Cancellation
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.replies import PRICES, ids
 from tests.support.schedules import assert_equal, from_scratch
 

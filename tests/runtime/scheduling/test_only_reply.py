@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.stream import Stream
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.replies import PRICES, ids
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}

@@ -12,10 +12,11 @@ import pytest
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.pools import MEMBERS, check_companies, check_step, new_pool
 from tests.support.schedules import assert_equal, from_scratch
 

@@ -19,7 +19,7 @@ import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BalconyError, BusyError, InputError
-from balcony_runtime.engine import Engine, TokenSequence
+from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling import sequences
 from balcony_runtime.scheduling.admission import row_bytes
@@ -28,6 +28,7 @@ from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.text import TextCodec
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.schedules import assert_equal, from_scratch
 
 

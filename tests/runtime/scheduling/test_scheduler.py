@@ -26,13 +26,13 @@ from balcony_runtime.decoding.loop import Decoder
 from balcony_runtime.decoding.policy import Turn
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.speculate import Speculator
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.scheduling.pool import LEAST_SHARED
 from balcony_runtime.scheduling.scheduler import MOST_WAITING
 from balcony_runtime.scheduling.sequences import MEMBERS
 from balcony_runtime.scheduling.stream import Stream
+from balcony_runtime.token_sequence import TokenSequence
 from tests.support.command import invoke_here
 from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids, sizes_of_rounds
 

@@ -2,7 +2,8 @@
 
 Owns the arrays. Standard ``Attention`` computes over the whole key length that is bound, so its caches are bound as prefixes of
 bucketed length. The lowered set's ``GroupQueryAttention`` reads only live rows, so its caches are bound once, at full length;
-only these can be shared out to the members of a pool. :mod:`balcony_runtime.engine` decides which rows go through which graph.
+only these can be shared out to the members of a pool. Which rows go through which graph is decided in
+:mod:`balcony_runtime.token_sequence`.
 """
 
 from __future__ import annotations

@@ -22,13 +22,13 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.waiting import in_order, overtakes
 from balcony_edge.errors import BalconyError, DeviceError, is_out_of_memory
 from balcony_runtime.decoding.sampling import log_probabilities
-from balcony_runtime.engine import TokenSequence
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import TokenStream
 from balcony_runtime.requests import Request
 from balcony_runtime.serve.bodies.refusal import refusal_of
 from balcony_runtime.serve.work.jobs import Ended, Item, Job, Scores
 from balcony_runtime.together import Together
+from balcony_runtime.token_sequence import TokenSequence
 
 #: Rows of a prompt that are scored at once: 64 rows of a vocabulary of 49,152 take 13 MB.
 SCORED_ROWS = 64
