@@ -54,7 +54,7 @@ from balcony_edge.device.machine import best_threads, cpu_name
 from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 from benchmarks.engine import decode, memory, overhead, switching
 from benchmarks.engine.whole_graph import open_whole_graph
 from benchmarks.rounds import Neighbours, aligned, bar, print_bars

@@ -34,7 +34,7 @@ from balcony_runtime.backends.graph_files.check import check_graph
 from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.backends.token_table import TokenTable
 from balcony_runtime.engine import Engine
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 
 #: Largest allowed difference of a logit, as a share of the largest logit. float32: some hundred units in the last place.
 #: float16: ten units in the last place of a hidden state; a wrong graph differs by tens of percent. Quantized bundles are

@@ -16,7 +16,7 @@ from balcony_edge.control.catching_up import IDLE_ROWS
 from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.reply import ReplyLimits, Token, TokenStream
 from balcony_runtime.sessions import file
-from balcony_runtime.text import Message
+from balcony_runtime.text.codec import Message
 from balcony_runtime.token_sequence import TokenSequence
 
 if TYPE_CHECKING:

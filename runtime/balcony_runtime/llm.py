@@ -39,7 +39,7 @@ from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.scheduling.sequences import MEMBERS, Sequences
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
-from balcony_runtime.text import Message, TextCodec
+from balcony_runtime.text.codec import Message, TextCodec
 from balcony_runtime.together import Together
 from balcony_runtime.token_sequence import TokenSequence
 from balcony_runtime.tokens import checked

@@ -37,8 +37,8 @@ from balcony_runtime.structure.grammar import Grammars, Guide
 from balcony_runtime.structure.marks import THOUGHT
 from balcony_runtime.structure.tools import Toolbox, toolbox
 from balcony_runtime.telling import StopStrings, told
-from balcony_runtime.text import Message, TextCodec
-from balcony_runtime.text_stream import TextStream
+from balcony_runtime.text.codec import Message, TextCodec
+from balcony_runtime.text.stream import TextStream
 from balcony_runtime.token_sequence import TokenSequence
 from balcony_runtime.tokens import common_length, refuse_foreign, whole
 

@@ -10,7 +10,7 @@ import pytest
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli.device.calibrate import _documents
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 
 
 def test_little_of_a_large_file_is_tokenized(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

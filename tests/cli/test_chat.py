@@ -22,8 +22,8 @@ from balcony_edge.cli.device.chat import Conversation, parse_command
 from balcony_edge.control.trace import read_trace, replay
 from balcony_edge.errors import BudgetError
 from balcony_runtime.decoding.confident import Telemetry
-from balcony_runtime.text import TextCodec
-from balcony_runtime.text_stream import TextStream
+from balcony_runtime.text.codec import TextCodec
+from balcony_runtime.text.stream import TextStream
 from tests.support.command import invoke_here
 
 PROGRAM = "from balcony_edge.cli import main; main()"

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_runtime.llm import LLM
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 from tests.support.templates import manifest_of, write_template
 
 

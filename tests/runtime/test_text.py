@@ -20,8 +20,8 @@ import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import BundleError, InputError
 from balcony_runtime.telling import StopStrings
-from balcony_runtime.template import ChatTemplate
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
+from balcony_runtime.text.template import ChatTemplate
 from tests.support.properties import examples
 from tests.support.templates import manifest_of, write_template
 
@@ -179,7 +179,7 @@ def test_templates_run_in_a_sandbox(bundle_copy: Path, monkeypatch: pytest.Monke
     ):
         with monkeypatch.context() as patched, pytest.raises(InputError, match=pattern):
             if "took longer" in pattern:
-                patched.setattr("balcony_runtime.template.MAX_SECONDS", 0.2)
+                patched.setattr("balcony_runtime.text.template.MAX_SECONDS", 0.2)
             write_template(bundle_copy, template).encode(message)
     with pytest.raises(BundleError, match=r"chat_template\.jinja: not readable"):
         write_template(bundle_copy, "{% for %}")
@@ -259,7 +259,7 @@ GREEDY = {
 }
 _PROGRAM = """
 import json, resource, sys, time
-from balcony_runtime.template import ChatTemplate
+from balcony_runtime.text.template import ChatTemplate
 import jinja2
 most = {}
 for name, template in json.load(sys.stdin).items():
@@ -296,7 +296,7 @@ def test_compiling_a_template_runs_no_filter(monkeypatch: pytest.MonkeyPatch) ->
         texts.append(text)
         return text
 
-    monkeypatch.setattr("balcony_runtime.template._indent", kept)
+    monkeypatch.setattr("balcony_runtime.text.template._indent", kept)
     compiled = ChatTemplate("{% set x = 'a' | indent %}{{ x }}{{ 'b' | indent }}")
     assert not texts
     assert compiled.render({}) == "ab" == "".join(texts)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_runtime.text import TextCodec
-from balcony_runtime.text_stream import TextStream
+from balcony_runtime.text.codec import TextCodec
+from balcony_runtime.text.stream import TextStream
 from tests.support.properties import examples
 from tests.support.templates import manifest_of
 

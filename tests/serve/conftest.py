@@ -21,7 +21,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.device.readings import Reading
 from balcony_runtime.engine import Engine
 from balcony_runtime.serve.http.server import Server, Settings
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 
 BUDGETS = {
     "voice": "tpot_ms = 30\nprobability = 0.9\n",

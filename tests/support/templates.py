@@ -6,7 +6,7 @@ from pathlib import Path
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import MANIFEST, Manifest
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 
 
 def manifest_of(bundle: Path) -> Manifest:

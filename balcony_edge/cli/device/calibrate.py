@@ -145,7 +145,7 @@ def _documents(path: Path, bundle: Bundle, most: int, longest: int) -> list[list
     read: what would come after enough other pieces is not tokenized.
     """
     from balcony_export.data.documents import read_documents
-    from balcony_runtime.text import TextCodec
+    from balcony_runtime.text.codec import TextCodec
 
     codec, parts, held, end = TextCodec(bundle), list[_Part](), 0, (math.inf, 0)
     for number, one in enumerate(document.text for document in read_documents(path)):

@@ -22,7 +22,7 @@ from balcony_export.model.architecture import eos_ids, longest_context
 from balcony_export.model.exits import ExitModel
 from balcony_runtime.backends.choose import DeviceName
 from balcony_runtime.engine import Engine
-from balcony_runtime.text import special_tokens
+from balcony_runtime.text.codec import special_tokens
 from balcony_runtime.token_sequence import TokenSequence
 
 #: Rows of logits per block: 25 MB an exit for a vocabulary of 49,152.

@@ -29,7 +29,7 @@ from balcony_runtime.decoding.speculate import DraftRound, Speculator
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.lockstep import Lockstep
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 from balcony_runtime.together import Together
 from tests.support.replies import PRICES, all_at_once
 

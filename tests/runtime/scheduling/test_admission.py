@@ -25,7 +25,7 @@ from balcony_runtime.scheduling import admission
 from balcony_runtime.scheduling import scheduler as scheduler_module
 from balcony_runtime.scheduling.admission import Looks, row_bytes
 from balcony_runtime.scheduling.sequences import MEMBERS
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 from tests.support.replies import PRICES, PROMPTS, all_at_once, free_members, ids
 
 

@@ -27,7 +27,7 @@ from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
 from balcony_runtime.scheduling.shared_step import PoolMove
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 from balcony_runtime.token_sequence import TokenSequence
 from tests.support.schedules import assert_equal, from_scratch
 

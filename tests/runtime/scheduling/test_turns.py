@@ -24,7 +24,7 @@ from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.stream import Stream
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 from tests.support.replies import PRICES, all_at_once, free_members, ids
 
 SLOW = Budget(max_pace_tps=1 / 60)

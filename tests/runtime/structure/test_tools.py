@@ -21,7 +21,7 @@ from balcony_runtime.structure.calls import CallReader, Piece, read
 from balcony_runtime.structure.formats import CallFormat, format_of, formats
 from balcony_runtime.structure.grammar import Grammars, Guide
 from balcony_runtime.structure.tools import Toolbox, toolbox, tools_of
-from balcony_runtime.text_stream import TextStream
+from balcony_runtime.text.stream import TextStream
 from tests.support.templates import write_template
 
 END, MARK_ID = 0, 298

@@ -35,7 +35,7 @@ from balcony_runtime.serve.work.energy import powers
 from balcony_runtime.serve.work.jobs import Job
 from balcony_runtime.serve.work.service import LARGE_BODY, Service
 from balcony_runtime.serve.work.slots import ACTIONS
-from balcony_runtime.text import TextCodec
+from balcony_runtime.text.codec import TextCodec
 from balcony_runtime.tokens import refuse_foreign
 
 _log = logging.getLogger(__name__)

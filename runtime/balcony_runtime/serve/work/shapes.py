@@ -16,8 +16,8 @@ from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
 from balcony_runtime.structure.calls import CallReader, Piece, ToolCall
 from balcony_runtime.structure.marks import ThoughtReader
-from balcony_runtime.text import TextCodec
-from balcony_runtime.text_stream import TextStream
+from balcony_runtime.text.codec import TextCodec
+from balcony_runtime.text.stream import TextStream
 
 Best = Sequence[tuple[int, float]]
 #: What a part of a character decodes to.

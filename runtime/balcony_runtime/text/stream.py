@@ -1,7 +1,7 @@
 """The text of tokens as they come, without broken characters.
 
 Owns which tokens are held back until their characters are complete, and what the tokens before the first one decide about its
-text. It knows neither bundles nor replies: those are :mod:`.text` and :mod:`.telling`.
+text. It knows neither bundles nor replies: those are :mod:`.codec` and :mod:`balcony_runtime.telling`.
 """
 
 from __future__ import annotations

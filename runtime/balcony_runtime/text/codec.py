@@ -1,7 +1,7 @@
 """Text in and out of a bundle: prompts to tokens, and tokens to text.
 
 The tokenizers library does the work; this module owns the meaning of the bundle's files. Chat templates are :mod:`.template`,
-text of tokens as they come is :mod:`.text_stream`.
+text of tokens as they come is :mod:`.stream`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from balcony_runtime.structure.formats import (
     without_system,
 )
 from balcony_runtime.structure.marks import THOUGHT, ThoughtReader, one_of, overlap, with_thought
-from balcony_runtime.template import ChatTemplate
-from balcony_runtime.text_stream import CONTEXT_TOKENS, TextStream
+from balcony_runtime.text.stream import CONTEXT_TOKENS, TextStream
+from balcony_runtime.text.template import ChatTemplate
 
 Message = Mapping[str, Any]
 #: Letter → byte of byte-level tokenizers (GPT-2): a byte that can be printed is its own letter, others follow from U+0100 on.
