@@ -122,6 +122,8 @@ def test_the_unit_and_the_container_start_the_server_of_today() -> None:
         assert Path(program).name == "balcony-edge" and name == "serve"
         verb.make_context("serve", arguments)
     assert "CacheDirectoryMode=0700\nUMask=0077\n" in unit, "other users must not read the files of --prefix-dir"
+    # done again, it must not make bundle/bundle, nor write into the weights that the running server has mapped
+    assert "cp -rT --remove-destination bundle /srv/balcony/bundle &&" in unit
     # a system user is in no group: CUDA then finds no GPU on a Jetson, Vulkan none at all, and no watts come from a Pi's PMIC
     assert re.search(r"^#   usermod -aG video,render balcony\b", unit, re.MULTILINE)
     known = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -436,6 +436,20 @@ def test_a_directory_that_may_not_be_entered_at_the_end_is_a_warning(
     assert "Permission denied" in caplog.text
 
 
+def test_a_drive_that_has_gone_holds_no_bytes(
+    tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each scrape of a server's metrics asks for them, and would find nothing else either."""
+    files = PrefixFiles(tmp_path, tiny_engine, 1 << 30)
+
+    def gone(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", gone)
+        assert files.bytes == 0 == files.named_bytes(tmp_path / "talk.session")
+
+
 def test_a_device_without_a_clock_of_its_own_keeps_what_was_used_last(
     tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

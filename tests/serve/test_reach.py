@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import shutil
 import socket
@@ -242,6 +243,20 @@ def test_a_container_that_is_stopped_before_its_port_is_open_ends() -> None:
         "server.Server = lambda *_: signal.raise_signal(signal.SIGTERM)\n"
         "from balcony_edge.cli import main; sys.argv = ['balcony-edge', 'serve', 'bundle']; main()"
     )
+
+
+def test_a_proxy_on_this_machine_names_the_client_over_ipv4_and_ipv6(
+    serve: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    try:
+        server = serve(host="::")
+    except InputError as error:
+        pytest.skip(f"there is no IPv6 here: {error}")
+    port = server._sockets[0].getsockname()[1]
+    with caplog.at_level(logging.INFO, logger="balcony_runtime.serve.requests"):
+        for host, client in (("127.0.0.1", "203.0.113.9"), ("[::1]", "2001:db8::9")):
+            httpx.get(f"http://{host}:{port}/nothing", headers={"x-forwarded-for": client})
+            until(lambda client=client: f'"client": "{client}"' in caplog.text)
 
 
 def test_tls(serve: Callable[..., Server], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -245,6 +245,8 @@ def test_an_answer_without_a_sensor_has_no_joules(serve: Callable[..., Server]) 
     with httpx.Client(base_url=serve(readings=lambda: ()).url, timeout=60) as client:
         assert client.get("/props").json()["device"]["power_w"] == {}
         assert client.post(CHAT, json=HELLO).json()["balcony"]["joules"] is None
+        client.post(CHAT, json=HELLO | {"ignore_eos": True, "budget": {"temperature_c": 70}})
+        assert "\nbalcony_unseen_tokens_total 6.0\n" in client.get("/metrics").text
 
 
 def test_a_line_for_each_request(http: httpx.Client, server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -451,7 +453,7 @@ def test_a_server_that_cannot_start_says_why(arguments: list[str], message: str,
 def test_seconds_are_seconds() -> None:
     none: dict[str, Any] = dict.fromkeys(("running", "waiting", "pending", "slowdown"), lambda: 0.0)
     metrics = Metrics((2, 5), kept={}, readings=tuple, **none)
-    given: dict[str, Any] = dict.fromkeys(Token._fields)
+    given: dict[str, Any] = dict.fromkeys(Token._fields) | {"decision": Mock(unseen=False)}
     made = Token(**given | {"exit_layer": 5, "latency_ms": 20.0, "target_ms": 10.0, "forced": False})
     metrics.token(made, first=True)
     metrics.token(made, first=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import pydantic
 import pytest
 
 from balcony_runtime.serve.http.server import Server
-from tests.serve.client import metric
+from tests.serve.client import metric, until
 
 QUESTION: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
 
@@ -84,7 +85,7 @@ def test_any_object(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_streams_and_counts(client: openai.OpenAI, server: Server) -> None:
+def test_streams_and_counts(client: openai.OpenAI, server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """A stream has the same text, and forced tokens are counted by a name of their own and by no exit."""
     options: dict[str, Any] = {
         "model": "tiny",
@@ -94,12 +95,16 @@ def test_streams_and_counts(client: openai.OpenAI, server: Server) -> None:
     }
     whole = client.chat.completions.create(**options)
     before = metric(server.url, "balcony_forced_tokens_total")
-    pieces = list(client.chat.completions.create(**options, stream=True))
+    with caplog.at_level(logging.INFO, logger="balcony_runtime.serve.requests"):
+        pieces = list(client.chat.completions.create(**options, stream=True))
+        until(lambda: '"stream": true' in caplog.text)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
     facts = pieces[-1].balcony
     made = facts["forced_tokens"] + sum(facts["tokens_per_exit"].values())
     assert facts["forced_tokens"] > 3 and made == whole.usage.completion_tokens and facts["mean_depth"] == 5
     assert metric(server.url, "balcony_forced_tokens_total") == before + facts["forced_tokens"]
+    line = json.loads(caplog.records[-1].getMessage())
+    assert line["tokens"] == line["forced_tokens"] + sum(line["tokens_per_exit"].values()) == made
 
 
 def test_choices_have_structures_of_their_own(http: httpx.Client) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.errors import BudgetError, DeviceError
+from balcony_runtime.backends.onnxruntime.state import run_step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token, TokenStream
@@ -129,8 +130,11 @@ def test_an_engine_that_fails_every_reply_is_stuck(llm: LLM, monkeypatch: pytest
     worker.start()
     full = "stage_0: WebGPU failed (VK_ERROR_OUT_OF_DEVICE_MEMORY): ask for a shorter context, free memory of the GPU"
     begins = "stage_0: TensorRT could not start it (Error Code 1: Cuda Runtime (out of memory)): look at `nvidia-smi`"
+    with pytest.raises(DeviceError) as graph:  # of a CPU, as when the bundle's files were overwritten
+        run_step([Mock(side_effect=RuntimeError("Gather: indices element out of data bounds"))], "stage_0.onnx")
     lost = "CUDA: unspecified launch failure"
-    for first, message, stuck in ((1, full, False), (6, begins, False), (3, lost, True)):
+    messages = (1, full, False), (6, begins, False), (8, str(graph.value), True), (3, lost, True)
+    for first, message, stuck in messages:
         with monkeypatch.context() as patch:
             patch.setattr(worker._together, "begin", Mock(side_effect=DeviceError(message)))
             for key in (first, first + 1):

@@ -140,10 +140,11 @@ class PrefixFiles:
         return self._files(f"{self._begin}*{SUFFIX}")
 
     def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.directory.glob(pattern):
-            with contextlib.suppress(OSError):
-                if path.is_file():
-                    yield path, path.stat()
+        with contextlib.suppress(OSError):  # Python before 3.13 raises that of a drive that has gone
+            for path in self.directory.glob(pattern):
+                with contextlib.suppress(OSError):
+                    if path.is_file():
+                        yield path, path.stat()
 
     def named_bytes(self, but: Path) -> int:
         """Bytes of the files that users named, of all bundles, without one of them."""

@@ -102,15 +102,16 @@ def test_a_decode_step_with_packed_weights_is_one_pass(
 
 
 @pytest.mark.parametrize(
-    ("said", "line"),
+    ("said", "line", "cure"),
     [
-        ("[ONNXRuntimeError] : 6 : no memory\nmore of it", r"\(\[ONNXRuntimeError\] : 6 : no memory\)"),
-        ("x" * 300, r"\(x{200}\)"),
-        ("", r"\(RuntimeError\)"),
+        ("[ONNXRuntimeError] : 6 : bad index\nmore", r"\(\[ONNXRuntimeError\] : 6 : bad index\)", "export again"),
+        ("[ONNXRuntimeError] : 6 : std::bad_alloc", r"\(\[ONNXRuntimeError\] : 6 : std::bad_alloc\)", "free memory"),
+        ("x" * 300, r"\(x{200}\)", "export again"),
+        ("", r"\(RuntimeError\)", "export again"),
     ],
 )
 def test_a_run_that_fails_is_one_line(
-    tiny_engine: Engine, said: str, line: str, monkeypatch: pytest.MonkeyPatch
+    tiny_engine: Engine, said: str, line: str, cure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Callable[[], object]:
         def run() -> None:
@@ -121,10 +122,10 @@ def test_a_run_that_fails_is_one_line(
     sequence = tiny_engine.new_sequence(max_length=16)
     sequence.advance(5, [1, 2, 3])
     monkeypatch.setattr(onnxruntime_state, "bound_run", broken)
-    cure = "ONNX Runtime failed while running it {}: free memory, or export again"
-    with pytest.raises(DeviceError, match="^a decode step: " + cure.format(line) + "$"):
+    why = f"ONNX Runtime failed while running it {line}: {cure}"
+    with pytest.raises(DeviceError, match=f"^a decode step: {why}$"):
         sequence.step(5, np.array([4]))
-    with pytest.raises(DeviceError, match=r"^.*stage_0.*\.onnx: " + cure.format(line) + "$"):
+    with pytest.raises(DeviceError, match=rf"^.*stage_0.*\.onnx: {why}$"):
         sequence.advance(5, [4])
     monkeypatch.undo()
     fresh = tiny_engine.new_sequence(max_length=16).advance(5, sequence.tokens)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from balcony_edge.bundle.manifest import GraphSpec
-from balcony_edge.errors import DeviceError
+from balcony_edge.errors import DeviceError, is_out_of_memory
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, likeliest, part_of
 from balcony_runtime.backends.installed import first_line
 from balcony_runtime.backends.onnxruntime.host_memory import touched_bytes, zeros
@@ -457,8 +457,8 @@ def run_step(runs: Iterable[Callable[[], object]], what: str = "a decode step") 
             run()
     except RuntimeError as error:
         # The tables fit, so the cause is inside a graph, or memory ran out.
-        why = f"{what}: ONNX Runtime failed while running it ({first_line(error)})"
-        raise DeviceError(f"{why}: free memory, or export again") from error
+        cure = "free memory" if is_out_of_memory(error) else "export again"
+        raise DeviceError(f"{what}: ONNX Runtime failed while running it ({first_line(error)}): {cure}") from error
     return time.perf_counter_ns() - begin
 
 

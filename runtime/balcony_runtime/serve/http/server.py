@@ -194,6 +194,8 @@ class Server:
             lifespan="off",
             http=_connection_class(settings.limits),
             ws="none",
+            # A socket for both IPv4 and IPv6 has the last of these for IPv4. The variable is uvicorn's own.
+            forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1,::ffff:127.0.0.1"),
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=LAST_S,

@@ -32,6 +32,8 @@ KEEPALIVE_S = 15.0
 #: Clients that split at empty lines (`vllm bench serve`) take the next piece for a part of it, so that piece says nothing.
 _WAITING = b": waiting\n"
 _DONE = b"data: [DONE]\n\n"
+#: Keys of the object ``balcony`` in the log.
+_LOGGED = ("ttft_ms", "mean_tpot_ms", "tokens_per_exit", "forced_tokens", "late_tokens")
 
 
 class GoneError(Exception):
@@ -286,7 +288,7 @@ class Answer:
             "prompt_tokens": prompt_tokens(self.jobs),
             "tokens": cost.tokens,
             "seconds": round(time.monotonic() - self.asked_s, 4),
-            **{key: facts[key] for key in ("ttft_ms", "mean_tpot_ms", "tokens_per_exit", "late_tokens")},
+            **{key: facts[key] for key in _LOGGED},
         }
         _log.info("%s", json.dumps(line))
 

@@ -16,12 +16,14 @@ from balcony_runtime.reply import Token
 from balcony_runtime.serve.work.energy import Readings
 from balcony_runtime.serve.work.jobs import Cost
 
-#: Seconds; OpenTelemetry's advice for the three histograms that have its names.
-_DURATIONS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
-_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+#: Seconds; OpenTelemetry's advice for the three histograms that have its names, and further ones up to what a request may
+#: take: Prometheus shows no quantile above the last. Waiting is a part of the time to the first token.
+_DURATIONS = tuple(0.01 * 2**step for step in range(17))
+_SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_FIRST = (*_SHORT, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-#: Seconds between two tokens; finer, because a budget asks for single milliseconds.
-_GAPS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+#: Seconds between two tokens; finer, because a budget asks for single milliseconds. Ceilings slow a reply to one a second.
+_GAPS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _MODEL = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 _PROVIDER = "balcony-edge"
 #: Field of a sensor's reading → name and help of the gauge that shows it.
@@ -85,7 +87,11 @@ class Metrics:
         self._forced = Counter(
             "balcony_forced_tokens", "Tokens that a reply's structure left no choice about.", registry=registry
         )
+        self._timed = Counter("balcony_timed_tokens", "Tokens after the first that had tpot_ms.", registry=registry)
         self._late = Counter("balcony_late_tokens", "Tokens after the first that missed tpot_ms.", registry=registry)
+        self._unseen = Counter(
+            "balcony_unseen_tokens", "Tokens at which no sensor measured a ceiling of their budget.", registry=registry
+        )
         self._rejections = Counter(
             "balcony_rejections", "Requests that were refused, by reason.", ("reason",), registry=registry
         )
@@ -100,10 +106,11 @@ class Metrics:
     def token(self, token: Token, *, first: bool) -> None:
         """Count a token."""
         (self._forced if token.forced else self._tokens[token.exit_layer]).inc()
+        self._unseen.inc(token.decision.unseen)
         if not first:
             self._gap.observe(token.latency_ms / 1000)
-            if token.late:
-                self._late.inc()
+            self._timed.inc(token.target_ms is not None)
+            self._late.inc(token.late)
 
     def request(self, endpoint: str, status: int, reason: str | None) -> None:
         """Count an answer to any request."""
