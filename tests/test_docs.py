@@ -244,6 +244,8 @@ def test_the_architecture_names_every_module_of_the_decisions() -> None:
     folder = ROOT / "balcony_edge" / "control"
     modules = [path.name for path in (*folder.glob("[!_]*.py"), *folder.glob("company/[!_]*.py"))]
     assert not [name for name in modules if f"/{name}`" not in text and f"`{name}`" not in text]
+    packages = [path.parent.name for path in (ROOT / "runtime" / "balcony_runtime").glob("*/__init__.py")]
+    assert not [name for name in packages if f"| `balcony_runtime.{name}` |" not in text]
 
 
 def test_a_name_that_has_several_places_is_in_all_of_them() -> None:

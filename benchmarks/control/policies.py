@@ -86,8 +86,8 @@ def new_speculator(llm: LLM) -> Speculator:
 
 
 def energy_j(llm: LLM) -> float | None:
-    """Energy counter of the first rail that a sensor measures; None if none does."""
-    readings = [one for one in llm.readings() if one.joules is not None]
+    """Energy counter of the first rail that a sensor measures; None if none does. A battery's gauge lags by several runs."""
+    readings = [one for one in llm.readings() if one.joules is not None and not one.source.startswith("battery:")]
     for rail in get_args(Rail):
         if own := [one for one in readings if one.scope == rail]:
             return sum(one.joules or 0.0 for one in adding_up(own, rail))

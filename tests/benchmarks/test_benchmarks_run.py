@@ -43,7 +43,9 @@ def test_the_energy_of_a_policy_is_that_of_the_board(tiny: Any, monkeypatch: pyt
 
     def readings(_: Any) -> tuple[Reading, ...]:
         joules = next(counters)
-        return Reading("rapl:package-0", "cpu", 0.0, joules=joules), Reading("meter", "board", 0.0, joules=2 * joules)
+        late = Reading("battery:drain", "board", 0.0, joules=9.0)  # shows the load of policies before
+        board = Reading("meter", "board", 0.0, joules=2 * joules)
+        return late, Reading("rapl:package-0", "cpu", 0.0, joules=joules), board
 
     with balcony_edge.load(tiny.path) as llm:
         monkeypatch.setattr(type(llm), "readings", readings)
