@@ -231,7 +231,7 @@ class Sampler:
             return best
         allowed = guide.allowed()
         assert allowed is not None  # without a mask all tokens are permitted
-        places = np.flatnonzero(allowed)
+        places = allowed.nonzero()[0]
         return int(places[logits[places].argmax()])
 
     def allows(self, token: int) -> bool:
@@ -309,7 +309,7 @@ class Sampler:
             smaller = np.minimum if penalty > 1 else np.maximum
             row[counted] = smaller(values / penalty, values * penalty)
         for row, made in zip(adjusted, () if self._made is None else self._made, strict=False):
-            counted = np.flatnonzero(made)
+            counted = made.nonzero()[0]
             row[counted] -= params.presence_penalty + params.frequency_penalty * made[counted]
         return adjusted
 
@@ -326,7 +326,7 @@ class Sampler:
         allowed = None if guide is None else guide.allowed()
         if allowed is None:
             return candidates(logits, self._params, in_place=self._changes)
-        places = np.flatnonzero(allowed)
+        places = allowed.nonzero()[0]
         ids, probabilities = candidates(logits[places], self._params, in_place=True)
         return places[ids], probabilities
 
@@ -362,7 +362,7 @@ def candidates(
         nucleus, weights = _nucleus(weights, params.top_p)
         ids = nucleus if ids is None else ids[nucleus]
     if params.min_p > 0:
-        likely = np.flatnonzero(weights >= params.min_p)  # the likeliest token weighs 1
+        likely = (weights >= params.min_p).nonzero()[0]  # the likeliest token weighs 1
         ids, weights = likely if ids is None else ids[likely], weights[likely]
     return np.arange(len(weights)) if ids is None else ids, weights / weights.sum(dtype=np.float64)
 
@@ -373,16 +373,16 @@ def _largest(values: FloatArray, count: int) -> IntArray:
     A seed draws by this order. That of `argpartition` follows the processor, and the last bits of all values.
     """
     least = np.partition(values, -count)[-count]
-    places: IntArray = np.flatnonzero(values >= least)
+    places: IntArray = (values >= least).nonzero()[0]
     if (surplus := len(places) - count) > 0:
-        places = np.delete(places, np.flatnonzero(values[places] == least)[-surplus:])
+        places = np.delete(places, (values[places] == least).nonzero()[0][-surplus:])
     return places
 
 
 def _nucleus(weights: FloatArray, share: float) -> tuple[IntArray, FloatArray]:
     """The largest weights, as few as reach a share of the sum together, after their places. The largest of all is 1."""
     wanted = share * weights.sum(dtype=np.float64)
-    places = np.flatnonzero(weights >= 2**-12)  # usually enough, and to sort the whole vocabulary takes 1 ms
+    places = (weights >= 2**-12).nonzero()[0]  # usually enough, and to sort the whole vocabulary takes 1 ms
     likely = weights[places]
     if likely.sum(dtype=np.float64) < wanted:
         places = np.arange(len(weights))
@@ -390,7 +390,7 @@ def _nucleus(weights: FloatArray, share: float) -> tuple[IntArray, FloatArray]:
     ranked = np.sort(likely)[::-1]
     reached = ranked.cumsum(dtype=np.float64)
     last = min(int(reached.searchsorted(wanted)), len(ranked) - 1)  # the one that crosses the share is kept
-    above, equal = np.flatnonzero(likely > ranked[last]), np.flatnonzero(likely == ranked[last])
+    above, equal = (likely > ranked[last]).nonzero()[0], (likely == ranked[last]).nonzero()[0]
     chosen = np.concatenate([above, equal[: last + 1 - len(above)]])
     return places[chosen], likely[chosen]
 
