@@ -131,7 +131,9 @@ class Decoder:
         self._read: Readings = (), 0.0
         #: Time of the request.
         self.started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
-        self._made = self._late = self._forced = 0
+        #: Number of tokens that were made.
+        self.made = 0
+        self._late = self._forced = 0
         self._rows_run = sequence.rows_run  # at the last token
         #: Tokens that were made, and that nobody has taken yet: an interrupt may come in between, or while a token waits for
         #: its pace. The next step brings them. Who takes them empties the list.
@@ -161,8 +163,7 @@ class Decoder:
         if self.untold:
             return self.untold
         sequence, learned, ids = self.sequence, self._learned, self._ids
-        begin_ns, rows_before, first = time.perf_counter_ns(), sequence.rows_run, not self._made
-        new_rows = self._fresh_rows
+        begin_ns, rows_before, first = time.perf_counter_ns(), sequence.rows_run, not self.made
         decision = self._decide(self._last)
         # At once: with cold caches each name costs a microsecond (docs/LOG.md, "Python's share of a step, once more").
         exit_layer, _, price_ms, _, _, catch_up, period_ms, *_ = decision
@@ -191,22 +192,21 @@ class Decoder:
             if period_ms:
                 learned.busy_ns += self._wait(decision, self.emitted_ns + int(period_ms * 1e6))
         finally:  # the token is made: an interrupt ends its wait only
-            steps = self._told(made, decision, forced, new_rows, waited_ms - begin_ns / 1e6)
+            steps = self._told(made, decision, forced, waited_ms - begin_ns / 1e6)
         return steps
 
-    @property
-    def _fresh_rows(self) -> int:
-        """Number of rows that are new with the next token: those of the prompt at first, then one."""
-        return 1 if self._made else self.sequence.length - self.kept_rows
+    def _caught_up(self, exit_layer: int, forced: int = 0) -> int:
+        """Number of rows that ran since the last token besides the new ones up to an exit; the count begins anew.
 
-    def _caught_up(self, exit_layer: int, new_rows: int) -> int:
-        """Number of rows that ran since the last token besides the new ones up to an exit; the count begins anew."""
-        rows_run, before = self.sequence.rows_run, self._rows_run
-        self._rows_run = rows_run
-        return max(rows_run - before - (self.sequence.exits.index(exit_layer) + 1) * new_rows, 0)
+        With the first token, those of the prompt are new; ``forced`` rows were appended after them.
+        """
+        sequence, before = self.sequence, self._rows_run
+        self._rows_run = rows_run = sequence.rows_run
+        new_rows = 1 if self.made else sequence.length - forced - self.kept_rows
+        return max(rows_run - before - (sequence.exits.index(exit_layer) + 1) * new_rows, 0)
 
-    def _told(self, made: Made, decision: Decision, forced: list[int], new_rows: int, since_ms: float) -> list[Step]:
-        """The steps of tokens that are due now, with so many new rows; ``since_ms`` is added to the time for their latency."""
+    def _told(self, made: Made, decision: Decision, forced: list[int], since_ms: float) -> list[Step]:
+        """The steps of tokens that are due now; ``since_ms`` is added to the time for their latency."""
         self.emitted_ns = time.perf_counter_ns()
         latency_ms = since_ms + self.emitted_ns / 1e6
         ids_made, logits_made, exit_layer, words, drafted, _ = made
@@ -215,16 +215,16 @@ class Decoder:
             given = decision._replace(exit_layer=exit_layer, words=(words, *decision.words), drafted=drafted)
         if self._environment.trace is not None:
             self._record(self._environment.trace, given, decision.exit_layer, latency_ms)
-        steps, caught_up, budget = [], self._caught_up(exit_layer, new_rows), self._budget
-        target_ms = self._target_ms
-        self._late += bool(self._made) and latency_ms > (target_ms or math.inf)
+        steps, caught_up, budget = [], self._caught_up(exit_layer, len(forced)), self._budget
+        target_ms = budget.tpot_ms if self.made else budget.ttft_ms
+        self._late += bool(self.made) and latency_ms > (target_ms or math.inf)
         if drafted:  # the further rows are those of the drafts
             caught_up = 0
         readings, read_s = self._read
         for ids, logits in zip(ids_made, logits_made, strict=True):
             steps.append(Step(ids, logits, given, target_ms, latency_ms, caught_up, budget, readings, read_s))
             latency_ms = 0.0  # the other tokens of a round came with the first
-        self._made += len(steps)
+        self.made += len(steps)
         self.untold = steps + self._forced_steps(forced, steps[-1]) if forced else steps
         return self.untold
 
@@ -240,12 +240,13 @@ class Decoder:
         (budget, costs), latest, settled = self._environment.budget_and_costs(), self._learned.state, self._settled
         if settled is not None and latest is settled[0] and budget is self._budget and costs is self._costs:
             return settled[1]
-        self._take_up(budget)
+        if budget is not self._budget:
+            self._take_up(budget)
         if self._followed is not None:
             self._go_on_from(*self._followed)
         if latest is not self._latest:  # the slow loop is the device's: others have gone on with it
             # Until its first token, so is what they have learned.
-            self._state = self._state._replace(governor=latest.governor) if self._made else latest.for_next_reply()
+            self._state = self._state._replace(governor=latest.governor) if self.made else latest.for_next_reply()
             if self._environment.trace is not None:
                 self._environment.trace.begin(self._state)
         if costs is not None and costs is not self._costs:
@@ -264,10 +265,9 @@ class Decoder:
         return decision
 
     def _take_up(self, budget: Budget) -> None:
-        """Let the next token have this budget, and what follows from it."""
-        if budget is not self._budget:
-            self._budget, self._policy, self.senses = budget, self._policy_of(budget), budget.needs_sensors
-            self._settled = None  # a joint decision may see the budget before the next step does
+        """Let the next token have this new budget, and what follows from it."""
+        self._budget, self._policy, self.senses = budget, self._policy_of(budget), budget.needs_sensors
+        self._settled = None  # a joint decision may see the budget before the next step does
 
     def _observe(self, budget: Budget, last: Measurement | None) -> Observation:
         environment, sequence, now_s = self._environment, self.sequence, time.monotonic()
@@ -280,7 +280,7 @@ class Decoder:
             stage_rows=stage_rows,
             balcony_rows=balcony_rows,
             last=last,
-            made_tokens=self._made,
+            made_tokens=self.made,
             started_s=self.started_s,
             now_s=now_s,
             busy_s=self._learned.busy_ns / 1e9,
@@ -292,12 +292,7 @@ class Decoder:
     @property
     def _appended_rows(self) -> int:
         """Number of rows that the next token appends to the sequence: none at first, where the prompt is in it already."""
-        return 1 if self._made else 0
-
-    @property
-    def _target_ms(self) -> float | None:
-        """The target of the next token."""
-        return self._budget.tpot_ms if self._made else self._budget.ttft_ms
+        return 1 if self.made else 0
 
     @property
     def rows_due(self) -> int:
@@ -318,19 +313,15 @@ class Decoder:
             asked_s: time at which its next token was asked for, on ``time.monotonic``.
             shares: whether its rows share passes with those of others.
         """
-        self._take_up(budget := self.budget)
+        if (budget := self.budget) is not self._budget:
+            self._take_up(budget)
         sequence, new = self.sequence, self._appended_rows
         stage_rows, balcony_rows = sequence.rows_due(new)
-        context, made, started_s, late = sequence.length + new - 1, self._made, self.started_s, self._late
+        context, made, started_s, late = sequence.length + new - 1, self.made, self.started_s, self._late
         forced = self._forced
         return StreamSeen(
             key, budget, context, stage_rows, balcony_rows, made, started_s, asked_s, shares, late, forced
         )
-
-    @property
-    def begun(self) -> bool:
-        """Whether the first token has been made."""
-        return self._made > 0
 
     @property
     def last_token(self) -> int:
@@ -345,24 +336,24 @@ class Decoder:
         ``asked_s`` is when the token was asked for, on ``time.monotonic``. After it the reply may go on alone: from
         its exit, and with what the rounds have learned about the device (``company``).
         """
-        if not self._made:
+        if not self.made:
             self.sequence.checkpoint()
         ids = self._sampler.pick(logits)
         kept = logits.copy() if self._environment.keep_logits else None  # the next round overwrites them
-        caught_up = self._caught_up(decision.exit_layer, self._fresh_rows)
-        target_ms = self._target_ms
+        caught_up, budget = self._caught_up(decision.exit_layer), self._budget
+        target_ms = budget.tpot_ms if self.made else budget.ttft_ms
         latency_ms = 1000 * (time.monotonic() - asked_s)  # an interrupted round tells it with this one
-        step = Step(ids, kept, decision, target_ms, latency_ms, caught_up, self._budget, *read)
+        step = Step(ids, kept, decision, target_ms, latency_ms, caught_up, budget, *read)
         self._ids = ids
         forced = self._force(ids) if self._sampler.guided else []
         self._last, self.emitted_ns = None, time.perf_counter_ns()
-        self._made += 1
+        self.made += 1
         self.untold = [step, *self._forced_steps(forced, step)] if forced else [step]
         self._followed, self._decision = (decision.exit_layer, company.slowdown, company.governor), None
 
     def taken(self, latency_ms: float) -> list[Step]:
         """The steps of :meth:`take`. All tokens of a round come when the last of them has been picked."""
-        first, step = self._made == len(self.untold), self.untold[0]
+        first, step = self.made == len(self.untold), self.untold[0]
         self._late += not first and latency_ms > (step.target_ms or math.inf)
         self.untold[0] = step._replace(latency_ms=latency_ms)
         return self.untold
@@ -377,7 +368,7 @@ class Decoder:
         if sequence.batch_size > 1 or self._environment.keep_logits or budget.max_pace_tps is not None:
             self._sampler.prepare()
             return []
-        forced = self._sampler.forced(self._environment.max_new_tokens - self._made - new)
+        forced = self._sampler.forced(self._environment.max_new_tokens - self.made - new)
         if forced:
             sequence.append([int(ids[0]), *forced[:-1]])
             self._ids = np.array(forced[-1:], np.int64)
@@ -386,7 +377,7 @@ class Decoder:
 
     def _forced_steps(self, forced: list[int], last: Step) -> list[Step]:
         """Steps of forced tokens, which came with another token."""
-        self._made += len(forced)
+        self.made += len(forced)
         self._forced += len(forced)
         decision, target_ms = last.decision._replace(drafted=0), self._budget.tpot_ms
         given = last._replace(
@@ -415,7 +406,7 @@ class Decoder:
         A policy applies only to full-depth steps without a pace or a deadline.
         """
         sequence, budget, costs = self.sequence, self._budget, self._costs
-        if costs is None or not self._made:
+        if costs is None or not self.made:
             return None
         if decision.exit_layer != sequence.exits[-1] or decision.period_ms or budget.deadline_s is not None:
             return None
@@ -424,14 +415,14 @@ class Decoder:
         if budget.tpot_ms is not None:  # as for plain steps, with the probability asked for
             margin = math.exp(quantile_of(budget.probability) * self._state.slowdown.deviation)
             most_ms = budget.tpot_ms / slowdown / margin
-        left = self._environment.max_new_tokens - self._made
+        left = self._environment.max_new_tokens - self.made
         turn = Turn(sequence, ids, self._sampler, budget, costs, most_ms, slowdown, begin_ns, left)
         return policy.attempt(turn)
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:
         """Make one token of each member at an exit, after the prompt or the previous token (B,)."""
         sequence, sampler = self.sequence, self._sampler
-        if not self._made:
+        if not self.made:
             logits = sequence.advance(exit_layer, ())[:, -1]
         elif self._picks_inside:
             return Made([sequence.step_best(exit_layer, ids)], [None], exit_layer)

@@ -118,7 +118,7 @@ class Scheduler:
             while True:
                 self._engine.refuse_closed()  # after a fork no thread ends a round that another thread led
                 if (found := self._by_itself(stream)) is None:
-                    self.ask([stream], time.monotonic() if decoder.begun else decoder.started_s)
+                    self.ask([stream], time.monotonic() if decoder.made else decoder.started_s)
                     while stream.asks:
                         self.wait([stream])
                     if not (found := stream.steps()):
@@ -134,7 +134,7 @@ class Scheduler:
         try:
             with self._lock:
                 others = len(self._streams) > 1 or not self._company <= stream.alone
-                if self._leader or others or stream.asks != asked or not stream.decoder.begun or stream.is_slow:
+                if self._leader or others or stream.asks != asked or not stream.decoder.made or stream.is_slow:
                     return None
                 self._leader, self._running = me, (stream,)
                 self._company = stream.alone  # who comes gathers with it
@@ -233,7 +233,7 @@ class Scheduler:
         begin_ns = time.perf_counter_ns()  # what a stream waits for the others is part of its gap
         known: Sequence[Stream] = self._all
         asking, begins, others = known, list[Stream](), len(known) > 1
-        if not all(one.asks and one.admitted and one.decoder.begun for one in known):  # as a rule they all go on
+        if not all(one.asks and one.admitted and one.decoder.made for one in known):  # as a rule they all go on
             self._gather()
             while self._looks.due(self._all) and self._admit_next():
                 pass
@@ -243,7 +243,7 @@ class Scheduler:
                     self._turn.wait(NAP_S)  # for those that hold the place or the time, and do not ask at the moment
                 return
             admitted = [one for one in self._all if one.admitted]
-            begins, others = [one for one in admitted if not one.decoder.begun], len(admitted) > 1
+            begins, others = [one for one in admitted if not one.decoder.made], len(admitted) > 1
         self._running = asking
         try:
             self._turn.release()  # an interrupt may come as it returns
@@ -317,7 +317,7 @@ class Scheduler:
         Its prompt or pending rows then run in portions, or it waits for its pace. ``others``: whether others are in progress.
         """
         decoder = stream.decoder
-        if decoder.begun:
+        if decoder.made:
             waits = decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors
             waits = waits or (decoder.rows_due > 1 and bool(readers(self._all)))
             return stream.is_slow or (others and waits)
@@ -354,7 +354,7 @@ class Scheduler:
             streams[found.chunk.key].work_off(found.chunk)
         moves = {move.key: move.decision for move in found.moves if move.key in streams and streams[move.key].asks}
         logits = self._step({streams[key]: decision for key, decision in moves.items()})
-        unusual = any(not stream.decoder.begun for stream in logits) or prepared != self.sequences.prepared
+        unusual = any(not stream.decoder.made for stream in logits) or prepared != self.sequences.prepared
         self._company, self._state, self._last = frozenset(moves) or self._company, state, None
         self._learned.follow(state.slowdown, state.governor)
         if self._trace is not None and self._priced is not None:
@@ -408,14 +408,14 @@ class Scheduler:
         together, logits = list[Stream](), {}
         for stream, decision in moves.items():
             sequence = stream.sequence
-            if stream.decoder.begun and self.sequences.shares(stream):
+            if stream.decoder.made and self.sequences.shares(stream):
                 if sequence.length < sequence.max_length:
                     together.append(stream)
                 else:
                     stream.fail(sequence.too_long_error())
                 continue
             with stream.isolated():
-                if stream.decoder.begun:
+                if stream.decoder.made:
                     logits[stream] = sequence.step(decision.exit_layer, np.array([stream.decoder.last_token])).copy()
                 else:
                     logits[stream] = sequence.advance(decision.exit_layer, ())[:, -1]

@@ -84,7 +84,7 @@ class Sequences:
 
     def have_run(self, begins: Sequence[Stream]) -> None:
         """Note after a round whether prompts that had not run before it have run: others may begin with their rows."""
-        if any(one.decoder.begun for one in begins):
+        if any(one.decoder.made for one in begins):
             self._change = object()
 
     def look_again(self, begins: Sequence[Stream]) -> None:
@@ -116,7 +116,7 @@ class Sequences:
 
     def _may_move(self, stream: Stream) -> bool:
         """Whether the stream takes a place in the pool if there is one when its prompt begins to run."""
-        return stream.sequence in self._lent and not stream.decoder.begun
+        return stream.sequence in self._lent and not stream.decoder.made
 
     @property
     def prepared(self) -> int | None:

@@ -149,7 +149,7 @@ def readers(streams: Iterable[Stream]) -> list[Stream]:
     """
     found, now_ns = [], time.perf_counter_ns()
     for one in streams:
-        if one.asks or not one.decoder.begun:  # first: as a rule all ask, and a budget takes calls
+        if one.asks or not one.decoder.made:  # first: as a rule all ask, and a budget takes calls
             continue
         tpot_ms = one.decoder.budget.tpot_ms
         if tpot_ms is not None and now_ns - one.decoder.emitted_ns < 2e6 * tpot_ms:
@@ -183,7 +183,7 @@ class Undoable:
             if isinstance(error, Exception):
                 if stream.asks:
                     stream.fail(error)
-            elif asks and stream.decoder.begun and not stream.decoder.untold:
+            elif asks and stream.decoder.made and not stream.decoder.untold:
                 with contextlib.suppress(InputError):  # the engine was closed meanwhile
                     stream.sequence.rollback(min(length, stream.sequence.length))
         return isinstance(error, Exception)

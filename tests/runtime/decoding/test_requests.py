@@ -311,7 +311,7 @@ def test_a_policy_has_the_time_that_a_plain_step_has(llm: LLM) -> None:
     sampler = Sampler(SamplingParams(), np.zeros((1, 0), np.int64), 100)
     environment = Environment(lambda: (Budget(), None), tuple, llm._learned, 9)
     decoder = Decoder(llm.engine.new_sequence(), np.zeros((1, 1), np.int64), sampler, environment)
-    decoder._budget, decoder._costs, decoder._made = Budget(tpot_ms=100.0, probability=0.9), PRICES, 2
+    decoder._budget, decoder._costs, decoder.made = Budget(tpot_ms=100.0, probability=0.9), PRICES, 2
     slowdown = decoder._state.slowdown._replace(variance=0.0, noise_variance=0.1**2)
     decoder._state = decoder._state._replace(slowdown=slowdown)
     decoder._attempt(policy, np.array([1]), Decision(llm.exit_layers[-1], 20.0, 10.0), 0)
@@ -330,6 +330,6 @@ def test_a_policy_makes_no_token_with_a_pace_or_a_deadline(llm: LLM, keys: dict[
     sampler = Sampler(SamplingParams(), np.zeros((1, 0), np.int64), 100)
     environment = Environment(lambda: (Budget(), None), tuple, llm._learned, 9)
     decoder = Decoder(llm.engine.new_sequence(), np.zeros((1, 1), np.int64), sampler, environment)
-    decoder._budget, decoder._costs, decoder._made = Budget(**keys), PRICES, 2
+    decoder._budget, decoder._costs, decoder.made = Budget(**keys), PRICES, 2
     decoder._attempt(policy, np.array([1]), Decision(llm.exit_layers[-1], 20.0, 10.0, period_ms=period_ms), 0)
     assert len(turns) == (not keys)

@@ -323,7 +323,7 @@ def test_late_tokens_count_for_the_joint_decision(llm: LLM, count: int) -> None:
         for key in range(count):
             replies.add([key, 2, 3], budget=Budget(tpot_ms=0.001), max_new_tokens=9, ignore_eos=True)
         streams = list(llm._requests.scheduler._streams.values())
-        while not all(one.decoder.begun and one.decoder.seen(0, 0.0).made_tokens >= 5 for one in streams):
+        while not all(one.decoder.made and one.decoder.seen(0, 0.0).made_tokens >= 5 for one in streams):
             replies.step()
         for one in streams:
             seen = one.decoder.seen(0, 0.0)

@@ -113,7 +113,7 @@ def test_a_long_prompt_with_a_target_makes_way_if_others_run(llm: LLM) -> None:
             replies.step()
         replies.pause(first)
         prompt = replies.add(list(range(1, 180)), budget=Budget(ttft_ms=5000.0), max_new_tokens=2, ignore_eos=True)
-        stream = next(one for one in scheduler._streams.values() if not one.decoder.begun)
+        stream = next(one for one in scheduler._streams.values() if not one.decoder.made)
         assert scheduler._makes_way(stream, others=True) and not scheduler._makes_way(stream, others=False)
         while prompt in replies.open:
             replies.step()
