@@ -335,7 +335,7 @@ def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) ->
         sequence.step(5, np.array([2]))
         sessions: Any = engine.backend.sessions
         runs = [bound_run(Elsewhere(sessions[graph.name]), graph.one_row[graph.side]) for graph in state._paths[2]]
-        state._programs[(2,)] = state._programs[(2,)]._replace(runs=runs)
+        state._programs[2][0] = state._programs[2][0]._replace(runs=runs)
         sequence.rollback(1)
         state._logits[:] = 0
         assert np.array_equal(sequence.step(5, np.array([2])), expected)

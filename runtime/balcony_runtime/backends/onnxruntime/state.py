@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,8 +33,6 @@ RUN_OPTIONS = ort.RunOptions()
 RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
 #: Tokens whose rows are unpacked at once, so that what lies in between stays in the second-level cache.
 EMBEDDED = 128
-#: Side of a graph's recurrent states that its next pass reads.
-_side = attrgetter("side")
 
 
 class _Program(NamedTuple):
@@ -178,9 +175,9 @@ class OnnxRuntimeState:
         self._head = graph("lm_head", {"hidden": self._hidden}, {"logits": value_of(self._logits)})
         #: Graphs of a decode step at each exit, in order.
         self._paths = [[self._graphs[name] for name in manifest.path_graphs(layer)] for layer in layers]
-        self._decoded: dict[int, int] = {}  # exit → number of rows that its decode steps have reached
-        # (exit, side of the recurrent states that each graph reads) → the decode step
-        self._programs: dict[tuple[int, ...], _Program] = {}
+        self._decoded = [0] * len(layers)  # number of rows that the decode steps at each exit have reached
+        # Decode steps at each exit, by the sides of recurrent states that the graphs read, one bit each.
+        self._programs: list[dict[int, _Program]] = [{} for _ in layers]
         self._recurrent = [[graph for graph in path if graph.states is not None] for path in self._paths]
         self._queries: npt.NDArray[Any] | None = None
 
@@ -207,23 +204,23 @@ class OnnxRuntimeState:
 
     def reached(self, exit_index: int, rows: int) -> None:
         """Count the rows that shared passes have written on the way to an exit."""
-        self._decoded[exit_index] = max(rows, self._decoded.get(exit_index, 0))
+        self._decoded[exit_index] = max(rows, self._decoded[exit_index])
 
     def _reserve_decoded(self) -> None:
         """Count the rows of decode steps in the caches; the steps themselves do not, to save time."""
-        for exit_index, rows in self._decoded.items():
-            for graph in self._paths[exit_index]:
+        for path, rows in zip(self._paths, self._decoded, strict=True):
+            for graph in path:
                 self._reserve(graph, rows)
 
     def decode(self, exit_index: int, ids: IntArray, row: int) -> FloatArray:
         """Run one row through all graphs on the way to an exit."""
-        recurrent = self._recurrent[exit_index]
+        recurrent, sides = self._recurrent[exit_index], 0
         for graph in recurrent:
             graph.begin(row)
-        key = (exit_index, *map(_side, recurrent))
-        program = self._programs.get(key)
+            sides = 2 * sides + graph.side
+        program = self._programs[exit_index].get(sides)
         if program is None or row >= program.good_for:
-            program = self._programs[key] = self._program(exit_index, row)
+            program = self._programs[exit_index][sides] = self._program(exit_index, row)
         _, runs, first, made, kept, logits = program  # at once: each by its name costs two cold cache lines
         if len(ids) == 1:
             first[:] = self._backend.table.row(ids.item())
@@ -233,7 +230,7 @@ class OnnxRuntimeState:
         self.busy_ns += run_step(runs)
         for graph in recurrent:
             graph.end(row + 1)
-        if row >= self._decoded.get(exit_index, 0):  # rows from before a rollback have their memory still
+        if row >= self._decoded[exit_index]:  # rows from before a rollback have their memory still
             self._decoded[exit_index] = row + 1
         kept[row] = made
         return logits
@@ -364,7 +361,8 @@ class OnnxRuntimeState:
         for graph in self._graphs.values():
             graph.one_row.clear()
             graph.many_rows.clear()
-        self._programs.clear()
+        for programs in self._programs:
+            programs.clear()
 
     def _stand_at(self, start: int, stop: int) -> None:
         """Tell the graphs which rows the next pass takes."""
