@@ -90,10 +90,10 @@ class Sequences:
     def look_again(self, begins: Sequence[Stream]) -> None:
         """Give prompts that have not run the places and rows that have come since; those that wait find what others leave."""
         for stream in begins:
-            sequence, decoder = stream.sequence, stream.decoder
-            if self._pool is None or not stream.asks or self._lent.get(sequence, self._change) is self._change:
+            sequence, decoder, change = stream.sequence, stream.decoder, self._change  # once: it may change at any time
+            if self._pool is None or not stream.asks or self._lent.get(sequence, change) is change:
                 continue
-            self._lent[sequence] = self._change
+            self._lent[sequence] = change
             # Outside the pool, rows that were run by itself stay where they are.
             if self._pool.holds(sequence) or sequence.stage_cursor[0] <= decoder.kept_rows:
                 with stream.isolated():

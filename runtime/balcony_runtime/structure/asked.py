@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
@@ -42,9 +43,11 @@ _READABLE: dict[str, dict[str, Any]] = {
 VALUES = ("const", "default", "enum", "examples")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]+)')
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
-#: Keywords by which other schemas hold as well, and keywords that ask for nothing more.
-_JOINING = {"allOf", "anyOf", "oneOf", "$ref"}
-_NOTES = {"$schema", "$id", "$defs", "definitions", "type", "title", "description", "default", "examples", "x-guidance"}
+#: Keywords by which other schemas hold as well, and with those of schemas that hold only where they are named.
+_JOINING = ("allOf", "anyOf", "oneOf", "$ref")
+_ELSEWHERE = {*_JOINING, "$defs", "definitions"}
+#: A rule ``root`` marks llama.cpp's GBNF.
+GBNF = re.compile(r"^[^\S\n]*root\s*::=", re.MULTILINE)
 #: Texts and expressions of a grammar; escapes outside of them are skipped as a whole, so that it takes linear time.
 _QUOTED = re.compile(r'\\.|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 
@@ -107,7 +110,9 @@ def schema_text(schema: Any) -> str:
         if isinstance(schema, Mapping):
             text = json.dumps(schema, ensure_ascii=False, allow_nan=False, default=dict)
             found = json.loads(text)
-            _refuse_joined(found)
+            # A longer one is refused for its length.
+            if len(text) <= MOST_CHARACTERS and text.count('"pattern"') > MOST_JOINED:
+                _refuse_joined(found)
             return json.dumps(_readable(found), ensure_ascii=False) if '"format"' in text else text
     except RecursionError:
         raise InputError("json_schema: is nested too deeply: give a schema of at most 60 levels") from None
@@ -119,10 +124,27 @@ def schema_text(schema: Any) -> str:
 def _refuse_joined(schema: Any) -> None:
     """Refuse a schema in which a text may have to follow too many patterns at once.
 
-    All those count that a part which joins some can reach.
+    All those count that a part reaches in two ways that hold together.
     """
-    joins = [part for part in _parts(schema, [schema]) if _joins(part)]
-    patterns = {part["pattern"] for part in _parts(schema, joins) if isinstance(part.get("pattern"), str)}
+
+    def inside(part: Any) -> Sequence[Any]:
+        return part if isinstance(part, list) else [*part.values(), _target(schema, part)]
+
+    parts, users = _reached([schema], inside), defaultdict[int, list[Any]](list)
+    for part in parts:
+        for one in inside(part):
+            users[id(one)].append(part)
+    found = {id(part) for part in _reached(filter(_has_pattern, parts), lambda part: users[id(part)])}
+
+    def ways(part: Mapping[str, Any]) -> int:
+        """Number of ways in which a part reaches patterns that all hold."""
+        both, others = part.get("allOf"), [part.get("anyOf"), part.get("oneOf"), _target(schema, part)]
+        others += both if isinstance(both, list) else []
+        own = (value for key, value in part.items() if key not in _ELSEWHERE)
+        return sum(id(one) in found for one in others) + (_has_pattern(part) or any(id(one) in found for one in own))
+
+    joins = [part for part in parts if isinstance(part, dict) and ways(part) > 1]
+    patterns = {part["pattern"] for part in _reached(joins, inside) if _has_pattern(part)}
     if len(patterns) > MOST_JOINED:
         raise InputError(
             f"json_schema: a text may have to follow several of its {len(patterns)} patterns: the automaton would be too "
@@ -130,28 +152,25 @@ def _refuse_joined(schema: Any) -> None:
         )
 
 
-def _joins(part: Mapping[str, Any]) -> bool:
-    several = isinstance(both := part.get("allOf"), list) and len(both) > 1
-    return several or (bool(part.keys() & _JOINING) and len(part.keys() - _NOTES) > 1)
+def _has_pattern(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("pattern"), str)
 
 
-def _parts(schema: Any, begin: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Every object of some parts of a schema, and of what they refer to."""
-    left, seen = list(begin), set[int]()
+def _reached(begin: Iterable[Any], after: Callable[[Any], Iterable[Any]]) -> list[Any]:
+    """The objects and lists among some values and those that come after them, each once."""
+    left, found = list(begin), dict[int, Any]()
     while left:
         part = left.pop()
-        if isinstance(part, list):
-            left += part
-        elif isinstance(part, dict) and id(part) not in seen:
-            seen.add(id(part))
-            left += part.values()
-            if isinstance(part.get("$ref"), str):
-                left.append(_target(schema, part["$ref"]))
-            yield part
+        if isinstance(part, dict | list) and id(part) not in found:
+            found[id(part)] = part
+            left += after(part)
+    return list(found.values())
 
 
-def _target(schema: Any, reference: str) -> Any:
-    """What a reference names: a JSON pointer; the whole schema for another form."""
+def _target(schema: Any, part: Mapping[str, Any]) -> Any:
+    """What the reference of a part names: a JSON pointer, or the whole schema for another form; None without one."""
+    if not isinstance(reference := part.get("$ref"), str):
+        return None
     found = schema
     for key in unquote(reference).split("/")[1:]:
         found = found.get(key.replace("~1", "/").replace("~0", "~"), schema) if isinstance(found, dict) else schema
@@ -229,8 +248,12 @@ def checked(asked: Structure) -> Structure:
             f"{asked.kind}: has {len(asked.text):,} characters; at most {MOST_CHARACTERS:,} are taken: give a smaller one"
         )
     text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), asked.text)  # a schema in a grammar may hide its keys
-    if asked.kind == "grammar" and _QUOTED.sub("", asked.text).count("&") + text.count('"pattern"') > MOST_JOINED:
-        raise InputError(f'grammar: joins more than {MOST_JOINED} expressions or patterns: give fewer & and "pattern"')
+    if asked.kind == "grammar" and not GBNF.search(asked.text):  # there & is a character like others
+        schemas_join = any(f'"{keyword}"' in text for keyword in _JOINING)
+        joined = _QUOTED.sub("", asked.text).count("&") + schemas_join * text.count('"pattern"')
+        if joined > MOST_JOINED:
+            what = f"joins more than {MOST_JOINED} expressions or patterns"
+            raise InputError(f'grammar: {what}: give fewer & and "pattern"')
     numbers = dict.fromkeys(_MULTIPLE.findall(text))
     if _remainders(numbers) > MOST_REMAINDERS:
         raise InputError(

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balcony_edge.errors import InputError, MissingDependencyError
-from balcony_runtime.structure.asked import JSON_FORM, Structure
+from balcony_runtime.structure.asked import GBNF, JSON_FORM, Structure
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,9 +43,8 @@ SLOW_S = 0.0003
 #: Bounds of one compiled structure: 20,000 states of its lexer take about 40 MB (llguidance's default is 250,000). The
 #: others are llguidance's own: 1,000,000 units of fuel to build (20 ms), 200,000 units and 50,000 items for a mask (15 ms).
 MOST_STATES = 20_000
-#: A rule ``root`` marks llama.cpp's GBNF, which llguidance takes for its own if a rule is named start. ``_START`` finds that
-#: name, and texts, classes and comments, which may hold it.
-_GBNF = re.compile(r"^[^\S\n]*root\s*::=", re.MULTILINE)
+#: llguidance takes llama.cpp's GBNF for its own form if a rule is named start. This finds that name, and texts, classes and
+#: comments, which may hold it.
 _START = re.compile(r"""("(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*)|(?<![\w-])start(?![\w-])""")
 #: Characters that llama.cpp's GBNF writes as numbers. llguidance's reader drops leading zeros, after which they are none.
 _ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
@@ -55,9 +54,8 @@ _LARK = re.compile(r"^[^\S\n]*(%llguidance\b|!?\??start\s*[:\[])", re.MULTILINE)
 #: Texts of a grammar, and names of tokens, such as ``<think>``. Escapes outside of texts are skipped as a whole: a quote that
 #: ends nothing would otherwise begin a search to the end of the line at every escaped quote after it.
 _NAMED = re.compile(r'\\.|"(?:\\.|[^"\\\n])*"|<[^<>\s]+>')
-#: Most rules of a GBNF grammar times its characters. llguidance's reader looks at all rules again for each link of a chain of
-#: rules: 2,000 of them in 256,000 characters took 80 s of Python.
-MOST_RULE_CHARACTERS = 20_000_000
+#: Most rules of a GBNF grammar.
+MOST_RULES = 2000
 #: Longest reason from the compiler that a message quotes.
 MOST_REASON = 200
 
@@ -155,9 +153,8 @@ class Grammars:
     def _compile(self, asked: Structure) -> LLMatcher:
         llguidance, tokenizer = _llguidance(), self._tokenizer_of(asked)
         matchers = llguidance.LLMatcher
-        rules = asked.text.count("::=") if asked.kind == "grammar" else 0
-        if rules * len(asked.text) > MOST_RULE_CHARACTERS:
-            raise _refused(asked.kind, f"has {rules:,} rules in {len(asked.text):,} characters")
+        if asked.kind == "grammar" and asked.text.count("::=") > MOST_RULES:
+            raise _refused(asked.kind, f"has more than {MOST_RULES:,} rules")
         try:
             if asked.kind == "json_schema":
                 grammar = matchers.grammar_from_json_schema(asked.text, defaults=JSON_FORM)
@@ -166,11 +163,9 @@ class Grammars:
             elif asked.kind == "tools":
                 grammar = matchers.grammar_from_lark(asked.text)
             else:
-                from llguidance.gbnf_to_lark import gbnf_to_lark  # noqa: PLC0415 - llama.cpp's grammars
-
                 form = asked.text
-                if _GBNF.search(form) or not _LARK.search(form):
-                    form = gbnf_to_lark(_without_start(_ESCAPED.sub(_written_out, form)))
+                if GBNF.search(form) or not _LARK.search(form):
+                    form = _as_lark(_without_start(_ESCAPED.sub(_written_out, form)))
                 grammar = matchers.grammar_from_lark(form)
         except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
             raise _refused(asked.kind, str(error) or type(error).__name__) from None
@@ -344,6 +339,35 @@ def _written_out(found: re.Match[str]) -> str:
 def _without_start(grammar: str) -> str:
     """A grammar in llama.cpp's form whose rules have other names than start, which llguidance gives to the first one."""
     return _START.sub(lambda found: found[1] or "rule-start", grammar)
+
+
+def _as_lark(grammar: str) -> str:
+    """A grammar in llama.cpp's form as Lark.
+
+    llguidance's reader looks at all rules again for each link of a chain to a later rule: 2,000 of them in 256,000 characters
+    took 80 s. So it gets a rule after those that it names.
+    """
+    from llguidance.gbnf_to_lark import GrammarParser, RuleRefNode, resolve  # noqa: PLC0415 - an extra
+
+    rules, users, waits = GrammarParser().parse(grammar), defaultdict[str, list[str]](list), dict[str, int]()
+    for name, rule in rules.items():
+        nodes: list[Any] = [rule]
+        for node in nodes:
+            nodes += node.children()
+        named = {node.name for node in nodes if isinstance(node, RuleRefNode)}
+        waits[name] = len(named)
+        for one in named:
+            users[one].append(name)
+    ready = [name for name, count in waits.items() if not count]
+    for name in ready:
+        for user in users[name]:
+            waits[user] -= 1
+            if not waits[user]:
+                ready.append(user)
+    # At the end come rules that name themselves, by way of others.
+    ordered = {name: rules[name] for name in (*ready, *rules)}
+    resolve(ordered)
+    return "%llguidance {}\n\n" + "".join(f"{rule}\n" for rule in ordered.values())
 
 
 def _refused(kind: str, reason: str) -> InputError:

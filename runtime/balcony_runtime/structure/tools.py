@@ -72,6 +72,8 @@ def _tool(given: Any) -> Tool:
         return Tool(name, schema_text(_with_form(schema) if function.get("strict") is True else lenient(schema)))
     except RecursionError:
         raise InputError(f"tools: parameters of {name}: are nested too deeply: give fewer levels") from None
+    except InputError as error:
+        raise InputError(f"tools: {name}: {error}") from None
 
 
 def _requires_others(schema: Mapping[str, Any]) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
+from balcony_runtime.scheduling.admission import Bounds
 from balcony_runtime.scheduling.pool import LEAST_SHARED, SequencePool
+from balcony_runtime.scheduling.sequences import Sequences
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
 from balcony_runtime.token_sequence import TokenSequence
 from tests.support.pools import MEMBERS, check_companies, check_step, new_pool
@@ -26,6 +30,26 @@ from tests.support.schedules import assert_equal, from_scratch
 def test_any_company_gives_each_sequence_its_own_logits(export_tiny: Callable[[str], Any], architecture: str) -> None:
     with Engine.open(export_tiny(architecture).path) as engine:
         assert check_companies(engine, 8), "prompts began with rows of others"
+
+
+def test_a_conversation_keeps_its_memory_whenever_a_place_is_given_back(tiny_engine: Engine) -> None:
+    """The collector may give one back between any two steps of the thread that leads; nobody would give this one back."""
+
+    class Lent(dict[Any, Any]):
+        def get(self, *given: Any) -> Any:
+            found = super().get(*given)
+            sequences.free(other)
+            return found
+
+    sequences = Sequences(tiny_engine, Bounds(lambda: None, 0, None))
+    other, conversation = sequences.new([1, 2], 8), tiny_engine.new_sequence()
+    conversation.append([1, 2, 3])
+    sequences._lent = Lent(sequences._lent)
+    stream: Any = SimpleNamespace(
+        sequence=conversation, asks=True, decoder=SimpleNamespace(kept_rows=0), isolated=nullcontext
+    )
+    sequences.look_again([stream])
+    assert not sequences.shares(stream) and not sequences._lent
 
 
 def test_mixed_exits_share_their_stages(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -17,7 +18,14 @@ from tokenizers import Tokenizer, normalizers
 import balcony_edge
 from balcony_edge import SamplingParams
 from balcony_edge.errors import InputError
-from balcony_runtime.structure.asked import Structure, lenient, structure_of
+from balcony_runtime.structure.asked import (
+    MOST_CHARACTERS,
+    MOST_JOINED,
+    MOST_REMAINDERS,
+    Structure,
+    lenient,
+    structure_of,
+)
 from balcony_runtime.structure.grammar import Grammars
 from balcony_runtime.structure.tools import tools_of
 from tests.runtime.structure.test_structure import END, PERSON, PROMPT, guide_of
@@ -97,6 +105,26 @@ def test_formats_are_those_that_readers_take(grammars: Grammars, form: str, good
         assert all(guide.permits(token) and guide.accept(token) is None for token in tokens) == (one in good), one
 
 
+CODES: dict[str, Any] = {
+    "type": "object",
+    "properties": {f"c{i}": {"type": "string", "pattern": f"^[a-z]{{{i + 1}}}$"} for i in range(13)},
+}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": [CODES, {"type": "null"}], "discriminator": {"propertyName": "kind"}},  # pydantic's unions
+        {"allOf": [{"$ref": "#/$defs/codes"}, {"description": "as in OpenAPI"}], "$defs": {"codes": CODES}},
+        {"allOf": [CODES, {"type": "object", "properties": {"id": {"type": "integer"}}}]},
+        CODES | {"anyOf": [{"required": ["c1"]}, {"required": ["c2"]}]},
+    ],
+    ids=["discriminator", "a described reference", "a base", "one of two is required"],
+)
+def test_patterns_of_different_texts_are_not_joined(grammars: Grammars, schema: dict[str, Any]) -> None:
+    assert guide_of(grammars, json_schema=schema).allowed() is not None
+
+
 def test_a_property_may_have_the_name_of_a_keyword() -> None:
     """Its schema is read like any other, and what a keyword holds as a value is not."""
     date = {"type": "string", "format": "date"}
@@ -143,12 +171,36 @@ def test_a_tool_may_require_what_it_does_not_describe(grammars: Grammars) -> Non
     assert grammars.tokenizer.decode_str(guide.forced(100)).startswith('{"a": 1, ')
 
 
+def test_what_a_grammar_does_not_join_is_not_counted(grammars: Grammars) -> None:
+    """A document after a thought, each of whose texts has a pattern of its own; GBNF, where & is a character."""
+    codes = {f"c{i}": {"type": "string", "pattern": f"^[a-z]{{{i + 1}}}$"} for i in range(13)}
+    document = json.dumps({"type": "object", "properties": codes})
+    assert guide_of(grammars, grammar=f'start: "<t>" /[^<]*/ "</t>" %json {document}').allowed() is not None
+    rules = [f't{i} ::= "<{i}>" [^<&]* "</{i}>"' for i in range(13)]
+    root = " | ".join(rule.partition(" ")[0] for rule in rules)
+    assert guide_of(grammars, grammar="\n".join([f"root ::= {root}", *rules])).allowed() is not None
+
+
+def test_a_tool_whose_patterns_are_joined_is_named() -> None:
+    given = {"type": "object", "allOf": [{"properties": {"a": {"pattern": f"a.{{{i}}}b"}}} for i in range(13)]}
+    tools = [{"type": "function", "function": {"name": name, "parameters": given}} for name in ("look", "see")]
+    with pytest.raises(InputError, match="tools: look: json_schema: a text may have to follow several of its 13"):
+        tools_of(tools)
+
+
 def test_llama_cpps_grammars_may_have_numbers_of_characters(grammars: Grammars) -> None:
     r"""llguidance's reader drops the zeros of ``\u00e9``, and its grammars have no ``\U``."""
     grammar = 'root ::= [\\u00e8-\\u00ea] [^\\u0000-\\u001f] "\\u00df\\U0001F600" "\\\\u00df"'
     guide = guide_of(grammars, grammar=grammar)
     tokens = [*grammars.tokenizer.tokenize_str("éaß\U0001f600\\u00df"), END]
     assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
+
+
+def test_a_grammar_of_llama_cpp_may_have_many_long_rules(grammars: Grammars) -> None:
+    """As its converter writes them of a schema with hundreds of properties."""
+    rules = [f'section-{i}-of-a-large-schema-kv ::= "{i}:" space' for i in range(700)]
+    root = " | ".join(rule.partition(" ")[0] for rule in rules)
+    assert guide_of(grammars, grammar="\n".join([f"root ::= {root}", *rules, 'space ::= " "?'])).allowed() is not None
 
 
 @pytest.mark.parametrize("text", ["cafe\u0301", "5 k\u2126", "<table>", "<end>"])
@@ -234,6 +286,17 @@ def test_a_structure_is_compiled_once(tiny: Any, monkeypatch: Any) -> None:
             llm.compile_grammar(SamplingParams(regex=f"{number}"))
         llm.compile_grammar(SamplingParams(json_schema=PERSON))  # 32 others were used since
         assert len(compiled) == 35
+
+
+def test_the_page_of_structures_has_its_bounds() -> None:
+    text = " ".join((Path(__file__).parents[3] / "docs" / "structured.md").read_text(encoding="utf-8").split())
+    for words in (
+        f"may have {MOST_CHARACTERS:,} characters",
+        f"a product of at most {MOST_REMAINDERS:,}",
+        f"at most {MOST_JOINED} patterns",
+        f"may have {MOST_JOINED} `&`",
+    ):
+        assert words in text
 
 
 def test_a_missing_package_is_named(tiny: Any) -> None:

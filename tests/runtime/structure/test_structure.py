@@ -436,7 +436,7 @@ def test_large_structures_run_in_bounded_time(llm: LLM, name: str, grown_mb: Cal
     begin_s = time.process_time()
     params = SamplingParams(**schemas.bounded()[name], temperature=1.0, seed=1)
     assert llm.generate(PROMPT, sampling=params, max_new_tokens=20).tokens
-    assert time.process_time() - begin_s < 60  # 0.5 s here at most
+    assert time.process_time() - begin_s < 60  # 2 s here at most
     assert grown_mb() < 300
 
 
