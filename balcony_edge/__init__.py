@@ -159,8 +159,8 @@ def load(
         packed: directory for weights in the form that the engine's kernels read, made at the first load. Processes that load
             the same bundle with it share them in memory.
         device: ``cpu``; ``cuda`` (ONNX Runtime on an NVIDIA GPU); ``tensorrt`` (engines made by `balcony-edge build`);
-            ``webgpu`` (ONNX Runtime on a GPU with Vulkan, Metal or Direct3D 12); ``auto`` takes engines that fit the
-            GPU, then CUDA, then the faster one of WebGPU and the CPU; with ``packed`` the CPU.
+            ``webgpu`` (ONNX Runtime on a GPU with Vulkan, Metal or Direct3D 12); ``auto`` takes engines that this
+            machine built for its GPU, then CUDA, then the faster one of WebGPU and the CPU; with ``packed`` the CPU.
         engines: name of the engine set, if the bundle has several.
         prefix_mb: megabytes of ended replies that are kept, because later prompts may begin like them; those that were not used
             for longest go first.

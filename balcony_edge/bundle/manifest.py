@@ -49,6 +49,7 @@ T rows, and ``total`` int32 (), the number of rows after the pass. The set also 
 from __future__ import annotations
 
 import hashlib
+import hmac
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -375,8 +376,8 @@ class EngineSet(_Frozen):
 
     ``target`` names the TensorRT: ``rtx`` (``tensorrt_rtx``) or ``tensorrt`` (the enterprise one, JetPack's). Caches always
     have ``context_length`` rows; passes have at most ``batch_size`` members. ``rounded``: int4 weights have the integers of
-    another bundle. ``builder`` and ``compute_capabilities`` say what the engines run on; both are empty while the set has
-    graphs only.
+    another bundle. ``builder`` and ``compute_capabilities`` say what the engines run on, ``built_on`` which machine built them
+    (:meth:`mark`); all are empty while the set has graphs only.
     """
 
     directory: FileName | None = None
@@ -391,6 +392,7 @@ class EngineSet(_Frozen):
     engines: dict[FileName, EngineSpec] = {}
     builder: Line = ""
     compute_capabilities: tuple[Line, ...] = ()
+    built_on: Line = ""
     files: dict[FileName, FileSpec]
 
     @property
@@ -398,7 +400,18 @@ class EngineSet(_Frozen):
         """The set without its engines."""
         built = {engine.file for engine in self.engines.values()}
         files = {name: spec for name, spec in self.files.items() if name not in built}
-        return self.model_copy(update={"engines": {}, "builder": "", "compute_capabilities": (), "files": files})
+        none = {"engines": {}, "builder": "", "compute_capabilities": (), "built_on": ""}
+        return self.model_copy(update={**none, "files": files})
+
+    def mark(self, machine: str | None) -> str:
+        """What ``built_on`` says of these engines if the machine with this identifier built them; empty without one.
+
+        Only who knows the identifier can make it, and no mark tells it, or that two marks are of one machine.
+        """
+        if machine is None:
+            return ""
+        hashes = sorted(self.files[engine.file].sha256 for engine in self.engines.values())
+        return hmac.new(machine.encode(), "\n".join(hashes).encode(), "sha256").hexdigest()
 
     @property
     def identity(self) -> str:

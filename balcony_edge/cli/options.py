@@ -22,7 +22,7 @@ Packed = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")]
 OnDevice = Annotated[
     Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
-    typer.Option(help="auto: engines that fit the GPU, then CUDA, then the faster one of WebGPU and the CPU."),
+    typer.Option(help="auto: engines built here for the GPU, then CUDA, then the faster one of WebGPU and the CPU."),
 ]
 Engines = Annotated[str | None, typer.Option(help="Engine set to use, if the bundle has several.")]
 

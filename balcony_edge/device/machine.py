@@ -257,6 +257,21 @@ def text_of(path: Path) -> str | None:
         return None
 
 
+def machine_id(root: Path = Path("/")) -> str | None:
+    """The random identifier that a system gives itself at its installation, a secret; None if it has none (containers)."""
+    if sys.platform == "win32":
+        import winreg  # noqa: PLC0415 - Windows has it
+
+        with (
+            contextlib.suppress(OSError),
+            winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SOFTWARE\Microsoft\Cryptography") as key,
+        ):
+            return str(winreg.QueryValueEx(key, "MachineGuid")[0])
+        return None
+    found = text_of(root / "etc/machine-id")
+    return found if re.fullmatch("[0-9a-f]{32}", found or "") else None
+
+
 def _memory_bytes(meminfo: str) -> int | None:
     """Size of main memory; systems without procfs tell it to psutil."""
     found = re.search(r"^MemTotal:\s*(\d+) kB$", meminfo, re.MULTILINE)

@@ -14,7 +14,15 @@ import psutil
 import pytest
 
 from balcony_edge.device import machine
-from balcony_edge.device.machine import Gpu, Machine, best_threads, checked_threads, cpu_features, this_device
+from balcony_edge.device.machine import (
+    Gpu,
+    Machine,
+    best_threads,
+    checked_threads,
+    cpu_features,
+    machine_id,
+    this_device,
+)
 from balcony_edge.errors import InputError
 
 #: What Linux 6.12 prints for a core, with the tabs that it prints; there is no model name.
@@ -231,3 +239,15 @@ def test_macos_and_windows_tell_the_size_of_memory(monkeypatch: pytest.MonkeyPat
     assert machine._memory_bytes("") is None  # Linux without procfs
     monkeypatch.setattr(sys, "platform", "win32")
     assert machine._memory_bytes("") == psutil.virtual_memory().total
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has its identifier in the registry")
+@pytest.mark.parametrize(
+    ("text", "found"), [("0f" * 16 + "\n", "0f" * 16), ("", None), ("uninitialized\n", None), (None, None)]
+)
+def test_a_machine_is_identified_by_its_own_file(tmp_path: Path, text: str | None, found: str | None) -> None:
+    """Containers have an empty file or none, and images say that theirs is not made yet."""
+    if text is not None:
+        (tmp_path / "etc").mkdir()
+        (tmp_path / "etc/machine-id").write_text(text)
+    assert machine_id(tmp_path) == found

@@ -13,7 +13,7 @@ import numpy as np
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import EngineSet, Manifest
-from balcony_edge.device.machine import checked_threads, cpu_features, this_device
+from balcony_edge.device.machine import checked_threads, cpu_features, machine_id, this_device
 from balcony_edge.errors import BalconyError, BundleError, DeviceError, InputError, MissingDependencyError
 from balcony_edge.files import require_path
 from balcony_runtime.backends.base import Backend
@@ -32,7 +32,8 @@ TOKENS = 5
 class Choice(NamedTuple):
     """A device, the engine set that it runs (None: the bundle's graphs for CPUs), and the reason.
 
-    ``unfit`` says that no engine set runs, although the bundle has some and the machine an NVIDIA GPU.
+    ``unfit`` says that the machine has an NVIDIA GPU and the bundle something for it that does not run: a set's engines that
+    another machine built, or any set.
     """
 
     device: DeviceName
@@ -42,7 +43,7 @@ class Choice(NamedTuple):
 
 
 def choose(manifest: Manifest, engines: str | None = None) -> Choice:
-    """The choice of ``auto`` on this machine: engines that fit its GPU, else ONNX Runtime on the GPU, else the CPU.
+    """The choice of ``auto`` on this machine: engines that it built for its GPU, else ONNX Runtime on the GPU, else the CPU.
 
     WebGPU is chosen only if its package is installed and there is a GPU; an adapter in software is slower than the CPU.
     :func:`open_backend` measures whether that GPU is faster than the CPU. ``engines`` names the set that is to run: its engines
@@ -56,11 +57,12 @@ def choose(manifest: Manifest, engines: str | None = None) -> Choice:
         or provider.misfit(manifest) is not None
     ):
         return choice
+    device: DeviceName = "webgpu"
     try:
-        return Choice("webgpu", None, f"ONNX Runtime has WebGPU, and there is a GPU: {provider.gpu_for_webgpu()}")
+        reason = f"ONNX Runtime has WebGPU, and there is a GPU: {provider.gpu_for_webgpu()}"
     except BalconyError as error:
-        reason = f"{choice.reason}; {error}" if choice.unfit else str(error)
-        return Choice("cpu", None, reason, choice.unfit)
+        device, reason = "cpu", str(error)
+    return Choice(device, None, f"{choice.reason}; {reason}" if choice.unfit else reason, choice.unfit)
 
 
 def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
@@ -76,16 +78,24 @@ def _on_nvidia(manifest: Manifest, engines: str | None) -> Choice:
     if engines in manifest.engines and manifest.engines[engines].engines:  # what does not fit is refused with its cure
         return Choice("tensorrt", engines, "it was named, and has engines")
     names = [name for name in manifest.engines if engines in (None, name)]
-    for name in names:
-        if _runs_here(manifest.engines[name], capability):
+    fitting = [name for name in names if _runs_here(manifest.engines[name], capability)]
+    machine = machine_id()
+    for name in fitting:
+        if (mark := manifest.engines[name].mark(machine)) and mark == manifest.engines[name].built_on:
             return Choice("tensorrt", name, f"it has engines for this GPU (compute capability {capability})")
-    missing = f"no engines for compute capability {capability} and the TensorRT that is installed"
+    if fitting:
+        missing = (
+            f"the engines of {fitting[0]} were not built on this machine, and engines are programs (--engines {fitting[0]} "
+            "runs them, if you trust who built them)"
+        )
+    else:
+        missing = f"no engines for compute capability {capability} and the TensorRT that is installed"
     try:
         providers = checked_onnxruntime().get_available_providers()
     except MissingDependencyError as error:  # [tensorrt] alone brings none
         raise MissingDependencyError(f"{missing}; {error}") from error
     if names and "CUDAExecutionProvider" in providers:
-        return Choice("cuda", names[0], f"{missing}; ONNX Runtime has CUDA")
+        return Choice("cuda", names[0], f"{missing}; ONNX Runtime has CUDA", unfit=bool(fitting))
     return Choice("cpu", None, f"{missing}, and ONNX Runtime has no CUDA here", unfit=True)
 
 
@@ -204,7 +214,7 @@ def _chosen(bundle: Bundle, engines: str | None) -> tuple[DeviceName, str | None
             "--device cpu"
         )
     if unfit:
-        _log.warning("%s: runs no engine set: %s", bundle.path, reason)
+        _log.warning("%s: runs no engines: %s", bundle.path, reason)
     return device, chosen
 
 

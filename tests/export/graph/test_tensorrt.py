@@ -38,13 +38,7 @@ from balcony_export.tensorrt.graphs import Format, tensorrt_graphs
 from balcony_export.tensorrt.integers import Rounding
 from balcony_export.tensorrt.plain import plain_operators
 from balcony_export.verify import reference_logits
-from balcony_runtime.backends.accelerator.tensorrt_builder import (
-    PASSES,
-    Builder,
-    import_tensorrt,
-    link_files,
-    profiles,
-)
+from balcony_runtime.backends.accelerator.tensorrt_builder import PASSES, Builder, import_tensorrt, link_files, profiles
 from balcony_runtime.backends.onnxruntime.backend import open_session
 from balcony_runtime.engine import Engine
 from tests.support.engine_sets import build_engines, write_graphs
@@ -400,15 +394,17 @@ def test_a_failed_build_changes_nothing(tiny_copy: Callable[[str], Bundle]) -> N
     assert Bundle.open(bundle.path).manifest.engines["set"].engines == {}
 
 
-def test_a_set_has_engines_of_one_builder(tiny_copy: Callable[[str], Bundle]) -> None:
-    """After a build for other GPUs, engines that were not built again are gone."""
+def test_a_set_has_engines_of_one_builder(tiny_copy: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a build for other GPUs, or on another machine, engines that were not built again are gone."""
     bundle = tiny_copy("llama")
     manifest = write_graphs(bundle, "set", "rtx", Format(capacity=64))
-    for capability, graphs, there in (
-        ("86", ["norm", "lm_head"], {"norm", "lm_head"}),
-        ("86", ["norm"], {"norm", "lm_head"}),
-        ("89", ["norm"], {"norm"}),
+    for machine, capability, graphs, there in (
+        ("a", "86", ["norm", "lm_head"], {"norm", "lm_head"}),
+        ("a", "86", ["norm"], {"norm", "lm_head"}),
+        ("a", "89", ["norm"], {"norm"}),
+        ("b", "89", ["lm_head"], {"lm_head"}),
     ):
+        monkeypatch.setattr(f"{Builder.__module__}.machine_id", lambda machine=machine: machine)
         builder = Builder("rtx", compute_capabilities=[capability])
         manifest = build_engines(Bundle(bundle.path, manifest), "set", builder, graphs, lambda *_: None)
         engines = Bundle.open(bundle.path).manifest.engines["set"]

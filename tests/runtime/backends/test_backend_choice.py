@@ -7,13 +7,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
+from balcony_edge.bundle.manifest import EngineSet, EngineSpec, FileSpec, GraphSpec, TensorSpec
 from balcony_edge.cli.device.doctor import engine_facts
 from balcony_edge.device.machine import Gpu, this_device
 from balcony_edge.errors import BundleError, ContextLengthError, DeviceError, InputError, MissingDependencyError
@@ -40,6 +41,7 @@ GRAPH = GraphSpec(
 
 SOFTWARE = Adapter("llvmpipe", "CPU", half=True)
 CARD = Adapter("a card", "discrete GPU", half=False)
+MACHINE = "1f" * 16
 
 
 def engine_set(**changes: Any) -> EngineSet:
@@ -53,9 +55,10 @@ def engine_set(**changes: Any) -> EngineSet:
         "engines": {"norm": EngineSpec(file="norm.engine", layers=3)},
         "builder": "tensorrt_rtx 1.7",
         "compute_capabilities": ("86", "89"),
-        "files": {},
+        "files": {"norm.engine": FileSpec(bytes=1, sha256="0" * 64)},
     }
-    return EngineSet(**{**options, **changes})
+    engines = EngineSet(**{**options, **changes})
+    return engines.model_copy(update={"built_on": engines.mark(MACHINE)})
 
 
 def test_engines_that_do_not_fit_are_refused_with_the_cure() -> None:
@@ -125,6 +128,7 @@ def test_a_pass_takes_the_first_profile_that_holds_it() -> None:
 
 
 def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_module, "machine_id", lambda: MACHINE)
     manifest = Bundle.open(tiny.path).manifest
     assert choose(manifest)[:2] == ("cpu", None) and "no graphs for GPUs" in choose(manifest).reason
     here = engine_set(builder=f"tensorrt_rtx {import_tensorrt('rtx').__version__}")
@@ -164,6 +168,31 @@ def test_auto_says_why(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert choose(anywhere).device == "cpu", "TensorRT-RTX knows no H100"
     monkeypatch.setattr(cuda, "compute_capability", lambda: "75")
     assert choose(anywhere).device == "cpu", "7.5 must be named"
+
+
+@pytest.mark.parametrize("machine", ["2e" * 16, None])
+def test_auto_runs_no_engines_of_another_machine(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, machine: str | None
+) -> None:
+    """Engines are programs: those that came with the bundle must be named."""
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "89")
+    monkeypatch.setattr(choose_module, "machine_id", lambda: MACHINE)
+    here = engine_set(builder=f"tensorrt_rtx {import_tensorrt('rtx').__version__}")
+    manifest = Bundle.open(tiny.path).manifest.model_copy(update={"engines": {"a": here}})
+    assert choose(manifest).device == "tensorrt"
+    forged = {"norm.engine": FileSpec(bytes=1, sha256="1" * 64)}
+    changed = manifest.model_copy(update={"engines": {"a": here.model_copy(update={"files": forged})}})
+    assert choose(changed).device == "cpu", "a mark is of these engines only"
+    monkeypatch.setattr(choose_module, "machine_id", lambda: machine)
+    choice = choose(manifest)
+    assert choice[:2] == ("cpu", None) and choice.unfit
+    assert "the engines of a were not built on this machine" in choice.reason and "--engines a" in choice.reason
+    assert choose(manifest, "a").device == "tensorrt"
+    unmarked = manifest.model_copy(update={"engines": {"a": here.model_copy(update={"built_on": ""})}})
+    assert choose(unmarked).device == "cpu"
+    onnxruntime = SimpleNamespace(get_available_providers=lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(choose_module, "checked_onnxruntime", lambda: onnxruntime)
+    assert choose(manifest)[:2] == ("cuda", "a") and choose(manifest).unfit, "and a warning says why"
 
 
 def test_auto_says_that_no_engines_fit_without_onnxruntime(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from balcony_edge.bundle.bundle import file_spec
 from balcony_edge.bundle.manifest import EngineSet, EngineSpec, GraphSpec, TensorSpec
+from balcony_edge.device.machine import machine_id
 from balcony_edge.errors import BalconyError, EngineBuildError, MissingDependencyError
 from balcony_edge.files import write_atomically
 
@@ -305,8 +306,10 @@ def make_engines(
         EngineBuildError: a graph cannot be built.
         OSError: the directory cannot be written.
     """
+    machine = machine_id()
     same = (engines.builder, engines.compute_capabilities) == (builder.name, builder.compute_capabilities)
-    # A set has engines of one builder, for the same GPUs.
+    same = same and engines.built_on == engines.mark(machine)
+    # A set has engines of one builder and one machine, for the same GPUs.
     stale = () if same else {spec.file for spec in engines.engines.values()}
     built, furthest = dict(engines.engines) if same else {}, 0.0
     for file_name in stale:
@@ -332,7 +335,8 @@ def make_engines(
         "compute_capabilities": builder.compute_capabilities,
         "files": {name: file for name, file in engines.files.items() if name not in stale} | files,
     }
-    return engines.model_copy(update=changes)
+    complete = engines.model_copy(update=changes)
+    return complete.model_copy(update={"built_on": complete.mark(machine)})
 
 
 def profiles(spec: GraphSpec, batch_size: int) -> Iterator[dict[str, tuple[tuple[int, ...], ...]]]:
