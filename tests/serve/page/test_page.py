@@ -220,6 +220,7 @@ def test_a_token_that_is_tapped_says_why(page: Chrome) -> None:
     for key, place in ((Keys.ARROW_LEFT, -1), (Keys.ARROW_LEFT, -2), (Keys.ARROW_RIGHT, -1), (Keys.ARROW_RIGHT, -1)):
         log.send_keys(key)
         assert part(chat, "why").text == shown[place].get_attribute("title")
+        assert page.execute_script("return getSelection().anchorNode === arguments[0]", shown[place])
         assert shown[place].get_attribute("title") in part(chat, "status-text").get_property("textContent")
     for modifier in ("alt", "ctrl", "meta", "shift"):  # back to the page before, or a longer selection
         options = f"{{key: 'ArrowLeft', {modifier}Key: true, cancelable: true}}"
@@ -248,6 +249,8 @@ def test_an_answer_is_apart_from_its_thought(page: Chrome) -> None:
     until(page, lambda: chat.find_elements(By.CLASS_NAME, "cost") and ended(chat))
     assert part(chat, "answer").get_property("textContent") == "Blue.\n\nIt is blue."
     assert part(chat, "status-text").get_property("textContent") == "Reply: It is blue."
+    thought = part(chat, "thought")  # paler, it would have too little contrast
+    assert thought.value_of_css_property("opacity") == "1" and thought.value_of_css_property("font-style") == "italic"
 
 
 def test_text_from_right_to_left_ends_at_the_left(page: Chrome) -> None:
@@ -286,6 +289,24 @@ def test_chats_next_to_each_other(page: Chrome) -> None:
     assert not tokens(other) and tokens(one)
     part(other, "close").click()
     assert chats(page) == [one] and page.switch_to.active_element == page.find_element(By.ID, "add")
+
+
+def test_the_end_of_a_reply_takes_no_focus_from_another_chat(page: Chrome) -> None:
+    page.find_element(By.ID, "add").click()
+    one, other = chats(page)
+    for chat in (one, other):
+        choose(chat, "tiny:slow")
+    ask(other, "a long story")
+    part(one, "text").send_keys("a long story")
+    part(one, "send").click()  # it is disabled now, and nothing has the focus
+    until(page, lambda: tokens(one))
+    faster = "arguments[0].value = 'tiny'; arguments[0].dispatchEvent(new Event('change'))"
+    page.execute_script(faster, part(other, "model"))
+    until(page, lambda: ended(other))
+    assert page.switch_to.active_element != part(other, "text") and not ended(one)
+    page.execute_script(faster, part(one, "model"))
+    until(page, lambda: ended(one))
+    assert page.switch_to.active_element == part(one, "text")
 
 
 def test_one_connection_is_left_for_the_sliders(page: Chrome) -> None:

@@ -79,12 +79,24 @@ def test_a_model_that_loads_is_no_error(browser: Chrome, serve: Callable[..., Se
     assert all(" 503 " in complaint for complaint in complaints(browser))
 
 
-def test_a_proxy_without_its_server_is_asked_again(page: Chrome) -> None:
-    script = "const real = fetch; window.fetch = async () => { window.fetch = real; return new Response('', {status: 502}) };"
-    page.execute_script(script + "return load()")
+@pytest.mark.parametrize(("body", "status", "told"), [("", 502, "HTTP 502"), ("<p>Sign in</p>", 200, "Unexpected")])
+def test_a_proxy_without_its_server_is_asked_again(page: Chrome, body: str, status: int, told: str) -> None:
+    answer = "{ window.fetch = real; return new Response(arguments[0], {status: arguments[1]}) }"
+    page.execute_script(f"const real = fetch; window.fetch = async () => {answer}; return load()", body, status)
     trouble = page.find_element(By.ID, "trouble")
-    assert trouble.text == "The server does not answer: HTTP 502"
+    assert trouble.text.startswith("The server does not answer: ") and told in trouble.text
     until(page, lambda: trouble.text == "")
+
+
+def test_a_budget_that_was_read_again_counts(page: Chrome, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page knows the keys of the file as it was."""
+    (chat,) = chats(page)
+    choose(chat, "tiny:shallow")
+    again = {**server.service.names.budgets, "tiny:shallow": Budget(tpot_ms=1000.0)}
+    monkeypatch.setattr(server.service.names, "budgets", again)
+    ask(chat, "hello")
+    until(page, lambda: ended(chat))
+    assert not chat.find_elements(By.CLASS_NAME, "error") and part(chat, "target").text == "1000 ms"
 
 
 def test_errors_are_shown(page: Chrome) -> None:
@@ -109,6 +121,15 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Callable[..., Server]) -> No
     until(browser, lambda: chats(browser))
     assert browser.find_element(By.ID, "trouble").text == ""
     assert "401" in complaints(browser)[0]
+
+
+def test_exits_of_another_bundle_are_learned(page: Chrome) -> None:
+    """As of a server that was started again under the same name."""
+    (chat,) = chats(page)
+    page.execute_script("props.exits = [{exit: 4, ms: 1, agreement: null}]")
+    ask(chat, "hello")
+    until(page, lambda: ended(chat))
+    until(page, lambda: page.execute_script("return props.exits.map(one => one.exit)") == [2, 3, 5])
 
 
 def test_other_names_are_offered(page: Chrome, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
