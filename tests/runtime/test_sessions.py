@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,6 @@ from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Reply
 from balcony_runtime.sessions import file
-from balcony_runtime.sessions.prefixes import PrefixFiles
 from balcony_runtime.token_sequence import TokenSequence
 from tests.support.properties import CHANCE, examples
 from tests.support.schedules import assert_equal, from_scratch
@@ -283,6 +281,31 @@ def test_a_killed_save_leaves_the_old_file(tiny: Any, saved: tuple[Path, TokenSe
     assert list(tmp_path.iterdir()) == [path], "the next save removes what the killed one left"
 
 
+def test_a_file_that_is_cut_while_it_is_read_ends_no_process(tiny: Any, saved: tuple[Path, TokenSequence]) -> None:
+    """As one on a drive that fails: a page that is mapped and cannot be read is a signal, and not an error."""
+    path = saved[0].with_name("cut.session")
+    path.write_bytes(saved[0].read_bytes())
+    code = """
+        import os, sys
+        from pathlib import Path
+        from balcony_runtime.engine import Engine
+        from balcony_runtime.sessions import file
+        check = file._Reader.check
+        def cut(reader, names):  # the header was read
+            os.truncate(sys.argv[2], 8192)
+            check(reader, names)
+        file._Reader.check = cut
+        with Engine.open(sys.argv[1]) as engine:
+            try:
+                file.load(Path(sys.argv[2]), engine.new_sequence())
+            except file.InputError as error:
+                print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tiny.path), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "cut.session: is damaged" in done.stdout, done
+
+
 def test_a_full_disk_leaves_nothing(small_disk: Path, llm: LLM) -> None:
     chat = llm.chat()
     said(chat, "the quick brown fox " * 8)
@@ -326,6 +349,19 @@ def test_messages_that_are_no_json_are_named(llm: LLM, tmp_path: Path, extra: di
     ):
         talk.save(tmp_path / "talk.session")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_of_more_levels_than_are_read_keep_the_old_file(llm: LLM, tmp_path: Path) -> None:
+    talk, path = llm.chat(), tmp_path / "talk.session"
+    deep: Any = "x"
+    for _ in range(197):
+        deep = {"in": deep}
+    talk.messages.append({"role": "user", "content": "hi", "note": deep})
+    talk.save(path)
+    talk.messages[0] = {**talk.messages[0], "note": {"in": deep}}
+    with pytest.raises(InputError, match=r"cannot be saved as JSON \(.* or there are too many levels\)"):
+        talk.save(path)
+    assert Chat.load(llm, path).messages == [{**talk.messages[0], "note": deep}]
 
 
 def test_a_prefix_that_is_too_short_to_be_kept_is_named(llm: LLM, tmp_path: Path) -> None:
@@ -402,68 +438,3 @@ def test_a_saved_system_message_begins_conversations(bundle_copy: Path, tmp_path
         rows = llm.save_prefix([system], tmp_path / "system.session")
         reply = llm.generate([system, {"role": "user", "content": "why"}], max_new_tokens=1)
     assert reply.cached_tokens == rows > 40
-
-
-def test_a_program_may_close_at_its_end(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Functions of ``atexit`` run after Python has ended its pools of threads: all that is kept is written even so."""
-    llm = balcony_edge.load(tiny.path, prefix_directory=tmp_path)
-    for first in (10, 100):
-        llm.generate(list(range(first, first + 60)), max_new_tokens=2, ignore_eos=True)
-    with monkeypatch.context() as patch:
-        patch.setattr("concurrent.futures.thread._shutdown", True)
-        llm.close()
-    assert len(list(tmp_path.glob("prefix-*.session"))) == 2
-
-
-def test_a_directory_that_may_not_be_entered_at_the_end_is_a_warning(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It became private, or its drive has gone, while rows of one of its files were in memory."""
-    prompt, exists = list(range(10, 70)), Path.exists
-    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as llm:
-        llm.generate(prompt, max_new_tokens=2, ignore_eos=True)
-    llm = balcony_edge.load(tiny.path, prefix_directory=tmp_path)
-    assert llm.generate(prompt, max_new_tokens=2, ignore_eos=True).cached_tokens
-
-    def private(path: Path, **options: Any) -> bool:
-        if path.parent == tmp_path:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return exists(path, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", private)
-        llm.close()
-    assert "Permission denied" in caplog.text
-
-
-def test_a_drive_that_has_gone_holds_no_bytes(
-    tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each scrape of a server's metrics asks for them, and would find nothing else either."""
-    files = PrefixFiles(tmp_path, tiny_engine, 1 << 30)
-
-    def gone(*_: Any) -> Any:
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", gone)
-        assert files.bytes == 0 == files.named_bytes(tmp_path / "talk.session")
-
-
-def test_a_device_without_a_clock_of_its_own_keeps_what_was_used_last(
-    tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its clock begins again in 1970 at every start: files of earlier starts are then from the future."""
-
-    def keep(files: PrefixFiles, first: int) -> None:
-        sequence = tiny_engine.new_sequence(max_length=64)
-        sequence.advance(5, np.arange(first, first + 50))
-        files.keep(sequence)
-
-    keep(PrefixFiles(tmp_path, tiny_engine, 1 << 30), 0)
-    (earlier,) = tmp_path.iterdir()
-    files = PrefixFiles(tmp_path, tiny_engine, 5 * earlier.stat().st_size // 2)  # room for two
-    monkeypatch.setattr(time, "time", lambda: 60.0)
-    for first in (60, 120):
-        keep(files, first)
-    assert not earlier.exists() and files.longest(np.arange(60, 110), 1e9)[1] == 50

@@ -128,6 +128,13 @@ def test_saved_slots_are_bounded(serve: Callable[..., Server], tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["a.session"]
 
 
+def test_a_reply_that_is_too_short_to_be_kept_is_named(saving: httpx.Client) -> None:
+    """To save earlier, or to raise --prefix-mb, would not help."""
+    (slot,) = completed(saving, prompt=[5, 6, 7])["balcony"]["slots"]
+    answer = saving.post(f"/slots/{slot}?action=save", json={"filename": "a"})
+    assert answer.status_code == 400 and "fewer than 32 rows are not kept" in answer.json()["error"]["message"]
+
+
 def test_the_latest_replies_have_slots_and_earlier_ones_have_none() -> None:
     slots = Slots(Mock(), 0)
     for key in range(MOST_ENDED + 2):

@@ -246,6 +246,8 @@ class SequencePool:
         wanted = np.array(tokens, np.int64)
         with self._locked():
             found = [one for one in self._ended if one.shared_prefix(wanted) >= max(len(wanted) - 1, 1)]
+            if not found and len(wanted) <= LEAST_SHARED:
+                raise InputError(f"fewer than {LEAST_SHARED} rows are not kept: save a longer conversation")
             if not found:
                 raise InputError("the rows are not kept any more: save earlier, or keep more with prefix_mb")
             self._ended.remove(found[-1])  # in use, so that nobody changes or clears it
@@ -320,15 +322,19 @@ class SequencePool:
         return self._members.index(None) if None in self._members else None
 
     def _longest(self, wanted: IntArray, but: Collection[TokenSequence] = ()) -> tuple[TokenSequence | None, int]:
-        """The member with the most rows of some tokens, and their number; None, 0 below ``LEAST_SHARED`` rows."""
-        best, longest = None, 0
+        """The member with the most rows of some tokens, and their number; None, 0 below ``LEAST_SHARED`` rows.
+
+        Of several, the one whose stages and balconies have taken in the most of them.
+        """
+        best, most = None, (LEAST_SHARED, -1)
         for sequence in self._places:
             if sequence in but:
                 continue
             shared = _rows(sequence, wanted)
-            if shared > longest and shared >= LEAST_SHARED:
-                best, longest = sequence, shared
-        return best, longest
+            found = shared, sum(min(rows, shared) for rows in (*sequence.stage_cursor, *sequence.balcony_cursor))
+            if found > most:
+                best, most = sequence, found
+        return best, 0 if best is None else most[0]
 
     def give_back(self, sequence: TokenSequence) -> None:
         """End the use of a sequence, whose rows stay for prompts that begin alike; does nothing if it is not of this pool.
@@ -411,8 +417,10 @@ class SequencePool:
             ended, self._ended = self._ended[::-1], []
         if (files := self._files) is not None:
             try:
-                for age, sequence in enumerate(ended):
-                    files.keep(sequence, age)
+                used_s = files.moment()
+                for age, sequence in enumerate(ended):  # all are newer than what was not used
+                    files.keep(sequence, used_s - age / 1000)
+                files.trim()
             except (BalconyError, OSError) as error:  # the directory may not be entered any more
                 _log.warning("%s", error)
         with self._locked():

@@ -11,12 +11,11 @@ in its place) and has the hash of each tensor, so two threads check them at once
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import mmap
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +44,8 @@ _MOST_HEADER = 4 << 20
 #: Most dimensions of a tensor, and the largest of one.
 _MOST_DIMENSIONS, _LARGEST = 4, 1 << 40
 _SCALE = ".scale"
+#: Most levels of messages: pydantic reads 200 with the one around them, and writes more.
+_MOST_LEVELS = 199
 
 
 class Notes(BaseModel):
@@ -118,8 +119,8 @@ def save(
     """
     if not _survives(messages or []):
         raise InputError(
-            "the messages cannot be saved as JSON (a key is not a text, or a number is NaN or infinite): "
-            "leave out what is not text or numbers"
+            "the messages cannot be saved as JSON (a key is not a text, a number is NaN or infinite, or there are too many "
+            "levels): leave out what is not text or numbers"
         )
     with sequence.lock:
         rows = sequence.length if rows is None else rows
@@ -227,22 +228,22 @@ class _Parts(Mapping[str, Array]):
 
 
 class _Reader(Closing):
-    """A file that is mapped into memory. A context manager that unmaps it.
+    """An open file. A context manager that closes it.
+
+    It is not mapped into memory: a drive that fails, or a file that is cut meanwhile, would end the process (SIGBUS).
 
     Raises:
         InputError: the file cannot be read, its header is damaged, or it is of another bundle.
     """
 
     def __init__(self, path: Path, engine: Engine) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         try:
             if path.exists() and not path.is_file():
-                raise InputError(f"{path}: cannot be read (it is not a file): give a file that was saved")
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # an empty file cannot be mapped
-            words = error.strerror if isinstance(error, OSError) else "it is empty"
-            raise InputError(f"{path}: cannot be read ({words}): give a file that was saved") from error
+                raise self._unreadable("it is not a file")
+            self._file = path.open("rb")
+        except (OSError, ValueError) as error:  # a name with a NUL
+            raise self._unreadable(error) from error
         try:
             self._read(engine)
         except BaseException:
@@ -250,13 +251,15 @@ class _Reader(Closing):
             raise
 
     def _read(self, engine: Engine) -> None:
-        found = self._map
-        length = int.from_bytes(found[:8], "little")
-        if found[8 : 8 + len(_BEGIN)] != _BEGIN:
+        if not (size := os.fstat(self._file.fileno()).st_size):
+            raise self._unreadable("it is empty")
+        head = self._at(0, min(size, 8 + len(_BEGIN))).tobytes()
+        length = int.from_bytes(head[:8], "little")
+        if head[8:] != _BEGIN:
             raise InputError(f"{self._path}: is not a session: give a file that Chat.save or save_prefix wrote")
-        if length > min(_MOST_HEADER, len(found) - 8):
+        if length > min(_MOST_HEADER, size - 8):
             raise self.damaged("its header ends after the file")
-        header = found[8 : 8 + length]
+        header = self._at(8, length).tobytes()
         if _hash_of_header(header) != header[_PLACE]:
             raise self.damaged("its header does not match its hash")
         try:
@@ -275,8 +278,8 @@ class _Reader(Closing):
                 raise self.damaged("its tensors do not follow one another")
             end = stop
         self._start = 8 + length
-        if len(found) != self._start + end:
-            raise self.damaged(f"it has {len(found)} bytes instead of {self._start + end}")
+        if size != self._start + end:
+            raise self.damaged(f"it has {size} bytes instead of {self._start + end}")
         self._refuse_foreign(engine, shape)
 
     @staticmethod
@@ -310,18 +313,31 @@ class _Reader(Closing):
     @property
     def tokens(self) -> IntArray:
         """Tokens, (1, n), once they were checked."""
-        return self.array("tokens").copy()
+        return self.array("tokens")
 
     def array(self, name: str) -> Array:
-        """A tensor, as a view of the file.
+        """A tensor.
 
         Raises:
-            InputError: it is not there.
+            InputError: it is not there, or cannot be read.
         """
         if name not in self.tensors:
             raise InputError(f"{name}: is not in the file: use the graphs that made it")
-        kind, shape, begin, _ = self.tensors[name]
-        return np.frombuffer(self._map, _TYPES[kind], math.prod(shape), self._start + begin).reshape(shape)
+        kind, shape, begin, stop = self.tensors[name]
+        return self._at(self._start + begin, stop - begin).view(_TYPES[kind]).reshape(shape)
+
+    def _at(self, place: int, count: int) -> Array:
+        """Bytes of the file."""
+        found = np.empty(count, np.uint8)
+        try:
+            with self._lock:
+                self._file.seek(place)
+                read = self._file.readinto(found.data)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if read < count:
+            raise self.damaged("it was cut meanwhile")
+        return found
 
     def check(self, names: list[str]) -> None:
         """Check the hashes of some tensors, in two threads.
@@ -342,10 +358,13 @@ class _Reader(Closing):
     def damaged(self, why: str) -> InputError:
         return InputError(f"{self._path}: is damaged ({why}): save it again")
 
+    def _unreadable(self, why: object) -> InputError:
+        words = why.strerror if isinstance(why, OSError) else why
+        return InputError(f"{self._path}: cannot be read ({words}): give a file that was saved")
+
     def close(self) -> None:
-        """Unmap the file, once no view of it is left."""
-        with contextlib.suppress(BufferError):  # a view in a traceback: the file is unmapped when that goes
-            self._map.close()
+        """Close the file."""
+        self._file.close()
 
 
 def _floats(array: Array) -> Array:
@@ -363,15 +382,12 @@ def _typed(values: Array, dtype: np.dtype[Any]) -> Array:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def _survives(value: Any) -> bool:
-    """Whether JSON keeps a value: it makes texts of keys, and null of NaN and infinity."""
-    try:
-        if isinstance(value, Mapping):
-            return all(isinstance(key, str) and _survives(one) for key, one in value.items())
-        if isinstance(value, list | tuple):
-            return all(map(_survives, value))
-    except RecursionError:  # the writer says that it is nested too deeply
-        return True
+def _survives(value: Any, levels: int = _MOST_LEVELS) -> bool:
+    """Whether JSON keeps a value: it makes texts of keys, and null of NaN and infinity, and reads only so many levels."""
+    if isinstance(value, Mapping):
+        return levels > 0 and all(isinstance(key, str) and _survives(one, levels - 1) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return levels > 0 and all(_survives(one, levels - 1) for one in value)
     return not isinstance(value, float) or math.isfinite(value)
 
 

@@ -46,7 +46,8 @@ class PrefixFiles:
         self._engine, self._most_bytes = engine, most_bytes
         self._begin = f"{OWN}{engine.manifest.fingerprint[:12]}-"
         self._lock = threading.Lock()
-        self._known: dict[Path, tuple[IntArray, int]] = {}  # file → its tokens (n,), and its bytes
+        # File → its tokens (n,), its bytes, and the rows of its stages and balconies.
+        self._known: dict[Path, tuple[IntArray, int, list[int]]] = {}
         with contextlib.suppress(OSError):  # the directory is not there yet
             # Also of saves under a name: clients choose names, and nobody might ever write that one again.
             remove_leftovers(directory, ".")
@@ -70,18 +71,24 @@ class PrefixFiles:
             _log.info("%s", error)
 
     def _know(self, path: Path, session: file.Session) -> None:
-        size = path.stat().st_size
+        size, notes = path.stat().st_size, session.notes
+        rows = [*notes.stage_rows, *notes.balcony_rows]
         with self._lock:  # tokens that never ran have no rows
-            self._known[path] = session.tokens[0, : session.notes.stage_rows[0]].copy(), size
+            self._known[path] = session.tokens[0, : rows[0]].copy(), size, rows
 
     def longest(self, tokens: IntArray, most_bytes: float) -> tuple[Path | None, int]:
-        """The file of at most so many bytes that shares the longest prefix with some tokens (n,), and the length of that."""
-        best, longest = None, 0
+        """The file of at most so many bytes that shares the longest prefix with some tokens (n,), and the length of that.
+
+        Of several, the one that has the most of it in stages and balconies.
+        """
+        best, most = None, (0, 0)
         with self._lock:
-            for path, (known, size) in self._known.items():
-                if size <= most_bytes and (shared := common_length(known, tokens)) > longest:
-                    best, longest = path, shared
-        return best, longest
+            for path, (known, size, rows) in self._known.items():
+                shared = common_length(known, tokens) if size <= most_bytes else 0
+                found = shared, sum(min(count, shared) for count in rows)
+                if found > most:
+                    best, most = path, found
+        return best, most[0]
 
     def forget(self, path: Path) -> None:
         """Do not look at a file again."""
@@ -100,32 +107,37 @@ class PrefixFiles:
             self.forget(path)
             raise
         with contextlib.suppress(OSError):
-            self._touch(path)
+            self._touch(path, self.moment())
             self._know(path, session)  # another process may have written it anew
 
-    def keep(self, sequence: TokenSequence, age: int = 0) -> None:
-        """Write a sequence, unless a file has rows of all its tokens, and remove what is then too much.
+    def keep(self, sequence: TokenSequence, used_s: float | None = None) -> None:
+        """Write a sequence, unless a file has all its rows, and remove what is then too much.
 
         Args:
             sequence: the sequence; nobody else may use it meanwhile.
-            age: number of sequences that were used after it.
+            used_s: time at which it was used, in terms of :meth:`moment`; None for now.
 
         Raises:
             InputError: the file cannot be written.
         """
+        used_s = self.moment() if used_s is None else used_s
         tokens = sequence.tokens[0, : sequence.stage_cursor[0]]  # those of an end that was forced never ran
         path, shared = self.longest(tokens, self._most_bytes)  # larger files are never read
         if path is not None and shared == len(tokens) and path.exists():
-            self._touch(path, age)
-            return
-        name = hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
+            rows, kept = [*sequence.stage_cursor, *sequence.balcony_cursor], self._known.get(path)
+            if kept is not None and all(has <= there for has, there in zip(rows, kept[2], strict=True)):
+                self._touch(path, used_s)
+                return
+        graphs = self._engine.backend.graphs.encode()  # those of the CPU and each engine set have rows of their own
+        name = hashlib.blake2b(tokens.tobytes(), digest_size=12, key=graphs).hexdigest()
         path = self.directory / f"{self._begin}{name}{SUFFIX}"
         file.save(path, sequence, rows=len(tokens))
-        self._touch(path, age)
+        self._touch(path, used_s)
         self.add(path)
-        self._trim(path)
+        self.trim(path)
 
-    def _trim(self, written: Path) -> None:
+    def trim(self, written: Path | None = None) -> None:
+        """Remove what is too much, but not a file that was just written: the bound may be lower than at the last start."""
         own = sorted(self._own(), key=lambda found: (found[0] == written, found[1].st_mtime_ns))
         total = sum(status.st_size for _, status in own)
         for path, status in own:
@@ -156,11 +168,11 @@ class PrefixFiles:
         """Bytes of this bundle's files that nobody named."""
         return sum(status.st_size for _, status in self._own())
 
-    def _touch(self, path: Path, age: int = 0) -> None:
-        """Note that a file was used; ``age`` others were used after it, each of which counts as a second.
+    def moment(self) -> float:
+        """The time, and later than all files: a device without a clock of its own begins again in 1970 at every start."""
+        return max(time.time(), max((status.st_mtime for _, status in self._own()), default=0.0) + 0.1)
 
-        It is then not older than the others: a device without a clock of its own begins again in 1970 at every start.
-        """
+    def _touch(self, path: Path, used_s: float) -> None:
+        """Note when a file was used."""
         with contextlib.suppress(OSError):
-            newest = max((status.st_mtime for other, status in self._own() if other != path), default=0.0)
-            os.utime(path, (max(time.time(), newest + 0.001) - age,) * 2)
+            os.utime(path, (used_s, used_s))

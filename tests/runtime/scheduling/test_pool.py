@@ -228,6 +228,19 @@ def test_a_prompt_starts_from_the_longest_prefix_of_another_one(tiny_engine: Eng
     assert short is not None and short.length == 0
 
 
+def test_of_equal_prefixes_a_prompt_takes_the_one_that_went_deepest(tiny_engine: Engine) -> None:
+    """A voice reply at a shallow exit came first: each reply at the full depth after it would run those rows again."""
+    pool, common = new_pool(tiny_engine, 4), list(range(10, 90))
+    for exit_layer, first in ((2, 100), (5, 150)):
+        tokens = [*common, *range(first, first + LEAST_SHARED)]
+        sequence = pool.take(tokens)
+        assert sequence is not None
+        sequence.advance(exit_layer, tokens[sequence.length :])
+        pool.give_back(sequence)
+    third = pool.take([*common, 7])
+    assert third is not None and third.stage_cursor == [80, 80, 80]
+
+
 def test_a_sequence_may_be_collected_in_the_middle_of_a_step(
     tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,7 @@ def test_a_member_is_given_away_only_if_little_is_lost(tiny_engine: Engine) -> N
     third = pool.take([*common, *rest, 1])
     assert third is first, "the rows of the first are still there"
     assert third.length == 2 * LEAST_SHARED and pool.reused.prompts == 2
-    assert_equal(second.advance(3, [1]), from_scratch(tiny_engine, 3, second.tokens, 1))
+    assert_equal(second.advance(5, [1]), from_scratch(tiny_engine, 5, second.tokens, 1))
     # without another place, the donor gives its own
     pool.give_back(third)
     other = pool.take()
