@@ -49,9 +49,10 @@ _CEILINGS = (
 )
 #: What has no evaluation, and how to get one, in the refusal of ``min_agreement``. A profile has the evaluation that its
 #: bundle had when it was measured.
-UNEVALUATED_BUNDLE = "this bundle was not evaluated: run `balcony-edge eval` on it"
+UNEVALUATED_BUNDLE = "this bundle was not evaluated: run `balcony-edge eval BUNDLE --text TEXT`"
 UNEVALUATED_PROFILE = (
-    "this device profile has no evaluation: run `balcony-edge eval` on the bundle, then `balcony-edge profile` again"
+    "this device profile has no evaluation: run `balcony-edge eval BUNDLE --text TEXT`, "
+    "then `balcony-edge profile` again"
 )
 _POSITIVE = "must be a finite number above 0"
 _SHARE = "must be above 0 and at most 1"

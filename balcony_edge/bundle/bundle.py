@@ -319,8 +319,8 @@ def _tables(manifest: Manifest, name: str, lowered: bool) -> tuple[dict[str, _Ki
 
 def _check_file(path: Path, spec: FileSpec, verify_hashes: bool) -> None:
     if path.is_symlink() or not path.is_file():
-        what = "is a link" if path.is_symlink() else "is missing"
-        raise BundleError(f"{path}: {what}, but a bundle holds every file itself: copy it whole or export it again")
+        what, how = ("is a link", "with what its links name (cp -RL)") if path.is_symlink() else ("is missing", "whole")
+        raise BundleError(f"{path}: {what}, but a bundle holds every file itself: copy it {how} or export it again")
     size = path.stat().st_size
     if size != spec.bytes:
         raise BundleError(f"{path}: {size} bytes, but the manifest says {spec.bytes}: copy the bundle again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from balcony_edge.cli.budgets.compare import compare
 from balcony_edge.cli.budgets.plan import plan
 from balcony_edge.cli.budgets.replay import replay
 from balcony_edge.cli.budgets.simulate import simulate
-from balcony_edge.cli.console import visible
+from balcony_edge.cli.console import VisibleLines, visible
 from balcony_edge.cli.device.calibrate import calibrate
 from balcony_edge.cli.device.doctor import doctor
 from balcony_edge.cli.device.inspect import inspect
@@ -93,6 +94,8 @@ def main() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Decode invalid bytes as in arguments; the code that reads a text refuses input that is not UTF-8.
         sys.stdin.reconfigure(errors="surrogateescape")
+    if logging.lastResort is not None:  # writes the warnings of all verbs but serve
+        logging.lastResort.setFormatter(VisibleLines())
     # On Windows typer would expand variables and patterns, also in a prompt: it does not see what was quoted.
     reported(lambda: app(windows_expand_args=False))
 

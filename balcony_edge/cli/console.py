@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -58,6 +59,14 @@ def folded(header: str) -> Column:
 def visible(text: str) -> str:
     """Text for a terminal: control characters become symbols, because a reply must not command the terminal."""
     return text.translate(_CONTROLS)
+
+
+class VisibleLines(logging.Formatter):
+    """Log records as their texts, for a terminal: they name what is in files and requests of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of a record, and its traceback if it has one."""
+        return visible(super().format(record))
 
 
 def write_text(text: str, style: str = "") -> None:

@@ -81,6 +81,16 @@ def test_export_reads_texts_before_it_loads_the_model(
     refused_here("absent.jsonl: cannot be read (No such file", *common, *options, tmp_path / "absent.jsonl")
 
 
+def test_eval_looks_for_texts_before_it_loads_the_model(
+    tiny: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for verb in ("_open_bundle", "_open_model"):
+        monkeypatch.setattr(f"balcony_edge.cli.workstation.eval.{verb}", loaded)
+    for subject in (tiny.path, tiny_checkpoint):
+        command = ("eval", subject, "--text", tmp_path / "absent.jsonl")
+        refused_here("absent.jsonl: cannot be read (No such file", *command)
+
+
 def test_engines_of_recurrent_layers_are_refused_before_the_export(
     tiny: Any, make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

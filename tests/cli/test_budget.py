@@ -240,7 +240,8 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     invoke(*common, "--record", tmp_path / "free.jsonl", "-n", "5")
     refused("has no predicted times", *common, "--load", tmp_path / "free.jsonl")
     budget.write_text("min_agreement = 0.5\n")
-    unevaluated = "this device profile has no evaluation: run `balcony-edge eval` on the bundle, then `balcony-edge"
+    cure = "run `balcony-edge eval BUNDLE --text TEXT`"  # without --text it is refused, and tasks give no agreement
+    unevaluated = f"this device profile has no evaluation: {cure}, then `balcony-edge profile` again"
     refused(f"{budget}: min_agreement = 0.5, but {unevaluated}", *common)
     refused(f"b: min_agreement = 0.5, but {unevaluated}", *common, "--arrivals", "rate=1")
     refused(f"{budget}: min_agreement = 0.5, but {unevaluated}", "plan", *common[1:])
@@ -357,7 +358,8 @@ def test_plan_keeps_the_evaluation_of_the_profile(tiny: Any, tmp_path: Path) -> 
     (tmp_path / "b.toml").write_text("min_agreement = 0.6\n")
     common = ["plan", "--profile", "evaluated.json", "--budget", "b.toml", "--json"]
     assert invoke(*common, "--bundle", tiny.path) == invoke(*common)
-    refused("this bundle was not evaluated: run", "plan", "--profile", "p.json", *common[3:], "--bundle", tiny.path)
+    cure = "this bundle was not evaluated: run `balcony-edge eval BUNDLE --text TEXT`"
+    refused(cure, "plan", "--profile", "p.json", *common[3:], "--bundle", tiny.path)
 
 
 def test_plan_takes_the_agreement_of_the_bundle_if_the_profile_has_only_tasks(bundle_copy: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli.device.calibrate import _documents
 from balcony_runtime.text.codec import TextCodec
+from tests.support.command import invoke_here
 
 
 def test_little_of_a_large_file_is_tokenized(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +33,14 @@ def test_little_of_a_large_file_is_tokenized(tiny: Any, tmp_path: Path, monkeypa
         some = _documents(file, bundle, most, 16)
         assert sum(map(len, some)) == most and some[:-1] == whole[: len(some) - 1]
         assert some[-1] == whole[len(some) - 1][: len(some[-1])] and len(encoded) < 1000
+
+
+def test_a_pipe_is_read_once(bundle_copy: Path) -> None:
+    """`calibrate BUNDLE --text <(zcat t.jsonl.gz) --document-tokens 999`, where the context is shorter than that."""
+    reads, writes = os.pipe()
+    os.write(writes, b'{"text": "the quick brown fox jumps over the lazy dog"}\n' * 90)
+    os.close(writes)
+    options = ("--document-tokens", "999", "--max-disagreement", "90%")
+    done = invoke_here("calibrate", bundle_copy, "--text", f"/dev/fd/{reads}", *options)
+    os.close(reads)
+    assert done.returncode == 0, done

@@ -163,6 +163,9 @@ def test_parsing_of_budget_words() -> None:
         parse_command("tpot_ms=9 pacing=false").pacing is False
         and parse_command("policy=lossless").policy == "lossless"
     )
+    # As messages write them ("must be 'plain', 'speculative', ..."), and as budget files do.
+    quoted = parse_command("policy='lossless' on_infeasible=\"error\"")
+    assert (quoted.policy, quoted.on_infeasible) == ("lossless", "error")
     with pytest.raises(BudgetError, match="did you mean tpot_ms"):
         parse_command("tpot=3")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 
+from balcony_edge import cli
 from balcony_edge.cli import console, reported
 from balcony_edge.errors import InputError
 
@@ -24,6 +26,17 @@ def test_what_is_refused_does_not_command_the_terminal(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         reported(fails)
     assert capsys.readouterr().err == "balcony-edge: p.json: ␛[2J: Extra inputs are not permitted\n"
+
+
+def test_what_is_logged_does_not_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run --profile p.json` warns with the notes and the names of the device that are in the file."""
+    monkeypatch.setattr(cli, "reported", lambda _: None)
+    cli.main()
+    assert logging.lastResort is not None
+    logging.lastResort.handle(logging.makeLogRecord({"msg": "p.json: \x1b[2J", "levelno": logging.WARNING}))
+    assert capsys.readouterr().err == "p.json: ␛[2J\n"
 
 
 def test_words_between_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from transformers.models.auto import tokenization_auto
 from balcony_edge.errors import CheckpointError, MissingDependencyError
 from balcony_export.data.documents import files_in
 from balcony_export.model import checkpoint
-from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
+from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer, model_name
 
 
 @pytest.fixture
@@ -244,6 +244,14 @@ def test_a_damaged_tokenizer_is_named(model_copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be loaded .*: give a Hugging Face directory") as caught:
         load_tokenizer(model_copy)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_has_the_name_of_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of `cd SmolLM2; balcony-edge export . ...`, which a server would offer as the model "."."""
+    (directory := tmp_path / "SmolLM2").mkdir()
+    monkeypatch.chdir(directory)
+    sources = (".", "./", "../SmolLM2", str(directory), "me/SmolLM2", "x/SmolLM2.gguf")
+    assert {model_name(source) for source in sources} == {"SmolLM2"}
 
 
 def test_demo_model_names_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,11 +71,12 @@ def calibrate(
         refuse_given(context, options, " with --check: the thresholds have the promise that they were made for")
         if (known := opened.manifest.confidence) is None:
             raise InputError(f"{bundle}: has no thresholds to check: calibrate it with --text first")
-    documents = _documents(path, opened, tokens, document_tokens)  # first, because loading may take minutes
+    longest = min(document_tokens, opened.manifest.model.context_length)
+    documents = _documents(path, opened, tokens, longest)  # first, because loading may take minutes
     if (count := sum(map(len, documents))) < MIN_TOKENS:
         raise InputError(f"{path}: {count} tokens are taken: give {MIN_TOKENS} or more, thousands are better")
     with progress_bar() as progress, Engine.of(opened) as engine:
-        if engine.max_length < document_tokens:
+        if engine.max_length < longest:  # an engine set
             documents = _documents(path, opened, tokens, engine.max_length)
         compared = compare_exits(engine, documents, lambda done: progress("comparing exits", done))
     if known is not None:

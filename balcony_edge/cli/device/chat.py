@@ -179,10 +179,10 @@ def parse_command(text: str) -> Budget:
 
 
 def _value(text: str) -> bool | int | float | str:
-    """Convert a value as a budget file would, but without quotes around words."""
+    """Convert a value as a budget file would; words need no quotes, but may have those of messages and budget files."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
-    return text
+    return text.strip("'\"")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from balcony_edge.cli.console import VisibleLines
 from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads, finite
 from balcony_edge.errors import InputError
 
@@ -117,9 +118,9 @@ def serve(
     from balcony_runtime.serve.work.service import Limits
 
     handler = logging.StreamHandler(sys.stderr)
-    if sys.stderr is None or not sys.stderr.isatty():  # a person reads the texts alone
-        handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    is_read = sys.stderr is not None and sys.stderr.isatty()
+    handler.setFormatter(VisibleLines() if is_read else JsonLines())  # a person reads the texts alone
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are one for each request that is not HTTP
 
     def open_llm() -> balcony_edge.LLM:

@@ -153,7 +153,7 @@ def refuse_unknown(tasks: Sequence[str], data: Path | None) -> None:
 
 @contextlib.contextmanager
 def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
-    """The tasks; the readers' copies of their files are removed at the end."""
+    """The tasks, while nothing goes to stdout; the readers' copies of their files are removed at the end."""
     if not tasks:
         raise InputError("--tasks: is empty: name tasks, separated by commas")
     for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub"):
@@ -166,7 +166,10 @@ def _loaded(tasks: Sequence[str], data: Path | None) -> Iterator[Loaded]:
             "--tasks: there is no directory for temporary files that can be written: name one in TMPDIR"
         ) from error
     # Windows removes no file that is mapped, as these are until the tasks are gone. That must not lose the results.
-    with tempfile.TemporaryDirectory(prefix="balcony-eval-", dir=place, ignore_cleanup_errors=True) as cache:
+    with (
+        tempfile.TemporaryDirectory(prefix="balcony-eval-", dir=place, ignore_cleanup_errors=True) as cache,
+        contextlib.redirect_stdout(io.StringIO()),  # the harness prints, and so do some tasks when they are loaded
+    ):
         specs = [_spec(task, data, Path(cache)) for task in tasks]
         yield _load(_manager(specs), dict(zip(tasks, specs, strict=True)))
 
@@ -176,9 +179,8 @@ def _evaluate(lm: Any, loaded: Loaded, limit: int | None) -> TaskRun:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # the harness's default: every model gets the same shots
-    with contextlib.redirect_stdout(io.StringIO()):  # the harness prints
-        # no bootstrap: it forks processes; errors are computed from the examples
-        results: Any = lm_eval.evaluate(lm=lm, task_dict=loaded.harness, limit=limit, bootstrap_iters=0)
+    # no bootstrap: it forks processes; errors are computed from the examples
+    results: Any = lm_eval.evaluate(lm=lm, task_dict=loaded.harness, limit=limit, bootstrap_iters=0)
     return _run(loaded.leaves, results)
 
 

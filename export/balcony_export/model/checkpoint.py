@@ -226,7 +226,8 @@ def model_name(source: str) -> str:
     """Name of the model that :func:`load_model` loads, as bundles and reports give it."""
     if source == "demo":
         return "SmolLM2-135M-Instruct"
-    return one_line(Path(source).stem if source.endswith(".gguf") else Path(source).name or source)
+    # "." has no name of its own
+    return one_line(Path(source).stem if source.endswith(".gguf") else Path(source).name or Path.cwd().name)
 
 
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:

@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
+from balcony_export.evaluate import tasks
 from balcony_export.evaluate.lm_eval import BalconyLM, Sweep
 from balcony_export.evaluate.scorer import Block, BundleScorer, ScoringRequest, TorchScorer
 from balcony_export.export import ExportOptions, export_bundle
@@ -154,6 +155,24 @@ def test_a_task_file_gives_the_harness_own_scores(
     np.testing.assert_allclose(found["bundle"], found["hf"], atol=1e-4, rtol=1e-6)
     np.testing.assert_allclose(found["shallow"], found["sweep"], atol=1e-4)
     assert np.abs(np.subtract(found["shallow"], found["hf"])).max() > 0.1
+
+
+def test_what_a_task_prints_is_no_part_of_a_document(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`eval --json`: med_prescriptions prints the number of its examples, cnn_dailymail what is not installed."""
+
+    class Talking:
+        all_tasks = ("talk",)
+
+        def load(self, _: list[Any]) -> dict[str, Any]:
+            print("Final len filtered dataset: 9")  # noqa: T201 - as the task does
+            return {"tasks": {}}
+
+    monkeypatch.setattr(tasks, "_index", lambda _: Talking())
+    with tasks._loaded(["talk"], None) as loaded:
+        print("while the examples run")  # noqa: T201 - likewise
+    assert loaded.leaves == {"talk": ()} and capsys.readouterr().out == ""
 
 
 class Counting:
