@@ -22,6 +22,8 @@ from balcony_runtime.tokens import whole
 
 #: Engines of this process, which a fork of it must not use.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+#: Longest wait for a pass of another thread, in seconds: it may wait for what the handler of a signal has interrupted here.
+LONGEST_PASS_S = 30.0
 
 
 class EngineOptions(TypedDict, total=False):
@@ -46,6 +48,8 @@ class Engine(Closing):
         self.backend = backend
         self.manifest: Manifest = backend.manifest
         self._refusal: Callable[[], InputError] | None = None  # why it cannot be used any more
+        #: Its sequences, for whose passes :meth:`close` waits.
+        self.sequences: weakref.WeakSet[TokenSequence] = weakref.WeakSet()
         _engines.add(self)
 
     @classmethod
@@ -103,10 +107,14 @@ class Engine(Closing):
             ) from error
 
     def close(self) -> None:
-        """Free the weights; sequences of a closed engine refuse to work."""
+        """Free the weights, and wait for the passes of other threads; sequences of a closed engine refuse to work."""
         if not self.is_forked:  # the threads that would have to end are in the other process
             self._refusal = closed
             self.backend.close()
+            # Before Python 3.14 a daemon thread that comes back from C++ once Python ends aborts the process.
+            for sequence in list(self.sequences):
+                if sequence.lock.acquire(timeout=LONGEST_PASS_S):
+                    sequence.lock.release()
 
     @property
     def is_forked(self) -> bool:

@@ -65,6 +65,7 @@ class TokenSequence:
         self.lock = threading.RLock()
         #: The engine that runs it.
         self.engine = engine
+        engine.sequences.add(self)
         #: The engine's exits, ascending.
         self.exits = engine.exit_layers
         self.batch_size, self.max_length = batch_size, max_length

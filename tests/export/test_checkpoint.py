@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mistral import tokenizer as mistral_tokenizer
 from transformers.models.auto import tokenization_auto
 
-from balcony_edge.errors import CheckpointError, MissingDependencyError
+from balcony_edge.errors import CheckpointError, MissingDependencyError, UnsupportedModelError
 from balcony_export.data.documents import files_in
 from balcony_export.model import checkpoint
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer, model_name
@@ -189,6 +190,16 @@ def test_hub_that_cannot_be_reached_is_one_line() -> None:
 def test_a_path_that_no_hub_could_have_is_one_line(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"^{name}: is not a path, and the hub did not answer with a model"):
         load_model(name)
+
+
+def test_an_architecture_is_refused_before_its_weights_are_read(
+    model_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a hub model are gigabytes to fetch, and twice as many in memory as float32."""
+    transformers.DeepseekV3Config().save_pretrained(model_copy)
+    monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("are read"))
+    with pytest.raises(UnsupportedModelError, match="'deepseek_v3': its mixture of experts is not covered"):
+        load_model(model_copy)
 
 
 def test_missing_tokenizer_is_named(model_copy: Path) -> None:

@@ -48,7 +48,7 @@ def write_gguf(path: Path, architecture: str, tensor: str = "output_norm.weight"
     """Write a GGUF file with one tensor and some fields, named as the writer's methods are (``block_count``)."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in fields.items():
-        getattr(writer, f"add_{name}")(value)
+        getattr(writer, f"add_{name}")(*(value if isinstance(value, tuple) else (value,)))
     writer.add_tensor(tensor, np.ones(8, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -98,6 +98,17 @@ def test_a_gguf_file_that_scales_its_rope_is_refused(scaling: str, tmp_path: Pat
         load_model(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("key", ["rope.scale_linear", "rope.scaling.factor"])
+@pytest.mark.parametrize(("factor", "refused"), [(4.0, True), (1.0, False)])
+def test_a_gguf_file_that_names_only_the_factor_of_its_rope_is_refused(
+    key: str, factor: float, refused: bool, tmp_path: Path
+) -> None:
+    """As files of before November 2023 do. llama.cpp then takes the scaling for a linear one."""
+    write_gguf(tmp_path / "m.gguf", "llama", float32=(f"llama.{key}", factor))
+    with pytest.raises(CheckpointError, match="scales its rotary") if refused else contextlib.nullcontext():
+        gguf_file.check_gguf(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize(
     ("architecture", "layers", "tensor", "words"),
     [
@@ -125,11 +136,31 @@ def test_a_gguf_file_of_phi3_with_a_window_is_refused(window: int, refused: bool
         gguf_file.check_gguf(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize(("keys", "refused"), [(None, True), (4, False)])
+def test_a_gguf_file_of_llama_without_a_number_of_key_heads_is_refused(
+    keys: int | None, refused: bool, tmp_path: Path
+) -> None:
+    """llama.cpp's converter copies it from config.json, where the first Llamas have none, and reorders rows either way."""
+    write_gguf(tmp_path / "m.gguf", "llama", head_count=4, **({} if keys is None else {"head_count_kv": keys}))
+    with pytest.raises(CheckpointError, match="names no number of key heads") if refused else contextlib.nullcontext():
+        gguf_file.check_gguf(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("normed", [True, False])
 def test_a_gguf_file_of_falcon_mamba_is_refused(normed: bool, tmp_path: Path) -> None:
     """Its norms have no weights, so nothing but this field tells it from a Mamba."""
     write_gguf(tmp_path / "m.gguf", "mamba", ssm_dt_b_c_rms=normed)
     with pytest.raises(CheckpointError, match="Falcon-Mamba") if normed else contextlib.nullcontext():
+        gguf_file.check_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("experts", "refused"), [(8, True), (0, False)])
+def test_a_gguf_file_of_mixtral_is_refused_before_its_weights_are_read(
+    experts: int, refused: bool, tmp_path: Path
+) -> None:
+    """llama.cpp has one architecture for both. The experts would be unpacked, minutes and gigabytes, and then be missing."""
+    write_gguf(tmp_path / "m.gguf", "llama", expert_count=experts)
+    with pytest.raises(CheckpointError, match="is a mixture of experts") if refused else contextlib.nullcontext():
         gguf_file.check_gguf(tmp_path / "m.gguf")
 
 

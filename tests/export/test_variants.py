@@ -32,6 +32,7 @@ from balcony_export.variants.extract import extract, layout_warning, submodel
 from balcony_export.verify import reference_logits, verify
 from balcony_runtime.engine import Engine
 from tests.conftest import with_balconies
+from tests.export.graph.experts import MIXTURES, tiny_mixture
 from tests.export.train.distilling import random_corpus
 from tests.support.engine_sets import write_graphs
 from tests.support.hybrids import DENSE, EXPORTED
@@ -236,6 +237,19 @@ def test_an_extracted_exit_has_the_names_that_other_engines_read(
 ) -> None:
     """transformers 5 renames Granite 4's layers and drops LFM2's width; transformers 4 and llama.cpp read the old names."""
     model = make_tiny(name, intermediate_size=48)
+    extract(ExitModel.open(model, (2,)), make_tokenizer(), 2, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())[key] == wanted
+    assert load_model(tmp_path / "out").config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "wanted"), [("qwen3-moe", "num_experts", 8), ("phi3", "partial_rotary_factor", 0.5)]
+)
+def test_an_extracted_exit_has_the_names_that_transformers_4_reads(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path, name: str, key: str, wanted: float
+) -> None:
+    """It assumes 128 experts and heads that are rotated whole; MLX does not load a Qwen3-MoE without the first."""
+    model = (tiny_mixture if name in MIXTURES else make_tiny)(name)
     extract(ExitModel.open(model, (2,)), make_tokenizer(), 2, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())[key] == wanted
     assert load_model(tmp_path / "out").config.num_hidden_layers == 3

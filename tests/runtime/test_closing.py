@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from balcony_edge.bundle.bundle import Bundle
@@ -29,6 +32,23 @@ def test_an_engine_on_a_device_may_be_closed_twice(with_engine_sets: Callable[[s
         engine.close()
 
 
+def test_an_engine_on_a_device_may_be_closed_in_the_handler_of_a_signal(
+    with_engine_sets: Callable[[str], Bundle],
+) -> None:
+    """Python runs it in the middle of a pass of its own thread, which still uses the memory, the stream and the engines."""
+    with runtime.installed() as gpu, onnxruntime.installed(gpu):
+        engine = Engine.of(with_engine_sets("llama"), device="cuda", engines="rtx-fp32")
+        backend: Any = engine.backend
+        with backend.alone():
+            region = backend.allocate((4,), "float32")
+            engine.close()
+            backend.device.upload(region, np.ones(4, np.float32))
+            assert backend.device.download(region).tolist() == [1.0] * 4
+        assert gpu.left() == ""
+        with pytest.raises(InputError, match="this bundle was closed: load it again"):
+            engine.new_sequence()
+
+
 def test_an_engine_that_is_closed_during_a_pass_is_one_line(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.open(tiny.path)
     sequence, bound_run, closes = engine.new_sequence(), onnxruntime_state.bound_run, threading.Event()
@@ -36,14 +56,37 @@ def test_an_engine_that_is_closed_during_a_pass_is_one_line(tiny: Any, monkeypat
     def closing(session: Any, binding: Any) -> Any:
         if not closes.is_set():
             closes.set()
-            thread = threading.Thread(target=engine.close)
-            thread.start()
-            thread.join(10)
+            threading.Thread(target=engine.close).start()  # it ends after the pass
+            while engine.backend.sessions:
+                time.sleep(0.001)
         return bound_run(session, binding)
 
     monkeypatch.setattr(onnxruntime_state, "bound_run", closing)
     with pytest.raises(InputError, match="this bundle was closed: load it again"):
         sequence.advance(5, [1, 2, 3])
+
+
+def test_closing_waits_for_a_pass_of_another_thread(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon thread of a server that came back from ONNX Runtime later, as Python ends, would abort the process."""
+    engine, inside, go = Engine.open(tiny.path), threading.Event(), threading.Event()
+    sequence, run_step = engine.new_sequence(), onnxruntime_state.run_step
+
+    def slow(*arguments: Any) -> int:
+        inside.set()
+        assert go.wait(20)
+        return run_step(*arguments)
+
+    monkeypatch.setattr(onnxruntime_state, "run_step", slow)
+    with ThreadPoolExecutor(2) as threads:
+        running = threads.submit(sequence.advance, 5, [1, 2, 3])
+        assert inside.wait(20)
+        closing = threads.submit(engine.close)
+        ended = wait([closing], 0.5).done
+        go.set()
+        closing.result(20)
+        with pytest.raises(InputError, match="this bundle was closed: load it again"):
+            running.result(20)
+    assert not ended
 
 
 def test_an_engine_that_is_closed_while_its_prices_are_measured_is_one_line(
@@ -123,6 +166,25 @@ with balcony_edge.load({str(tiny.path)!r}) as llm:
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.count("this bundle was loaded before this process was forked") == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_bundle_that_is_loaded_in_a_fork_has_the_one_thread_that_is_there(tiny: Any) -> None:
+    """ONNX Runtime's pool belongs to the process that made it, and cannot be made again."""
+    program = f"""
+import os, balcony_edge
+balcony_edge.load({str(tiny.path)!r}, threads=2, device="cpu").close()
+child = os.fork()
+if not child:
+    with balcony_edge.load({str(tiny.path)!r}, threads=2, device="cpu") as llm:
+        print(llm.engine.backend.threads, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "1\n"
+    assert "runs on one thread instead of 2: the process from which this one was forked had loaded" in done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -63,7 +63,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
         UnsupportedModelError: The model has a feature that export cannot represent, which the message names.
     """
     config = model.config
-    _refuse_unsupported(config)
+    refuse_unsupported(config)
     base: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     head = model.get_output_embeddings()
     norm = next(getattr(base, name) for name in _FINAL_NORMS if hasattr(base, name))
@@ -72,7 +72,8 @@ def parts_of(model: PreTrainedModel) -> Parts:
     return Parts(base, embed, base.layers, norm, rotary, head)
 
 
-def _refuse_unsupported(config: Any) -> None:
+def refuse_unsupported(config: Any) -> None:
+    """Raise UnsupportedModelError for a configuration with a feature that export cannot represent."""
     kind = getattr(config, "model_type", None) or type(config).__name__
 
     def refuse(why: str) -> UnsupportedModelError:

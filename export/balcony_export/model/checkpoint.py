@@ -39,7 +39,7 @@ from transformers.utils import logging as transformers_logging
 from balcony_edge.bundle.manifest import one_line
 from balcony_edge.errors import CheckpointError, InputError, MissingDependencyError
 from balcony_edge.files import expanded
-from balcony_export.model.architecture import longest_context, parts_of
+from balcony_export.model.architecture import longest_context, parts_of, refuse_unsupported
 from balcony_export.model.gguf_file import check_gguf, repair_tokenizer
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -77,10 +77,13 @@ def load_model(
     where, options = _locate(source)
     given: dict[str, Any] = {"dtype": dtype}
     with _explained(source), _vectors_in_float32():
-        if keep_dtype and not options:
+        if not options:
             config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-            config.get_text_config().dtype = None  # the first weight tells it, which config.json need not do
-            given = {"dtype": "auto", "config": config}
+            text = config.get_text_config()
+            refuse_unsupported(text)  # before gigabytes are fetched and read
+            if keep_dtype:
+                text.dtype = None  # the first weight tells it, which config.json need not do
+                given = {"dtype": "auto", "config": config}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             attn_implementation=attn_implementation,
@@ -169,8 +172,9 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Write a model and its tokenizer as a Hugging Face directory that other engines can also read.
 
     transformers 5 writes ``rope_parameters`` only. transformers 4 and engines built on it read ``rope_theta`` and
-    ``rope_scaling``, and silently assume 10,000 and no scaling if they are missing. So both old names are also written.
-    Granite 4 keeps the old names of its layers, and LFM2 its own name of the width of its MLPs, which llama.cpp reads.
+    ``rope_scaling``, and silently assume 10,000 and no scaling if they are missing. So both old names are also written, and
+    the share of each head that is rotated. Granite 4 keeps the old names of its layers, LFM2 its own name of the width of its
+    MLPs, which llama.cpp reads, and Qwen3-MoE that of the number of experts.
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -191,16 +195,19 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         config["rope_local_base_freq"], rope = local.get("rope_theta"), rope.get("full_attention") or {}
     if (theta := rope.get("rope_theta")) is not None:
         config["rope_theta"] = theta
+        if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            config["partial_rotary_factor"] = share
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-            if config["model_type"] == "phi3":  # transformers 4 takes these three only, and the rotated share elsewhere
+            if config["model_type"] == "phi3":  # transformers 4 takes these three only
                 kept = ("short_factor", "long_factor")
                 config["rope_scaling"] = {"type": rope["rope_type"]} | {key: rope[key] for key in kept}
-                config["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
     if config["model_type"] == "granitemoehybrid":
         config["layer_types"] = [_GRANITE_KINDS[kind] for kind in model.config.layer_types]
     elif config["model_type"] == "lfm2":
         config["block_ff_dim"] = model.config.intermediate_size
+    elif config["model_type"] == "qwen3_moe":
+        config["num_experts"] = model.config.num_experts
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

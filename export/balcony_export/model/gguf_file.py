@@ -31,6 +31,8 @@ _GPT2_RULE = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docl
 _LAST_BYTE = "\u0143"
 #: Tensors of factors on the rotary frequencies: of Llama 3, and the two of Phi-3 with a context of 128k and Phi-4-mini.
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+#: Ends of the fields with the factor of a scaling, which is linear without a type; the second is of before November 2023.
+_LINEAR = (".rope.scaling.factor", ".rope.scale_linear")
 _GGUF_BIAS = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.bias$")
 
 
@@ -109,6 +111,10 @@ def _misread(reader: Any) -> Iterator[str]:
     """What of a GGUF file transformers would leave out without a word."""
     names = [tensor.name for tensor in reader.tensors]
     scaling = {str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")}
+    if not scaling and any(
+        field.contents() not in (0, 1) for name, field in reader.fields.items() if name.endswith(_LINEAR)
+    ):
+        scaling = {"linear"}  # as llama.cpp does
     if {*_ROPE_FACTORS} & {*names} or scaling - {"none"}:
         yield "scales its rotary frequencies, which transformers silently ignores in GGUF files"
     if factors := [name for name in names if name.endswith(".scale")]:  # NVFP4's second scale
@@ -120,6 +126,8 @@ def _misread(reader: Any) -> Iterator[str]:
         yield "has a sliding window, which transformers silently ignores in GGUF files of phi3"
     if (norms := reader.get_field(f"{architecture}.ssm.dt_b_c_rms")) is not None and norms.contents():
         yield "is a Falcon-Mamba, which transformers reads from GGUF files as a Mamba without its norms"
+    if (experts := reader.get_field("llama.expert_count")) is not None and experts.contents():
+        yield "is a mixture of experts (Mixtral), of which transformers reads no expert from GGUF files of llama"
     count = reader.get_field(f"{architecture}.block_count")
     model, split = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model is not None and model.contents() == "gpt2":
@@ -134,6 +142,9 @@ def _misread(reader: Any) -> Iterator[str]:
         yield (
             f"this size of {architecture} scales its attention in another way than the others, and GGUF files do not say so"
         )
+    heads = [reader.get_field(f"llama.attention.{key}") for key in ("head_count", "head_count_kv")]
+    if heads[0] is not None and heads[1] is None:
+        yield "names no number of key heads, without which transformers leaves queries and keys in llama.cpp's order"
     biases = [name for name in names if _GGUF_BIAS.match(name)]
     if biases and architecture in _WITHOUT_BIASES:
         yield f"has {biases[0]}, a bias that transformers silently ignores in GGUF files of {architecture}"

@@ -44,21 +44,22 @@ class TokenTable:
         self._scale = self.dtype.type(spec.scale)
         self._width, self._blocks = spec.shape[1], spec.blocks
         self._recent: dict[int, npt.NDArray[Any]] = {}
+        self._mapped: dict[str, npt.NDArray[Any]] = {}  # empty once it is closed
         if spec.blocks is None:
-            self._table = mapped(spec.offset, self.dtype, self._width)
+            self._mapped["table"] = mapped(spec.offset, self.dtype, self._width)
             return
         bits, size = spec.blocks.bits, spec.blocks.block_size
         count = -(-self._width // size)
-        self._table = mapped(spec.offset, np.uint8, count * size * bits // 8)
-        self._scales = mapped(spec.blocks.scales_offset, np.float32, count, 1)
+        self._mapped["table"] = mapped(spec.offset, np.uint8, count * size * bits // 8)
+        self._mapped["scales"] = mapped(spec.blocks.scales_offset, np.float32, count, 1)
         self._middle = np.float32(1 << (bits - 1))
         self._values = unpacked(np.arange(256, dtype=np.uint8)[:, None], bits) - self._middle  # (256, values a byte)
-        zeros = spec.blocks.zero_points_offset
-        self._zeros = None if zeros is None else mapped(zeros, np.uint8, -(-count * bits // 8))
+        if (zeros := spec.blocks.zero_points_offset) is not None:
+            self._mapped["zeros"] = mapped(zeros, np.uint8, -(-count * bits // 8))
 
     def __getitem__(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows of an array of tokens of any shape; the result has one more axis, of size D."""
-        rows = self._table[tokens] if self._blocks is None else self._dequantized(tokens)
+        rows = self._mapped["table"][tokens] if self._blocks is None else self._dequantized(tokens)
         scaled = rows if self._scale == 1 else rows * self._scale
         return scaled.reshape(*tokens.shape, self._width)
 
@@ -71,14 +72,20 @@ class TokenTable:
             row = self._recent[token] = self[np.array(token)]
         return row
 
+    def close(self) -> None:
+        """Let go of the file, whose space is free only then if it was removed; rows are KeyErrors, as graphs are."""
+        self._mapped.clear()
+        self._recent.clear()
+
     def _dequantized(self, at: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         assert self._blocks is not None
-        values = self._values.take(self._table[at], axis=0)  # a byte contains one value or two
-        scales = self._scales[at]  # (..., blocks, 1)
+        zeros = self._mapped.get("zeros")  # first: another thread may close meanwhile, and the lines below then fail
+        values = self._values.take(self._mapped["table"][at], axis=0)  # a byte contains one value or two
+        scales = self._mapped["scales"][at]  # (..., blocks, 1)
         blocks = values.reshape(*scales.shape[:-1], self._blocks.block_size)
-        if self._zeros is not None:
+        if zeros is not None:
             bits = self._blocks.bits
-            blocks = blocks - (unpacked(self._zeros[at], bits)[..., : scales.shape[-2], None] - self._middle)
+            blocks = blocks - (unpacked(zeros[at], bits)[..., : scales.shape[-2], None] - self._middle)
         rows: npt.NDArray[np.float32] = (blocks * scales).reshape(*scales.shape[:-2], -1)
         return rows[..., : self._width]
 

@@ -64,7 +64,9 @@ class SequencePool:
         #: Rows that prompts did not have to compute.
         self.reused = Reused()
         self._engine, self._pool = engine, pool
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        # Whether the thread that has the lock is at work; to itself it says so in a signal's handler and in the collector only.
+        self._busy = False
         self._returned: deque[TokenSequence] = deque()  # taken back by who holds the lock
         self._reading = threading.Lock()  # held while a file is read; the other lock is not
         self._members: list[TokenSequence | None] = [None] * pool.members
@@ -348,20 +350,31 @@ class SequencePool:
     def _locked(self) -> Iterator[None]:
         """Hold the lock, and take back what was given back before and meanwhile."""
         try:
-            with self._lock:
-                self._take_back_returned()
-                try:
-                    yield
-                finally:
-                    self._take_back_returned()
+            with self._lock, self._at_work():
+                yield
         finally:
             self._settle()
 
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self._busy = True
+        try:
+            self._take_back_returned()
+            try:
+                yield
+            finally:
+                self._take_back_returned()
+        finally:
+            self._busy = False
+
     def _settle(self) -> None:
-        """Take back what was given back, unless somebody holds the lock, who does it then."""
+        """Take back what was given back, unless somebody is at work here, who does it then."""
         while self._returned and self._lock.acquire(blocking=False):
             try:
-                self._take_back_returned()
+                if self._busy:
+                    return
+                with self._at_work():
+                    pass
             finally:
                 self._lock.release()
 
@@ -405,14 +418,15 @@ class SequencePool:
                     return rows
         return 0
 
-    def close(self, *, waits: bool = True) -> None:
+    def close(self) -> None:
         """Free ended sequences, after writing them to the files, the one that was used last first.
 
-        No thread may take one meanwhile. Without ``waits``, as in the handler of a signal in the middle of a round of this
-        thread, nothing is done while a step has the pool: this thread would wait for itself.
+        No thread may take one meanwhile. The handler of a signal does nothing in the middle of this thread's own work here: a
+        step, or the beginning or end of a reply.
         """
-        if not waits and self._lock.locked():
-            return
+        with self._lock:
+            if self._busy:
+                return
         with self._locked():
             ended, self._ended = self._ended[::-1], []
         if (files := self._files) is not None:
@@ -453,10 +467,11 @@ class SequencePool:
         try:
             # A pass may write to members that lie between others, so nobody takes or frees one meanwhile.
             with self._lock:
-                members = [self._places[move.sequence] for move in moves]
-                order = sorted(range(len(members)), key=members.__getitem__)
-                in_order = list(map(moves.__getitem__, order))
+                self._busy = True
                 try:  # a stack of contexts makes four calls for each lock, between two passes that leave the caches cold
+                    members = [self._places[move.sequence] for move in moves]
+                    order = sorted(range(len(members)), key=members.__getitem__)
+                    in_order = list(map(moves.__getitem__, order))
                     for sequence, _, _ in in_order:  # the same order in every thread
                         sequence.lock.acquire()
                         held.append(sequence)
@@ -469,6 +484,7 @@ class SequencePool:
                 finally:
                     for sequence in held:
                         sequence.lock.release()
+                    self._busy = False
         finally:
             self._settle()
         found = [logits] * len(order)

@@ -97,7 +97,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Write what ended sequences have to the files."""
-        self.sequences.close(waits=self._leader != threading.get_ident())
+        self.sequences.close()
 
     def record(self, trace: RoundTraceWriter | None) -> None:
         """Record all rounds from the next one on, or stop recording; a signal's handler does not wait for its own step."""

@@ -128,7 +128,7 @@ class Sequences:
         assert self._pool is not None  # it holds them
         return self._pool.step(moves)
 
-    def close(self, *, waits: bool) -> None:
-        """Write what ended sequences have to the files; arguments as for :meth:`.SequencePool.close`."""
+    def close(self) -> None:
+        """Write what ended sequences have to the files."""
         if self._pool is not None:
-            self._pool.close(waits=waits)
+            self._pool.close()

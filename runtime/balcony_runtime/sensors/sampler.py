@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
@@ -94,7 +95,8 @@ class Sensors(Closing):
         self._stale_s = stale_s
         self._clock = clock
         self._stop = threading.Event()
-        self._channels = tuple(_Channel(source, 1 / rate_hz, clock, self._stop) for source in sources)
+        owner = weakref.ref(self)
+        self._channels = tuple(_Channel(source, 1 / rate_hz, clock, self._stop, owner) for source in sources)
 
     def start(self, *, probe_s: float = 1.0) -> Self:
         """Start sampling, once, and wait until every source has answered for the first time, at most ``probe_s``.
@@ -157,11 +159,18 @@ _SUMS = {"watts": "joules", "utilization": "busy_s", "own_utilization": "own_bus
 class _Channel:
     """One source, its thread, and its last results. Only the thread writes them, each by one assignment."""
 
-    def __init__(self, source: Source, period_s: float, clock: Callable[[], float], stop: threading.Event) -> None:
+    def __init__(
+        self,
+        source: Source,
+        period_s: float,
+        clock: Callable[[], float],
+        stop: threading.Event,
+        owner: Callable[[], Sensors | None],
+    ) -> None:
         self._source = source
         self._period_s = period_s
         self._clock = clock
-        self._stop = stop
+        self._stop, self._owner = stop, owner
         self._plausibility = Plausibility()
         self._summed: dict[tuple[str, str], _Summed] = {}
         self.readings: tuple[Reading, ...] = ()
@@ -176,7 +185,7 @@ class _Channel:
     def _run(self) -> None:
         due_s, pause_s = -math.inf, self._period_s
         try:
-            while not self._stop.is_set():
+            while not self._stop.is_set() and self._owner() is not None:  # nobody closes what was collected
                 asked_s = self._asked_s = self._clock()
                 discover = not self.readings or asked_s >= due_s
                 if discover:

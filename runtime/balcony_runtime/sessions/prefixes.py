@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +44,8 @@ class PrefixFiles:
         self.directory = directory
         self._engine, self._most_bytes = engine, most_bytes
         self._begin = f"{OWN}{engine.manifest.fingerprint[:12]}-"
-        self._lock = threading.Lock()
-        # File → its tokens (n,), its bytes, and the rows of its stages and balconies.
+        # File → its tokens (n,), its bytes, and the rows of its stages and balconies. Each use is one call, without a lock: the
+        # handler of a signal may close the bundle, which writes files, in the middle of :meth:`longest`.
         self._known: dict[Path, tuple[IntArray, int, list[int]]] = {}
         with contextlib.suppress(OSError):  # the directory is not there yet
             # Also of saves under a name: clients choose names, and nobody might ever write that one again.
@@ -56,10 +55,8 @@ class PrefixFiles:
 
     def add(self, path: Path) -> None:
         """Take notice of a file, and no more of those that others have removed: what their tokens take would only grow."""
-        with self._lock:
-            known = list(self._known)
         with contextlib.suppress(OSError):  # the directory may not be entered any more
-            for gone in [one for one in known if not one.exists()]:
+            for gone in [one for one in self._known.copy() if not one.exists()]:
                 self.forget(gone)
         self._look(path)
 
@@ -73,8 +70,7 @@ class PrefixFiles:
     def _know(self, path: Path, session: file.Session) -> None:
         size, notes = path.stat().st_size, session.notes
         rows = [*notes.stage_rows, *notes.balcony_rows]
-        with self._lock:  # tokens that never ran have no rows
-            self._known[path] = session.tokens[0, : rows[0]].copy(), size, rows
+        self._known[path] = session.tokens[0, : rows[0]].copy(), size, rows  # tokens that never ran have no rows
 
     def longest(self, tokens: IntArray, most_bytes: float) -> tuple[Path | None, int]:
         """The file of at most so many bytes that shares the longest prefix with some tokens (n,), and the length of that.
@@ -82,18 +78,16 @@ class PrefixFiles:
         Of several, the one that has the most of it in stages and balconies.
         """
         best, most = None, (0, 0)
-        with self._lock:
-            for path, (known, size, rows) in self._known.items():
-                shared = common_length(known, tokens) if size <= most_bytes else 0
-                found = shared, sum(min(count, shared) for count in rows)
-                if found > most:
-                    best, most = path, found
+        for path, (known, size, rows) in self._known.copy().items():
+            shared = common_length(known, tokens) if size <= most_bytes else 0
+            found = shared, sum(min(count, shared) for count in rows)
+            if found > most:
+                best, most = path, found
         return best, most[0]
 
     def forget(self, path: Path) -> None:
         """Do not look at a file again."""
-        with self._lock:
-            self._known.pop(path, None)
+        self._known.pop(path, None)
 
     def load(self, path: Path, sequence: TokenSequence) -> None:
         """Fill an empty sequence with a file's rows; the file is then the one that was used last.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import BundleError, DeviceError
+from balcony_edge.errors import BundleError, DeviceError, InputError
 from balcony_runtime.backends.onnxruntime import backend as onnxruntime_backend
 from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
 from balcony_runtime.engine import Engine
@@ -144,6 +146,20 @@ def test_a_closed_engine_frees_its_sessions(tiny: Any) -> None:
         sessions = [weakref.ref(session._sess) for session in engine.backend.sessions.values()]
     gc.collect()
     assert not any(session() for session in sessions)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of what is mapped")
+def test_a_closed_engine_lets_go_of_its_bundle(tiny: Any, tmp_path: Path) -> None:
+    """An update removes it, and its space would stay taken for as long as anybody has the engine or a sequence."""
+    place = tmp_path / "bundle"
+    shutil.copytree(tiny.path, place)
+    engine = Engine.open(place)
+    sequence = engine.new_sequence()
+    sequence.advance(2, [1, 2, 3])
+    engine.close()
+    assert str(place) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match="this bundle was closed: load it again"):
+        sequence.advance(2, [4])
 
 
 @pytest.mark.parametrize("packed", [None, Path("packed")])

@@ -54,6 +54,14 @@ def test_small_graphs_move_rows() -> None:
         np.testing.assert_array_equal(found[:, 1:5], before[:, 1:5])
 
 
+def test_a_pass_of_a_bundle_that_was_closed_is_one_line() -> None:
+    """The handler of a signal may close it in the middle of a step of its own thread, which goes on with the next pass."""
+    one = BoundPass("stage_0", SimpleNamespace(io_binding=object, run_with_iobinding=print))
+    one.drop()
+    with pytest.raises(InputError, match="this bundle was closed: load it again"):
+        one.run()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "smollm3"])
 def test_the_test_of_attention_has_the_operator_of_the_bundle(
     export_tiny: Callable[[str], Any], architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

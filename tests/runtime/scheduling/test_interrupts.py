@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pkgutil
 import sys
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import balcony_edge
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
 from balcony_edge.errors import InputError
 from balcony_runtime.engine import Engine
@@ -19,6 +21,7 @@ from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.scheduling.shared_step import SharedStep
 from balcony_runtime.scheduling.stream import Cancellation
+from balcony_runtime.sessions import prefixes
 from balcony_runtime.token_sequence import TokenSequence
 from tests.support.replies import PRICES, ids
 from tests.support.schedules import assert_equal, from_scratch
@@ -183,6 +186,38 @@ def test_a_bundle_may_be_closed_in_the_handler_of_a_signal(
     thread.join(20)
     assert not thread.is_alive(), "it waits for itself"
     assert [type(one) for one in found] == ([SystemExit] if ends else [InputError] * 2)
+
+
+@pytest.mark.parametrize(
+    "at", ["balcony_runtime.token_sequence.TokenSequence.fill", f"{prefixes.__name__}.common_length"]
+)
+def test_a_bundle_may_be_closed_in_the_handler_of_a_signal_as_a_reply_begins(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """While its rows are copied, or looked for in files, this thread has a lock, and would wait for itself for ever."""
+    prompt, found = list(range(10, 90)), list[Any]()
+    with balcony_edge.load(tiny.path, prefix_directory=tmp_path) as before:
+        before.generate(prompt, max_new_tokens=1, ignore_eos=True)
+    llm = balcony_edge.load(tiny.path, prefix_directory=tmp_path)
+    llm.generate(prompt, max_new_tokens=1, ignore_eos=True)
+    called = pkgutil.resolve_name(at)
+
+    def interrupted(*given: Any) -> Any:
+        monkeypatch.undo()
+        llm.close()
+        return called(*given)
+
+    def handled() -> None:
+        with pytest.raises(InputError, match="this bundle was closed") as closed:
+            llm.generate([*prompt[:40], 3], **OPTIONS)
+        found.append(closed)
+
+    monkeypatch.setattr(at, interrupted)
+    thread = threading.Thread(target=handled, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it waits for itself"
+    assert found
 
 
 def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

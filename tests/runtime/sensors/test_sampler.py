@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import shutil
@@ -78,6 +79,15 @@ def test_sensors_that_were_started_or_closed_do_not_start_again(tmp_path: Path) 
     for sensors in (used, closed):
         with pytest.raises(InputError, match="started or closed before: make others with Sensors"):
             sensors.start()
+
+
+def test_sensors_that_nobody_has_any_more_end(tmp_path: Path) -> None:
+    """A notebook that loads a bundle again, without closing it, would read the device with more threads each time."""
+    sensors = Sensors([Thermal(tmp_path)], rate_hz=10).start()
+    (thread,) = [channel.thread for channel in sensors._channels]
+    del sensors
+    gc.collect()
+    eventually(lambda: not thread.is_alive())
 
 
 def test_a_sensor_that_hangs_ages_and_is_dropped_while_the_others_go_on(sysfs_tree: Tree, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class DeviceBackend(Closing):
         self.returned: deque[Regions] = deque()
         #: All memory in use and returned.
         self.memories: weakref.WeakSet[Regions] = weakref.WeakSet()
-        self._closed = False
+        self._closed, self._inside = False, 0  # how many contexts of :meth:`alone` are open, all in one thread
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -47,8 +47,14 @@ class DeviceBackend(Closing):
         with self.lock:
             if self._closed:
                 raise closed()
-            with self.device.current():
-                yield
+            self._inside += 1
+            try:
+                with self.device.current():
+                    yield
+            finally:
+                self._inside -= 1
+                if self._closed and not self._inside:
+                    self._free()
 
     def new_state(self, batch_size: int, max_length: int) -> DeviceState:
         """Memory for one sequence. It has the length of the engines' caches, whatever ``max_length`` is.
@@ -110,10 +116,17 @@ class DeviceBackend(Closing):
             return DevicePool(self, min(members, self.engines.batch_size))
 
     def close(self) -> None:
-        """Free engines and memory; may be called several times."""
-        with self.lock, contextlib.ExitStack() as stack:
-            if self._closed:
-                return
+        """Free engines and memory; may be called several times.
+
+        In the handler of a signal in the middle of a pass of this thread, the pass frees them at its end: it still uses them.
+        """
+        with self.lock:
+            free, self._closed = not (self._closed or self._inside), True
+            if free:
+                self._free()
+
+    def _free(self) -> None:
+        with contextlib.ExitStack() as stack:
             with contextlib.suppress(DeviceError):  # a lost GPU cannot be chosen, and has nothing left to free
                 stack.enter_context(self.device.current())
             with contextlib.suppress(DeviceError):
@@ -122,6 +135,5 @@ class DeviceBackend(Closing):
                 memory.forget_programs()  # they hold contexts of the engines
             with contextlib.suppress(DeviceError):
                 self.device.collect()
-            self._closed = True
             self.executor.close()
             self.device.close()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
+import os
 import shutil
 import sys
 import threading
@@ -38,12 +40,25 @@ from balcony_runtime.backends.onnxruntime.pool import OnnxRuntimePool
 from balcony_runtime.backends.onnxruntime.state import OnnxRuntimeState
 from balcony_runtime.backends.token_table import TokenTable
 
+_log = logging.getLogger(__name__)
 #: Graphs that are loaded at once. Packing a graph's weights keeps one CPU busy, and takes their bytes again until it ends.
 LOADERS = 2
 _pool_lock = threading.Lock()
 _pool_asked = False
 #: Size of the shared pool; None if the application made it.
 _pool_threads: int | None = None
+_pool_lost = False
+
+
+def _lose_pool() -> None:
+    """In a forked process: the pool cannot be made again, and its threads are in the other process."""
+    global _pool_threads, _pool_lost
+    if _pool_asked:
+        _pool_threads, _pool_lost = 1, True
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_lose_pool)
 
 
 def open_session(
@@ -205,6 +220,9 @@ class OnnxRuntimeBackend(Closing):
             path = shared[f"path_{layer}"]
             self.paths[layer] = _open(path, path.parent, threads=threads, optimize=False)
         self.threads = _pool_threads or threads
+        if _pool_lost and threads > 1:
+            why = "the process from which this one was forked had loaded a bundle before: load none there, or spawn"
+            _log.warning("%s: runs on one thread instead of %d: %s", bundle.path, threads, why)
         _trim_heap()
         use_large_pages(before)
         self.table = TokenTable(bundle)
@@ -229,9 +247,10 @@ class OnnxRuntimeBackend(Closing):
         return OnnxRuntimePool(self, members, max_length)
 
     def close(self) -> None:
-        """Free the sessions."""
+        """Free the sessions, and let go of the bundle's files."""
         self.sessions.clear()
         self.paths.clear()
+        self.table.close()
         for user in list(self.users):
             user.forget_programs()
 

@@ -83,3 +83,4 @@ class WebGpuBackend(Closing):
     def close(self) -> None:
         """Free memory and sessions."""
         self.device.close()
+        self.table.close()

@@ -53,6 +53,8 @@ def _failing(call: Callable[Concatenate[BoundPass, _P], _R]) -> Callable[Concate
 
     @functools.wraps(call)
     def told(self: BoundPass, /, *arguments: _P.args, **named: _P.kwargs) -> _R:
+        if self._binding is None:  # a signal's handler closed the bundle in the middle of this thread's pass
+            raise closed()
         try:
             return call(self, *arguments, **named)
         except RuntimeError as error:
@@ -64,7 +66,7 @@ def _failing(call: Callable[Concatenate[BoundPass, _P], _R]) -> Callable[Concate
 class BoundPass:
     """A graph with its inputs and outputs bound, to be run many times. Each call of a method may move bytes to the device.
 
-    All of them raise DeviceError if the device fails.
+    All of them raise DeviceError if the device fails, and InputError after :meth:`drop`.
     """
 
     __slots__ = ("_arrays", "_binding", "_graph", "_run")
