@@ -320,7 +320,8 @@ class Controller:
         else:
             why = Because(outlook, exits, chosen, current, seen)
         period_ms, idle_ms = self._pace(plan, governor, seen, price_ms * factor)
-        device = device_words(governor, budget, period_ms) if plan.governed else ()
+        needs_tps = _needed_tps(budget, seen) if plan.governed else 0.0
+        device = device_words(governor, budget, period_ms, needs_tps) if plan.governed else ()
         stays = chosen == current or current is None  # the first choice is not a switch and starts no dwell
         after = ControllerState(
             exit_layer=exits[chosen],
@@ -337,7 +338,7 @@ class Controller:
             predicted_ms=price_ms * factor,
             price_ms=price_ms,
             probability=probability_of(limit_ms, price_ms, deviation),
-            infeasible=infeasible or (plan.governed and bool(governor.out_of_reach(plan.budget))),
+            infeasible=infeasible or (plan.governed and bool(governor.out_of_reach(budget, needs_tps))),
             catch_up=catch_up,
             period_ms=period_ms,
             idle_ms=idle_ms,

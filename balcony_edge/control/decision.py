@@ -275,13 +275,13 @@ def _shown(value: float, asked: float, usual: str = ".1f", exact: str = ".3f") -
     return shown if (float(shown) > asked) == (value > asked) else f"{value:{exact}}"
 
 
-def device_words(governor: Governor, budget: Budget, period_ms: float) -> tuple[object, ...]:
+def device_words(governor: Governor, budget: Budget, period_ms: float, needs_tps: float = 0.0) -> tuple[object, ...]:
     """The slow loop's part of the reason for a token."""
     words = []
     if governor.critical(budget):
         limit = f"critical_temperature_c = {budget.critical_temperature_c:g}"
         words.append(f"{limit}: the hottest sensor is at {governor.critical_c:.0f} °C")
-    if missed := governor.out_of_reach(budget):
+    if missed := governor.out_of_reach(budget, needs_tps):
         words.append(f"infeasible: {', '.join(missed)} out of reach")
     if governor.binding:
         usual_ms = 0.0 if budget.max_pace_tps is None else 1000 / budget.max_pace_tps  # no ceiling asks for this wait

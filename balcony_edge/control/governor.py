@@ -98,13 +98,15 @@ class Governor(NamedTuple):
         limit_c = budget.critical_temperature_c
         return self.critical_c is not None and limit_c is not None and self.critical_c >= limit_c
 
-    def out_of_reach(self, budget: Budget) -> tuple[str, ...]:
-        """Keys of this budget that cannot be met; the last tick may have been for another one, or for several together."""
+    def out_of_reach(self, budget: Budget, needs_tps: float) -> tuple[str, ...]:
+        """Keys of this budget that cannot be met; the last tick may have been for another one, or for several together.
+
+        ``needs_tps`` is :func:`needed_tps` of its reply.
+        """
         if not self.infeasible:
             return ()
-        needs_tps = 0.0 if budget.tpot_ms is None else 1000 / budget.tpot_ms
         own = {key: getattr(budget, key) == value for key, value in self.asked}
-        own["latency"] = budget.deadline_s is not None or needs_tps > self.pace_tps
+        own["latency"] = needs_tps > self.pace_tps
         return tuple(key for key in self.infeasible if own.get(key))
 
     def unseen(self, budget: Budget) -> tuple[str, ...]:

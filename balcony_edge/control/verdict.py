@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from balcony_edge.budget import Budget
@@ -195,14 +196,18 @@ class Watch:
 
     def _most_w(self, window_s: float) -> float | None:
         """Highest mean power over a window; the mean of the whole reply if that is shorter."""
-        seen = [one for one in self._seen if one.power is not None]
+        seen = [(one.now_s, one.power) for one in self._seen if one.power is not None]
+        # Sums up to each reading: windows of minutes over a long reply would otherwise take seconds.
+        sums = [0.0, *accumulate(power.value for _, power in seen)]
         means: list[float] = []
         begin = 0
-        for end in range(len(seen)):
-            while begin < end and seen[end].now_s - seen[begin + 1].now_s >= window_s:
+        for end, (now_s, power) in enumerate(seen):
+            while begin < end and now_s - seen[begin + 1][0] >= window_s:
                 begin += 1
-            if seen[end].now_s - seen[begin].now_s >= window_s or (end == len(seen) - 1 and not means):
-                means.append(_mean([one.power for one in seen[begin : end + 1]]) or 0.0)
+            begin_s, first = seen[begin]
+            if now_s - begin_s >= window_s or (end == len(seen) - 1 and not means):
+                counted = None if power.counter is None else power.counter.mean(first.counter)
+                means.append((sums[end + 1] - sums[begin]) / (end + 1 - begin) if counted is None else counted)
         return max(means, default=None)
 
     def _joules(self) -> float | None:

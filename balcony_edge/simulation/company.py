@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -174,7 +175,7 @@ def simulate_company(
     state = CompanyState()
     last: Measurement | None = None
     streams = [plant.stream(arrival, key) for key, arrival in enumerate(arrivals)]
-    waiting = list(range(len(streams)))
+    coming, waiting = deque(streams), list[SimulatedStream]()
     active: list[int] = []
 
     def refused(one: SimulatedStream) -> bool:
@@ -183,12 +184,15 @@ def simulate_company(
         now = RoundSeen(tuple(_seen(plant, streams[key]) for key in active), None, plant.now_s)
         return controller.refusal(state, now, _seen(plant, one)) is not None
 
-    while waiting or active:
-        _admit([streams[key] for key in waiting], active, most_streams, refused, plant.now_s)
-        waiting = [key for key in waiting if key not in active and streams[key].refused_s is None]
+    while coming or waiting or active:
+        while coming and coming[0].arrival.time_s <= plant.now_s:
+            waiting.append(coming.popleft())
+        if waiting and len(active) < most_streams:
+            _admit(waiting, active, most_streams, refused, plant.now_s)
+            waiting = [one for one in waiting if one.key not in active and one.refused_s is None]
         if not active:
-            if waiting:
-                plant.wait(streams[waiting[0]].arrival.time_s - plant.now_s)
+            if coming:
+                plant.wait(coming[0].arrival.time_s - plant.now_s)
                 last = None
             continue
         known = tuple(_seen(plant, streams[key]) for key in active)
@@ -217,8 +221,8 @@ def simulate_company(
         active = [key for key in active if not streams[key].done]
         # A newcomer ends a wait until somebody is due, and not the pace of a ceiling. Who waits to begin ends neither.
         comes = len(active) < most_streams and not (found.moves or found.chunk)
-        times_s = (streams[key].arrival.time_s for key in waiting if comes)
-        next_s = min((time_s for time_s in times_s if time_s > plant.now_s), default=math.inf)
+        times_s = (one.arrival.time_s for one in coming if one.arrival.time_s > plant.now_s)
+        next_s = next(times_s, math.inf) if comes else math.inf
         plant.wait(min(found.wait_ms / 1000, next_s - plant.now_s))
     return streams
 
@@ -230,9 +234,9 @@ def _admit(
     refused: Callable[[SimulatedStream], bool],
     now_s: float,
 ) -> None:
-    """Let those begin that have come, and that there is a place and time for, as the scheduler does."""
+    """Let those begin that there is a place and time for, as the scheduler does."""
     while len(active) < places:
-        come = [one for one in waiting if one.arrival.time_s <= now_s and not one.done and one.key not in active]
+        come = [one for one in waiting if not one.done and one.key not in active]
         held = False  # by one that was overtaken too often
         for one in in_order(come, lambda one: one.arrival.budget.weight):
             if not held and not refused(one):

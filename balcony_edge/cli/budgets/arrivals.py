@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 
 class Company(NamedTuple):
-    """A simulated company: its classes of budgets by name, its streams with the class of each, and its rounds by time."""
+    """A simulated company: its classes of budgets by name, its streams with the class of each, the number of its rounds, and
+    these by time if they are to be explained."""
 
     classes: dict[str, Budget]
     streams: list[tuple[str, SimulatedStream]]
+    round_count: int
     rounds: list[tuple[float, Round]]
 
 
@@ -55,7 +57,7 @@ def classes(files: Sequence[Path], own: Budget) -> dict[str, Budget]:
 
 def facts(company: Company) -> dict[str, Any]:
     """Figures of each class and of all streams, JSON-ready."""
-    found: dict[str, Any] = {"streams": len(company.streams), "rounds": len(company.rounds), "classes": {}}
+    found: dict[str, Any] = {"streams": len(company.streams), "rounds": company.round_count, "classes": {}}
     for name in company.classes:
         streams = [stream for own, stream in company.streams if own == name]
         exits = [layer for stream in streams for layer in stream.exits]

@@ -109,7 +109,7 @@ def simulate(
         sizes = (prompt_tokens, tokens, seconds)
         with RoundTraceWriter(record) if record is not None else nullcontext() as rounds:
             company = _company(
-                files, asked, profile, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds
+                files, asked, profile, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds, explain
             )
         figures, rows = facts(company), explained(company) if explain else None
         if as_json:
@@ -146,6 +146,7 @@ def _company(
     seed: int,
     device: list[str] | None,
     trace: RoundTraceWriter | None,
+    explain: bool,
 ) -> Company:
     """Run the requests of ``--arrivals`` on the profile's device."""
     from balcony_edge.cli.budgets.arrivals import Company, classes
@@ -170,6 +171,14 @@ def _company(
     constants = physics(device or [], profile, ceilings)
     _say_if_unmeasured(path, profile, ceilings, device)
     rounds: list[tuple[float, Round]] = []
+    count = 0
+
+    def log(now_s: float, found: Round) -> None:
+        nonlocal count
+        count += 1
+        if explain:  # 2 kB each
+            rounds.append((now_s, found))
+
     streams = simulate_company(
         profile.costs,
         arrivals,
@@ -178,11 +187,11 @@ def _company(
         load=slowdowns,
         seed=seed,
         admission=True,
-        log=lambda *one: rounds.append(one),
+        log=log,
         trace=trace,
     )
     names = {id(budget): name for name, budget in named.items()}
-    return Company(named, [(names[id(stream.arrival.budget)], stream) for stream in streams], rounds)
+    return Company(named, [(names[id(stream.arrival.budget)], stream) for stream in streams], count, rounds)
 
 
 def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, device: list[str] | None) -> None:

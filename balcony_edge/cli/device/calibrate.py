@@ -53,7 +53,7 @@ def calibrate(
 ) -> None:
     """Measure how confident each balcony must be, and write the thresholds into the bundle's manifest (not its fingerprint)."""
     from balcony_edge.bundle.quality import record_confidence
-    from balcony_runtime.decoding.thresholds import MIN_TOKENS, compare_exits, held_out, learn
+    from balcony_runtime.decoding.thresholds import MIN_TOKENS, compare_exits, held_out, learn, least_tokens
     from balcony_runtime.engine import Engine
 
     path = text if check is None else check
@@ -73,8 +73,10 @@ def calibrate(
             raise InputError(f"{bundle}: has no thresholds to check: calibrate it with --text first")
     longest = min(document_tokens, opened.manifest.model.context_length)
     documents = _documents(path, opened, tokens, longest)  # first, because loading may take minutes
-    if (count := sum(map(len, documents))) < MIN_TOKENS:
-        raise InputError(f"{path}: {count} tokens are taken: give {MIN_TOKENS} or more, thousands are better")
+    least = MIN_TOKENS if known is not None else least_tokens(len(opened.manifest.exits) - 1, *shares)
+    if (count := sum(map(len, documents))) < least:
+        cure = "" if least <= tokens else f", with --tokens {least}"
+        raise InputError(f"{path}: {count} tokens are taken: give {least} or more{cure}, thousands are better")
     with progress_bar() as progress, Engine.of(opened) as engine:
         if engine.max_length < longest:  # an engine set
             documents = _documents(path, opened, tokens, engine.max_length)

@@ -36,10 +36,11 @@ class Composer:
 
     def __init__(self, prices: RoundPrices, quality: Sequence[float]) -> None:
         self._prices, self._costs, self._quality = prices, prices.costs, quality
+        self._busy = 1.0  # of this round, as for compose()
         self._tokens: dict[tuple[int, int], tuple[float, int]] = {}  # stream and exit → its part of this round's price
 
     def compose(
-        self, ready: list[View], waiting: list[View], slowdown: Slowdown, absent_ms: float
+        self, ready: list[View], waiting: list[View], slowdown: Slowdown, absent_ms: float, busy: float
     ) -> tuple[Chosen, Chunk | None, float]:
         """Streams of the round with their exits, the rows next to it, and the price.
 
@@ -48,8 +49,10 @@ class Composer:
             waiting: streams that wait for their pace.
             slowdown: slowdown filter.
             absent_ms: as in :class:`~balcony_edge.control.company.seen.RoundSeen`.
+            busy: share of the time in which rounds run, with the pauses of the ceilings after them.
         """
         self._tokens.clear()
+        self._busy = busy
         calm_ms = min(CALM_MS, absent_ms) / slowdown.factor  # longest time of the rows of this round
         prompts, steps = [view for view in ready if view.first], [view for view in ready if not view.first]
         aims = absent_ms < math.inf or any(view.stream.budget.has_target for view in (*ready, *waiting))
@@ -70,18 +73,19 @@ class Composer:
         chosen, price_ms, left = self._leave_out(chosen, price_ms, behind)
         waiting = [*waiting, *left]
         limit_ms = min([view.bound_ms for view, _ in chosen], default=math.inf)
-        # Who waits must still get its token in a round like this one.
+        # Who waits must still get its token in a round like this one, after the pause that this one asks for.
         waits_ms = [view.bound_ms - price_ms for view in waiting if not view.first and view.bound_ms < math.inf]
-        limit_ms = min([limit_ms, *waits_ms])
+        limit_ms = min([limit_ms, *(left_ms * self._busy for left_ms in waits_ms)])
         # Rounds with more rows next to them may be slower than their price, compared with the others.
         share, portion = math.exp(-max(slowdown.offsets[WITH_CATCH_UP], 0.0)), None
         if price_ms > limit_ms:
             portion = self._in_portions(chosen, limit_ms, share)
             if portion is None:
                 chosen, price_ms = self._lowered(chosen, price_ms, limit_ms)
-        # A target that was given up still says how long a gap may not be. A deadline that has passed does not.
+        # A target that was given up still says how long a gap may not be, unless the step alone takes longer: then rows take
+        # as long again. A deadline that has passed does not.
         periods_ms = [view.period_ms or view.stream.budget.tpot_ms or math.inf for view, _ in chosen]
-        calm_ms = min([calm_ms, *periods_ms])
+        calm_ms = min([calm_ms, *(max(period_ms, price_ms) for period_ms in periods_ms)])
         slack_ms = min(share * limit_ms - price_ms, calm_ms)
         prompt = first_due(prompts)
         others = [] if prompt is None else [view for view, _ in chosen] + [view for view in waiting if not view.first]
@@ -95,7 +99,7 @@ class Composer:
             chosen, chunk, price_ms = self._with_prompt(prompt, chosen, price_ms, slack_ms)
             if chunk is not None or not chosen or chosen[-1][0] is prompt:
                 return chosen, chunk, price_ms
-            if prompt.bound_ms == math.inf and all(view.may_be_late for view in others):  # or it might never begin
+            if prompt.bound_ms == math.inf and all(view.gives_way for view in others):  # or it might never begin
                 return self._with_prompt(prompt, [], 0.0, calm_ms)
         return self._with_backlog(chosen, price_ms, slack_ms)
 
@@ -112,7 +116,7 @@ class Composer:
         shortest_ms = min((view.period_ms for view, _ in chosen if view.met), default=0.0)
         patience_ms = [(self._patience_ms(view), view.stream.key, view) for view, _ in chosen]
         for patient_ms, _, laxest in sorted(patience_ms, key=lambda one: one[:2], reverse=True)[:-1]:
-            if patient_ms < (BEHIND_ROUNDS if behind else 2) * price_ms:
+            if patient_ms < (BEHIND_ROUNDS if behind else 2) * price_ms / self._busy:
                 break
             if behind and laxest.bound_ms < math.inf and laxest.period_ms <= 2 * shortest_ms:
                 break

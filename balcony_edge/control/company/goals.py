@@ -88,7 +88,7 @@ class Goals:
     def _goals(self, views: list[View], slowdown: Slowdown, share: float) -> tuple[list[int], list[int], bool]:
         """Exits within the shortest target, the same with the hysteresis free, and whether they hold it."""
         claims, limit_ms, lax_rows = self._claims(views)
-        luck = slowdown.luck(max((quantile_of(view.stream.budget.probability) for view in views), default=0.0))
+        luck = _luck(views, slowdown)
         if limit_ms == math.inf:
             # Where every target was given up, the shallowest exits come closest to them.
             exits = [view.lowest if view.period_ms < math.inf else self._soon_enough(view) for view in views]
@@ -121,6 +121,8 @@ class Goals:
             lowest = [claim._replace(highest=claim.lowest) for claim in claims]
             exits, price_ms = assign(self._prices, self._quality, lowest, spare_ms, lax_rows)
             fits = price_ms <= spare_ms * luck
+        if not fits:  # another target is given up
+            return exits, exits, False
         hysteresis = min((view.stream.budget.hysteresis for view in views), default=0.0)
         free, _ = assign(self._prices, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows, known)
         return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], fits
@@ -183,7 +185,7 @@ class Goals:
         with_target = [view for view in holding if min(view.period_ms, view.room_ms) < math.inf] or holding
         with_target.sort(key=lambda view: (view.stream.budget.weight, -view.stream.key))
         hopeless = [view for view in with_target if self.is_hopeless(view)]
-        for view in hopeless or with_target:
+        for view in hopeless or (with_target if self._one_may_do(views, slowdown) else ()):
             fewer = [one._replace(met=False) if one is view else one for one in views]
             found = self._goals(fewer, slowdown, share)
             if found[2] or hopeless:
@@ -191,6 +193,22 @@ class Goals:
         shortest = min(with_target, key=lambda view: view.period_ms)
         fewer = [one._replace(met=False) if one is shortest else one for one in views]
         return fewer, self._goals(fewer, slowdown, share)
+
+    def _one_may_do(self, views: Sequence[View], slowdown: Slowdown) -> bool:
+        """Whether the others might be held if one target that is not the shortest is given up.
+
+        To search for each takes 16 ms of 16 streams, and 1 s of 64. So this is a bound: the price of the tight streams without
+        the dearest, the deepest and all prompts, and as many places for the others as now, for the cheapest of all.
+        """
+        claims, limit_ms, lax_rows = self._claims(views)
+        prices = self._prices.of_stages
+        rows = [(prices.steady(one.lowest, one.context, one.shares), one.lowest) for one in claims]
+        found = zip(rows, claims, views, strict=True)
+        tight = [row for row, claim, view in found if claim.tight and not view.first]
+        dearest, deepest = max(tight, default=None), max(tight, key=lambda row: row[::-1], default=None)
+        kept = [row for row in tight if row is not dearest and row is not deepest]
+        price_ms = prices.sum_ms(price for price, _ in (*kept, *sorted(rows)[:lax_rows]))
+        return price_ms <= limit_ms * _luck(views, slowdown)
 
     def is_hopeless(self, view: View) -> bool:
         """Whether a target could not be held even alone, at the shallowest exit."""
@@ -219,6 +237,11 @@ class Goals:
         if budget.tpot_ms is not None and budget.deadline_s is None:
             more = f"tpot_ms = {math.ceil(budget.tpot_ms * price_ms / own.period_ms)} or more"
         return f"{targets_of(budget)}: {takes}: wait, or ask for {more}"
+
+
+def _luck(views: Sequence[View], slowdown: Slowdown) -> float:
+    """Factor of a time that better luck could add to it."""
+    return slowdown.luck(max((quantile_of(view.stream.budget.probability) for view in views), default=0.0))
 
 
 def first_due(prompts: Sequence[View]) -> View | None:

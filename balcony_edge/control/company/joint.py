@@ -75,6 +75,7 @@ class _Outcome(NamedTuple):
         governor: state of the slow loop.
         ceilings: ceilings of all budgets, which hold for the device; None without any.
         usual: reason of a token whose target is held at its goal.
+        now_s: present time.
     """
 
     price_ms: float
@@ -85,6 +86,7 @@ class _Outcome(NamedTuple):
     governor: Governor
     ceilings: Budget | None
     usual: tuple[object, ...]
+    now_s: float
 
 
 class _Why(NamedTuple):
@@ -134,26 +136,30 @@ class JointController:
         governor = self._tick(state, ceilings, slowdown, seen)
         share = _prompt_share(state, seen.now_s)
         ceiling = len(self._costs.exits) if ceilings is None else governor.ceiling
-        views = self._views(seen.streams, facts, state, slowdown, seen.now_s, ceiling)
+        views = self._views(seen.streams, facts, state, slowdown, seen.now_s, ceiling, seen.learned is not None)
         assigned_for, views = self._goals.assigned(state, views, slowdown, share)
         early_ms = self._early_ms(views, slowdown, seen.now_s)
         ready, waiting = views, []
         if early_ms:
             ready = [view for view in views if view.stream.key not in early_ms]
             waiting = [view for view in views if view.stream.key in early_ms]
+        busy = 1.0 if ceilings is None else self._busy(views, ceilings, governor, slowdown, _needed_tps(state, seen))
+        if ready and waiting and busy < 1:
+            ready, waiting = self._in_step(ready, waiting, early_ms, slowdown, busy)
         idle_ms = 0.0 if ready else min(early_ms.values(), default=0.0)
         if ready:
-            chosen, chunk, price_ms = self._composer.compose(ready, waiting, slowdown, seen.absent_ms)
+            chosen, chunk, price_ms = self._composer.compose(ready, waiting, slowdown, seen.absent_ms, busy)
         elif ceilings is None or ceilings.energy_j_per_token is None:  # everybody waits for a pace
             left_ms = min(idle_ms, seen.absent_ms)
-            chosen, (chunk, price_ms) = [], self._composer.catch_up(views, left_ms / slowdown.factor)
+            chosen, (chunk, price_ms) = [], self._composer.catch_up(views, left_ms * busy / slowdown.factor)
         else:  # rows in a wait take joules: the slow loop has allowed a depth for idle waits
             chosen, chunk, price_ms = [], None, 0.0
         deepest = max((index for _, index in chosen), default=0)
         offset = slowdown.offsets[WITH_CATCH_UP if chunk is not None or not chosen else deepest]
         predicted_ms = price_ms * math.exp(slowdown.mean + offset)
         usual, slower = (_Why(predicted_ms, len(chosen), None, None),), math.exp(offset)
-        outcome = _Outcome(price_ms, predicted_ms, len(chosen), slower, slowdown.deviation, governor, ceilings, usual)
+        deviation, now_s = slowdown.deviation, seen.now_s
+        outcome = _Outcome(price_ms, predicted_ms, len(chosen), slower, deviation, governor, ceilings, usual, now_s)
         found = Round(
             moves=tuple(Move(view.stream.key, self._decision(view, index, outcome)) for view, index in chosen),
             refused=tuple(
@@ -259,6 +265,30 @@ class JointController:
                 early_ms[view.stream.key] = left_ms
         return early_ms
 
+    def _busy(
+        self, views: Sequence[View], ceilings: Budget, governor: Governor, slowdown: Slowdown, needed: float
+    ) -> float:
+        """Share of the time in which usual rounds run, with the pauses after them that the ceilings ask for."""
+        usual = ((view.goal, view.stream) for view in views if not view.first)
+        usual_ms = self._prices.steady_ms(usual) * slowdown.factor
+        return usual_ms / max(usual_ms, paced_ms(ceilings, governor.share, usual_ms, needed)) if usual_ms else 1.0
+
+    def _in_step(
+        self, ready: list[View], waiting: list[View], early_ms: Mapping[int, float], slowdown: Slowdown, busy: float
+    ) -> tuple[list[View], list[View]]:
+        """Streams that step, and that wait, where a pause follows: who is due before it ends would be late.
+
+        All step together then: as soon as its pace allows if the others can wait so long, or else at once.
+        """
+        all_ms = self._prices.round_ms(_entering(view) for view in (*ready, *waiting) if not view.first)
+        hurried = [view for view in waiting if view.bound_ms - all_ms < all_ms / busy]
+        if not hurried:
+            return ready, waiting
+        wait_ms = min(early_ms[view.stream.key] for view in hurried) / slowdown.factor
+        if all(view.bound_ms - all_ms >= wait_ms for view in ready):
+            return [], [*ready, *waiting]
+        return [*ready, *hurried], [view for view in waiting if view not in hurried]
+
     @staticmethod
     def _views(
         streams: Sequence[StreamSeen],
@@ -267,6 +297,7 @@ class JointController:
         slowdown: Slowdown,
         now_s: float,
         ceiling: int,
+        alone: bool = False,
     ) -> list[View]:
         views: list[View] = []
         scales: dict[float, float] = {}
@@ -274,7 +305,7 @@ class JointController:
             if (scale := scales.get(budget.probability)) is None:
                 scale = scales[budget.probability] = scale_of(slowdown, budget.probability)
             bounds = lowest, max(min(highest, ceiling), lowest)
-            views.append(view_of(stream, state.streams.get(stream.key), bounds, scale, now_s))
+            views.append(view_of(stream, state.streams.get(stream.key), bounds, scale, now_s, alone=alone))
         return views
 
     def _facts(self, budget: Budget) -> _BudgetFacts:
@@ -291,7 +322,7 @@ class JointController:
         return known
 
     def _decision(self, view: View, index: int, outcome: _Outcome) -> Decision:
-        price_ms, predicted_ms, streams, slower, deviation, governor, ceilings, usual = outcome
+        price_ms, predicted_ms, streams, slower, deviation, governor, ceilings, usual, now_s = outcome
         budget, exits = view.stream.budget, self._costs.exits
         limit_ms = view.room_ms * math.exp(quantile_of(budget.probability) * deviation)
         probability = probability_of(limit_ms, price_ms * slower, deviation)
@@ -302,11 +333,13 @@ class JointController:
         made = exits[index], predicted_ms, price_ms, probability
         if ceilings is None:
             return Decision(*made, infeasible=not view.met, words=(why,))
-        other_rail = left_out(budget, ceilings)
+        other_rail, one = left_out(budget, ceilings), view.stream
+        needs_tps = needed_tps(budget, one.made_tokens, now_s - one.started_s)
+        device = device_words(governor, budget, 0.0, needs_tps)
         return Decision(
             *made,
-            infeasible=not view.met or bool(governor.out_of_reach(budget)),
-            words=(why, *device_words(governor, budget, 0.0), *([] if other_rail is None else [other_rail])),
+            infeasible=not view.met or bool(governor.out_of_reach(budget, needs_tps)),
+            words=(why, *device, *([] if other_rail is None else [other_rail])),
             stops=governor.critical(budget),
             unseen=bool(other_rail or governor.unseen(budget)),
         )

@@ -29,7 +29,7 @@ class View(NamedTuple):
         period_ms: longest gap between its tokens; infinite without a target.
         room_ms: time until it is due.
         waited_ms: time since it asked for its token.
-        at: exit of its last token; None before the first.
+        at: exit of its last token, or the deepest without pending rows; None before the first token.
         goal: exit that it is assigned.
         met: whether the assignment holds its targets.
         tokens: tokens since its exit changed.
@@ -55,6 +55,11 @@ class View(NamedTuple):
         return self.room_ms > 0 and self.stream.late + 1 <= round(share, 6)
 
     @property
+    def gives_way(self) -> bool:
+        """Whether a prompt that nothing hurries may take a round in its place: a deadline has no tokens that may be late."""
+        return self.may_be_late and (self.bound_ms == math.inf or self.stream.budget.tpot_ms is not None)
+
+    @property
     def first(self) -> bool:
         """Whether its prompt is still to be run."""
         return self.stream.made_tokens == 0
@@ -70,7 +75,15 @@ class View(NamedTuple):
         return self.goal if self.at is None else min(self.goal, max(self.at, self.lowest))
 
 
-def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, int], scale: float, now_s: float) -> View:
+def view_of(
+    stream: StreamSeen,
+    known: StreamState | None,
+    bounds: tuple[int, int],
+    scale: float,
+    now_s: float,
+    *,
+    alone: bool = False,
+) -> View:
     """The view of a stream.
 
     Args:
@@ -79,8 +92,9 @@ def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, in
         bounds: indices of the shallowest and deepest exit that it may use now.
         scale: :func:`scale_of` for the probability of its budget.
         now_s: present time.
+        alone: whether it may have stepped by itself since the last round.
     """
-    _, budget, _, _, _, made_tokens, started_s, asked_s, _, _, _ = stream
+    _, budget, _, stage_rows, _, made_tokens, started_s, asked_s, _, _, _ = stream
     lowest, highest = bounds
     waited_ms = 1000 * (now_s - asked_s)
     period_ms = budget.tpot_ms or math.inf
@@ -92,6 +106,11 @@ def view_of(stream: StreamSeen, known: StreamState | None, bounds: tuple[int, in
     if not made_tokens:
         room_ms = math.inf if budget.ttft_ms is None else budget.ttft_ms - 1000 * (now_s - started_s)
     at, goal, tokens, met = _NEW if known is None else known
+    # The exit of a token that it made by itself has no more rows due than stage 0. After a round forced tokens may have more:
+    # their rows come in portions.
+    if made_tokens and (at is None or alone):
+        up_to_date = sum(due == stage_rows[0] for due in stage_rows) - 1
+        at = up_to_date if at is None else min(at, up_to_date)
     return View(
         stream,
         lowest,

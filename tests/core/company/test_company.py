@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.company.assignment import Claim, assign, qualities
+from balcony_edge.control.company.goals import Goals
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.prices import RoundEntry, RoundPrices
-from balcony_edge.control.company.seen import CompanyState, RoundSeen, StreamState
+from balcony_edge.control.company.seen import CompanyState, LearnedAlone, RoundSeen, StreamState
 from balcony_edge.control.company.view import view_of
 from balcony_edge.control.deadline import UNSEEN_LOAD
 from balcony_edge.control.decision import Measurement
@@ -180,6 +181,25 @@ def test_the_newest_of_the_least_weight_give_their_targets_up() -> None:
     assert not any(move.decision.infeasible for move in found.moves if move.key in {1, 3})
 
 
+def test_targets_out_of_reach_are_given_up_in_few_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen ask for 16 ms, and their shallowest round takes 19: eleven give up. A search for each of those that are left, for
+    each that gives up, would be 127."""
+    searched, search, rows = [0], Goals._goals, (1,) * 4
+
+    def counted(self: Goals, *asked: Any) -> Any:
+        searched[0] += 1
+        return search(self, *asked)
+
+    monkeypatch.setattr(Goals, "_goals", counted)
+    budgets = [Budget(tpot_ms=16.0) for _ in range(16)]
+    asked = {"context_length": 200, "stage_rows": rows, "balcony_rows": rows}
+    streams = [stream(key, budget, **asked) for key, budget in enumerate(budgets)]
+    seen = RoundSeen(tuple(streams), now_s=10.0)
+    state, _ = JointController(DEMO, (0.5, 0.6, 0.7, 1.0)).decide(SETTLED, seen)
+    assert sum(not one.met for one in state.streams.values()) == 11
+    assert searched[0] < 40
+
+
 def test_a_target_that_nobody_could_hold_drags_nobody_down() -> None:
     """One at 1 ms beside one at 12 ms: the second keeps the depth that it has without the first's target."""
     streams = [stream(0, Budget(tpot_ms=12.0)), stream(1, Budget(tpot_ms=1.0))]
@@ -337,6 +357,10 @@ def test_many_rows_of_one_stream_come_in_portions_next_to_the_others() -> None:
     assert found.chunk is not None and found.chunk.key == 1 and found.chunk.stage == 0 and found.chunk.rows > 10
     _, found = decided([stream(0, Budget(tpot_ms=60.0)), forced])
     assert exits(found) == {0: 8, 1: 8} and found.chunk is None
+    # the next portion is of stage 1: that stage 0 has run its rows makes the token none of exit 4
+    known = SETTLED._replace(streams={1: StreamState(2, 2, 50)})
+    _, found = decided([stream(0, Budget(tpot_ms=20.0)), forced._replace(stage_rows=(1, 41, 41))], known)
+    assert exits(found) == {0: 8} and found.chunk is not None and found.chunk.stage == 1
     # two of them, as in a batch with one schema; and rows that are left at a deeper stage of their own
     _, found = decided([stream(0, Budget(tpot_ms=20.0)), forced, forced._replace(key=2)])
     assert exits(found) == {0: 8} and found.price_ms <= 20.0 and found.chunk is not None
@@ -387,3 +411,14 @@ def test_no_token_pays_for_the_whole_backlog_when_a_ceiling_is_lifted() -> None:
     known = SETTLED._replace(streams={key: StreamState(0, 2, 50) for key in (0, 1)})
     _, found = decided([stream(key, Budget(power_w=8.0), **rows) for key in (0, 1)], known)
     assert set(exits(found).values()) == {4} and found.chunk is not None and found.price_ms < 260.0
+
+
+@pytest.mark.parametrize("known", [None, StreamState(2, 2, 50)])
+def test_no_token_pays_for_the_backlog_of_steps_without_the_others(known: StreamState | None) -> None:
+    """A stream that was alone, or stepped without the others, is not at the exit of its last round: 400 ms of rows are due."""
+    rows = {"stage_rows": (1, 800, 800), "balcony_rows": (1, 800, 1), "context_length": 900}
+    state = SETTLED if known is None else SETTLED._replace(streams={0: known})
+    alone = LearnedAlone(SETTLED.slowdown, SETTLED.governor)
+    streams = [stream(0, Budget(ttft_ms=500.0), **rows), stream(1, Budget(ttft_ms=500.0))]
+    _, found = decided(streams, state, learned=alone)
+    assert exits(found).get(0) != 8 and found.price_ms < 260.0

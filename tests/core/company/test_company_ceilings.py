@@ -134,6 +134,22 @@ def test_who_waits_for_a_pace_works_off_pending_rows() -> None:
     assert not found.moves and found.chunk is None and found.wait_ms > 0, "each token has its joules"
 
 
+def test_a_pause_of_the_ceilings_makes_nobody_late() -> None:
+    """A round of both takes 10.75 ms, and the next one comes 107.5 ms later."""
+    state = SETTLED._replace(governor=BUSY)
+    late = stream(0, Budget(power_w=3.0, tpot_ms=30.0), asked_s=9.95)
+    for left_ms, chosen in ((240.0, {0}), (60.0, {0, 1})):  # two rounds like this one, with their pauses
+        patient = stream(1, Budget(tpot_ms=400.0), asked_s=10.0 - (400.0 - left_ms) / 1000)
+        assert set(exits(decided([late, patient], state)[1])) == chosen
+    # a reader's pace is over in 20 ms less its step, and its target in 35: the others wait for it
+    reader = stream(1, Budget(max_pace_tps=10.0, tpot_ms=115.0), asked_s=9.92)
+    _, found = decided([stream(0, Budget(power_w=3.0)), reader], state)
+    assert not found.moves and found.chunk is None and found.wait_ms == pytest.approx(10.0)
+    # or it steps with who cannot wait
+    _, found = decided([stream(0, Budget(power_w=3.0, tpot_ms=60.0), asked_s=9.955), reader], state)
+    assert set(exits(found)) == {0, 1}
+
+
 def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:
     asked = (("power_w", 3.0),)
     lost = SETTLED._replace(governor=BUSY._replace(infeasible=("power_w", "latency"), asked=asked))
@@ -148,6 +164,16 @@ def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:
     assert infeasible == {0: True, 1: False}
     _, found = decided([stream(0, Budget(power_w=3.0, **strict)), stream(1, Budget(power_w=50.0, **strict))], lost)
     assert [key for key, _ in found.refused] == [0], "the device keeps to 3 W, so 50 W are held"
+
+
+def test_a_pace_that_is_enough_for_a_deadline_does_not_end_its_reply() -> None:
+    """The ceilings leave 10 tokens a second: too few for the first reply, and the second needs 2, or 20."""
+    late = SETTLED._replace(governor=BUSY._replace(infeasible=("latency",), pace_tps=10.0))
+    limited = stream(0, Budget(power_w=3.0, tpot_ms=30.0))
+    for left, refused in ((100, []), (1000, [1])):
+        due = Budget(deadline_s=60.0, expected_tokens=9 + left, on_infeasible="error")
+        _, found = decided([limited, stream(1, due)], late)
+        assert [key for key, _ in found.refused] == refused
 
 
 def test_only_who_names_a_ceiling_hears_that_nothing_measures_it() -> None:

@@ -268,6 +268,16 @@ def test_no_target_is_given_up_for_prompts_without_one() -> None:
             assert set(exits(found)) == {0, 1} and found.chunk is None
 
 
+def test_a_deadline_gives_no_round_to_a_prompt_that_nothing_hurries() -> None:
+    """100 tokens in 704 ms, a part of which is kept, leave 6.3 ms for each; its step takes 5, and a row of the prompt 3."""
+    due = stream(0, Budget(deadline_s=1.704, expected_tokens=110), made_tokens=10, started_s=9.0)
+    state, found = decided([due, stream(1, Budget(), **PROMPT)])
+    assert state.streams[0].met and exits(found) == {0: 4} and found.chunk is None
+    over = due._replace(budget=Budget(deadline_s=0.5, expected_tokens=110))
+    _, found = decided([over, stream(1, Budget(), **PROMPT)])
+    assert found.chunk is not None or 1 in exits(found), "one that has passed waits for nothing"
+
+
 def test_who_makes_room_for_nothing_is_not_left_out() -> None:
     """The first has 7 ms left, of which its own token leaves 1.8: too few for a row, but enough for the others' rows."""
     due = stream(9, Budget(ttft_ms=5000.0), started_s=10.0, **PROMPT)
@@ -284,6 +294,12 @@ def test_rounds_with_rows_next_to_them_are_as_slow_as_they_were_measured() -> No
     _, slower = decided([one, prompt], slow)
     assert found.chunk is not None and slower.chunk is not None
     assert 0.95 * 20 < found.price_ms <= 0.976 * 20 and 0.95 * 20 < 1.25 * slower.price_ms <= 0.976 * 20
+
+
+def test_a_target_that_no_exit_holds_keeps_no_prompt_waiting() -> None:
+    """The first row of a pass takes 3 ms, the step 5: 9 rows of stage 0 take as long as that."""
+    state, found = decided([stream(0, Budget(tpot_ms=2.5)), stream(1, Budget(), **PROMPT)])
+    assert not state.streams[0].met and exits(found) == {0: 4} and found.chunk == Chunk(1, 0, 9)
 
 
 def test_a_prompt_whose_time_has_passed_goes_before_one_that_has_no_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,15 @@ def test_readers_at_one_pace_keep_the_full_depth(count: int) -> None:
         assert sum(one.gaps_ms[1:]) / 39 == pytest.approx(1000 / 6, rel=0.01)
 
 
+def test_a_reader_is_in_time_next_to_a_reply_with_a_ceiling() -> None:
+    """The budget of profiles/reading.toml: rounds with their pauses come every 85 to 110 ms, and a token every 167."""
+    reader = Budget(max_pace_tps=6.0, tpot_ms=180.0)
+    arrivals = [Arrival(0.0, 20, 200, Budget(power_w=3.0)), Arrival(0.0, 20, 60, reader)]
+    _, one = simulate_company(DEMO, arrivals, quality=QUALITY)
+    assert one.late_tokens <= 3 and sum(one.gaps_ms[1:]) / 59 == pytest.approx(1000 / 6, rel=0.03)
+    assert sum(one.exits) / 60 > 25
+
+
 def test_a_target_comes_before_a_pace_of_the_same_gap() -> None:
     budget = Budget(max_pace_tps=25.0, tpot_ms=40.0)
     streams = simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)] * 2, quality=QUALITY)
@@ -88,6 +98,14 @@ def test_a_deadline_is_kept_at_its_own_pace() -> None:
     budget = Budget(deadline_s=4.0, expected_tokens=40, max_pace_tps=10.1)
     for one in simulate_company(DEMO, [Arrival(0.0, 20, 40, budget)] * 2, quality=QUALITY):
         assert sum(one.gaps_ms) <= 4000 and sum(one.exits) / 40 > 17
+
+
+def test_a_deadline_is_kept_next_to_a_long_prompt() -> None:
+    """80 tokens take 1 s at exit 14, and the prompt 0.7 s: it used to run alone until its end, once there was no time left."""
+    due = Budget(deadline_s=2.0, expected_tokens=80)
+    arrivals = [Arrival(0.0, 20, 80, due), Arrival(0.1, 1000, 20, Budget())]
+    one, other = simulate_company(DEMO, arrivals, quality=QUALITY, physics=Physics(noise=0.0))
+    assert not one.missed_deadline and max(one.gaps_ms[1:]) < 60 and len(other.exits) == 20
 
 
 def test_watts_of_a_company_are_held() -> None:
@@ -103,6 +121,13 @@ def test_watts_of_a_company_are_held() -> None:
     begin_s, begin_j = next(mark for mark in marks if mark[0] > 8)
     end_s, end_j = marks[-1]
     assert (end_j - begin_j) / (end_s - begin_s) == pytest.approx(5.0, rel=0.05)
+
+
+def test_replies_whose_target_no_exit_holds_still_run_at_once() -> None:
+    """The shallowest exit takes 12 ms, of which 8.4 are the first row of stage 0."""
+    arrivals = [Arrival(0.1 * number, 64, 60, Budget(tpot_ms=7.0)) for number in range(4)]
+    streams = simulate_company(DEMO, arrivals, quality=QUALITY, physics=Physics(noise=0.0))
+    assert max(one.gaps_ms[0] for one in streams) < 400, "nobody waits for the end of another one"
 
 
 def test_chunks_name_rows_that_exist() -> None:
@@ -160,6 +185,33 @@ def test_who_waits_for_a_place_does_not_stop_the_clock() -> None:
     first, second = simulate_company(DEMO, [paced, paced], quality=(1, 1, 1, 1), most_streams=1, log=counted)
     assert all(gap == pytest.approx(100, rel=0.3) for gap in first.gaps_ms[1:])
     assert second.gaps_ms[0] > 300 and len(second.exits) == 4
+
+
+def test_a_round_does_not_look_at_requests_that_are_still_to_come() -> None:
+    """Of 100,000, which the command takes, each round would look at all: 21 ms instead of 0.2."""
+    looks, rounds = 0, 0
+
+    class Later(SimulatedStream):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal looks
+            looks += name == "arrival"
+            return super().__getattribute__(name)
+
+    class Plant(CompanyPlant):
+        def stream(self, arrival: Arrival, key: int = 0) -> SimulatedStream:
+            kind = Later if arrival.time_s else SimulatedStream
+            return kind(arrival, [0] * 4, [0] * 3, arrival.prompt_tokens, emitted_s=arrival.time_s, key=key)
+
+    def counted(*_: object) -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 40:
+            raise StopIteration
+
+    arrivals = [Arrival(0.0, 20, 60, Budget()), *[Arrival(1e3, 20, 1, Budget())] * 50]
+    with pytest.raises(StopIteration):
+        simulate_company(DEMO, arrivals, quality=QUALITY, plant_class=Plant, log=counted)
+    assert looks < 4 * rounds
 
 
 def test_late_tokens_are_counted() -> None:

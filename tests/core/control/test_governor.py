@@ -17,6 +17,7 @@ from balcony_edge.control.governor import (
     Governor,
     govern,
     least_pace_tps,
+    needed_tps,
 )
 from balcony_edge.control.observed import hottest_c, newest, unseen, utilization, watts
 from balcony_edge.control.response import GAUGES, Fit, Load, Sample
@@ -444,11 +445,14 @@ def test_what_is_out_of_reach_settles_while_other_ceilings_come_and_go() -> None
 
 def test_latency_is_out_of_reach_for_who_needs_more_than_the_share_leaves() -> None:
     late = Governor(infeasible=("latency",), pace_tps=10.0)
-    assert (
-        late.out_of_reach(Budget(tpot_ms=50))
-        == ("latency",)
-        == late.out_of_reach(Budget(deadline_s=9, expected_tokens=9))
-    )
-    assert late.out_of_reach(Budget(tpot_ms=200)) == () == late.out_of_reach(Budget(power_w=3))
+    due = Budget(deadline_s=9, expected_tokens=90)  # 10 a second at first
+    for budget, made, elapsed_s, missed in (
+        (Budget(tpot_ms=50), 0, 0.0, ("latency",)),
+        (Budget(tpot_ms=200), 0, 0.0, ()),
+        (Budget(power_w=3), 0, 0.0, ()),
+        (due, 50, 4.0, ()),
+        (due, 30, 4.0, ("latency",)),
+    ):
+        assert late.out_of_reach(budget, needed_tps(budget, made, elapsed_s)) == missed
     old = Governor(infeasible=("power_w",))  # of a trace that did not record what was asked for
-    assert old.out_of_reach(Budget(temperature_c=60)) == ()
+    assert old.out_of_reach(Budget(temperature_c=60), 0.0) == ()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from balcony_edge.budget import Budget
+from balcony_edge.control.response import Sample
 from balcony_edge.control.verdict import Verdict, Watch
 from balcony_edge.device.readings import Reading
 
@@ -230,6 +231,25 @@ def test_the_highest_mean_power_over_the_window_by_the_counter(window_s: float, 
     verdict = judged(Budget(power_w=5, power_window_s=window_s), [0.0, *[250.0] * 16], counted)["power_w"]
     assert verdict.reached == pytest.approx(reached)
     assert verdict.how == f"highest mean of {window_s:g} s"
+
+
+def test_windows_of_minutes_look_at_each_reading_once() -> None:
+    """A window for each of them took seconds of a reply of ten minutes, in which the server served nobody."""
+    looks = 0
+
+    class Looked(Sample):
+        @property
+        def value(self) -> float:  # type: ignore[override]
+            nonlocal looks
+            looks += 1
+            return 5.0
+
+    watch, budget = Watch(), Budget(power_w=5, power_window_s=10)
+    for place in range(400):
+        watch.token(budget, place / 10, 100.0, (), first=place == 0)
+    watch._seen = [one._replace(power=Looked(5.0)) for one in watch._seen]
+    (verdict,) = watch.verdicts()
+    assert (verdict.reached, looks) == (5.0, len(watch._seen))
 
 
 def test_the_highest_mean_power_over_the_window_by_samples() -> None:
