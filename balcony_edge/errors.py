@@ -76,6 +76,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         return True
     words = ["out of memory", "can't allocate memory", "not enough memory", "failed to allocate memory"]
     words += ["bad_alloc", "bad allocation"]  # of C++; the second is that of Windows
+    words += ["alloc_failed"]  # CUBLAS_STATUS_ALLOC_FAILED, and that of cuDNN
     return any(part in str(error).lower() for part in words)
 
 

@@ -25,6 +25,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import ContextLengthError, DeviceError, InputError
 from balcony_runtime import token_sequence
 from balcony_runtime.backends.accelerator.tensorrt_builder import MODULES, Builder
+from balcony_runtime.backends.base import NotFiniteError
 from balcony_runtime.engine import Engine
 from tests.support.engine_sets import build_engines, memory_for
 from tests.support.schedules import assert_equal, check_schedules, from_scratch
@@ -312,6 +313,19 @@ def test_an_engine_that_picks_tokens_says_where_there_are_none(with_engine_sets:
             for region in cache.past.values():
                 state._device.upload(region, np.full(region.shape, np.nan, region.dtype))
         with pytest.raises(InputError, match="the logits hold NaN or infinity"):
+            sequence.step_best(5, np.array([4]))
+
+
+@pytest.mark.parametrize("named", [-1, 2**31 - 1])
+def test_a_likeliest_token_that_is_none_means_nan(with_engine_sets: Callable[[str], Bundle], named: int) -> None:
+    """Where all logits are NaN, a GPU's argmax may be any number, and it must not become an address."""
+    with BACKENDS["stand-in-rtx"](with_engine_sets("llama")) as engine:
+        sequence = engine.new_sequence(max_length=64)
+        sequence.advance(5, [1, 2, 3])
+        state: Any = sequence.state
+        download, best = state._device.download, state._workspace.step.best
+        state._device.download = lambda region: np.full((1, 1), named) if region is best else download(region)
+        with pytest.raises(NotFiniteError):
             sequence.step_best(5, np.array([4]))
 
 

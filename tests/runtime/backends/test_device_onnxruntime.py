@@ -19,6 +19,7 @@ from balcony_runtime.engine import Engine
 from tests.runtime.backends.cuda_stand_in import onnxruntime as cuda_provider
 from tests.runtime.backends.cuda_stand_in import runtime as cuda_runtime
 from tests.runtime.backends.test_device_backends import ERRORS, SETS, written
+from tests.support.schedules import assert_equal
 
 
 def test_onnxruntime_runs_in_our_stream(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
@@ -35,6 +36,20 @@ def test_onnxruntime_runs_in_our_stream(gpu: cuda_runtime.Runtime, engine_sets: 
             onnxruntime_device.open_backend(engine_sets, SETS["rtx"], "cuda", verify_hashes=False)
     with Engine.of(engine_sets) as reference:
         assert found == written(reference)
+
+
+def test_a_launch_takes_what_its_inputs_hold_when_it_runs(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
+    """A decode step is prepared once, and ONNX Runtime copies inputs for nodes on the CPU when they are bound."""
+    tokens = np.random.default_rng(3).integers(0, 320, (9, 1))
+    with (
+        cuda_provider.installed(gpu),
+        Engine.of(engine_sets, device="cuda", engines=SETS["rtx"]) as engine,
+        Engine.of(engine_sets) as reference,
+    ):
+        for exit_layer in (2, 5):  # a balcony and the norm
+            one, same = engine.new_sequence(max_length=64), reference.new_sequence(max_length=64)
+            for token in tokens:
+                assert_equal(one.step(exit_layer, token), same.step(exit_layer, token))
 
 
 def test_onnxruntime_leaves_the_thread_on_the_applications_gpu(gpu: cuda_runtime.Runtime, engine_sets: Bundle) -> None:
@@ -77,6 +92,34 @@ def test_a_gpu_without_room_for_the_graphs_is_not_a_damaged_bundle(
         patch.setattr(onnxruntime_device, "open_session", full)
         with pytest.raises(DeviceError, match="embed: the GPU has too little memory for it"):
             onnxruntime_device.open_backend(engine_sets, SETS["rtx"], "cuda")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "/onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal("
+        "size_t, bool, onnxruntime::Stream*) Failed to allocate memory for requested buffer of size 33554432",
+        "CUDA failure 2: out of memory ; GPU=0 ; hostname=edge",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ; hostname=edge",
+    ],
+)
+def test_a_run_without_memory_asks_for_it(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """These words come late in the line. A server takes any other failure of each reply for a lost GPU."""
+    where = "Error in execution: Non-zero status code returned while running MatMul node. Name:'node_linear_1'"
+
+    def full(*_: Any) -> None:
+        raise RuntimeError(f"{where} Status Message: {said}")
+
+    with (
+        cuda_provider.installed(gpu),
+        monkeypatch.context() as patch,
+        Engine.of(engine_sets, device="cuda", engines=SETS["rtx"]) as engine,
+    ):
+        patch.setattr(cuda_provider._Session, "run_with_iobinding", full)
+        with pytest.raises(DeviceError, match=r"embed: ONNX Runtime failed while running it \(.*\): free memory$"):
+            engine.new_sequence(max_length=64).advance(2, [1])
 
 
 def test_products_in_float32_do_not_round_to_tf32(

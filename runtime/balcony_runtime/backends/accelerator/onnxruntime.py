@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import BundleError, DeviceError
+from balcony_edge.errors import BundleError, DeviceError, is_out_of_memory
 from balcony_runtime.backends.accelerator.backend import DeviceBackend
 from balcony_runtime.backends.accelerator.device import Device, HostDevice, Launch, Region, array_dtype
 from balcony_runtime.backends.graph_files.check import check_graph
@@ -42,8 +42,9 @@ class OnnxRuntimeExecutor:
         provider: str,
         options: dict[str, Any],
         threads: int | None = None,
+        wait: Callable[[], None] = lambda: None,
     ) -> None:
-        name, self._memory = PROVIDERS[provider]
+        (name, self._memory), self._wait = PROVIDERS[provider], wait
         module = checked_onnxruntime()
         if name not in module.get_available_providers():
             raise DeviceError(
@@ -78,21 +79,25 @@ class OnnxRuntimeExecutor:
         """A session allocates memory while it runs, so its launches are never captured."""
         session = self._sessions[graph]
         binding = session.io_binding()
-        for names, bind in (
-            ([value.name for value in session.get_inputs()], binding.bind_input),
-            ([value.name for value in session.get_outputs()], binding.bind_output),
-        ):
-            for name in names:
-                region = tensors[name]
+
+        def bind(values: Sequence[Any], to: Callable[..., None]) -> None:
+            for value in values:
+                region = tensors[value.name]
                 kind = _BFLOAT16 if region.dtype == "bfloat16" else array_dtype(region.dtype)
-                bind(name, self._memory, 0, kind, region.shape, region.pointer)
+                to(value.name, self._memory, 0, kind, region.shape, region.pointer)
+
+        bind(session.get_outputs(), binding.bind_output)
 
         def launch() -> None:
+            # An input that a node on the CPU reads is copied when it is bound, not when the graph runs, and in another stream.
+            # In a balcony that is ``start``: shapes, which are on the CPU, are added to it.
+            self._wait()
             try:
+                bind(session.get_inputs(), binding.bind_input)
                 session.run_with_iobinding(binding)
             except RuntimeError as error:
+                cure = "free memory" if is_out_of_memory(error) else "run it with --device cpu"
                 why = first_line(error)
-                cure = "free memory" if "alloc" in why.lower() else "run it with --device cpu"
                 raise DeviceError(f"{graph}: ONNX Runtime failed while running it ({why}): {cure}") from error
 
         return Launch(launch)
@@ -131,7 +136,7 @@ def open_backend(
         for file in files.values():
             check_graph(directory / file, chosen.files)
         with device.current():  # a session of the provider chooses its GPU for the thread
-            executor = OnnxRuntimeExecutor(directory, files, provider, options, threads)
+            executor = OnnxRuntimeExecutor(directory, files, provider, options, threads, device.synchronize)
     except BaseException:
         device.close()
         raise

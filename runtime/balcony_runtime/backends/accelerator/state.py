@@ -91,7 +91,9 @@ class DeviceState(RowsOnly):
         best: IntArray = self._downloaded(self._workspace.step.best)[:, 0]
         logits = self._workspace.step.logits
         for member, token in enumerate(best.tolist()):
-            if not np.isfinite(self._downloaded(logits.part(member * logits.shape[2] + token, (1,)))[0]):
+            # What a GPU calls the largest of NaN may be no token: kernels that compare begin with the largest integer.
+            there = 0 <= token < logits.shape[2]
+            if not there or not np.isfinite(self._downloaded(logits.part(member * logits.shape[2] + token, (1,)))[0]):
                 raise not_finite()
         return best
 

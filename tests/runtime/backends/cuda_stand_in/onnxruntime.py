@@ -1,16 +1,37 @@
-"""Takes the place of ONNX Runtime's CUDA provider: sessions of the CPU whose runs go into a stream of the stand-in for CUDA."""
+"""Takes the place of ONNX Runtime's CUDA provider: sessions of the CPU whose runs go into a stream of the stand-in for CUDA.
+
+An input that nodes on the CPU read is copied when it is bound, in no stream, as by ONNX Runtime (its issues 5857 and 29782).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from balcony_runtime.backends.accelerator import onnxruntime as onnxruntime_device
 from balcony_runtime.backends.onnxruntime.backend import open_session
 from tests.runtime.backends.cuda_stand_in.runtime import Runtime
+
+
+class _Binding:
+    """A binding of a session. In balconies nodes on the CPU read ``start``: they add shapes to it."""
+
+    def __init__(self, binding: Any) -> None:
+        self.real, self.bind_output = binding, binding.bind_output
+        self._copy: Any = None
+
+    def bind_input(self, name: str, memory: str, index: int, kind: Any, shape: tuple[int, ...], pointer: int) -> None:
+        if name == "start":
+            self._copy = np.empty(shape, kind)
+            ctypes.memmove(self._copy.ctypes.data, pointer, self._copy.nbytes)
+            pointer = self._copy.ctypes.data
+        self.real.bind_input(name, memory, index, kind, shape, pointer)
 
 
 class _Session:
@@ -26,8 +47,11 @@ class _Session:
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
-    def run_with_iobinding(self, binding: Any) -> None:
-        code = self._cuda.launch(self._stream, functools.partial(self._session.run_with_iobinding, binding), [])
+    def io_binding(self) -> _Binding:
+        return _Binding(self._session.io_binding())
+
+    def run_with_iobinding(self, binding: _Binding) -> None:
+        code = self._cuda.launch(self._stream, functools.partial(self._session.run_with_iobinding, binding.real), [])
         if int(code):
             raise RuntimeError(f"CUDA failure {int(code)}\nand more lines")
 
