@@ -66,7 +66,7 @@ class Confident:
         #: Exit → the last checks of its tokens, since its threshold was last raised, and checks in total.
         self._recent = dict.fromkeys(exits[:-1], Telemetry(0, 0))
         self.telemetry = dict.fromkeys(exits[:-1], Telemetry(0, 0))
-        self._probing, self._since_check = Probing(), 0
+        self._probing, self._since_check, self._memory = Probing(), 0, MEMORY
 
     def plan(
         self,
@@ -108,7 +108,7 @@ class Confident:
                 best = Trial(exit_layer, threshold, speedup)
         if not self._probing.is_worth(None if best is None else best.speedup):
             return None
-        self._probing = Probing()
+        self._memory, self._probing = self._probing.memory(MEMORY), Probing()
         return best
 
     def learn(self, exit_layer: int, exited: bool) -> None:
@@ -116,7 +116,7 @@ class Confident:
         self._since_check += 1
         self._probing.plan_now()
         before, tried = self._counts[exit_layer]
-        self._counts[exit_layer] = (MEMORY * before + exited, MEMORY * tried + 1)
+        self._counts[exit_layer] = (self._memory * before + exited, self._memory * tried + 1)
 
     def due(self, waiting: int) -> int:
         """Number of early tokens to check in the next full-depth pass, which runs the rows of ``waiting`` early tokens."""

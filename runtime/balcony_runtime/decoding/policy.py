@@ -20,6 +20,8 @@ from balcony_runtime.token_sequence import TokenSequence
 WORTH = 1.03
 #: Tokens after which it is tried even if it is not expected to pay. A useless trial costs less than 0.5 %.
 PROBE_TOKENS = 512
+#: Weight of the past at such a trial, which stands for so many tokens: a few of them say more than the calibration's text.
+PROBE_MEMORY = 0.8
 #: Tokens until the next choice after one that found nothing: a choice takes half a millisecond with cold caches.
 PLAN_TOKENS = 16
 
@@ -50,6 +52,10 @@ class Probing:
     def tries(self) -> bool:
         """Whether a plan is used now that is not expected to pay."""
         return self.tokens >= PROBE_TOKENS
+
+    def memory(self, usual: float) -> float:
+        """Weight of the past for what this use shows, if it has its ``usual`` weight at uses that are expected to pay."""
+        return PROBE_MEMORY if self.tries else usual
 
     def is_worth(self, speedup: float | None) -> bool:
         """Whether to use a plan with this expected speed-up (None: there is no plan), or to try it after so many tokens."""

@@ -88,6 +88,7 @@ class Speculator:
             for exit_layer, share in ((exit_layer, agreement.get(exit_layer)) for exit_layer in exits[:-1])
         }
         self._round_ratio = self._plain_ratio = 1.0
+        self._latest = 0.0, 0.0  # samples of the last two rounds: if both are slow, a load has begun
         self._probing = Probing()
         self._since_plain = 0  # tokens of rounds since the last plain step
 
@@ -159,7 +160,8 @@ class Speculator:
                 speedup = plain_ms * expected / (price_ms * self._round_ratio)
                 # most_ms is a time at slowdown 1, and the ratio of rounds to their prices has the slowdown in it. A
                 # trial goes by the price: rounds that a load made too long, and that never run, keep their ratio for ever.
-                longer = 1.0 if self._probing.tries else max(self._round_ratio / slowdown, 1.0)
+                ratio = max(self._round_ratio, min(self._latest))
+                longer = 1.0 if self._probing.tries else max(ratio / slowdown, 1.0)
                 takes_ms = (pending_ms + behind_ms + price_ms) * longer
                 if takes_ms <= most_ms and (found is None or speedup > found.speedup):
                     found = DraftRound(exit_layer, drafts, price_ms, speedup)
@@ -177,13 +179,14 @@ class Speculator:
         tried = min(kept + 1, planned.drafts)  # drafts after the first refused one were never judged
         self._count(planned.exit_layer, kept, tried)
         if measured_ms is not None:
-            self._round_ratio = _corrected(self._round_ratio, measured_ms / planned.price_ms)
+            self._latest = self._latest[1], measured_ms / planned.price_ms
+            self._round_ratio = _corrected(self._round_ratio, self._latest[1])
 
     def _count(self, exit_layer: int, kept: int, judged: int) -> None:
         """Count the drafts of a round, from which the next plan is made."""
-        self._probing = Probing()
+        memory, self._probing = self._probing.memory(MEMORY), Probing()
         before, judged_before = self._counts[exit_layer]
-        self._counts[exit_layer] = (MEMORY * before + kept, MEMORY * judged_before + judged)
+        self._counts[exit_layer] = (memory * before + kept, memory * judged_before + judged)
 
     def _check_ms(self, costs: CostModel, exit_layer: int, drafts: int, context_length: int) -> float:
         """Price of the full depth's pass over the last draft; the other rows are pending after the draft's exit."""

@@ -108,6 +108,12 @@ def last_accepted(
     return best
 
 
+def least_tokens(exits: int, max_disagreement: float, confidence: float) -> int:
+    """Smallest number of tokens on which so many exits can keep a promise; on fewer, even one that is never wrong fails."""
+    tested = math.log((1 - confidence) / exits) / math.log1p(-max_disagreement)
+    return max(MIN_TOKENS, 2 * math.ceil(tested))
+
+
 def learn(compared: Compared, text: str, max_disagreement: float, confidence: float) -> ConfidenceSpec:
     """Learn and test the thresholds of every exit. Several promises need only one comparison of the exits.
 
@@ -122,8 +128,8 @@ def learn(compared: Compared, text: str, max_disagreement: float, confidence: fl
     """
     sure, agrees = compared
     count = len(next(iter(agrees.values())))
-    if count < MIN_TOKENS:
-        raise InputError(f"{text}: {count} tokens to calibrate on: give {MIN_TOKENS} or more, thousands are better")
+    if count < (least := least_tokens(len(agrees), max_disagreement, confidence)):
+        raise InputError(f"{text}: {count} tokens to calibrate on: give {least} or more for this promise")
     # The caller gives documents of every kind of text in turn, so that both halves contain all kinds.
     half = count // 2
     levels = np.linspace(1, 0, CANDIDATES + 1)

@@ -314,11 +314,13 @@ class Scheduler:
     def _makes_way(self, stream: Stream, others: bool) -> bool:
         """Whether the only stream that asks takes a round, so that one that asks meanwhile need not wait for all of its step.
 
-        Its prompt or pending rows then run in portions, or it waits for its pace. ``others``: whether others are in progress.
+        Its prompt or pending rows then run in portions, it waits for its pace, or a plain step takes the place of its policy's.
+        ``others``: whether others are in progress.
         """
         decoder = stream.decoder
         if decoder.made:
-            waits = decoder.budget.max_pace_tps is not None or decoder.budget.needs_sensors
+            budget = decoder.budget
+            waits = budget.max_pace_tps is not None or budget.needs_sensors or budget.policy != "plain"
             waits = waits or (decoder.rows_due > 1 and bool(readers(self._all)))
             return stream.is_slow or (others and waits)
         long = others or (decoder.rows_due > LONG_PROMPT and decoder.budget.ttft_ms is None)

@@ -35,6 +35,7 @@ from balcony_runtime.decoding.thresholds import (
     held_out,
     last_accepted,
     learn,
+    least_tokens,
     measured,
 )
 from balcony_runtime.engine import Engine
@@ -129,6 +130,22 @@ def test_no_threshold_where_none_keeps_it() -> None:
     assert policy.plan(COSTS, 10, DUE, EXITS, np.inf) is None
 
 
+@pytest.mark.parametrize(("promise", "least"), [((0.02, 0.95), 400), ((0.001, 0.95), 7376), ((0.001, 0.5), 2772)])
+def test_a_promise_that_no_exit_could_keep_on_so_few_tokens_is_refused(promise: Any, least: int) -> None:
+    """Even two exits that are never wrong would seem to break it, and thresholds of before would be lost."""
+    assert least_tokens(2, *promise) == least
+    for count in (least, least - 1):
+        compared = Compared(
+            {measure: {e: np.linspace(0.5, 1, count) for e in (2, 3)} for measure in MEASURES},
+            {e: np.ones(count, bool) for e in (2, 3)},
+        )
+        if count == least:
+            assert learn(compared, "t", *promise).thresholds.keys() == {2, 3}
+        else:
+            with pytest.raises(InputError, match=f"{count} tokens to calibrate on: give {least} or more"):
+                learn(compared, "t", *promise)
+
+
 def test_trying_follows_from_prices() -> None:
     paying = Confident(EXITS, spec(share=0.9))
     found = paying.plan(COSTS, 0, DUE, EXITS, np.inf)
@@ -145,6 +162,17 @@ def test_trying_follows_from_prices() -> None:
     for _ in range(300):
         losing.learn(2, True)
     assert losing.plan(COSTS, 0, DUE, EXITS, np.inf) is not None, "what was learned counts"
+
+
+def test_a_share_that_only_single_trials_see_is_learned_within_thousands_of_tokens() -> None:
+    """The calibration's text is not that of the replies: hardly a token exited there. Here three of ten must, and all would."""
+    policy, trials = Confident(EXITS, spec(share=0.05)), list[float]()
+    costs = replace(COSTS, stages=(UnitCost(4.0), UnitCost(1.0), UnitCost(2.0)))
+    for _ in range(10 * PROBE_TOKENS):
+        if found := policy.plan(costs, 0, DUE, EXITS, np.inf):
+            trials.append(found.speedup)
+            policy.learn(2, True)
+    assert trials[0] < 1 and trials[-1] > 1.5 and len(trials) > PROBE_TOKENS
 
 
 def test_the_speedup_of_a_trial_by_hand() -> None:

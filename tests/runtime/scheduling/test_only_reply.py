@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from balcony_edge.budget import Budget
+from balcony_runtime.decoding.speculate import Speculator
 from balcony_runtime.llm import LLM
 from balcony_runtime.scheduling.stream import Stream
 from balcony_runtime.token_sequence import TokenSequence
@@ -120,3 +121,23 @@ def test_its_pending_rows_make_way_for_a_reader_at_its_token(llm: LLM) -> None:
         assert stream.decoder.rows_due > 5 and scheduler._makes_way(stream, others=True)
         replies.resume(reader)
         assert not scheduler._makes_way(stream, others=True), "nobody is at a token"
+
+
+def test_its_policy_rests_while_another_reply_is_in_progress(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round of drafts takes as long as several steps, and the other one's reader may ask in the meantime."""
+    llm.costs = PRICES
+    attempts, options = list[bool](), {**OPTIONS, "max_new_tokens": 60}
+    monkeypatch.setattr(Speculator, "attempt", lambda *_: attempts.append(True))
+    with llm.together() as replies:
+        reader = replies.add([1], budget=Budget(tpot_ms=1000.0), **options)
+        replies.add([2], budget=Budget(policy="lossless"), **options)
+        for _ in range(8):
+            replies.step()
+        replies.pause(reader)
+        for _ in range(4):
+            replies.step()
+        assert not attempts
+        reader.cancel()
+        for _ in range(3):
+            replies.step()
+        assert attempts, "it is alone now"
