@@ -7,6 +7,7 @@ them is :mod:`.token_sequence`.
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Callable
 from typing import TypedDict, Unpack
@@ -22,7 +23,7 @@ from balcony_runtime.tokens import whole
 
 #: Engines of this process, which a fork of it must not use.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-#: Longest wait for a pass of another thread, in seconds: it may wait for what the handler of a signal has interrupted here.
+#: Longest wait for passes of other threads, in seconds: they may wait for what the handler of a signal has interrupted here.
 LONGEST_PASS_S = 30.0
 
 
@@ -112,8 +113,9 @@ class Engine(Closing):
             self._refusal = closed
             self.backend.close()
             # Before Python 3.14 a daemon thread that comes back from C++ once Python ends aborts the process.
+            end_s = time.monotonic() + LONGEST_PASS_S
             for sequence in list(self.sequences):
-                if sequence.lock.acquire(timeout=LONGEST_PASS_S):
+                if sequence.lock.acquire(timeout=max(end_s - time.monotonic(), 0.0)):
                     sequence.lock.release()
 
     @property

@@ -352,15 +352,20 @@ class LLM(Closing):
         # Where they can share passes they do, each at its own length and exit.
         if alike and self.budget.kv_memory_mb is None and self._places < len(requests):
             return self._lockstep.texts(requests, sampling)
-        waiting, streams = deque(requests), []
+        # Of a reply that has ended only its text is kept: its tokens take half a kilobyte each.
+        waiting, places, texts = deque(enumerate(requests)), dict[TokenStream, int](), [""] * len(requests)
+        del requests
         with self.together() as replies:
             while waiting or replies.open:
                 while waiting and len(replies.open) < (self._places or MEMBERS):
-                    streams.append(replies.begin(waiting.popleft()))
-                for _, found in replies.step():
+                    place, request = waiting.popleft()
+                    places[replies.begin(request)] = place
+                for stream, found in replies.step():
                     if isinstance(found, Exception):
                         raise found
-            return [stream.reply.text for stream in streams]
+                    if found.finish_reason is not None:
+                        texts[places.pop(stream)] = stream.reply.text
+        return texts
 
     def record_rounds(self, trace: RoundTraceWriter | None) -> None:
         """Record what the joint controller sees and decides about replies at once, or stop recording with None.

@@ -10,7 +10,7 @@ import inspect
 import os
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -209,6 +209,7 @@ class TokenStream(Closing, Iterator[Token]):
     def __init__(self, tokens: Generator[Token], request: Request) -> None:
         self._source, self.request = tokens, request
         self._tokens: list[Token] = []
+        self._ids: list[int] = []
         self._finish_reason: FinishReason | None = None
         self._step = threading.RLock()  # held while a thread runs the source
 
@@ -221,6 +222,7 @@ class TokenStream(Closing, Iterator[Token]):
                     self._finish_reason = "cancelled"
                 raise
             self._tokens.append(token)
+            self._ids.append(token.id)
             if token.finish_reason is not None:
                 self._finish_reason = token.finish_reason
             if self._finish_reason is not None:  # also of a stream that was closed in the middle of this step
@@ -268,9 +270,9 @@ class TokenStream(Closing, Iterator[Token]):
         return Reply(text, tokens, len(request.ids), self._finish_reason, verdicts, request.cached, calls)
 
     @property
-    def ids(self) -> list[int]:
-        """Ids of the tokens so far."""
-        return [token.id for token in self._tokens]
+    def ids(self) -> Sequence[int]:
+        """Ids of the tokens so far; later ones join them."""
+        return self._ids
 
     def call_reader(self) -> CallReader | None:
         """A reader that splits the tokens into text and calls as they come; None without tools."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,30 @@ def test_closing_waits_for_a_pass_of_another_thread(tiny: Any, monkeypatch: pyte
         with pytest.raises(InputError, match="this bundle was closed: load it again"):
             running.result(20)
     assert not ended
+
+
+def test_closing_waits_for_all_passes_that_do_not_end_only_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared pass has the locks of up to 16 sequences: half a minute for each would be eight minutes."""
+    monkeypatch.setattr("balcony_runtime.engine.LONGEST_PASS_S", 0.5)
+    engine, inside, go = Engine.open(tiny.path), threading.Event(), threading.Event()
+    sequences = [engine.new_sequence(max_length=8) for _ in range(4)]
+
+    def hang() -> None:
+        with ExitStack() as held:
+            for sequence in sequences:
+                held.enter_context(sequence.lock)
+            inside.set()
+            assert go.wait(20)
+
+    with ThreadPoolExecutor(1) as threads:
+        hanging = threads.submit(hang)
+        assert inside.wait(20)
+        begin_s = time.monotonic()
+        engine.close()
+        took_s = time.monotonic() - begin_s
+        go.set()
+        hanging.result(20)
+    assert 0.5 <= took_s < 1.0
 
 
 def test_an_engine_that_is_closed_while_its_prices_are_measured_is_one_line(

@@ -65,6 +65,13 @@ def test_a_reply_completes_the_end_of_its_prompt_and_does_not_repeat_it(codec: T
     assert codec.stream([*fox, first]).push(second) == "\u0101"
 
 
+def test_control_tokens_in_a_row_are_not_decoded_again_and_again(codec: TextCodec) -> None:
+    """As after ``ignore_eos``: of 8,000 in a row the last took 0.3 ms, in the thread that makes the tokens of all replies."""
+    stream, (end, _), fox = codec.stream(), codec.added["<end>"], codec.encode("fox", chat=False)
+    assert not any(stream.push(end) for _ in range(100)) and not stream._open
+    assert "".join(map(stream.push, [fox[0], end, *fox[1:]])) + stream.flush() == "fox"
+
+
 @examples(1000)
 @given(st.lists(st.integers(0, 319), max_size=40))
 def test_streamed_text_is_the_text_decoded_at_once(codec: TextCodec, tokens: list[int]) -> None:

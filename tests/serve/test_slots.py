@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
+from balcony_edge.control.decision import Decision
+from balcony_runtime.reply import Token, TokenStream
 from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work.jobs import Job
@@ -142,6 +145,18 @@ def test_the_latest_replies_have_slots_and_earlier_ones_have_none() -> None:
     assert [slots._tokens(key) for key in (2, MOST_ENDED + 1)] == [[2, 7], [MOST_ENDED + 1, 7]]
     with pytest.raises(RefusedError, match="slot 1: has no reply that has ended lately"):
         slots._tokens(1)
+
+
+def test_of_a_reply_that_a_client_left_only_the_numbers_are_kept() -> None:
+    """Its step may still add one. Tokens with twenty log-probabilities take 3 kB each, and the last 64 replies have slots."""
+    slots, job = Slots(Mock(), 0), Job(1, 0, [5], None)
+    made = (Token(number, "a", 2, 1.0, None, None, 0, 0, Decision(2)) for number in (7, 8))
+    job.stream = TokenStream(made, Mock())
+    next(job.stream)
+    slots.ended(job)
+    next(job.stream)
+    gone, job.stream = weakref.ref(job.stream), None
+    assert slots._tokens(1) == [5, 7, 8] and gone() is None
 
 
 def test_slots_leave_the_threads_to_prompts(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:

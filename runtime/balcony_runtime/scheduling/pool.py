@@ -434,7 +434,6 @@ class SequencePool:
                 used_s = files.moment()
                 for age, sequence in enumerate(ended):  # all are newer than what was not used
                     files.keep(sequence, used_s - age / 1000)
-                files.trim()
             except (BalconyError, OSError) as error:  # the directory may not be entered any more
                 _log.warning("%s", error)
         with self._locked():

@@ -50,6 +50,7 @@ class PrefixFiles:
         with contextlib.suppress(OSError):  # the directory is not there yet
             # Also of saves under a name: clients choose names, and nobody might ever write that one again.
             remove_leftovers(directory, ".")
+        self.trim()  # not only at the end: a device may lose its power, and a process without replies writes nothing
         for path in sorted(path for path, _ in self._files("[!.]*")):  # a user may give any name
             self._look(path)
 

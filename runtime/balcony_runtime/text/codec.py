@@ -349,7 +349,13 @@ class TextCodec:
 
         ``literal``: whether without such tokens the first one keeps its space, which many tokenizers drop.
         """
-        return TextStream(self._tokenizer, before or (self._word() if literal else ()), self._texts)
+        before = before or (self._word() if literal else ())
+        return TextStream(self._tokenizer, before, self._texts, self._silent)
+
+    @cached_property
+    def _silent(self) -> frozenset[int]:
+        """The control tokens."""
+        return frozenset(id_ for id_, token in self.added.values() if token.special)
 
     def _word(self) -> list[int]:
         return list(self._tokenizer.encode("a", add_special_tokens=False).ids)

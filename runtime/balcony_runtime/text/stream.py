@@ -7,7 +7,7 @@ text. It knows neither bundles nor replies: those are :mod:`.codec` and :mod:`ba
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -25,10 +25,17 @@ class TextStream:
         tokenizer: the tokenizer.
         before: tokens that the first one follows. Many tokenizers drop the space in front of a text's first word.
         texts: texts of recent tokens, if they depend on no other token; None if they do.
+        silent: control tokens, which have no text. The library would decode all of them in a row again at each further one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), texts: dict[int, str] | None = None) -> None:
-        self._tokenizer, self._texts = tokenizer, texts
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        before: Sequence[int] = (),
+        texts: dict[int, str] | None = None,
+        silent: Container[int] = (),
+    ) -> None:
+        self._tokenizer, self._texts, self._silent = tokenizer, texts, silent
         self._stream = DecodeStream(skip_special_tokens=True)
         self._open: list[int] = []  # tokens since the last text
         self._before = ""  # what ``before`` ends with, if it may be half of a character
@@ -45,6 +52,8 @@ class TextStream:
         texts = None if self._open or self._before else self._texts
         if texts is not None and (text := texts.get(token)):
             return text
+        if token in self._silent:
+            return ""
         self._open.append(token)
         try:
             text = self._stream.step(self._tokenizer, token) or ""

@@ -29,6 +29,9 @@ from balcony_runtime.decoding.speculate import DraftRound, Speculator
 from balcony_runtime.engine import Engine
 from balcony_runtime.llm import LLM
 from balcony_runtime.lockstep import Lockstep
+from balcony_runtime.reply import TokenStream
+from balcony_runtime.requests import Request
+from balcony_runtime.scheduling.sequences import MEMBERS
 from balcony_runtime.text.codec import TextCodec
 from balcony_runtime.together import Together
 from tests.support.replies import PRICES, all_at_once
@@ -45,6 +48,23 @@ def test_a_batch_of_any_lengths_and_a_budget_for_each(llm: LLM) -> None:
         llm.generate_batch([[1], [1, 2]], max_new_tokens=2, budget=[None])
     with pytest.raises(InputError, match="no messages were given"):
         llm.generate_batch([[1], []], max_new_tokens=2)
+
+
+def test_a_batch_keeps_only_the_texts_of_replies_that_have_ended(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tokens take half a kilobyte each: 10,000 replies of 256 would take more than a gigabyte."""
+    alive, most, begin = weakref.WeakSet[TokenStream](), [0], Together.begin
+
+    def begins(self: Together, request: Request) -> TokenStream:
+        stream = begin(self, request)
+        alive.add(stream)
+        most[0] = max(most[0], len(alive))
+        return stream
+
+    monkeypatch.setattr(Together, "begin", begins)
+    prompts = [[1 + number, 2] for number in range(3 * MEMBERS)]
+    texts = llm.generate_batch(prompts, max_new_tokens=2)
+    assert texts == [llm.generate(prompt, max_new_tokens=2).text for prompt in prompts]
+    assert most[0] <= MEMBERS + 1, "the last one that ended, too"
 
 
 def test_a_batch_on_an_engine_that_shares_no_passes(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_the_next_process_begins_with_what_was_kept(tiny: Any, tmp_path: Path) -
     sizes = {path: path.stat().st_size for path in folder.glob("prefix-*.session")}
     engine = Engine.open(tiny.path)
     with engine:
-        files = PrefixFiles(folder, engine, sum(sizes.values()) - 1)
+        files = PrefixFiles(folder, engine, sum(sizes.values()))
         assert files.bytes == sum(sizes.values())
         for age, path in enumerate(sorted(sizes)):
             os.utime(path, (time.time() - 100 * (10 - age),) * 2)

@@ -15,7 +15,6 @@ from typing import Any
 
 from balcony_edge.errors import InputError
 from balcony_runtime.llm import LLM
-from balcony_runtime.reply import TokenStream
 from balcony_runtime.scheduling.pool import SequencePool
 from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 from balcony_runtime.serve.work.jobs import Job
@@ -37,13 +36,12 @@ class Slots:
 
     def __init__(self, llm: LLM, most_bytes: int) -> None:
         self._llm, self._most_bytes = llm, most_bytes
-        #: Slot → tokens of the prompt, and those of the reply or the stream that a client left, whose step may still add some.
-        self._ended: OrderedDict[int, tuple[Sequence[int], TokenStream | Sequence[int]]] = OrderedDict()
+        #: Slot → tokens of the prompt, and those of the reply. If a client has left it, its step may still add some.
+        self._ended: OrderedDict[int, tuple[Sequence[int], Sequence[int]]] = OrderedDict()
 
     def ended(self, job: Job) -> None:
         """Remember a reply that has ended."""
-        made = () if job.stream is None else job.stream.ids if job.ended else job.stream
-        self._ended[job.key] = job.ids, made
+        self._ended[job.key] = job.ids, () if job.stream is None else job.stream.ids
         while len(self._ended) > MOST_ENDED:
             self._ended.popitem(last=False)
 
@@ -114,7 +112,7 @@ class Slots:
                 "no_such_slot",
             )
         prompt, made = found
-        return [*prompt, *(made.ids if isinstance(made, TokenStream) else made)]
+        return [*prompt, *made]
 
 
 def _path(files: PrefixFiles, name: object) -> Path:
