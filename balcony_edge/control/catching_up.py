@@ -25,10 +25,12 @@ alternate if the goal's price is too low, or if the target is within the noise o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from balcony_edge.control.decision import CatchUp, Measurement, Observation, Outlook
-from balcony_edge.control.slowdown import WITH_CATCH_UP
+from balcony_edge.control.governor import unhurried_ms
+from balcony_edge.control.slowdown import WITH_CATCH_UP, Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
 
 #: Rows of one portion of the work in a wait. A wait can end after each portion.
@@ -318,3 +320,23 @@ def _tokens(outlook: Outlook, seen: Observation, consumers: list[_Consumer], bas
             return math.inf
         busy, work = busy + 1 / rows, work + consumer.pending / rows
     return work / (1 - busy) if busy <= BUSY else math.inf
+
+
+def paused_rooms(
+    seen: Observation, slowdown: Slowdown, steady_ms: Sequence[float], room_ms: Sequence[float], share: float
+) -> list[float]:
+    """The rooms of a step, of which rows that only a deeper exit has pending leave time for the pause after it.
+
+    Args:
+        seen: observation.
+        slowdown: slowdown filter.
+        steady_ms: price of each exit without pending rows, which fits as before.
+        room_ms: room of each exit, and of a step with catch-up.
+        share: share of the time in which steps run, as the ceilings allow.
+    """
+    longest_ms = unhurried_ms(seen.budget, share, seen.needed_tps) / slowdown.factor
+    prices = zip((*seen.stage_rows, math.inf), room_ms, (*steady_ms, 0.0), slowdown.offsets, strict=True)
+    return [
+        room if rows == seen.stage_rows[0] else min(room, max(longest_ms * math.exp(-offset), price))
+        for rows, room, price, offset in prices
+    ]

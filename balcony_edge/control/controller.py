@@ -41,7 +41,7 @@ from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.catching_up import Recovery, Way, way_back
+from balcony_edge.control.catching_up import Recovery, Way, paused_rooms, way_back
 from balcony_edge.control.deadline import deadline_rooms
 from balcony_edge.control.decision import (
     Because,
@@ -61,7 +61,6 @@ from balcony_edge.control.governor import (
     Demand,
     Governor,
     govern,
-    needed_tps,
     paced_ms,
 )
 from balcony_edge.control.slowdown import WITH_CATCH_UP, Slowdown
@@ -291,7 +290,7 @@ class Controller:
         if plan.governed:
             if seen.now_s - governor.ticked_s >= TICK_S or seen.now_s < governor.ticked_s:
                 governor = self._tick(plan, governor, slowdown, steady_ms, seen)
-            highest = max(min(highest, governor.ceiling), plan.lowest)
+            highest, state = max(min(highest, governor.ceiling), plan.lowest), state._replace(governor=governor)
         scene = _Scene(plan, state, seen, slowdown, now_ms, steady_ms, highest)
         outlook, deviation = self._outlook(scene), slowdown.deviation
         held = current if current is not None and plan.lowest <= current <= highest else None
@@ -320,7 +319,7 @@ class Controller:
         else:
             why = Because(outlook, exits, chosen, current, seen)
         period_ms, idle_ms = self._pace(plan, governor, seen, price_ms * factor)
-        needs_tps = _needed_tps(budget, seen) if plan.governed else 0.0
+        needs_tps = seen.needed_tps if plan.governed else 0.0
         device = device_words(governor, budget, period_ms, needs_tps) if plan.governed else ()
         stays = chosen == current or current is None  # the first choice is not a switch and starts no dwell
         after = ControllerState(
@@ -395,11 +394,18 @@ class Controller:
             left_ms *= math.exp(-slowdown.mean - plan.quantile * deviation)
             limits_ms = [left_ms * math.exp(-offset) for offset in slowdown.offsets]
         if seen.deadline_runs:
-            rooms_ms, enters = deadline_rooms(seen, slowdown, self._later_ms(seen), plan.lowest, plan.quantile, luck)
+            rooms_ms, spare_ms = deadline_rooms(seen, slowdown, self._later_ms(seen), plan.lowest, plan.quantile, luck)
             limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
-            may_enter = [both and enter for both, enter in zip(may_enter, enters, strict=True)]
+            pairs = zip(may_enter, spare_ms, now_ms, steady_ms, strict=True)
+            may_enter = [both and now - steady <= spare for both, spare, now, steady in pairs]
+        if (
+            budget.energy_j_per_token is not None
+        ):  # rows next to a step take joules: no more than the deepest step allowed
+            room_ms[WITH_CATCH_UP] = min(room_ms[WITH_CATCH_UP], steady_ms[highest])
         if limits_ms is not None:
             room_ms = list(map(min, room_ms, limits_ms))
+        if plan.governed:
+            room_ms = paused_rooms(seen, slowdown, steady_ms, room_ms, state.governor.share)
         first_ms = limits_ms if first else None
         return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise, first_ms)
 
@@ -424,7 +430,7 @@ class Controller:
                 step_s,
                 plan.lowest,
                 plan.highest,
-                _needed_tps(plan.budget, seen),
+                seen.needed_tps,
                 seen.made_tokens == 0,
             ),
         )
@@ -435,14 +441,14 @@ class Controller:
         if not budget.pacing or seen.made_tokens == 0:
             return 0.0, 0.0
         share = governor.share if plan.governed else 1.0
-        period_ms = paced_ms(budget, share, predicted_ms, _needed_tps(budget, seen)) if share < 1 else 0.0
+        period_ms = paced_ms(budget, share, predicted_ms, seen.needed_tps) if share < 1 else 0.0
         if budget.max_pace_tps is not None:
             slow_ms = min(1000 / budget.max_pace_tps, (1 - EVEN_MARGIN) * (budget.tpot_ms or math.inf))
             if seen.deadline_runs:  # a deadline is more important than a pace
                 slow_ms = min(slow_ms, (1 - PACE_MARGIN) * 1000 * max(seen.left_s, 0.0) / seen.remaining)
             period_ms = max(period_ms, slow_ms)
         # Rows in a wait take joules. The slow loop has allowed a depth for those of the step and of an idle wait.
-        idle_ms = 0.0 if budget.energy_j_per_token is not None else max(share * period_ms - predicted_ms, 0.0)
+        idle_ms = 0.0 if not period_ms or governor.saves(budget) else max(share * period_ms - predicted_ms, 0.0)
         return period_ms, idle_ms
 
     def _learn(self, state: ControllerState, last: Measurement | None) -> tuple[Slowdown, tuple[object, ...]]:
@@ -489,8 +495,3 @@ def _otherwise(seen: Observation) -> Literal["shallowest", "closest", "deepest"]
     if seen.budget.tpot_ms is None:
         return "deepest"  # a ceiling has reduced the depth, and every balcony has the same backlog
     return "closest" if seen.budget.on_infeasible == "best_effort" else "shallowest"
-
-
-def _needed_tps(budget: Budget, seen: Observation) -> float:
-    """Tokens a second that the latency targets need; 0 without a latency target."""
-    return needed_tps(budget, seen.made_tokens, seen.now_s - seen.started_s)

@@ -22,10 +22,10 @@ UNSEEN_LOAD = 0.06
 
 def deadline_rooms(
     seen: Observation, slowdown: Slowdown, steady_ms: Sequence[float], lowest: int, quantile: float, luck: float | None
-) -> tuple[list[float], list[bool]]:
-    """The room, and whether there is time to stay at an exit for a dwell.
+) -> tuple[list[float], list[float]]:
+    """The room, and the time that is left for pending rows if an exit is entered for a dwell; it is spent only once.
 
-    Both are per exit index; the last entry of the room is that of a step with catch-up.
+    Both are prices per exit index; the last entry of the room is that of a step with catch-up.
 
     Args:
         seen: observation; its deadline runs.
@@ -50,10 +50,10 @@ def deadline_rooms(
     pace_tps = budget.max_pace_tps if kept and not seen.made_tokens else None
     paced_ms = 1000 / pace_tps / mean if pace_tps else 0.0
     gaps_ms = [max(price_ms, paced_ms) for price_ms in steady_ms]
-    rooms_ms, enters = [], []
+    rooms_ms, spare_ms = [], []
     for index, price_ms in enumerate(gaps_ms):
         below_ms = gaps_ms[max(index - 1, lowest)]
         room_ms = (left_ms - margin_ms) / mean - (remaining - 1) * below_ms
         rooms_ms.append(max(room_ms, 0.0) / (luck or 1.0))
-        enters.append(room_ms - below_ms >= dwell * (price_ms - below_ms))
-    return [*rooms_ms, min(rooms_ms)], enters
+        spare_ms.append(room_ms - below_ms - dwell * (price_ms - below_ms))
+    return [*rooms_ms, min(rooms_ms)], spare_ms

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.governor import Governor
+from balcony_edge.control.governor import Governor, needed_tps
 from balcony_edge.device.readings import Reading
 
 
@@ -74,6 +74,11 @@ class Observation(NamedTuple):
     def left_s(self) -> float:
         """Seconds until the deadline; negative after it."""
         return (self.budget.deadline_s or 0.0) - (self.now_s - self.started_s)
+
+    @property
+    def needed_tps(self) -> float:
+        """Tokens a second that the latency targets need; 0 without a latency target."""
+        return needed_tps(self.budget, self.made_tokens, self.now_s - self.started_s)
 
     @property
     def remaining(self) -> int:
@@ -216,7 +221,7 @@ class Because(NamedTuple):
         outlook, budget, odds = self.outlook, self.seen.budget, f"(p={decision.probability:.2f})"
         if not outlook.fits(self.chosen):
             return f"no exit fits yet: predicted {decision.predicted_ms:.1f} ms {odds}"
-        within = _within(budget, self.seen.made_tokens, decision)
+        within = _within(budget, self.seen.made_tokens, decision, 1000 * self.seen.left_s / self.seen.remaining)
         for index in range(outlook.highest, self.chosen, -1):
             if outlook.holds(index):
                 if not outlook.may_enter[index]:
@@ -230,13 +235,16 @@ class Because(NamedTuple):
         return f"{way}deepest exit {within} {odds}"
 
 
-def _within(budget: Budget, made_tokens: int, decision: Decision) -> str:
-    """Targets of a token, in words; without ``tpot_ms`` if a ceiling makes the token wait for longer."""
+def _within(budget: Budget, made_tokens: int, decision: Decision, due_ms: float = math.inf) -> str:
+    """Targets of a token, in words; without those for which a ceiling makes it wait too long.
+
+    ``due_ms`` is the gap that a deadline leaves.
+    """
     kept = budget.tpot_ms is not None and decision.period_ms <= budget.tpot_ms
     targets = [f"{budget.tpot_ms:g} ms"] if kept else []
     if budget.ttft_ms is not None and made_tokens == 0:
         targets.append(f"a first token after {budget.ttft_ms:g} ms")
-    if budget.deadline_s is not None and made_tokens < (budget.expected_tokens or 0):
+    if budget.deadline_s is not None and made_tokens < (budget.expected_tokens or 0) and decision.period_ms <= due_ms:
         targets.append(f"{budget.expected_tokens} tokens in {budget.deadline_s:g} s")
     if targets:
         return f"within {' and '.join(targets)}"

@@ -109,6 +109,12 @@ class Governor(NamedTuple):
         own["latency"] = needs_tps > self.pace_tps
         return tuple(key for key in self.infeasible if own.get(key))
 
+    def saves(self, budget: Budget) -> bool:
+        """Whether depth saves joules, charge or memory, which pending rows in a wait would take."""
+        ramps = (budget.battery_floor_percent, "battery_floor_percent"), (budget.memory_mb, "memory_mb")
+        limits = any(value is not None and key in self.binding for value, key in ramps)
+        return limits or budget.energy_j_per_token is not None
+
     def unseen(self, budget: Budget) -> tuple[str, ...]:
         """Keys of this budget that are not held; the last tick may have been for another budget."""
         return tuple(key for key in self.lost if getattr(budget, key) is not None)
@@ -164,6 +170,13 @@ def paced_ms(budget: Budget, share: float, step_ms: float, pace_tps: float) -> f
     if share >= 1 or not budget.pacing:
         return 0.0
     return min(step_ms / share, 1000 / least_pace_tps(budget, pace_tps / (1 - PACE_MARGIN)))
+
+
+def unhurried_ms(budget: Budget, share: float, pace_tps: float) -> float:
+    """Longest step after which the pause of a busy share leaves the pace asked for; infinite where nothing is delayed."""
+    if share >= 1 or not budget.pacing:
+        return math.inf
+    return 1000 * share / max(pace_tps / (1 - PACE_MARGIN), slowest_tps(budget))
 
 
 def govern(before: Governor, demand: Demand) -> Governor:

@@ -234,7 +234,7 @@ class Plant(SimulatedDevice):
         self.length = 0
         self._stages = [0] * len(costs.exits)
         self._balconies = [0] * (len(costs.exits) - 1)
-        self.emitted_s = 0.0
+        self.emitted_s = self._portion_s = 0.0
 
     def rows_due(self) -> tuple[list[int], list[int]]:
         """Number of rows that each stage and each balcony would run at the next step."""
@@ -287,12 +287,13 @@ class Plant(SimulatedDevice):
     def _work_off(self, until_s: float, portion_s: float) -> None:
         """Run portions of the backlog as the decode loop does: each if there is time for one as long as the one before.
 
-        ``portion_s`` is the time that the first counts as: that of the step.
+        ``portion_s`` is the time that the first counts as, unless the last one of all took longer: that of the step.
         """
+        portion_s = max(portion_s, self._portion_s)
         while self.now_s + portion_s <= until_s and (price_ms := self._portion()):
             begin_s = self.now_s
             self.work(price_ms)
-            portion_s = self.now_s - begin_s
+            portion_s = self._portion_s = self.now_s - begin_s
 
     def _portion(self) -> float:
         """Run at most ``IDLE_ROWS`` pending rows, shallowest stage first and balconies last, and return their price."""

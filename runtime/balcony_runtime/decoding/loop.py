@@ -133,7 +133,7 @@ class Decoder:
         self.started_s = time.monotonic() if environment.asked_s is None else environment.asked_s
         #: Number of tokens that were made.
         self.made = 0
-        self._late = self._forced = 0
+        self._late = self._forced = self._portion_ns = 0
         self._rows_run = sequence.rows_run  # at the last token
         #: Tokens that were made, and that nobody has taken yet: an interrupt may come in between, or while a token waits for
         #: its pace. The next step brings them. Who takes them empties the list.
@@ -442,10 +442,10 @@ class Decoder:
         sequence, sleep = self.sequence, self._environment.sleep
         begin_ns = worked_ns = time.perf_counter_ns()
         work_until_ns = min(until_ns, begin_ns + int(decision.idle_ms * 1e6))
-        portion_ns = int(decision.predicted_ms * 1e6)  # a portion counts as long as a step until one was timed
+        portion_ns = max(int(decision.predicted_ms * 1e6), self._portion_ns)  # as long as a step until one was timed
         while worked_ns + portion_ns <= work_until_ns and not sleep(0) and sequence.catch_up(IDLE_ROWS):
             before_ns, worked_ns = worked_ns, time.perf_counter_ns()
-            portion_ns = worked_ns - before_ns
+            portion_ns = self._portion_ns = worked_ns - before_ns
         if until_ns > worked_ns:
             sleep((until_ns - worked_ns) / 1e9)
         return worked_ns - begin_ns

@@ -18,7 +18,7 @@ from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.profile import DeviceProfile
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
-from tests.support.prices import DEMO, MARGIN, SETTLED_DEVIATION
+from tests.support.prices import DEMO, MARGIN, SETTLED_DEVIATION, layers
 
 INT4 = DeviceProfile.load(Path(__file__).parents[3] / "profiles" / "devices" / "server-2-cores-epyc-int4.json").costs
 #: Time of the shipped int4 profile's full depth, and its prices at a context of constant length.
@@ -368,6 +368,14 @@ def test_a_sprint_goes_to_a_nearer_goal_if_the_far_one_is_lost() -> None:
 )
 def test_the_way_in_words(way_of: Way, words: str) -> None:
     assert way_of.words(STEEP.exits) == words
+
+
+def test_rows_that_took_longer_than_a_wait_make_one_token_late_and_no_further() -> None:
+    """A step at exit 8 takes 9 ms, and a row of the 22 layers after it 13: too long for a wait of 11."""
+    far = replace(DEMO, exits=(8, 30), stages=(layers(8), layers(22)), balconies=(layers(1), UnitCost(0.05)))
+    plant = Plant(far, Physics(noise=0.0), lambda _: 1.0, prompt_tokens=64)
+    tokens = simulate(far, plant, Budget(max_pace_tps=50, tpot_ms=21), tokens=60)
+    assert sum(token.latency_ms > 21 for token in tokens[1:]) <= 1
 
 
 def test_rows_run_in_a_wait_only_if_it_has_time_for_a_step_as_on_a_device() -> None:

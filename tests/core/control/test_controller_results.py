@@ -188,6 +188,49 @@ def test_waits_are_for_pending_rows_unless_each_token_has_its_joules(keys: dict[
     assert (decision.period_ms, decision.idle_ms) == (50.0, pytest.approx(idle_ms))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tpot_ms": 50.0},
+        {"tpot_ms": 50.0, "priority": "latency"},
+        {"deadline_s": 15.0, "expected_tokens": 105},
+        {"min_pace_tps": 20.0},
+    ],
+)
+def test_rows_next_to_a_step_leave_time_for_the_pause_after_it(keys: dict[str, Any]) -> None:
+    """Of 50 ms a busy share of a quarter leaves 12.5, of which the step at exit 4 takes 5."""
+    state = sure(4)._replace(tpot_ms=50.0, governor=Governor(ticked_s=9.95, share=0.25))
+    for rows in (301, 101):  # 101 fit into the target, but not into a quarter of it
+        seen = Observation(Budget(power_w=5, **keys), 400, (1, rows, rows), (1, rows, 1), None, 5, 0.0, 10.0, 0.0, WATT)
+        decision = Controller(SMALL).decide(state, seen)[1]
+        assert decision.exit_layer == 4 and decision.catch_up is not None
+        assert decision.period_ms <= 50 and decision.predicted_ms <= 0.25 * decision.period_ms + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("keys", "reading", "waits"),
+    [
+        ({"battery_floor_percent": 20}, Reading("x", "battery", 10.0, charge=0.25), False),
+        ({"battery_floor_percent": 20}, Reading("x", "battery", 10.0, charge=0.25, charging=True), True),
+        ({"battery_floor_percent": 20}, Reading("x", "battery", 10.0, charge=0.5), True),
+        ({"memory_mb": 100}, Reading("x", "process", 10.0, memory_bytes=97_000_000), False),
+        ({"memory_mb": 100}, Reading("x", "process", 10.0, memory_bytes=80_000_000), True),
+    ],
+)
+def test_waits_take_no_charge_and_no_memory_that_less_depth_saves(
+    keys: dict[str, Any], reading: Reading, waits: bool
+) -> None:
+    seen = Observation(Budget(max_pace_tps=20, **keys), 0, STEADY, STEADY, None, 5, 0.0, 10.0, 0.0, (reading,))
+    assert (Controller(SMALL).decide(sure(8), seen)[1].idle_ms > 0) is waits
+
+
+def test_rows_next_to_a_step_take_no_more_joules_than_the_deepest_step() -> None:
+    budget = Budget(energy_j_per_token=9.0)
+    seen = Observation(budget, 400, (1, 301, 301), (1, 301, 1), None, 5, 0.0, 10.0, 0.0, WATT)
+    decision = Controller(SMALL).decide(sure(4), seen)[1]
+    assert decision.catch_up is not None and decision.price_ms <= 10.0
+
+
 @pytest.mark.parametrize(("priority", "period_ms"), [("latency", 47.5), ("limits", 100.0)])
 def test_a_busy_share_leaves_the_pace_of_a_gap_if_latency_comes_first(
     priority: Literal["latency", "limits"], period_ms: float
@@ -196,6 +239,16 @@ def test_a_busy_share_leaves_the_pace_of_a_gap_if_latency_comes_first(
     state = sure(8)._replace(governor=Governor(ticked_s=9.95, share=0.1))
     seen = Observation(budget, 0, STEADY, STEADY, None, 1, 0.0, 10.0, 0.0, WATT)
     assert Controller(SMALL).decide(state, seen)[1].period_ms == pytest.approx(period_ms)
+
+
+@pytest.mark.parametrize(("left_ms", "way"), [(300, "8 fits"), (200, "6 fits"), (180, None)])
+def test_a_deadline_has_its_time_for_pending_rows_only_once(left_ms: float, way: str | None) -> None:
+    """20 tokens at exit 4 take 100 ms, 8 of them at exit 6 or 8 take 16 or 64 more, and the rows before it 75 or 100."""
+    budget = Budget(deadline_s=10 + left_ms / 1000, expected_tokens=25, probability=0.5)
+    seen = Observation(budget, 400, (1, 201, 201), (1, 201, 1), None, 5, 0.0, 10.0)
+    decision = Controller(SMALL).decide(sure(4), seen)[1]
+    assert (decision.catch_up is not None) is (way is not None)
+    assert way is None or decision.reason.startswith(f"{way}, catching up")
 
 
 def test_a_deadline_out_of_reach_names_the_time_with_the_context_to_come() -> None:

@@ -190,6 +190,14 @@ def test_targets_in_words(keys: dict[str, Any], made_tokens: int, words: str) ->
     assert Decision(16, words=(reason,)).reason == f"deepest exit {words} (p=1.00)"
 
 
+@pytest.mark.parametrize(("period_ms", "words"), [(100.0, "within 30 tokens in 3 s"), (101.0, "within its ceilings")])
+def test_a_pace_that_misses_a_deadline_does_not_claim_it(period_ms: float, words: str) -> None:
+    budget = Budget(deadline_s=3, expected_tokens=30, power_w=5)
+    seen = Observation(budget, 64, (1,) * 4, (1,) * 4, made_tokens=10, now_s=1.0)  # 2 s for 20 tokens
+    reason = Because(outlook(PRICES, [math.inf] * 5), (4, 8, 12, 16), 3, 3, seen)
+    assert Decision(16, period_ms=period_ms, words=(reason,)).reason == f"deepest exit {words} (p=1.00)"
+
+
 def test_a_token_after_the_first_says_nothing_of_the_first() -> None:
     assert (
         Decision(16, words=(Stayed(EVERY_TARGET),)).reason == "deepest exit within 20 ms and 50 tokens in 2 s (p=1.00)"
