@@ -400,18 +400,16 @@ class EngineSet(_Frozen):
         """The set without its engines."""
         built = {engine.file for engine in self.engines.values()}
         files = {name: spec for name, spec in self.files.items() if name not in built}
-        none = {"engines": {}, "builder": "", "compute_capabilities": (), "built_on": ""}
-        return self.model_copy(update={**none, "files": files})
+        none = {"engines": {}, "builder": "", "compute_capabilities": (), "built_on": "", "files": files}
+        return self.model_copy(update=none)
 
     def mark(self, machine: str | None) -> str:
         """What ``built_on`` says of these engines if the machine with this identifier built them; empty without one.
 
         Only who knows the identifier can make it, and no mark tells it, or that two marks are of one machine.
         """
-        if machine is None:
-            return ""
         hashes = sorted(self.files[engine.file].sha256 for engine in self.engines.values())
-        return hmac.new(machine.encode(), "\n".join(hashes).encode(), "sha256").hexdigest()
+        return "" if machine is None else hmac.new(machine.encode(), "\n".join(hashes).encode(), "sha256").hexdigest()
 
     @property
     def identity(self) -> str:

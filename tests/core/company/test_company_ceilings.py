@@ -148,6 +148,11 @@ def test_a_pause_of_the_ceilings_makes_nobody_late() -> None:
     # or it steps with who cannot wait
     _, found = decided([stream(0, Budget(power_w=3.0, tpot_ms=60.0), asked_s=9.955), reader], state)
     assert set(exits(found)) == {0, 1}
+    # rows next to the others' step leave the reader a tenth of the 350 ms until it is due
+    backlog = {"stage_rows": (1, 401, 401), "balcony_rows": (1, 401, 1), "context_length": 500}
+    later = stream(1, Budget(max_pace_tps=5.0, tpot_ms=400.0), asked_s=9.95)
+    _, found = decided([stream(0, Budget(power_w=3.0), **backlog), later], state)
+    assert found.chunk is not None and 30 < found.price_ms <= 35
 
 
 def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:

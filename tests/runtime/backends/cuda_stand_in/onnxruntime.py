@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,8 @@ class _Session:
         return _Binding(self._session.io_binding())
 
     def run_with_iobinding(self, binding: _Binding) -> None:
-        code = self._cuda.launch(self._stream, functools.partial(self._session.run_with_iobinding, binding.real), [])
+        # The binding keeps its copies until the stream has come to this run.
+        code = self._cuda.launch(self._stream, lambda: self._session.run_with_iobinding(binding.real), [])
         if int(code):
             raise RuntimeError(f"CUDA failure {int(code)}\nand more lines")
 
