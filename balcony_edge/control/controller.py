@@ -398,9 +398,7 @@ class Controller:
             limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
             pairs = zip(may_enter, spare_ms, now_ms, steady_ms, strict=True)
             may_enter = [both and now - steady <= spare for both, spare, now, steady in pairs]
-        if (
-            budget.energy_j_per_token is not None
-        ):  # rows next to a step take joules: no more than the deepest step allowed
+        if budget.energy_j_per_token is not None:  # rows next to a step: no more joules than the deepest step allowed
             room_ms[WITH_CATCH_UP] = min(room_ms[WITH_CATCH_UP], steady_ms[highest])
         if limits_ms is not None:
             room_ms = list(map(min, room_ms, limits_ms))

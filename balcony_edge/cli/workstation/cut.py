@@ -43,7 +43,7 @@ def cut(
     Train its balconies with `train OUTPUT --teacher MODEL`. Balconies that were cut with it are in OUTPUT/balconies.
     """
     from balcony_export.data.corpus import build_corpus
-    from balcony_export.data.documents import refuse_unreadable
+    from balcony_export.data.documents import files_in, refuse_unreadable
     from balcony_export.model.architecture import longest_context
     from balcony_export.model.balcony_files import load_balconies, refuse_missing
     from balcony_export.model.checkpoint import load_model, load_tokenizer
@@ -56,7 +56,7 @@ def cut(
     refuse_existing(output)
     scheme = _scheme(mlp, tune_steps, precision)
     refuse_missing(balconies)
-    refuse_unreadable(calibration)
+    refuse_unreadable(files_in(calibration))
     use_threads(threads)
     with progress_bar() as progress:
         progress("loading the model", 0.0)

@@ -66,6 +66,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL to the full model, agreement and task accuracy of every exit, with standard errors."""
     os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm: lm-evaluation-harness's bars would tear ours
+    from balcony_export.data.documents import refuse_unreadable
     from balcony_export.evaluate.report import write_report
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
@@ -98,7 +99,7 @@ def evaluate(
     if not is_bundle:
         _refuse_for_a_model(subject, model, device, engines, balconies)
     _refuse_unknown(names, data)
-    _refuse_unreadable(texts.values())
+    refuse_unreadable(texts.values(), chats=False)
     with progress_bar() as progress:
         progress("loading", 0.0)
         scorer = (
@@ -124,15 +125,6 @@ def _refuse_unknown(tasks: list[str], data: Path | None) -> None:
         from balcony_export.evaluate.tasks import refuse_unknown
 
         refuse_unknown(tasks, data)
-
-
-def _refuse_unreadable(files: Iterable[Path]) -> None:
-    """Refuse files without a text before a model is loaded. A pipe is left alone: what is read from it is gone."""
-    from balcony_export.data.documents import read_documents
-
-    for path in files:
-        if not path.is_fifo():
-            next(read_documents(path))
 
 
 def _refuse_for_a_model(

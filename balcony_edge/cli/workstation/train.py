@@ -229,11 +229,11 @@ def _refuse_without_effect(
 
 def _refuse_unreadable(data: list[Path], start: Path | None) -> None:
     """Refuse files that cannot be read before a model is loaded, which may take minutes."""
-    from balcony_export.data.documents import refuse_unreadable
+    from balcony_export.data.documents import files_in, refuse_unreadable
     from balcony_export.model.balcony_files import refuse_missing
 
     refuse_missing(start)
-    refuse_unreadable(data)
+    refuse_unreadable(files_in(data))
 
 
 def _refuse_checkpoint(work: Path, resume: bool) -> None:

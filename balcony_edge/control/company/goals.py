@@ -125,7 +125,7 @@ class Goals:
             return exits, exits, False
         hysteresis = min((view.stream.budget.hysteresis for view in views), default=0.0)
         free, _ = assign(self._prices, self._quality, claims, max(spare_ms, 1e-9) * (1 - hysteresis), lax_rows, known)
-        return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], fits
+        return exits, [min(a, b) for a, b in zip(exits, free, strict=True)], True
 
     def _claims(self, views: Sequence[View]) -> tuple[list[Claim], float, int]:
         """Claims on a round, its longest time, and the number of streams that are not tight for which it must have room."""

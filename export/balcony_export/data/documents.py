@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,14 @@ def read_documents(path: Path, *, chats: bool = False) -> Iterator[Document]:
                 raise InputError(f'{where}: has no "text"{" and no chat" if chats else ""}: give {forms}')
 
 
-def refuse_unreadable(paths: Sequence[Path]) -> None:
-    """Refuse files without a document to train on now, and not after the minutes that loading a model may take.
+def refuse_unreadable(files: Iterable[Path], *, chats: bool = True) -> None:
+    """Refuse files without a document now, and not after the minutes that loading a model may take.
 
-    A pipe, such as ``<(zcat FILE)``, is left alone: what is read from it is gone.
+    A pipe, such as ``<(zcat FILE)``, is left alone: what is read from it is gone. ``chats``: whether chats are documents.
     """
-    for path in files_in(paths):
+    for path in files:
         if not path.is_fifo():
-            next(read_documents(path, chats=True))
+            next(read_documents(path, chats=chats))
 
 
 def read_records(path: Path, forms: str) -> Iterator[tuple[str, Any]]:

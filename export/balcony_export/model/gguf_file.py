@@ -111,9 +111,8 @@ def _misread(reader: Any) -> Iterator[str]:
     """What of a GGUF file transformers would leave out without a word."""
     names = [tensor.name for tensor in reader.tensors]
     scaling = {str(field.contents()) for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")}
-    if not scaling and any(
-        field.contents() not in (0, 1) for name, field in reader.fields.items() if name.endswith(_LINEAR)
-    ):
+    linear = [field.contents() for name, field in reader.fields.items() if name.endswith(_LINEAR)]
+    if not scaling and set(linear) - {0, 1}:
         scaling = {"linear"}  # as llama.cpp does
     if {*_ROPE_FACTORS} & {*names} or scaling - {"none"}:
         yield "scales its rotary frequencies, which transformers silently ignores in GGUF files"

@@ -50,7 +50,7 @@ class PrefixFiles:
         with contextlib.suppress(OSError):  # the directory is not there yet
             # Also of saves under a name: clients choose names, and nobody might ever write that one again.
             remove_leftovers(directory, ".")
-        self.trim()  # not only at the end: a device may lose its power, and a process without replies writes nothing
+        self._trim()  # not only at the end: a device may lose its power, and a process without replies writes nothing
         for path in sorted(path for path, _ in self._files("[!.]*")):  # a user may give any name
             self._look(path)
 
@@ -129,9 +129,9 @@ class PrefixFiles:
         file.save(path, sequence, rows=len(tokens))
         self._touch(path, used_s)
         self.add(path)
-        self.trim(path)
+        self._trim(path)
 
-    def trim(self, written: Path | None = None) -> None:
+    def _trim(self, written: Path | None = None) -> None:
         """Remove what is too much, but not a file that was just written: the bound may be lower than at the last start."""
         own = sorted(self._own(), key=lambda found: (found[0] == written, found[1].st_mtime_ns))
         total = sum(status.st_size for _, status in own)
