@@ -128,7 +128,8 @@ def reported(action: Callable[[], object]) -> None:
         elif str(error) == "can't start new thread":
             cure = "end other processes, or raise the limit (ulimit -u; a container's limit of processes)"
             print(f"balcony-edge: no more threads can be started: {cure}", file=sys.stderr)  # noqa: T201 - likewise
-        elif type(error).__name__ == "InductorError":  # of torch.compile, as where /tmp is full or runs no programs
+        # of torch.compile, as where /tmp is full or runs no programs; the others for a GPU without Triton, as on Windows
+        elif type(error).__name__ in ("InductorError", "GPUTooOldForTriton", "TritonMissing"):
             why = " ".join(str(error).partition("\n")[0].split())[:200]
             cure = "train with --no-compile, or name a directory with room in TMPDIR, from which programs may run"
             print(f"balcony-edge: the loss cannot be compiled ({why}): {cure}", file=sys.stderr)  # noqa: T201 - likewise

@@ -35,6 +35,9 @@ from balcony_edge.device.costs import CostModel, UnitCost
 
 #: Rows of one portion of the work in a wait. A wait can end after each portion.
 IDLE_ROWS = 8
+#: Waits in which a portion's time counts for a third of what it took. A long one ends the work in waits that are shorter; no
+#: other would be timed if it counted for ever.
+PORTION_MEMORY = 256
 #: Largest cost of a late token at the entry, in rooms of its exit. A backlog that was worked off from the shallowest of
 #: four exits leaves up to nine rows at the deepest stage. In int4, where a further row costs a quarter of the first,
 #: these take 1.9 targets.

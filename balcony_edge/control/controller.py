@@ -398,11 +398,12 @@ class Controller:
             limits_ms = rooms_ms if limits_ms is None else list(map(min, limits_ms, rooms_ms))
             pairs = zip(may_enter, spare_ms, now_ms, steady_ms, strict=True)
             may_enter = [both and now - steady <= spare for both, spare, now, steady in pairs]
-        if budget.energy_j_per_token is not None:  # rows next to a step: no more joules than the deepest step allowed
-            room_ms[WITH_CATCH_UP] = min(room_ms[WITH_CATCH_UP], steady_ms[highest])
+        if budget.energy_j_per_token is not None:  # rows next to a step: no more joules than a token may take
+            most_ms = max(state.governor.affordable_ms(budget) / slowdown.factor, steady_ms[highest])
+            room_ms[WITH_CATCH_UP] = min(room_ms[WITH_CATCH_UP], most_ms)
         if limits_ms is not None:
             room_ms = list(map(min, room_ms, limits_ms))
-        if plan.governed:
+        if plan.governed and not first:  # no pause follows the first token
             room_ms = paused_rooms(seen, slowdown, steady_ms, room_ms, state.governor.share)
         first_ms = limits_ms if first else None
         return Outlook(now_ms, steady_ms, room_ms, may_enter, plan.lowest, highest, may_rise, first_ms)

@@ -115,6 +115,15 @@ class Governor(NamedTuple):
         limits = any(value is not None and key in self.binding for value, key in ramps)
         return limits or budget.energy_j_per_token is not None
 
+    def affordable_ms(self, budget: Budget) -> float:
+        """Longest step within ``energy_j_per_token``, with the pause after it; infinite if no sensor measures that."""
+        most_j, power = budget.energy_j_per_token, self.power
+        if most_j is None or power is None or "energy_j_per_token" in self.lost:
+            return math.inf
+        idle_w, own_w = power.at(0.0), max(power.at(1.0) - power.at(0.0), 1e-9)
+        slowest_s = 0.0 if budget.max_pace_tps is None else 1 / budget.max_pace_tps
+        return 1000 * min(most_j / (idle_w / self.share + own_w), (most_j - idle_w * slowest_s) / own_w)
+
     def unseen(self, budget: Budget) -> tuple[str, ...]:
         """Keys of this budget that are not held; the last tick may have been for another budget."""
         return tuple(key for key in self.lost if getattr(budget, key) is not None)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from balcony_edge.budget import Rail
-from balcony_edge.control.catching_up import IDLE_ROWS
+from balcony_edge.control.catching_up import IDLE_ROWS, PORTION_MEMORY
 from balcony_edge.control.decision import CatchUp
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
@@ -290,6 +290,7 @@ class Plant(SimulatedDevice):
         ``portion_s`` is the time that the first counts as, unless the last one of all took longer: that of the step.
         """
         portion_s = max(portion_s, self._portion_s)
+        self._portion_s -= self._portion_s / PORTION_MEMORY
         while self.now_s + portion_s <= until_s and (price_ms := self._portion()):
             begin_s = self.now_s
             self.work(price_ms)

@@ -87,6 +87,7 @@ def summary(tokens: Sequence[SimulatedToken], budget: Budget) -> dict[str, Any]:
     late = None
     if budget.tpot_ms is not None:
         late = sum(token.latency_ms > budget.tpot_ms for token in later)
+    missed = None if budget.deadline_s is None else tokens[: budget.expected_tokens][-1].time_s > budget.deadline_s
     seconds = tokens[-1].time_s
     return {
         "tokens": len(tokens),
@@ -95,6 +96,7 @@ def summary(tokens: Sequence[SimulatedToken], budget: Budget) -> dict[str, Any]:
         "tokens_a_second": len(later) / (seconds - tokens[0].time_s) if later and seconds > tokens[0].time_s else None,
         "tpot_mean_ms": mean(token.latency_ms for token in later) if later else None,
         "late_tokens": late,
+        "missed_deadline": missed,
         "mean_exit": mean(exits),
         "tokens_per_exit": {str(layer): count for layer, count in sorted(Counter(exits).items())},
         "exit_switches": sum(a != b for a, b in pairwise(exits)),

@@ -81,6 +81,39 @@ def test_export_reads_texts_before_it_loads_the_model(
     refused_here("absent.jsonl: cannot be read (No such file", *common, *options, tmp_path / "absent.jsonl")
 
 
+@pytest.mark.parametrize("option", ["--verify", "--no-verify"])
+def test_an_export_that_compares_nothing_needs_no_engine_of_the_bundle(
+    option: str, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`export_bundle` refuses an ONNX Runtime that is too old for the bundle only if a check runs it."""
+    checks: list[object] = []
+
+    def stopped(*_: object, check: object, **__: object) -> None:
+        checks.append(check)
+        raise InputError("stopped")
+
+    monkeypatch.setattr("balcony_export.export.export_bundle", stopped)
+    refused_here("stopped", "export", small_checkpoint, "--exits", "1", "-o", tmp_path / "b", option)
+    assert [check is None for check in checks] == [option == "--no-verify"]
+
+
+@pytest.mark.parametrize(("module", "keeps"), [("decoder", True), ("dense", False)])
+def test_an_export_that_runs_the_model_loads_it_in_float32(
+    module: str, keeps: bool, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense MLP begins with the experts that the model uses most: `verify` runs it in float32 to make the same one."""
+    given: list[bool] = []
+
+    def load_model(_: str, *, keep_dtype: bool) -> None:
+        given.append(keep_dtype)
+        raise InputError("stopped")
+
+    monkeypatch.setattr("balcony_export.model.checkpoint.load_model", load_model)
+    options = ("--exits", "2", "-o", tmp_path / "b", "--no-verify", "--exit-module", module)
+    refused_here("stopped", "export", tiny_checkpoint, *options)
+    assert given == [keeps]
+
+
 def test_eval_looks_for_texts_before_it_loads_the_model(
     tiny: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,8 @@ def test_simulate_under_a_generated_load_and_under_its_own_record(tmp_path: Path
     assert json.loads(invoke(*common[:3], "--tpot-ms", "13", *common[5:])) == idle
     assert "reason" in invoke(*common[:-1], "--explain")
     assert "late_tokens: " in invoke(*common[:-1])
+    long = invoke("simulate", "--profile", "p.json", "--tpot-ms", "13", "-p", "400", "--load", "constant:high=100")
+    assert re.search(r"ttft_ms: \d{5}", long), "no power of ten"
 
 
 def test_simulate_takes_watts_from_the_profile_and_physics_from_the_line(tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_simulate_with_arrivals_tells_what_each_class_got(tmp_path: Path) -> Non
     assert sum(row["rounds"] for row in found["intervals"]) == found["rounds"]
     assert "a round of 3 streams takes" in " ".join(row["reason"] for row in found["intervals"])
     told = invoke(*common, "--explain")
-    assert "stream: exit" in told and "first token" in told
+    assert "stream: exit" in told and "missed" in told
     assert json.loads(invoke(*common, "--record", "rounds.jsonl", "--json")) == {
         key: found[key] for key in ("streams", "rounds", "classes")
     }
@@ -214,6 +216,16 @@ def test_simulate_with_arrivals_explains_waits(tmp_path: Path) -> None:
     found = json.loads(invoke("simulate", "--profile", "p.json", "--budget", "reading.toml", *common))
     reasons = {row["reason"] for row in found["intervals"] if not row["exits"]}
     assert "waits for a pace" in reasons and "rows only" not in reasons
+
+
+@pytest.mark.parametrize(("deadline_s", "missed", "shown"), [(100, 0.0, "0.0%"), (0.01, 1.0, "100.0%")])
+def test_simulate_with_arrivals_tells_missed_deadlines(deadline_s: float, missed: float, shown: str) -> None:
+    Path("b.toml").write_text(f"deadline_s = {deadline_s}\nexpected_tokens = 5\n")
+    arriving = ["--arrivals", "rate=2", "--seconds", "3", "-n", "5"]
+    common = ["simulate", "--profile", "p.json", "--budget", "b.toml", *arriving]
+    found = json.loads(invoke(*common, "--json"))["classes"]["b"]
+    assert found["missed_share"] == missed and found["late_share"] is None
+    assert shown in invoke(*common)
 
 
 def test_simulate_refuses(tmp_path: Path) -> None:

@@ -86,6 +86,10 @@ def test_a_workstations_package_that_is_missing_or_too_old_is_one_line(
             type("InductorError", (RuntimeError,), {})("ImportError: x.so: failed to map segment\n\nSet TORCH"),
             "the loss cannot be compiled (ImportError: x.so: failed to map segment): train with --no-compile",
         ),
+        (
+            type("GPUTooOldForTriton", (RuntimeError,), {})("Found Tesla P100 which is too old to be supported"),
+            "the loss cannot be compiled (Found Tesla P100 which is too old to be supported): train with --no-compile",
+        ),
         (OSError(errno.ENFILE, "Too many", "w.bin"), "w.bin: cannot be used (Too many): free space or files"),
         (OSError(errno.ELOOP, "Too many links", "b/bundle.json"), "b/bundle.json: cannot be used (Too many links)"),
     ],

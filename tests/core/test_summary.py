@@ -25,9 +25,13 @@ def test_a_summary_by_hand() -> None:
         "tokens_a_second": 5.0,
         "tpot_mean_ms": 200.0,
         "late_tokens": 1,
+        "missed_deadline": None,
         "mean_exit": 58 / 3,
         "exit_switches": 2,
         "mean_w": (8 * 0.5 + 4 * 0.4) / 0.9,
         "max_c": 42.0,
         "infeasible_tokens": 0,
     })  # fmt: skip
+    # tokens after the expected ones are free of the deadline
+    due = [Budget(deadline_s=0.7, expected_tokens=count) for count in (2, 3)]
+    assert [summary(tokens, budget)["missed_deadline"] for budget in due] == [False, True]

@@ -83,14 +83,17 @@ def test_an_engine_that_cannot_run_bundles_names_its_cure(
     assert report["engines"][0]["note"] == message
 
 
-def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: Any) -> None:
-    for package in ("onnxruntime", "onnxruntime-gpu"):
+@pytest.mark.parametrize("other", ["onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"])
+def test_two_engines_that_overwrite_each_other_are_refused(tiny: Any, tmp_path: Any, other: str) -> None:
+    """Of another program's build, an upgrade of ours is no cure: pip says that it is there already."""
+    for package in ("onnxruntime", other):
         facts = tmp_path / f"{package.replace('-', '_')}-1.32.0.dist-info"
         facts.mkdir()
         (facts / "METADATA").write_text(f"Name: {package}\nVersion: 1.32.0\n")
     program = f"import sys; sys.path.insert(0, sys.argv[2])\n{_LOAD}"
     said = printed(program, tiny.path, tmp_path)
-    assert "onnxruntime and onnxruntime-gpu are both installed and overwrite each other" in said
+    assert f"onnxruntime and {other} are both installed and overwrite each other: pip uninstall onnxruntime" in said
+    assert other in said.partition("pip uninstall")[2]
     assert said.count("\n") == 1
     # A build in another directory overwrites nothing: the first directory of the import path decides.
     shutil.rmtree(tmp_path / "onnxruntime-1.32.0.dist-info")

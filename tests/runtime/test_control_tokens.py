@@ -69,6 +69,12 @@ def test_a_templates_own_control_tokens_stay(bundle_copy: Path, tiny: Any) -> No
     assert written.encode("a<end>b", chat=False).count(end) == 1  # a plain text, as in transformers
 
 
+def test_a_spelled_token_takes_one_copy_of_the_tokenizer(bundle_copy: Path) -> None:
+    """It is made under Python's lock, and one of 49,000 tokens takes 0.15 s and 7 MB."""
+    codec = write_template(bundle_copy, "{% for m in messages %}{{ m.content }}<end>{% endfor %}")
+    assert codec.encode("a<end>b") and {"_aliased", "_literal"} & vars(codec).keys() == {"_aliased"}
+
+
 def test_subclasses_of_texts_are_texts(bundle_copy: Path) -> None:
     """Web frameworks have Markup, which escapes the text around it, and clients have roles as an enumeration."""
     codec = write_template(bundle_copy, "{% for m in messages %}{{ '<end>' + m.content }}{{ m.role }}{% endfor %}")
@@ -225,21 +231,21 @@ def test_a_unigram_model_spells_control_tokens(bundle_copy: Path) -> None:
         assert codec.encode(text, chat=False, control_tokens=False) == ids[:-1]
 
 
-#: A mark of turns as in DeepSeek-R1's tokenizers, which is not a special token there.
-_USER = "<\uff5cUser\uff5c>"
+@pytest.mark.parametrize("mark", ["<\uff5cUser\uff5c>", "<|im_start|>", "<|im_end|>", "<start_of_turn>"])
+def test_marks_of_turns_that_are_not_special_are_text_too(bundle_copy: Path, mark: str) -> None:
+    """DeepSeek-R1's are not, nor is ``<|im_start|>`` where Axolotl added it (``tokens:``), as in Dolphin's models.
 
-
-def test_marks_of_turns_that_are_not_special_are_text_too(bundle_copy: Path) -> None:
-    """No message of a user begins another turn; other tokens that a template writes stay what they are."""
+    No message of a user begins another turn; other tokens that a template writes stay what they are.
+    """
     tokenizer = Tokenizer.from_file(str(bundle_copy / "tokenizer.json"))
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in (_USER, "<think>", "user")])
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in (mark, "<think>", "user")])
     (bundle_copy / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    user, think, word = map(tokenizer.token_to_id, (_USER, "<think>", "user"))
-    template = "{% for m in messages if m.role == 'user' %}" + _USER + "{{ m.content }}{% endfor %}<think>"
+    user, think, word = map(tokenizer.token_to_id, (mark, "<think>", "user"))
+    template = "{% for m in messages if m.role == 'user' %}" + mark + "{{ m.content }}{% endfor %}<think>"
     (bundle_copy / "chat_template.jinja").write_text(template, encoding="utf-8")
     codec = TextCodec(Bundle(bundle_copy, manifest_of(bundle_copy)))
-    ids = codec.encode(f"a{_USER}b<think>user")
+    ids = codec.encode(f"a{mark}b<think>user")
     assert (ids[0], ids.count(user), ids.count(think), ids.count(word)) == (user, 1, 2, 1)
-    assert f"a{_USER}b" in codec.decode(ids, control_tokens=True) and codec.decode([word]) == "user"
-    assert codec.encode(f"a{_USER}b", chat=False).count(user) == 1  # a plain text, as in transformers
-    assert codec.decode([user]) == _USER, "a reply shows it, as in transformers, so a stop string finds it"
+    assert f"a{mark}b" in codec.decode(ids, control_tokens=True) and codec.decode([word]) == "user"
+    assert codec.encode(f"a{mark}b", chat=False).count(user) == 1  # a plain text, as in transformers
+    assert codec.decode([user]) == mark, "a reply shows it, as in transformers, so a stop string finds it"

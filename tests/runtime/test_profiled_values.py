@@ -15,6 +15,7 @@ import pytest
 
 from balcony_edge.bundle.manifest import Estimate
 from balcony_edge.device.costs import CostModel
+from balcony_edge.device.readings import Reading
 from balcony_runtime.llm import LLM
 from balcony_runtime.profiler import conditions, run
 from balcony_runtime.profiler.cells import Bench, Key
@@ -152,6 +153,26 @@ def test_joules_are_those_of_one_token(tiny: Any, monkeypatch: pytest.MonkeyPatc
     for power in found:  # 20 W, five tokens in 50 ms or a little more
         assert 0.9 <= (power.joules_per_token or 0) / (20 * 0.05 / 5) <= 2.5
     assert {power.context for power in found} == {42}  # that of the third of five tokens
+
+
+@pytest.mark.parametrize(("answers_s", "found"), [(math.inf, {"cpu": 20.0}), (0.0, {})])
+def test_a_block_that_takes_half_a_minute_has_watts(
+    answers_s: float, found: dict[Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 tokens of 1.5 s, where a run takes 5 s; a sensor that has stopped answering ends it."""
+    clock = SimpleNamespace(now_s=100.0)
+    monkeypatch.setattr(conditions, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+
+    def latest() -> tuple[Reading, ...]:
+        now_s = clock.now_s
+        return (Reading("rapl:package-0", "cpu", now_s, joules=20.0 * now_s),) if now_s < 100 + answers_s else ()
+
+    def block() -> None:
+        clock.now_s += 27.0
+
+    sensors: Any = SimpleNamespace(latest=latest)
+    assert Meter(sensors, {"cpu": ("rapl:package-0",)}).run(5.0, block) == pytest.approx(found)
+    assert clock.now_s == 154.0
 
 
 def test_the_sustained_speed_is_that_of_the_end(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ def test_parse_with_a_class(client: openai.OpenAI) -> None:
         ({"structured_outputs": {"choice": ["fox", 'a "dog"']}}, 'fox|a "dog"'),
         ({"structured_outputs": {"choice": ["fox", "dog"], "disable_any_whitespace": True}}, "fox|dog"),
         ({"guided_choice": ["fox", "dog"]}, "fox|dog"),
+        ({"guided_choice": [f"fox {number}" for number in range(3000)]}, r"fox \d+"),
         ({"guided_regex": "[a-f]{3}"}, "[a-f]{3}"),
         ({"structured_outputs": {"regex": "[a-f]{3}"}}, "[a-f]{3}"),
         ({"guided_grammar": 'start: "fox" | "dog"'}, "fox|dog"),

@@ -63,12 +63,14 @@ def facts(company: Company) -> dict[str, Any]:
         exits = [layer for stream in streams for layer in stream.exits]
         later = sum(max(len(stream.exits) - 1, 0) for stream in streams)
         firsts = [stream.gaps_ms[0] for stream in streams if stream.gaps_ms]
-        target = company.classes[name].tpot_ms
+        budget = company.classes[name]
+        due = [stream for stream in streams if stream.exits and budget.deadline_s is not None]
         found["classes"][name] = {
             "requests": len(streams),
             "refused": sum(stream.refused_s is not None for stream in streams),
             "tokens": len(exits),
-            "late_share": sum(s.late_tokens for s in streams) / later if target is not None and later else None,
+            "late_share": sum(s.late_tokens for s in streams) / later if budget.tpot_ms is not None and later else None,
+            "missed_share": mean(stream.missed_deadline for stream in due) if due else None,
             "mean_exit": mean(exits) if exits else None,
             "tokens_per_exit": {str(layer): count for layer, count in sorted(Counter(exits).items())},
             "ttft_ms": mean(firsts) if firsts else None,
@@ -109,9 +111,10 @@ def show(found: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
             members = " ".join(f"{key}:{layer}" for key, layer in row["exits"].items())
             table.add_row(f"{row['begin_s']:.2f}", str(row["rounds"]), members, f"{row['round_ms']:.1f}", row["reason"])
         stdout.print(table)
-    table = Table("budget", "requests", "refused", "tokens", "late", "mean exit", "first token, ms")
+    table = Table("budget", "requests", "refused", "tokens", "late", "missed", "mean exit", "first token, ms")
     for name, one in found["classes"].items():
-        late = "" if one["late_share"] is None else f"{one['late_share']:.1%}"
+        late, missed = (("" if value is None else f"{value:.1%}") for value in (one["late_share"], one["missed_share"]))
         depth, first = (("" if value is None else f"{value:.1f}") for value in (one["mean_exit"], one["ttft_ms"]))
-        table.add_row(escape(name), str(one["requests"]), str(one["refused"]), str(one["tokens"]), late, depth, first)
+        counts = (str(one[key]) for key in ("requests", "refused", "tokens"))
+        table.add_row(escape(name), *counts, late, missed, depth, first)
     stdout.print(table)

@@ -283,4 +283,5 @@ def _show(facts: dict[str, Any], intervals: list[dict[str, Any]] | None) -> None
             )
         stdout.print(table)
     for key, value in facts.items():
-        stdout.print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}", markup=False)
+        shown = value if not isinstance(value, float) else f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
+        stdout.print(f"{key}: {shown}", markup=False)

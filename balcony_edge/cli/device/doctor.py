@@ -114,12 +114,16 @@ def _cuda() -> dict[str, Any]:
     """The GPU as CUDA sees it, and the resulting choice of ``--device auto``."""
     from importlib.metadata import distributions
 
+    from balcony_edge.device.machine import machine_id
+
     packages = {name: dist.version for name in ("cuda-python",) for dist in distributions(name=name)}
     facts: dict[str, Any] = {"engine": "cuda", "packages": packages, "providers": [], "used": None}
     try:
         from balcony_runtime.backends.accelerator.cuda import compute_capability
 
-        note = f"compute capability {compute_capability()}: --device auto takes engines built for it"
+        note = f"compute capability {compute_capability()}: --device auto takes engines that this machine built for it"
+        if machine_id() is None:
+            note += "; it has no identifier (/etc/machine-id), so none of them is known: name a set with --engines"
     except BalconyError as error:
         note = f"--device auto takes no engines: {error}"
     return {**facts, "note": note}

@@ -96,7 +96,7 @@ def export(
         rows, texts = _read_texts(tokenizer, calibration, evaluate)  # first, because loading may take minutes
         progress("loading the model", 0.0)
         # running the model needs float32; only writing it needs the checkpoint's own type, half the memory
-        loaded = load_model(model, keep_dtype=not (check or calibration or evaluate))
+        loaded = load_model(model, keep_dtype=not (check or calibration or evaluate or exit_module == "dense"))
         layers = parse_exits(exits, loaded.config.num_hidden_layers)
         _refuse_recurrent(loaded, tensorrt)
         opened = ExitModel.open(loaded, layers, balconies, exit_module or "decoder")
@@ -118,7 +118,9 @@ def export(
             budget = QualityBudget(kl, judge, stderr.print)
             export_within(budget, opened, tokenizer, output, options, check=verified, progress=progress)
         else:
-            export_bundle(opened, tokenizer, output, options, check=verified, progress=progress)
+            export_bundle(
+                opened, tokenizer, output, options, check=verified if check or judge else None, progress=progress
+            )
     _warn(trained, scheme)
     # The bundle is complete, also without engines.
     try:

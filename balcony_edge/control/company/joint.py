@@ -285,7 +285,8 @@ class JointController:
         if not hurried:
             return ready, waiting
         wait_ms = min(early_ms[view.stream.key] for view in hurried) / slowdown.factor
-        if all(view.bound_ms - all_ms >= wait_ms for view in ready):
+        due = any(view.first and view.bound_ms < math.inf for view in ready)  # its rows need the time
+        if not due and all(view.bound_ms - all_ms >= wait_ms for view in ready):
             return [], [*ready, *waiting]
         return [*ready, *hurried], [view for view in waiting if view not in hurried]
 

@@ -103,7 +103,7 @@ def build_corpus(
         seed: Seed of the order of the rows.
         held_out_rows: Approximate number of rows of documents to keep out of training. Every file gives documents in
             proportion to its tokens, the first by a hash of their text. Files of one document count as one file if the part of
-            each is less than a row.
+            each is less than a row, files of several if it is less than a sixteenth of one.
         mix: File name → share of its documents to use, above 0 and up to 1, the first by a hash of their text. Files that are
             not in it are used whole.
 
@@ -127,7 +127,10 @@ def build_corpus(
         tokens = sum(len(document.tokens) for document in given)
         return min(held_out_rows * seq_len * tokens // total, tokens // 10)
 
-    for given in _together((documents for _, documents in read.values()), lambda given: target(given) >= seq_len):
+    def is_enough(given: list[_KeyedDocument]) -> bool:
+        return target(given) >= (seq_len if len(given) == 1 else seq_len // 16)
+
+    for given in _together((documents for _, documents in read.values()), is_enough):
         held_of_file = _held_out(given, target(given), begin)
         learned += held_of_file[0]
         held += held_of_file[1]
@@ -194,14 +197,14 @@ def _read(
 def _together(
     files: Iterable[list[_KeyedDocument]], is_enough: Callable[[list[_KeyedDocument]], bool]
 ) -> Iterator[list[_KeyedDocument]]:
-    """The documents of each file, but those of all small files of one document together.
+    """The documents of each file, but those of all small files together.
 
-    The part of such a file in the held-out rows may be a few tokens of its document, or none. A large file stays alone:
+    The part of such a file in the held-out rows may be a few tokens of one document, or none. A large file stays alone:
     next to it the smallest one would be all that is held out.
     """
     alone: list[_KeyedDocument] = []
     for documents in files:
-        if len(documents) > 1 or is_enough(documents):
+        if is_enough(documents):
             yield documents
         else:
             alone += documents

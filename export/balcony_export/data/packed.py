@@ -23,7 +23,7 @@ from balcony_export.data.corpus import Corpus, Rows, build_corpus, digest_of
 from balcony_export.data.documents import files_in
 
 #: Changes whenever :mod:`.corpus` would make other rows of the same text.
-_FORMAT = 4
+_FORMAT = 5
 
 
 class PackedText:

@@ -50,12 +50,13 @@ def choose(manifest: Manifest, engines: str | None = None) -> Choice:
     are then chosen even if they do not fit, so that opening them says what to do.
     """
     choice = _on_nvidia(manifest, engines)
-    if (
-        choice.device != "cpu"
-        or engines is not None
-        or not provider.is_installed()
-        or provider.misfit(manifest) is not None
-    ):
+    if choice.device != "cpu" or engines is not None:
+        return choice
+    try:
+        installed = provider.is_installed()
+    except MissingDependencyError as error:  # [tensorrt] alone brings no ONNX Runtime
+        raise MissingDependencyError(f"{choice.reason}; {error}" if choice.unfit else str(error)) from error
+    if not installed or provider.misfit(manifest) is not None:
         return choice
     device: DeviceName = "webgpu"
     try:

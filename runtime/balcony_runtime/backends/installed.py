@@ -29,12 +29,14 @@ _LATER: tuple[tuple[str, str, Callable[[ModelSpec, int | None], object]], ...] =
     ("1.25.1", "recurrent layers", lambda model, kv_bits: model.recurrent),
 )
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu")
+#: Builds of other vendors, which other programs bring; none was tried.
+_OTHERS = tuple(f"onnxruntime-{name}" for name in ("directml", "openvino", "rocm", "migraphx", "cann", "windowsml"))
 _INSTALL = "pip install 'balcony-edge[cpu]' (or '[gpu]', never both)"
 
 
 def installed_packages() -> dict[str, str]:
     """Package → version of each build of ONNX Runtime in the first directory of the import path that has one."""
-    builds = [(name, dist) for name in PACKAGES for dist in importlib.metadata.distributions(name=name)]
+    builds = [(name, dist) for name in (*PACKAGES, *_OTHERS) for dist in importlib.metadata.distributions(name=name)]
     places = [str(dist.locate_file("")) for _, dist in builds]
     first = next((place for entry in sys.path if (place := str(Path(entry))) in places), None)
     return {name: dist.version for (name, dist), place in zip(builds, places, strict=True) if first in (place, None)}
@@ -48,7 +50,9 @@ def checked_onnxruntime() -> Any:
     """
     found = installed_packages()
     if len(found) > 1:
-        raise MissingDependencyError(f"{' and '.join(found)} are both installed and overwrite each other: {_again()}")
+        raise MissingDependencyError(
+            f"{' and '.join(found)} are both installed and overwrite each other: {_again(*found)}"
+        )
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -81,14 +85,14 @@ def refuse_too_old(model: ModelSpec, kv_bits: int | None) -> None:
 def _refuse_older(module: Any, version: str, what: str) -> None:
     if _numbers(module.__version__) < _numbers(version):
         package = next(iter(installed_packages()), PACKAGES[0])
+        cure = f"pip install --upgrade '{package}>={version}'" if package in PACKAGES else _again(package)
         raise MissingDependencyError(
-            f"{package} {module.__version__} is too old: {what} need {version} or newer: "
-            f"pip install --upgrade '{package}>={version}'"
+            f"{package} {module.__version__} is too old: {what} need {version} or newer: {cure}"
         )
 
 
-def _again() -> str:
-    return f"pip uninstall {' '.join(PACKAGES)}, then {_INSTALL}"
+def _again(*packages: str) -> str:
+    return f"pip uninstall {' '.join(dict.fromkeys((*PACKAGES, *packages)))}, then {_INSTALL}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -98,4 +102,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text without the place in ONNX Runtime's source, at most 200 characters."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # The provider for CUDA names its place twice, in 500 characters of C++, before the reason.
+    line = re.sub(r"\S*cuda_call\.cc:\d+ .*(?=\b\w+ failure \d)", "", line)
     return line.rpartition(" was false. ")[2][:200]

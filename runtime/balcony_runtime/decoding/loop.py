@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from balcony_edge.budget import Budget
-from balcony_edge.control.catching_up import IDLE_ROWS
+from balcony_edge.control.catching_up import IDLE_ROWS, PORTION_MEMORY
 from balcony_edge.control.company.seen import Chunk, CompanyState, StreamSeen
 from balcony_edge.control.controller import Controller, ControllerState, quantile_of
 from balcony_edge.control.decision import CatchUp, Decision, Measurement, Observation
@@ -443,6 +443,7 @@ class Decoder:
         begin_ns = worked_ns = time.perf_counter_ns()
         work_until_ns = min(until_ns, begin_ns + int(decision.idle_ms * 1e6))
         portion_ns = max(int(decision.predicted_ms * 1e6), self._portion_ns)  # as long as a step until one was timed
+        self._portion_ns -= self._portion_ns // PORTION_MEMORY
         while worked_ns + portion_ns <= work_until_ns and not sleep(0) and sequence.catch_up(IDLE_ROWS):
             before_ns, worked_ns = worked_ns, time.perf_counter_ns()
             portion_ns = self._portion_ns = worked_ns - before_ns

@@ -152,16 +152,18 @@ class Meter:
     def run(self, seconds: float, work: Callable[[], object] = lambda: time.sleep(0.1)) -> dict[Rail, float]:
         """Repeat ``work`` for ``seconds``; returns the watts of every rail that gave two readings meanwhile."""
         seen: dict[str, list[Reading]] = {source: [] for sources in self._rails.values() for source in sources}
-        begin_s = time.monotonic()
-        while time.monotonic() - begin_s < seconds or min(map(len, seen.values()), default=2) < 2:
+        begin_s, works = time.monotonic(), 0
+        while (spent_s := time.monotonic() - begin_s) < seconds or min(map(len, seen.values()), default=2) < 2:
+            # A sensor has stopped answering. Two works give two readings, however long a block takes on a slow device.
+            if works >= 2 and spent_s > 4 * seconds + 5:
+                break
             work()
+            works += 1
             for reading in self._sensors.latest():
                 self.throttled |= bool(reading.throttled)
                 own = seen.get(reading.source)
                 if own is not None and reading.time_s >= begin_s and (not own or reading.time_s > own[-1].time_s):
                     own.append(reading)
-            if time.monotonic() - begin_s > 4 * seconds + 5:  # a sensor has stopped answering
-                break
         found = {rail: [_watts(seen[source]) for source in sources] for rail, sources in self._rails.items()}
         known = {rail: [watts for watts in parts if watts is not None] for rail, parts in found.items()}
         return {rail: sum(parts) for rail, parts in known.items() if len(parts) == len(found[rail])}

@@ -18,7 +18,7 @@ import numpy as np
 
 from balcony_edge.errors import BalconyError, BusyError, DeviceError, InputError
 from balcony_runtime.backends.base import FloatArray, IntArray, Pool
-from balcony_runtime.engine import Engine
+from balcony_runtime.engine import LONGEST_PASS_S, Engine
 from balcony_runtime.scheduling.shared_step import PoolMove, SharedStep
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
@@ -421,24 +421,27 @@ class SequencePool:
     def close(self) -> None:
         """Free ended sequences, after writing them to the files, the one that was used last first.
 
-        No thread may take one meanwhile. The handler of a signal does nothing in the middle of this thread's own work here: a
-        step, or the beginning or end of a reply.
+        Other threads wait. The handler of a signal does nothing in the middle of this thread's own work here: a step, or the
+        beginning or end of a reply. Another thread at work here may wait for a pass that the handler has interrupted.
         """
-        with self._lock:
+        if not self._lock.acquire(timeout=LONGEST_PASS_S):
+            return
+        try:
             if self._busy:
                 return
-        with self._locked():
-            ended, self._ended = self._ended[::-1], []
-        if (files := self._files) is not None:
-            try:
-                used_s = files.moment()
-                for age, sequence in enumerate(ended):  # all are newer than what was not used
-                    files.keep(sequence, used_s - age / 1000)
-            except (BalconyError, OSError) as error:  # the directory may not be entered any more
-                _log.warning("%s", error)
-        with self._locked():
-            for sequence in ended:
-                self._clear(sequence)
+            with self._locked():
+                ended, self._ended = self._ended[::-1], []
+                if (files := self._files) is not None:
+                    try:
+                        used_s = files.moment()
+                        for age, sequence in enumerate(ended):  # all are newer than what was not used
+                            files.keep(sequence, used_s - age / 1000)
+                    except (BalconyError, OSError) as error:  # the directory may not be entered any more
+                        _log.warning("%s", error)
+                for sequence in ended:
+                    self._clear(sequence)
+        finally:
+            self._lock.release()
 
     def _clear(self, sequence: TokenSequence) -> None:
         member = self._places.pop(sequence)

@@ -27,8 +27,13 @@ MOST_DIGITS = 40
 #: builds before it counts: 20 patterns took 3 s and 300 MB, 13 operands 4 s, and each further one 2.3 times as long.
 MOST_JOINED = 12
 #: JSON is written as ``json.dumps`` writes it, which is the form that models were trained on; a schema's own
-#: ``x-guidance`` comes first.
-JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+#: ``x-guidance`` comes first. No character is a number: ``"\\u0061"`` would be a second property ``a``, of any value.
+JSON_FORM: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
 _YEAR, _FOURS = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})", "(0[48]|[2468][048]|[13579][26])"
 _DAY = f"({_YEAR}-(0[13-9]|1[0-2])-[0-9]{{2}}|{_YEAR}-02-([01][0-9]|2[0-8])|([0-9]{{2}}{_FOURS}|{_FOURS}00)-02-29)"
 #: Format → what llguidance writes of it and readers refuse is left out: the year 0, 29 February in years that have none, leap
@@ -39,6 +44,9 @@ _READABLE: dict[str, dict[str, Any]] = {
     "date-time": {"pattern": f"^{_DAY}.{{7}}[0-5]"},
     "email": {"pattern": "^[^@]{1,64}@([^@.]{1,63}\\.)*[^@.]{1,63}$", "maxLength": 254},
 }
+#: Whole numbers from which the compiler's floats are not exact: it would write another ``const``.
+MOST_EXACT = 2**53
+_LONG = re.compile("[0-9]{16}")
 #: Keywords whose values are not schemas.
 VALUES = ("const", "default", "enum", "examples")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]+)')
@@ -110,6 +118,10 @@ def schema_text(schema: Any) -> str:
         if isinstance(schema, Mapping):
             text = json.dumps(schema, ensure_ascii=False, allow_nan=False, default=dict)
             found = json.loads(text)
+            if _LONG.search(text):
+                _refuse_inexact(found)
+            if '"discriminator"' in text:
+                text = json.dumps(_tagged(found), ensure_ascii=False)
             # A longer one is refused for its length.
             if len(text) <= MOST_CHARACTERS and text.count('"pattern"') > MOST_JOINED:
                 _refuse_joined(found)
@@ -119,6 +131,49 @@ def schema_text(schema: Any) -> str:
     except (TypeError, ValueError) as error:
         raise InputError(f"json_schema: is not JSON ({error}): give a schema as a dict, JSON text or class") from None
     raise InputError(f"json_schema = {shown(schema)}: must be a JSON object: give e.g. {{'type': 'object'}}")
+
+
+def _tagged(schema: Any) -> Any:
+    """A schema whose unions are told apart by a property that each branch requires, instead of by ``discriminator``.
+
+    pydantic does not list one that has a default, and refuses objects without it. The compiler refuses branches that it cannot
+    tell apart without it, and a discriminator of branches that hold such unions themselves.
+    """
+    for part in _reached([schema], lambda part: part if isinstance(part, list) else part.values()):
+        if not isinstance(part, dict) or not isinstance(part.get("discriminator"), dict) or "anyOf" in part:
+            continue
+        name, branches = part["discriminator"].get("propertyName"), part.get("oneOf") or []
+        found = [(_target(schema, one) or one) if isinstance(one, dict) else {} for one in branches]
+        tags = [
+            _values(one["properties"].get(name)) if isinstance(one.get("properties"), dict) else () for one in found
+        ]
+        known = [json.dumps(value) for values in tags for value in values]
+        if all(tags) and len(known) == len(set(known)) > 0:
+            part["anyOf"] = part.pop("oneOf")
+            del part["discriminator"]
+            for one in found:
+                one["required"] = list(dict.fromkeys([*(one.get("required") or ()), name]))
+    return schema
+
+
+def _values(schema: Any) -> Sequence[Any]:
+    """All values that a ``const`` or ``enum`` allows; none where there is neither."""
+    if not isinstance(schema, dict):
+        return ()
+    if "const" in schema:
+        return (schema["const"],)
+    values = schema.get("enum")
+    return values if isinstance(values, list) else ()
+
+
+def _refuse_inexact(schema: Any) -> None:
+    """Refuse a schema whose values have whole numbers that would come as others."""
+    for part in _reached([schema], lambda part: part if isinstance(part, list) else part.values()):
+        for value in _values(part):
+            if type(value) is int and abs(value) > MOST_EXACT:
+                raise InputError(
+                    f"json_schema: const, enum: {shown(value)}: whole numbers beyond 2^53 are not exact: give it as a text"
+                )
 
 
 def _refuse_joined(schema: Any) -> None:
@@ -191,8 +246,9 @@ def _readable(schema: Any) -> Any:
 
 #: As at OpenAI, a schema that is not ``strict`` may have keywords that the grammar cannot enforce: they are left out.
 _LENIENT = {"lenient": True, "coerce_one_of": True}
-#: What patterns may have and the grammar's expressions may not: look-around, edges of words, references back.
-_FOREIGN = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bBkZ0-9]")
+#: What patterns may have and the grammar's expressions may not: look-around, atomic and conditional groups, comments, edges of
+#: words, references back, halves of UTF-16 pairs, other escapes of JavaScript and Python, and ``{,5}``.
+_FOREIGN = re.compile(r"\(\?(?:<?[=!]|[>#(]|P=)|(?<!\\)(?:\\\\)*(?:\\(?:[bBckZ0-9<>]|u[dD][89a-fA-F])|\{,)")
 #: Keywords whose keys are names, which may be those of keywords.
 _NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,6 @@ SLOW_S = 0.0003
 #: Bounds of one compiled structure: 20,000 states of its lexer take about 40 MB (llguidance's default is 250,000). The
 #: others are llguidance's own: 1,000,000 units of fuel to build (20 ms), 200,000 units and 50,000 items for a mask (15 ms).
 MOST_STATES = 20_000
-#: llguidance takes llama.cpp's GBNF for its own form if a rule is named start. This finds that name, and texts, classes and
-#: comments, which may hold it.
-_START = re.compile(r"""("(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*)|(?<![\w-])start(?![\w-])""")
 #: Characters that llama.cpp's GBNF writes as numbers. llguidance's reader drops leading zeros, after which they are none.
 _ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 #: Mark of llguidance's own form. A search holds Python's lock, so these three expressions take linear time on any text. The one
@@ -54,6 +51,8 @@ _LARK = re.compile(r"^[^\S\n]*(%llguidance\b|!?\??start\s*[:\[])", re.MULTILINE)
 #: Texts of a grammar, and names of tokens, such as ``<think>``. Escapes outside of texts are skipped as a whole: a quote that
 #: ends nothing would otherwise begin a search to the end of the line at every escaped quote after it.
 _NAMED = re.compile(r'\\.|"(?:\\.|[^"\\\n])*"|<[^<>\s]+>')
+#: A rule of white space, as llguidance writes it.
+_SPACE = re.compile(r'(?:"(?:\\[nrt]|\s)*"|/\[(?:\\[nrt]|\\x[0-9a-f]{2}|\s)*\]/|[\s()|*+?]|\{\d+,\d*\})+')
 #: Most rules of a GBNF grammar.
 MOST_RULES = 2000
 #: Longest reason from the compiler that a message quotes.
@@ -165,7 +164,7 @@ class Grammars:
             else:
                 form = asked.text
                 if GBNF.search(form) or not _LARK.search(form):
-                    form = _as_lark(_without_start(_ESCAPED.sub(_written_out, form)))
+                    form = _as_lark(_ESCAPED.sub(_written_out, form))
                 grammar = matchers.grammar_from_lark(form)
         except Exception as error:  # the readers of the library raise whatever a broken text makes them raise
             raise _refused(asked.kind, str(error) or type(error).__name__) from None
@@ -336,25 +335,19 @@ def _written_out(found: re.Match[str]) -> str:
     return chr(code) if code >= 0x80 else f"\\x{code:02x}"
 
 
-def _without_start(grammar: str) -> str:
-    """A grammar in llama.cpp's form whose rules have other names than start, which llguidance gives to the first one."""
-    return _START.sub(lambda found: found[1] or "rule-start", grammar)
-
-
 def _as_lark(grammar: str) -> str:
     """A grammar in llama.cpp's form as Lark.
 
     llguidance's reader looks at all rules again for each link of a chain to a later rule: 2,000 of them in 256,000 characters
     took 80 s. So it gets a rule after those that it names.
     """
-    from llguidance.gbnf_to_lark import GrammarParser, RuleRefNode, resolve  # noqa: PLC0415 - an extra
+    from llguidance import gbnf_to_lark as gbnf  # noqa: PLC0415 - an extra
 
-    rules, users, waits = GrammarParser().parse(grammar), defaultdict[str, list[str]](list), dict[str, int]()
+    rules = _numbered(gbnf.GrammarParser().parse(grammar), gbnf)
+    _part_spaces(rules, gbnf)
+    users, waits = defaultdict[str, list[str]](list), dict[str, int]()
     for name, rule in rules.items():
-        nodes: list[Any] = [rule]
-        for node in nodes:
-            nodes += node.children()
-        named = {node.name for node in nodes if isinstance(node, RuleRefNode)}
+        named = {node.name for node in _nodes(rule) if isinstance(node, gbnf.RuleRefNode)}
         waits[name] = len(named)
         for one in named:
             users[one].append(name)
@@ -366,8 +359,48 @@ def _as_lark(grammar: str) -> str:
                 ready.append(user)
     # At the end come rules that name themselves, by way of others.
     ordered = {name: rules[name] for name in (*ready, *rules)}
-    resolve(ordered)
+    gbnf.resolve(ordered)
     return "%llguidance {}\n\n" + "".join(f"{rule}\n" for rule in ordered.values())
+
+
+def _nodes(rule: Any) -> list[Any]:
+    """All parts of a rule of llama.cpp's form."""
+    nodes = list(rule.children())
+    for node in nodes:
+        nodes += node.children()
+    return nodes
+
+
+def _numbered(found: Mapping[str, Any], gbnf: Any) -> dict[str, Any]:
+    """Rules by their numbers: the library would write ``start``, ``Item`` and ``a-b`` as ``root``, ``item`` and ``a_b``."""
+    names = {name: f"rule{number}" for number, name in enumerate(found)} | {"root": "root"}
+    for name, rule in found.items():
+        rule.name = names[name]
+        for node in _nodes(rule):
+            if isinstance(node, gbnf.RuleRefNode):
+                node.name = names.get(node.name, node.name)
+            elif isinstance(node, gbnf.RegexNode) and node.rx == ".":
+                node.rx = "(?s:.)"  # any character, also a line break
+    return {rule.name: rule for rule in found.values()}
+
+
+def _part_spaces(rules: dict[str, Any], gbnf: Any) -> None:
+    """Take rules of white space out of the ends of others.
+
+    A rule without recursion becomes one expression, which takes all that it can: ``ident ::= [a-z]+ ws`` also takes the line
+    break that has to follow it.
+    """
+    spaces = {name for name, rule in rules.items() if _SPACE.fullmatch(str(rule.alternatives))}
+    for name, rule in [*rules.items()]:
+        whole = rule.alternatives.simplify()
+        if name in spaces:  # a rule that names itself is no expression
+            rule.alternatives = gbnf.AlternativeNode([whole, gbnf.RuleRefNode(name)])
+        elif (
+            isinstance(whole, gbnf.SequenceNode) and getattr(whole.nodes[-1], "name", None) in spaces and name != "root"
+        ):
+            front = f"{name}_before_space"
+            rules[front] = gbnf.RuleNode(front, gbnf.SequenceNode(whole.nodes[:-1]), "")
+            rule.alternatives = gbnf.SequenceNode([gbnf.RuleRefNode(front), whole.nodes[-1]])
 
 
 def _refused(kind: str, reason: str) -> InputError:

@@ -48,9 +48,9 @@ _MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_ALIAS}]")
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 #: Most other roles of a conversation. Each is compared with every control token's name, which takes up to two milliseconds.
 MOST_ROLES = 64
-#: Marks of turns. Some are not special tokens (DeepSeek's for users and the assistant): replies show them, as in transformers,
-#: and stop strings find them, but no message writes them.
-_TURN = re.compile(r"\W.*(user|assistant|system).*\W", re.IGNORECASE)
+#: Marks of turns. Some are not special tokens (DeepSeek's for users and the assistant, ChatML's where Axolotl adds them):
+#: replies show them, as in transformers, and stop strings find them, but no message writes them.
+_TURN = re.compile(r"\W.*(user|assistant|system|im_start|im_end|_of_turn|eot_id|header_id).*\W", re.IGNORECASE)
 #: A call by which a template cuts a literal out of texts.
 _CUT = re.compile(r"""\breplace\(\s*(['"])((?:\\.|(?!\1)[^\\])+)\1\s*,\s*(?:''|"")\s*[,)]""")
 #: Kind of a content part → its key with the text; clients send answers back as they got them, also those of other services.
@@ -257,8 +257,7 @@ class TextCodec:
     @cached_property
     def _aliased(self) -> tuple[Tokenizer, dict[int, int]]:
         """A tokenizer that knows control tokens by aliases only, and their own ids by those of the aliases."""
-        tokenizer = Tokenizer.from_str(self._literal.to_str())
-        tokenizer.encode_special_tokens = True
+        tokenizer = self._spelling()
         aliases = {f"{_ALIAS}{place}{_CLOSE}": self.added[name] for place, name in enumerate(self._control_tokens)}
         kept = ("single_word", "lstrip", "rstrip", "normalized")
         tokenizer.add_tokens(
@@ -272,6 +271,10 @@ class TextCodec:
 
     @cached_property
     def _literal(self) -> Tokenizer:
+        """A tokenizer for plain texts whose control tokens are text."""
+        return self._spelling()
+
+    def _spelling(self) -> Tokenizer:
         """A copy of the tokenizer that treats names of control tokens as plain text."""
         text, names = self._tokenizer.to_str(), set(self._control_tokens)
         if isinstance(self._tokenizer.model, models.Unigram):

@@ -155,6 +155,15 @@ def test_a_pause_of_the_ceilings_makes_nobody_late() -> None:
     assert found.chunk is not None and 30 < found.price_ms <= 35
 
 
+def test_a_prompt_with_little_time_waits_for_no_pace() -> None:
+    """The reader's pace is over in 10 ms, and its round would end before the pause after another one."""
+    reader = stream(1, Budget(max_pace_tps=10.0, tpot_ms=115.0), asked_s=9.92)
+    rows = {"made_tokens": 0, "stage_rows": (200,) * 3, "balcony_rows": (200, 200, 1), "context_length": 199}
+    due = stream(2, Budget(ttft_ms=500.0), started_s=10.0, asked_s=10.0, **rows)
+    _, found = decided([stream(0, Budget(power_w=3.0)), reader, due], SETTLED._replace(governor=BUSY))
+    assert found.chunk is not None and found.chunk.key == 2
+
+
 def test_a_ceiling_out_of_reach_ends_only_who_asked_for_it() -> None:
     asked = (("power_w", 3.0),)
     lost = SETTLED._replace(governor=BUSY._replace(infeasible=("power_w", "latency"), asked=asked))

@@ -207,6 +207,15 @@ def test_rows_next_to_a_step_leave_time_for_the_pause_after_it(keys: dict[str, A
         assert decision.period_ms <= 50 and decision.predicted_ms <= 0.25 * decision.period_ms + 1e-9
 
 
+@pytest.mark.parametrize("keys", [{"tpot_ms": 50.0}, {"min_pace_tps": 20.0}])
+def test_the_first_token_of_a_later_turn_runs_the_rows_that_the_turn_before_has_left(keys: dict[str, Any]) -> None:
+    """No pause follows it, and a chat with ceilings runs nothing between its turns."""
+    state = sure(None)._replace(governor=Governor(ticked_s=9.95, share=0.25))
+    seen = Observation(Budget(power_w=5, **keys), 400, (20, 301, 301), (20, 301, 1), None, 0, 10.0, 10.0, 0.0, WATT)
+    decision = Controller(SMALL).decide(state, seen)[1]
+    assert decision.exit_layer == 8 and decision.period_ms == 0
+
+
 @pytest.mark.parametrize(
     ("keys", "reading", "waits"),
     [
@@ -224,11 +233,20 @@ def test_waits_take_no_charge_and_no_memory_that_less_depth_saves(
     assert (Controller(SMALL).decide(sure(8), seen)[1].idle_ms > 0) is waits
 
 
-def test_rows_next_to_a_step_take_no_more_joules_than_the_deepest_step() -> None:
-    budget = Budget(energy_j_per_token=9.0)
-    seen = Observation(budget, 400, (1, 301, 301), (1, 301, 1), None, 5, 0.0, 10.0, 0.0, WATT)
+@pytest.mark.parametrize(
+    ("keys", "least_ms", "most_ms"),
+    [
+        ({"energy_j_per_token": 0.008}, 5.0, 8.0),
+        ({"energy_j_per_token": 0.015}, 14.0, 15.0),
+        ({"energy_j_per_token": 9.0}, 19.0, 20.0),  # two of the deepest steps, as without joules
+        ({"energy_j_per_token": 0.015, "power_rail": "gpu"}, 19.0, 20.0),  # nothing measures them
+    ],
+)
+def test_rows_next_to_a_step_take_the_joules_of_a_token(keys: dict[str, Any], least_ms: float, most_ms: float) -> None:
+    """The device draws 1 W."""
+    seen = Observation(Budget(**keys), 400, (1, 301, 301), (1, 301, 1), None, 5, 0.0, 10.0, 0.0, WATT)
     decision = Controller(SMALL).decide(sure(4), seen)[1]
-    assert decision.catch_up is not None and decision.price_ms <= 10.0
+    assert decision.catch_up is not None and least_ms <= decision.price_ms <= most_ms
 
 
 @pytest.mark.parametrize(("priority", "period_ms"), [("latency", 47.5), ("limits", 100.0)])

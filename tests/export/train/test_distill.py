@@ -341,6 +341,20 @@ def test_many_small_files_keep_their_beginnings(count: int, tmp_path: Path, make
         assert len(rows.tokens) and (rows.tokens[:, 0] == first).all()
 
 
+@pytest.mark.parametrize("count", [30, 60])
+def test_many_small_files_of_two_documents_give_whole_ones(
+    count: int, tmp_path: Path, make_tokenizer: Callable[[], Any]
+) -> None:
+    """The held-out part of each would be two tokens (30 files), or one, which was refused (60 files)."""
+    for number in range(count):
+        texts = [" ".join([f"the quick brown fox {number} jumps over {place} lazy dog"] * 3) for place in ("the", "a")]
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer = make_tokenizer()
+    corpus = build_corpus([tmp_path], tokenizer, seq_len=64, held_out_rows=1)
+    assert "lazy dog the quick brown fox" in tokenizer.decode(corpus.held_out.tokens[0])
+
+
 def test_a_short_file_is_not_all_that_is_held_out(tmp_path: Path, make_tokenizer: Callable[[], Any]) -> None:
     """A note of three words next to a book: a run would be judged on these three."""
     (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog " * 400)

@@ -195,6 +195,18 @@ def test_auto_runs_no_engines_of_another_machine(
     assert choose(manifest)[:2] == ("cuda", "a") and choose(manifest).unfit, "and a warning says why"
 
 
+@pytest.mark.parametrize(("machine", "named"), [(MACHINE, False), (None, True)])
+def test_doctor_says_which_engines_auto_takes(
+    monkeypatch: pytest.MonkeyPatch, machine: str | None, named: bool
+) -> None:
+    """None in a container without an identifier, even if it built them."""
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "89")
+    monkeypatch.setattr("balcony_edge.device.machine.machine_id", lambda: machine)
+    (facts,) = [facts for facts in engine_facts() if facts["engine"] == "cuda"]
+    assert "takes engines that this machine built for it" in facts["note"]
+    assert ("name a set with --engines" in facts["note"]) == named
+
+
 def test_auto_says_that_no_engines_fit_without_onnxruntime(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With [tensorrt] alone, after an update of TensorRT: it would not run the engines with ONNX Runtime either."""
 
@@ -206,6 +218,16 @@ def test_auto_says_that_no_engines_fit_without_onnxruntime(tiny: Any, monkeypatc
     monkeypatch.setattr(cuda, "compute_capability", lambda: "89")
     monkeypatch.setattr(choose_module, "checked_onnxruntime", absent)
     with pytest.raises(MissingDependencyError, match=r"no engines for compute capability 89 .*; ONNX Runtime is not"):
+        choose(manifest)
+
+    def too_old() -> str:
+        raise DeviceError("CUDA: the driver is too old: update the driver")
+
+    card = this_device().model_copy(update={"gpus": (Gpu(name="RTX", driver="550", memory_bytes=2**33),)})
+    monkeypatch.setattr(cuda, "compute_capability", too_old)
+    monkeypatch.setattr(choose_module, "this_device", lambda: card)
+    monkeypatch.setattr(provider, "checked_onnxruntime", absent)
+    with pytest.raises(MissingDependencyError, match=r"^CUDA: .*: update the driver; ONNX Runtime is not installed"):
         choose(manifest)
 
 
@@ -394,7 +416,7 @@ def test_a_pool_that_the_host_made_is_used(tiny: Any) -> None:
             "fpu sse2 sse4_2",
             "int4,head=4",
             "has no AVX2, so .* int4 and int8 weights .* --precision fp32",
-        ),  # a Celeron J4125, kvm64
+        ),  # a Celeron J4125, x86-64-v2-AES
         ("fpu sse2 sse4_2 avx avx2", "int4", None),
         # a Cortex-A72
         ("fp asimd crc32", "int4", "has no dot products of int8, so .* 8-bit weights .* --precision int4,head=4"),

@@ -15,6 +15,7 @@ from balcony_edge.errors import BundleError, DeviceError
 from balcony_runtime.backends.accelerator import onnxruntime as onnxruntime_device
 from balcony_runtime.backends.accelerator.device import HostDevice
 from balcony_runtime.backends.accelerator.onnxruntime import OnnxRuntimeExecutor
+from balcony_runtime.backends.onnxruntime import backend as session_module
 from balcony_runtime.engine import Engine
 from tests.runtime.backends.cuda_stand_in import onnxruntime as cuda_provider
 from tests.runtime.backends.cuda_stand_in import runtime as cuda_runtime
@@ -91,6 +92,33 @@ def test_a_gpu_without_room_for_the_graphs_is_not_a_damaged_bundle(
     with cuda_provider.installed(gpu), monkeypatch.context() as patch:
         patch.setattr(onnxruntime_device, "open_session", full)
         with pytest.raises(DeviceError, match="embed: the GPU has too little memory for it"):
+            onnxruntime_device.open_backend(engine_sets, SETS["rtx"], "cuda")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "CUDA failure 35: CUDA driver version is insufficient",
+            "could not start CUDA.* is insufficient .*: update NVIDIA",
+        ),
+        ("CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED", r"could not start .*\(CUBLAS failure 1: .*: update NVIDIA"),
+        ("CUDA failure 2: out of memory", "the GPU has too little memory for it: free memory"),
+    ],
+)
+def test_a_provider_that_cannot_start_is_not_a_damaged_bundle(
+    gpu: cuda_runtime.Runtime, engine_sets: Bundle, monkeypatch: pytest.MonkeyPatch, said: str, told: str
+) -> None:
+    """Its reason comes after 500 characters of C++. `auto` runs on the CPU after a DeviceError only."""
+    place = "/onnxruntime_src/core/providers/cuda/cuda_call.cc:122 onnxruntime::CudaCall(ERRTYPE, const char*) " * 5
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError(f"{place}{said} ; GPU=-1 ; hostname=edge ; expr=cudaSetDevice(info_.device_id);")
+
+    with cuda_provider.installed(gpu), monkeypatch.context() as patch:
+        patch.setattr(onnxruntime_device, "open_session", session_module.open_session)
+        patch.setattr(session_module, "_quiet_session", fails)
+        with pytest.raises(DeviceError, match=f"^embed: .*{told}.*, or run with --device cpu$"):
             onnxruntime_device.open_backend(engine_sets, SETS["rtx"], "cuda")
 
 

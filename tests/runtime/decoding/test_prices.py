@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from balcony_edge.budget import Budget
@@ -22,10 +23,18 @@ FACTORS = (100.0, 0.5, 1.0, 9.0)
 
 
 class Steady:
-    """A sequence whose clock advances by the times below."""
+    """A sequence whose clock advances by the times below. Rows before a pass cost nothing until they are written."""
 
     def __init__(self) -> None:
-        self.busy_ns, self.calls = 0, dict[tuple[Any, ...], int]()
+        self.busy_ns, self.written, self.calls = 0, 0, dict[tuple[Any, ...], int]()
+
+    def parts(self, stage_rows: list[int], balcony_rows: list[int]) -> dict[str, Any]:
+        assert stage_rows == balcony_rows
+        return {"hidden_2": np.ones((1, *stage_rows))}
+
+    def fill(self, stage_rows: list[int], _: list[int], parts: dict[str, Any]) -> None:
+        assert parts["hidden_2"].shape == (1, *stage_rows)
+        self.written = min(stage_rows)
 
     def embed(self, ids: IntArray, _: int) -> None:
         assert ids.shape[0] == 1
@@ -34,15 +43,18 @@ class Steady:
         pass
 
     def run_stage(self, index: int, start: int, stop: int) -> None:
-        self._take(("stage", index, start, stop), index + 1 + 0.25 * (stop - start - 1) + 0.001 * start)
+        self._take(("stage", index, start, stop), index + 1 + 0.25 * (stop - start - 1) + 0.001 * self._read(start))
 
     def run_exit(self, index: int, start: int, stop: int, queries: int) -> None:
-        self._take(
-            ("exit", index, start, stop, queries), 0.5 * index + 0.5 + 0.125 * (stop - start - 1) + 0.002 * start
-        )
+        context_ms = 0.002 * self._read(start)
+        self._take(("exit", index, start, stop, queries), 0.5 * index + 0.5 + 0.125 * (stop - start - 1) + context_ms)
 
     def logits(self, rows: int) -> None:
         self._take(("head", rows), 2.0 + 0.375 * (rows - 1))
+
+    def _read(self, start: int) -> int:
+        """Of the rows before ``start`` those whose memory is their own."""
+        return min(start, self.written)
 
     def _take(self, key: tuple[Any, ...], ms: float) -> None:
         self.calls[key] = count = self.calls.get(key, 0) + 1

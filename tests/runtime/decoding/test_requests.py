@@ -297,6 +297,21 @@ def test_a_wait_is_for_pending_rows_no_longer_than_it_may_be(
     assert len(ran) == portions and sum(slept) == pytest.approx(1.0 - 0.01 * portions)
 
 
+def test_waits_are_for_pending_rows_again_after_a_portion_that_was_held_up(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another program, or by Ctrl-Z. Every later wait is shorter than that portion, so that none would be timed again."""
+    environment = Environment(lambda: (Budget(), None), tuple, llm._learned, 1, sleep=lambda _: False)
+    sampler = Sampler(SamplingParams(), np.zeros((1, 0), np.int64), 100)
+    decoder = Decoder(llm.engine.new_sequence(), np.zeros((1, 1), np.int64), sampler, environment)
+    clock = SimpleNamespace(perf_counter_ns=iter(range(0, 10**12, 10_000_000)).__next__)
+    monkeypatch.setattr("balcony_runtime.decoding.loop.time", clock)
+    monkeypatch.setattr(decoder.sequence, "catch_up", lambda rows: rows)
+    decoder._portion_ns = 200_000_000
+    worked_ns = [decoder._wait(Decision(2, 10.0, 10.0, period_ms=100.0, idle_ms=50.0), 10**12) for _ in range(500)]
+    assert not any(worked_ns[:200]) and all(worked_ns[400:])
+
+
 def test_a_deadline_runs_while_the_reader_is_at_a_token(llm: LLM) -> None:
     """The controller counts from the request, and so does the verdict."""
     budget = Budget(deadline_s=0.2, expected_tokens=5)

@@ -220,6 +220,32 @@ def test_a_bundle_may_be_closed_in_the_handler_of_a_signal_as_a_reply_begins(
     assert found
 
 
+def test_a_bundle_may_be_closed_in_a_handler_while_another_thread_waits_for_the_interrupted_pass(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: it begins a reply, has the pool's lock, and waits for the device, which the thread of the handler has."""
+    monkeypatch.setattr("balcony_runtime.scheduling.pool.LONGEST_PASS_S", 0.2)
+    device, waits, pool = threading.Lock(), threading.Event(), llm.pool
+    assert pool is not None
+
+    def begins() -> None:
+        with pool._lock:
+            waits.set()
+            with device:
+                pass
+
+    other, handler = (threading.Thread(target=one, daemon=True) for one in (begins, llm.close))
+    with device:
+        other.start()
+        assert waits.wait(20)
+        handler.start()
+        handler.join(20)
+        ended = not handler.is_alive()
+    other.join(20)
+    handler.join(20)
+    assert ended, "they wait for each other"
+
+
 def test_what_a_look_interrupts_keeps_its_tokens(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, prompt = SequencePool.of(tiny_engine, 2), list(range(10, 90))
     assert pool is not None

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jsonschema_rs
 import numpy as np
@@ -125,6 +125,17 @@ def test_patterns_of_different_texts_are_not_joined(grammars: Grammars, schema: 
     assert guide_of(grammars, json_schema=schema).allowed() is not None
 
 
+@pytest.mark.parametrize("schema", [{"const": 2**53 + 1}, {"enum": [5, 1234567890123456789]}])
+def test_numbers_that_would_come_as_others_are_refused(schema: dict[str, Any]) -> None:
+    """As the ids of messages and users often are; the compiler knows floats."""
+    for form in (schema, lenient({"type": "object", "properties": {"id": schema}})):
+        with pytest.raises(
+            InputError, match=r"json_schema: const, enum: \d+: whole numbers beyond 2\^53 are not exact"
+        ):
+            structure_of(json_schema=form)
+    assert structure_of(json_schema={"const": 2**53, "minimum": -(10**17)}) is not None
+
+
 def test_a_property_may_have_the_name_of_a_keyword() -> None:
     """Its schema is read like any other, and what a keyword holds as a value is not."""
     date = {"type": "string", "format": "date"}
@@ -132,6 +143,39 @@ def test_a_property_may_have_the_name_of_a_keyword() -> None:
     found = json.loads(structure_of(json_schema=schema).text)
     assert "pattern" in found["properties"]["default"] and "pattern" in found["properties"]["const"]
     assert found["enum"] == schema["enum"]
+
+
+class Leaf(pydantic.BaseModel):
+    kind: Literal["leaf"] = "leaf"
+    value: int
+
+
+class Branch(pydantic.BaseModel):
+    kind: Literal["branch"] = "branch"
+    parts: list[Annotated[Branch | Leaf, pydantic.Field(discriminator="kind")]]
+
+
+def test_branches_of_a_union_are_told_apart_by_their_tags(grammars: Grammars) -> None:
+    """Also where the tag has a default, and where the union holds itself. pydantic refuses objects without a tag."""
+    leaf, bare = '{"kind": "leaf", "value": 1}', '{"value": 1}'
+    for schema in (Branch, Branch.model_json_schema(), lenient(Branch.model_json_schema())):
+        guide = guide_of(grammars, json_schema=schema)
+        for inner in (leaf, bare, f'{{"kind": "branch", "parts": [{leaf}]}}'):
+            one, text = guide.fork(), f'{{"kind": "branch", "parts": [{inner}]}}'
+            tokens = [*grammars.tokenizer.tokenize_str(text), END]
+            assert all(one.permits(token) and one.accept(token) is None for token in tokens) == (inner != bare), text
+            if inner != bare:
+                Branch.model_validate_json(text)
+
+
+@pytest.mark.parametrize("name", ["age", "\\u0061ge"])
+def test_no_property_comes_twice(grammars: Grammars, name: str) -> None:
+    """Nor in other letters: readers take the last value, which could be anything."""
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    for form in (schema, lenient(schema)):
+        guide = guide_of(grammars, json_schema=form)
+        tokens = [*grammars.tokenizer.tokenize_str(f'{{"age": 3, "{name}": "old"}}'), END]
+        assert not all(guide.permits(token) and guide.accept(token) is None for token in tokens)
 
 
 @pytest.mark.parametrize("rule", ["start:", "?start:", "!start:"])
@@ -142,7 +186,10 @@ def test_the_rule_start_of_lark_may_have_marks(grammars: Grammars, rule: str) ->
     assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
 
 
-@pytest.mark.parametrize("pattern", [r"\bfox\b", r"^(a)\1$", r"^(?!x)", r"^\\d\b"])
+@pytest.mark.parametrize(
+    "pattern",
+    [r"\bfox\b", r"^(a)\1$", r"^(?!x)", r"^\\d\b", r"^(?>x)$", r"^(?P<a>x)(?P=a)?$", r"[^\uD800-\uDFFF]", r"^x{,5}$"],
+)
 def test_a_lenient_schema_may_have_patterns_that_no_grammar_has(grammars: Grammars, pattern: str) -> None:
     """Also as names of properties, whose values still follow their schema."""
     named = {"patternProperties": {pattern: {"const": 1}}, "additionalProperties": False}
@@ -193,6 +240,36 @@ def test_llama_cpps_grammars_may_have_numbers_of_characters(grammars: Grammars) 
     grammar = 'root ::= [\\u00e8-\\u00ea] [^\\u0000-\\u001f] "\\u00df\\U0001F600" "\\\\u00df"'
     guide = guide_of(grammars, grammar=grammar)
     tokens = [*grammars.tokenizer.tokenize_str("éaß\U0001f600\\u00df"), END]
+    assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        ('root ::= Item item a-b a_b\nItem ::= "1"\nitem ::= "2"\na-b ::= "3"\na_b ::= "4"', "1234"),
+        ('root ::= userId-kv user-id-kv\nuserId-kv ::= "1"\nuser-id-kv ::= "2"', "12"),
+        ("root ::= .+", "a\nb"),
+    ],
+    ids=["names", "names of properties", "any character"],
+)
+def test_rules_of_llama_cpp_are_told_apart_by_their_letters(grammars: Grammars, grammar: str, text: str) -> None:
+    """A dot is any character, line breaks included."""
+    guide = guide_of(grammars, grammar=grammar)
+    tokens = [*grammars.tokenizer.tokenize_str(text), END]
+    assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
+
+
+@pytest.mark.parametrize("text", ["1+2=3\n", "x*(a+b)=y\nz=3\n", "a=b \n\n"])
+def test_space_at_the_end_of_a_rule_of_llama_cpp_leaves_what_must_follow(grammars: Grammars, text: str) -> None:
+    """Its grammar of arithmetic: no reply would end, or have a second line."""
+    grammar = r"""root  ::= (expr "=" ws term "\n")+
+expr  ::= term ([-+*/] term)*
+term  ::= ident | num | "(" ws expr ")" ws
+ident ::= [a-z] [a-z0-9_]* ws
+num   ::= [0-9]+ ws
+ws    ::= [ \t\n]*"""
+    guide = guide_of(grammars, grammar=grammar)
+    tokens = [*grammars.tokenizer.tokenize_str(text), END]
     assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
 
 

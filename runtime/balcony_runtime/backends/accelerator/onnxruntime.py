@@ -6,6 +6,7 @@ Owns the sessions. All tensors are bound by pointer, so rows and caches never le
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,12 +62,15 @@ class OnnxRuntimeExecutor:
         for graph, file in files.items():
             try:
                 session = open_session(directory / file, threads=threads, providers=providers, entries=entries)
-            except BundleError as error:  # whose cause is ONNX Runtime's error
-                if provider == "cpu" or "alloc" not in str(error.__cause__).lower():
+            except BundleError as error:
+                cause = error.__cause__ or error  # ONNX Runtime's error
+                full = is_out_of_memory(cause) or "alloc" in str(cause).lower()
+                if provider == "cpu" or not (full or re.search(r"\b\w+ failure \d", str(cause))):
                     raise
-                raise DeviceError(
-                    f"{graph}: the GPU has too little memory for it: free memory of the GPU, or run with --device cpu"
-                ) from error
+                why, cure = "the GPU has too little memory for it", "free memory of the GPU"
+                if not full:  # CUDA, cuBLAS or cuDNN refuses the driver or the GPU
+                    why, cure = f"ONNX Runtime could not start {name} ({first_line(cause)})", "update NVIDIA's driver"
+                raise DeviceError(f"{graph}: {why}: {cure}, or run with --device cpu") from error
             if session.get_providers()[0] != name:
                 # If a library of the provider is missing, ONNX Runtime only warns and uses the CPU.
                 raise DeviceError(

@@ -88,4 +88,5 @@ def _choices(name: str, texts: Any) -> str:
     listed = isinstance(texts, Sequence) and not isinstance(texts, str)
     if not listed or not texts or not all(isinstance(text, str) and text for text in texts):
         raise bad(name, texts, "must be a list of texts that are not empty, e.g. ['yes', 'no']")
-    return "start: " + " | ".join(json.dumps(text) for text in texts)
+    # As one expression: a rule may have 2,000 choices.
+    return "start: TEXT\nTEXT: " + " | ".join(json.dumps(text) for text in texts)
