@@ -399,10 +399,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     bundles = [Bundle.open(path) for path in arguments.bundles]
     if len({bundle.path.resolve().name for bundle in bundles}) < len(bundles):
         raise InputError("two bundles have the same directory name, but the results need different names: rename one")
-    max_length = max(*contexts, WINDOW_PREFIX + WINDOW_ROWS) + WARM_STEPS + STEPS + 1
+    longest = max(*contexts, SHORT)  # memory is that after a prompt of SHORT tokens, whatever the contexts are
+    max_length = max(longest, WINDOW_PREFIX + WINDOW_ROWS) + WARM_STEPS + STEPS + 1
     if max_length > (context := min(bundle.manifest.model.context_length for bundle in bundles)):
-        raise InputError(f"--contexts {max(contexts)}: a reply ends at {max_length} tokens: the bundles take {context}")
-    text = read_text(arguments.text, bundles[0], rounds + 1, max(contexts), windows)
+        raise InputError(f"--contexts {longest}: a reply ends at {max_length} tokens: the bundles take {context}")
+    text = read_text(arguments.text, bundles[0], rounds + 1, longest, windows)
     begin, neighbours = time.perf_counter(), Neighbours()
     subjects, cases = subjects_of(
         bundles, models, arguments.threads, max_length, huge_pages=arguments.huge_pages, packed=arguments.packed

@@ -33,6 +33,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from balcony_edge.bundle.bundle import Bundle
 from benchmarks.peer_workers.worker import memory_mb
 from benchmarks.rounds import aligned, bar, interleave, print_bars, ratio
@@ -146,8 +148,9 @@ def _idle_here(path: Path) -> dict[str, Any]:
 
     text = "The balcony looks over the river, and in the evening the lamps along the quay are lit one after the other. "
     with balcony_edge.load(path, verify_hashes=False) as llm:
-        model = llm.engine.manifest.model
-        row_bytes = model.hidden_size * (1 + len(llm.exit_layers)) + 2 * model.num_layers * model.kv_width
+        manifest, model = llm.engine.manifest, llm.engine.manifest.model
+        row_bytes = model.hidden_size * (1 + len(llm.exit_layers)) * np.dtype(manifest.float_dtype).itemsize
+        row_bytes += 2 * model.num_layers * model.kv_width * np.dtype(manifest.kv_dtype).itemsize
         chats: list[Any] = []
         report: dict[str, Any] = {"chats": []}
 
@@ -164,7 +167,7 @@ def _idle_here(path: Path) -> dict[str, Any]:
             chats += [speak() for _ in range(count - len(chats))]
             gc.collect()
             tokens = sum(chat.sequence.length for chat in chats)
-            used_mb, taken_mb = tokens * row_bytes * 4 / 1e6, memory_mb()["private"] - before
+            used_mb, taken_mb = tokens * row_bytes / 1e6, memory_mb()["private"] - before
             reported_mb = sum(chat.sequence.state.memory_bytes for chat in chats) / 1e6
             figures = {
                 "used_mb": used_mb,

@@ -241,8 +241,11 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
     """Train, export and judge what ``work`` does not have yet, or ``only`` some methods of it; returns all points.
 
     Raises:
-        InputError: ``work`` has points of another model, number of steps or text.
+        InputError: ``only`` names no method, or ``work`` has points of another model, number of steps or text.
     """
+    named = {str(method): method for method in methods(subject.widths, subject.rank)}
+    if unknown := set(only or ()) - named.keys():
+        raise InputError(f"--only {min(unknown)!r}: is not a method: give some of {', '.join(map(repr, named))}")
     record = work / "points.json"
     origin = {"model": fingerprint(subject.model), "steps": steps, "data": subject.corpus.digest}
     made: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"of": origin, "points": {}}
@@ -256,8 +259,7 @@ def make(subject: Subject, work: Path, steps: int, only: list[str] | None) -> Po
         write_atomically(record, json.dumps(made).encode(), InputError, "name another --work")
 
     keep()  # now: balconies that a killed run leaves before its first point are also of this origin
-    for method in methods(subject.widths, subject.rank):
-        name = str(method)
+    for name, method in named.items():
         if name in points or (only is not None and name not in only):
             continue
         begin = time.monotonic()

@@ -41,6 +41,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from balcony_edge.device.machine import cpu_name
+from balcony_edge.errors import InputError
 from balcony_export.data.documents import read_documents
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer
@@ -207,6 +208,8 @@ def measure_quality(text: Path, directory: Path, tune_steps: int) -> dict[str, A
     documents = islice(read_documents(text), 2 * DOCUMENTS)
     rows = [tokenizer(document.text).input_ids[:DOCUMENT_TOKENS] for document in documents]
     chosen, judged = rows[:DOCUMENTS], rows[DOCUMENTS:]
+    if not judged:
+        raise InputError(f"{text}: has {len(rows)} documents: give more than {DOCUMENTS}: the later ones are judged")
     exits, bare = ExitModel.open(model, None, directory), ExitModel(model)
     depth = model.config.num_hidden_layers
     small: dict[str, Callable[[], PreTrainedModel]] = {"full": lambda: model}

@@ -199,7 +199,7 @@ def _answer(asked: Sequence[tuple[str, dict[str, Any]]], record: dict[str, Any])
     begin_ns = record["start_perf_ns"]
     pieces: list[tuple[int, str]] = []
     exits: dict[int, int] = {}
-    done = False
+    done = broken = False
     for response in record.get("responses") or ():
         for packet in response.get("packets", ()):
             value = packet["value"]
@@ -207,10 +207,11 @@ def _answer(asked: Sequence[tuple[str, dict[str, Any]]], record: dict[str, Any])
                 done = True
             elif packet["name"] == "data":
                 document = json.loads(value)
+                broken |= "error" in document  # ours sends [DONE] after it
                 exits |= {int(key): n for key, n in document.get("balcony", {}).get("tokens_per_exit", {}).items()}
                 if text := "".join(one["delta"].get("content") or "" for one in document.get("choices", ())):
                     pieces.append((response["perf_ns"], text))
-    if not (done and pieces and record.get("status") == 200):
+    if broken or not (done and pieces and record.get("status") == 200):
         why = (
             f"status {record.get('status')}, {len(pieces)} pieces, {'' if done else 'not '}done, {record.get('error')}"
         )

@@ -53,6 +53,8 @@ from balcony_runtime.serve.work.service import Limits
 from benchmarks.engine.soak import resident_mb
 
 CHAT = "/v1/chat/completions"
+#: Beginning of the event that ends a stream which failed; its status is 200, and ``[DONE]`` follows.
+FAILED = b'data: {"error"'
 MESSAGES = [{"role": "user", "content": "hello"}]
 #: Ordinary clients, and tokens of their replies.
 ORDINARY, TOKENS = 4, 4
@@ -116,9 +118,9 @@ def _ask(port: int, count: int, found: Timed) -> None:
         try:
             connection.request("POST", CHAT, json.dumps(body), {"content-type": "application/json"})
             answer = connection.getresponse()
-            answer.read()
-            if answer.status != 200:
-                found.failures[str(answer.status)] += 1
+            broken = FAILED in answer.read()
+            if broken or answer.status != 200:
+                found.failures["a stream" if broken else str(answer.status)] += 1
         except (OSError, http.client.HTTPException) as error:
             found.failures[type(error).__name__] += 1
             connection.close()
@@ -288,9 +290,9 @@ def measured(server: Server, clients: int, rate: float, requests: int, rounds: i
         failures.update(found.failures)
         return _p99_ms(found.seconds)
 
+    before = open_files()  # before a first request: connections close a little after their last answer
     ask(requests // 20, False)  # code, caches and arenas reach their size
     times[False].clear()
-    before = open_files()
     part = requests // (2 * rounds)
     for number in range(rounds):
         quiet_ms = ask(part, False)
@@ -312,7 +314,7 @@ def measured(server: Server, clients: int, rate: float, requests: int, rounds: i
     for process in processes:
         process.join()
     until = time.monotonic() + 2 * LIMITS.unread_s + 10  # uvicorn keeps a connection for 5 s after its last answer
-    while time.monotonic() < until and (any(left_over(server).values()) or open_files() >= before):
+    while time.monotonic() < until and (any(left_over(server).values()) or open_files() > before):
         time.sleep(0.2)
     return {
         "requests": len(times[False]) + len(times[True]),

@@ -26,7 +26,7 @@ from typing import Any
 
 import balcony_edge
 from balcony_runtime.llm import LLM
-from benchmarks.serving.server_abuse import server_of
+from benchmarks.serving.server_abuse import FAILED, server_of
 
 PROMPT = "The history of the city begins with a river, and with the people who crossed it."
 #: Streams at once → least rate, compared with that in process.
@@ -77,6 +77,7 @@ def _read(port: int, body: dict[str, Any]) -> None:
     connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
     last = b""
     for line in connection.getresponse():
+        assert not line.startswith(FAILED), f"it ended with {line!r}"
         last = line if line.strip() else last
     assert last.startswith(b"data: [DONE]"), f"it ended with {last!r}"
     connection.close()

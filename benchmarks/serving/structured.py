@@ -189,7 +189,7 @@ def named(llm: LLM, seeds: Sequence[int]) -> int:
         try:
             llm.compile_grammar(SamplingParams(json_schema=schema))
         except InputError as error:
-            count += keyword in str(error)
+            count += f'"{keyword}"' in str(error)  # each refusal has the word "not"
     return count
 
 

@@ -62,9 +62,12 @@ def test_a_record_becomes_the_answer_that_the_client_saw() -> None:
     answer = _answer(asked, record)
     assert answer == Answer("voice", "ab", 0.4, pytest.approx(0.02), 1.34, {14: 40, 30: 8}, 0, 1.0)
     assert answer.attained
-    record["responses"] = record["responses"][:-1]  # cut off
-    assert _answer(asked, record) == Answer("voice", None, began_s=1.0)
-    assert not _answer(asked, record).attained
+    *whole, end = record["responses"]
+    failed = packet(1400, {"error": {"code": "internal"}})  # as our server says it
+    for responses in (whole, [*whole, failed, end]):  # the first is cut off
+        record["responses"] = responses
+        assert _answer(asked, record) == Answer("voice", None, began_s=1.0)
+        assert not _answer(asked, record).attained
 
 
 def test_targets_count_by_class() -> None:

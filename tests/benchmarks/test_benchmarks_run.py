@@ -190,3 +190,16 @@ def test_no_prompt_of_the_extracted_exit_comes_twice() -> None:
     texts = extracted.texts(20)
     assert len(texts) == len(set(texts)) == 20
     assert len(set(extracted.texts(132))) == 132
+
+
+def test_quality_needs_documents_to_judge_on(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first documents choose the neurons."""
+    text = tmp_path / "few.jsonl"
+    text.write_text('{"text": "the fox"}\n' * depth_vs_width.DOCUMENTS)
+    monkeypatch.setattr(depth_vs_width, "demo_model_path", lambda: tmp_path)
+    monkeypatch.setattr(depth_vs_width, "load_model", lambda _: make_tiny("llama"))
+    monkeypatch.setattr(depth_vs_width, "load_tokenizer", lambda _: make_tokenizer())
+    with pytest.raises(InputError, match=r"few\.jsonl: has 24 documents: give more than 24"):
+        depth_vs_width.measure_quality(text, tmp_path, 0)

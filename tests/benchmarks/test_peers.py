@@ -158,6 +158,23 @@ def test_prompts_differ_and_windows_do_not_overlap_them(tiny: Any, tmp_path: Pat
         peers.read_text(tmp_path / "absent", bundle, prompts=1, longest=8, windows=1)
 
 
+def test_memory_is_that_after_a_prompt_of_512_whatever_the_contexts_are(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With shorter contexts `peak_rss_mb` was that of a prompt of the longest of them."""
+
+    def read_text(path: Path, bundle: Bundle, prompts: int, longest: int, windows: int) -> peers.Text:
+        raise InputError(f"prompts of {longest}")
+
+    monkeypatch.setattr(install, "missing", lambda _: [])
+    monkeypatch.setattr(peers, "read_text", read_text)
+    monkeypatch.setattr(peers, "SHORT", 64)
+    monkeypatch.setattr(peers, "WINDOW_ROWS", 8)
+    monkeypatch.setattr(sys, "argv", ["peers.py", str(tiny.path), "--text", "t", "--contexts", "8,16"])
+    assert peers.main() == 1
+    assert capsys.readouterr().err == "error: prompts of 64\n"
+
+
 def test_every_peer_has_a_worker_and_requirements() -> None:
     directory = Path(install.__file__).parent
     for model in install.PEER_MODELS:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from balcony_edge.bundle.bundle import Bundle
+from balcony_edge.bundle.bundle import Bundle, read_manifest
+from balcony_edge.bundle.manifest import ConfidenceSpec
+from balcony_edge.bundle.quality import record_confidence
 from balcony_edge.cli.device.calibrate import _documents
 from balcony_runtime.text.codec import TextCodec
 from tests.support.command import invoke_here
@@ -44,3 +46,12 @@ def test_a_pipe_is_read_once(bundle_copy: Path) -> None:
     done = invoke_here("calibrate", bundle_copy, "--text", f"/dev/fd/{reads}", *options)
     os.close(reads)
     assert done.returncode == 0, done
+
+
+def test_a_bundle_of_which_no_exit_keeps_the_promise_has_nothing_to_check(bundle_copy: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n' * 90)
+    none = ConfidenceSpec(measure="top1", max_disagreement=0.02, confidence=0.95, text="t", tokens=1000, thresholds={})
+    record_confidence(bundle_copy, none, read_manifest(bundle_copy).fingerprint)
+    done = invoke_here("calibrate", bundle_copy, "--check", file)
+    assert done.returncode == 1 and "has no thresholds to check: calibrate it with --text first" in done.stderr

@@ -348,3 +348,13 @@ def test_the_comparison_takes_no_balconies_of_another_length(
         make(subject, tmp_path, 5, only=["depth"])
     with pytest.raises(InputError, match=r"points\.json: is of another model, --steps or --data"):
         make(subject, tmp_path, 6, only=["depth"])
+
+
+def test_the_comparison_refuses_methods_that_it_does_not_have(
+    make_tiny: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = Rows(np.array([[3, 4]], np.int32), np.array([2], np.int32))
+    corpus = Corpus(rows, rows, {}, "one text")
+    subject = Subject(make_tiny("llama"), make_tokenizer(), corpus, (2,), None, (32, 16), 8, Scheme(), 1e-3, {})
+    with pytest.raises(InputError, match=r"--only 'width 1,024': is not a method: give some of 'depth', "):
+        make(subject, tmp_path, 5, only=["width 1,024"])

@@ -76,6 +76,30 @@ def test_a_gguf_file_of_another_time_is_not_just_called_damaged(
         load_model(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize(
+    ("key", "of", "value", "words"),
+    [
+        ("x.scores", "array", struct.pack("<IQ", 6, gguf_file._MOST_VALUES + 1), "more values than any model has"),
+        ("x.scores", "array", struct.pack("<IQ", 9, 1) * 2000, "recursion"),
+        ("split.count", "text", struct.pack("<Q", 1) + b"x", "invalid literal"),
+        ("llama.rope.scaling.factor", "array", struct.pack("<IQff", 6, 2, 1.0, 2.0), "unhashable"),
+    ],
+    ids=["a long array", "nested arrays", "a text", "two factors"],
+)
+def test_a_gguf_file_whose_values_are_damaged_is_named(
+    key: str, of: str, value: bytes, words: str, tmp_path: Path
+) -> None:
+    """The reader would go on after the file's end, with more memory at each value, until the system ends the process."""
+    write_gguf(tmp_path / "m.gguf", "llama")
+    content = (tmp_path / "m.gguf").read_bytes()
+    field = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", {"text": 8, "array": 9}[of]) + value
+    (fields,) = struct.unpack_from("<Q", content, 16)
+    damaged = content[:16] + struct.pack("<Q", fields + 1) + field + content[24:] + bytes(-len(field) % 32)
+    (tmp_path / "m.gguf").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=words):
+        gguf_file.check_gguf(tmp_path / "m.gguf")
+
+
 def test_a_gguf_file_whose_texts_are_damaged_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", "qwen2")
     content = (tmp_path / "m.gguf").read_bytes()
@@ -214,8 +238,8 @@ def test_a_gguf_tokenizer_has_the_tokens_of_its_file_only(tmp_path: Path, monkey
     tokens: dict[str, Any] = {"token_list": ["a", "b", "ab", "<end>"], "token_merges": ["a b"], "eos_token_id": 3}
     write_gguf(tmp_path / "m.gguf", "llama", tokenizer_model="gpt2", tokenizer_pre="llama-bpe", **tokens)
     reads: list[Any] = []
-    reader = gguf.GGUFReader
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: (reads.append(path), reader(path))[1])
+    begin = gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, path: (reads.append(path), begin(self, path))[1])
     found = load_tokenizer(tmp_path / "m.gguf")
     ours = [path for path in reads if isinstance(path, Path)]  # transformers gives a text
     assert len(ours) == 2, "a read of 128,000 tokens takes seconds: one for the checks, one for the rule"

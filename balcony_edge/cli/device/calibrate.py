@@ -69,7 +69,7 @@ def calibrate(
     else:
         options = {"max_disagreement": "--max-disagreement", "confidence": "--confidence"}
         refuse_given(context, options, " with --check: the thresholds have the promise that they were made for")
-        if (known := opened.manifest.confidence) is None:
+        if (known := opened.manifest.confidence) is None or not known.thresholds:
             raise InputError(f"{bundle}: has no thresholds to check: calibrate it with --text first")
     longest = min(document_tokens, opened.manifest.model.context_length)
     documents = _documents(path, opened, tokens, longest)  # first, because loading may take minutes

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
@@ -33,6 +34,8 @@ _LAST_BYTE = "\u0143"
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 #: Ends of the fields with the factor of a scaling, which is linear without a type; the second is of before November 2023.
 _LINEAR = (".rope.scaling.factor", ".rope.scale_linear")
+#: Most values of an array: the merges of Gemma 3's 262,144 tokens are half a million. A damaged number would be read for ever.
+_MOST_VALUES = 1 << 22
 _GGUF_BIAS = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.bias$")
 
 
@@ -46,30 +49,38 @@ def check_gguf(path: Path) -> None:
         instead = "transformers reads tokenizer.json next to it instead of its own tokenizer"
         raise CheckpointError(f"{path}: {instead}: move one of the two")
     try:
-        from gguf import GGUFReader  # noqa: PLC0415  # slow to import, and only GGUF needs it
+        from gguf import GGUFReader, GGUFValueType  # noqa: PLC0415  # slow to import, and only GGUF needs it
     except ImportError as error:
         raise MissingDependencyError(
             "reading GGUF needs the package gguf: pip install 'balcony-edge[export]'"
         ) from error
+
+    class Reader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > _MOST_VALUES:
+                raise ValueError("an array of more values than any model has")
+            return super()._get_field_parts(orig_offs, raw_type)
+
     try:
-        reader = GGUFReader(path)
+        reader = Reader(path)
         end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+        parts = reader.get_field("split.count")
+        count = 1 if parts is None else int(parts.contents())
+    except (ValueError, TypeError, IndexError, KeyError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is cut short or damaged, or its version or types are not known here ({error}): download it again, "
             "or give another file of the model, such as its safetensors"
         ) from error
-    parts = reader.get_field("split.count")
-    if parts is not None and int(parts.contents()) > 1:
+    if count > 1:
         raise CheckpointError(
-            f"{path}: is one of {parts.contents()} parts of a GGUF file: join them with `llama-gguf-split --merge`, "
+            f"{path}: is one of {count} parts of a GGUF file: join them with `llama-gguf-split --merge`, "
             "or give the model's safetensors"
         )
     if end == 0 or path.stat().st_size < end:
         raise CheckpointError(f"{path}: is cut short: download it again")
     try:
         what = next(_misread(reader), None)
-    except ValueError as error:  # a text that is not UTF-8
+    except (ValueError, TypeError) as error:  # a text that is not UTF-8, or a value of another type
         raise CheckpointError(f"{path}: is damaged ({error}): download it again") from error
     if what is not None:
         raise CheckpointError(f"{path}: {what}: give the model's safetensors")
