@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
@@ -46,7 +47,9 @@ _READABLE: dict[str, dict[str, Any]] = {
 }
 #: Whole numbers from which the compiler's floats are not exact: it would write another ``const``.
 MOST_EXACT = 2**53
-_LONG = re.compile("[0-9]{16}")
+#: Characters that JSON writes as numbers only: the compiler would leave them out.
+_NUMBERED = re.compile(r"[^\x20-\x7e\x80-\U0010ffff\b\t\n\f\r]")
+_INEXACT = re.compile(r"[0-9]{16}|\\u00|\x7f")
 #: Keywords whose values are not schemas.
 VALUES = ("const", "default", "enum", "examples")
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]+)')
@@ -118,7 +121,7 @@ def schema_text(schema: Any) -> str:
         if isinstance(schema, Mapping):
             text = json.dumps(schema, ensure_ascii=False, allow_nan=False, default=dict)
             found = json.loads(text)
-            if _LONG.search(text):
+            if _INEXACT.search(text):
                 _refuse_inexact(found)
             if '"discriminator"' in text:
                 text = json.dumps(_tagged(found), ensure_ascii=False)
@@ -142,18 +145,33 @@ def _tagged(schema: Any) -> Any:
     for part in _reached([schema], lambda part: part if isinstance(part, list) else part.values()):
         if not isinstance(part, dict) or not isinstance(part.get("discriminator"), dict) or "anyOf" in part:
             continue
-        name, branches = part["discriminator"].get("propertyName"), part.get("oneOf") or []
-        found = [(_target(schema, one) or one) if isinstance(one, dict) else {} for one in branches]
-        tags = [
-            _values(one["properties"].get(name)) if isinstance(one.get("properties"), dict) else () for one in found
-        ]
-        known = [json.dumps(value) for values in tags for value in values]
-        if all(tags) and len(known) == len(set(known)) > 0:
+        name, found = part["discriminator"].get("propertyName"), [_leaves(schema, one) for one in _branches(part)]
+        tags = [[_values(_held(one, "properties", dict).get(name)) for one in leaves] for leaves in found]
+        known = [key for leaves in tags for key in {json.dumps(value) for values in leaves for value in values}]
+        if all(map(all, tags)) and len(known) == len(set(known)) > 0:
             part["anyOf"] = part.pop("oneOf")
             del part["discriminator"]
-            for one in found:
+            for one in chain.from_iterable(found):
                 one["required"] = list(dict.fromkeys([*(one.get("required") or ()), name]))
     return schema
+
+
+def _leaves(schema: Any, branch: Any) -> list[dict[str, Any]]:
+    """The objects of a branch, which may be a union itself."""
+    found = (_target(schema, branch) or branch) if isinstance(branch, dict) else {}
+    inner = [] if "properties" in found else _branches(found)
+    return [leaf for one in inner for leaf in _leaves(schema, one)] or [found]
+
+
+def _branches(union: Mapping[str, Any]) -> list[Any]:
+    found: list[Any] = _held(union, "oneOf", list) or _held(union, "anyOf", list)
+    return found
+
+
+def _held(part: Mapping[str, Any], key: str, kind: type) -> Any:
+    """The value of a key, empty if it is of another kind, which the compiler refuses."""
+    value = part.get(key)
+    return value if isinstance(value, kind) else kind()
 
 
 def _values(schema: Any) -> Sequence[Any]:
@@ -167,13 +185,24 @@ def _values(schema: Any) -> Sequence[Any]:
 
 
 def _refuse_inexact(schema: Any) -> None:
-    """Refuse a schema whose values have whole numbers that would come as others."""
-    for part in _reached([schema], lambda part: part if isinstance(part, list) else part.values()):
-        for value in _values(part):
-            if type(value) is int and abs(value) > MOST_EXACT:
-                raise InputError(
-                    f"json_schema: const, enum: {shown(value)}: whole numbers beyond 2^53 are not exact: give it as a text"
-                )
+    """Refuse a schema whose values have whole numbers or characters that would come as others, or not at all."""
+
+    def inside(part: Any) -> Iterable[Any]:
+        return part if isinstance(part, list) else part.values()
+
+    def look(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        for held in _reached([list(_values(part))], inside):
+            for value in inside(held):
+                if type(value) is int and abs(value) > MOST_EXACT:
+                    why = "whole numbers beyond 2^53 are not exact: give it as a text"
+                elif isinstance(value, str) and _NUMBERED.search(value):
+                    why = "control characters without a short escape are not written: leave them out"
+                else:
+                    continue
+                raise InputError(f"json_schema: const, enum: {shown(value)}: {why}")
+        return part
+
+    _each(schema, look)
 
 
 def _refuse_joined(schema: Any) -> None:
@@ -248,7 +277,7 @@ def _readable(schema: Any) -> Any:
 _LENIENT = {"lenient": True, "coerce_one_of": True}
 #: What patterns may have and the grammar's expressions may not: look-around, atomic and conditional groups, comments, edges of
 #: words, references back, halves of UTF-16 pairs, other escapes of JavaScript and Python, and ``{,5}``.
-_FOREIGN = re.compile(r"\(\?(?:<?[=!]|[>#(]|P=)|(?<!\\)(?:\\\\)*(?:\\(?:[bBckZ0-9<>]|u[dD][89a-fA-F])|\{,)")
+_FOREIGN = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?(?:<?[=!]|[>#(]|P=)|\\(?:[bBckZ0-9<>]|u[dD][89a-fA-F])|\{,\d+\})")
 #: Keywords whose keys are names, which may be those of keywords.
 _NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 

@@ -344,7 +344,7 @@ def _as_lark(grammar: str) -> str:
     from llguidance import gbnf_to_lark as gbnf  # noqa: PLC0415 - an extra
 
     rules = _numbered(gbnf.GrammarParser().parse(grammar), gbnf)
-    _part_spaces(rules, gbnf)
+    free = _part_spaces(rules, gbnf)
     users, waits = defaultdict[str, list[str]](list), dict[str, int]()
     for name, rule in rules.items():
         named = {node.name for node in _nodes(rule) if isinstance(node, gbnf.RuleRefNode)}
@@ -360,6 +360,10 @@ def _as_lark(grammar: str) -> str:
     # At the end come rules that name themselves, by way of others.
     ordered = {name: rules[name] for name in (*ready, *rules)}
     gbnf.resolve(ordered)
+    for rule in ordered.values():
+        for node in () if rule.rule_is_terminal else _nodes(rule):
+            if isinstance(node, gbnf.RuleRefNode):
+                node.target = free.get(id(node.target), node.target)
     return "%llguidance {}\n\n" + "".join(f"{rule}\n" for rule in ordered.values())
 
 
@@ -384,23 +388,29 @@ def _numbered(found: Mapping[str, Any], gbnf: Any) -> dict[str, Any]:
     return {rule.name: rule for rule in found.values()}
 
 
-def _part_spaces(rules: dict[str, Any], gbnf: Any) -> None:
-    """Take rules of white space out of the ends of others.
+def _part_spaces(rules: dict[str, Any], gbnf: Any) -> dict[int, Any]:
+    """Take rules of white space out of the ends of others; returns those for rules that are no expressions, by the others' ids.
 
     A rule without recursion becomes one expression, which takes all that it can: ``ident ::= [a-z]+ ws`` also takes the line
-    break that has to follow it.
+    break that has to follow it. White space in the middle stays a part of its expression.
     """
-    spaces = {name for name, rule in rules.items() if _SPACE.fullmatch(str(rule.alternatives))}
+    spaces = {name: rule for name, rule in rules.items() if _SPACE.fullmatch(str(rule.alternatives))}
     for name, rule in [*rules.items()]:
-        whole = rule.alternatives.simplify()
+        ends = [whole := rule.alternatives.simplify()]
         if name in spaces:  # a rule that names itself is no expression
-            rule.alternatives = gbnf.AlternativeNode([whole, gbnf.RuleRefNode(name)])
-        elif (
-            isinstance(whole, gbnf.SequenceNode) and getattr(whole.nodes[-1], "name", None) in spaces and name != "root"
-        ):
+            free = gbnf.AlternativeNode([whole, gbnf.RuleRefNode(f"{name}_free")])
+            rules[f"{name}_free"] = gbnf.RuleNode(f"{name}_free", free, "")
+            continue
+        for node in ends:
+            if getattr(node, "name", None) in spaces:
+                node.name += "_free"
+            ends += node.children() if isinstance(node, gbnf.AlternativeNode) else node.children()[-1:]
+        parted = isinstance(whole, gbnf.SequenceNode) and getattr(whole.nodes[-1], "name", "").endswith("_free")
+        if parted and name != "root":
             front = f"{name}_before_space"
             rules[front] = gbnf.RuleNode(front, gbnf.SequenceNode(whole.nodes[:-1]), "")
             rule.alternatives = gbnf.SequenceNode([gbnf.RuleRefNode(front), whole.nodes[-1]])
+    return {id(rule): rules[f"{name}_free"] for name, rule in spaces.items()}
 
 
 def _refused(kind: str, reason: str) -> InputError:

@@ -125,7 +125,9 @@ def test_patterns_of_different_texts_are_not_joined(grammars: Grammars, schema: 
     assert guide_of(grammars, json_schema=schema).allowed() is not None
 
 
-@pytest.mark.parametrize("schema", [{"const": 2**53 + 1}, {"enum": [5, 1234567890123456789]}])
+@pytest.mark.parametrize(
+    "schema", [{"const": 2**53 + 1}, {"enum": [5, 1234567890123456789]}, {"const": {"id": [2**60]}}]
+)
 def test_numbers_that_would_come_as_others_are_refused(schema: dict[str, Any]) -> None:
     """As the ids of messages and users often are; the compiler knows floats."""
     for form in (schema, lenient({"type": "object", "properties": {"id": schema}})):
@@ -134,6 +136,16 @@ def test_numbers_that_would_come_as_others_are_refused(schema: dict[str, Any]) -
         ):
             structure_of(json_schema=form)
     assert structure_of(json_schema={"const": 2**53, "minimum": -(10**17)}) is not None
+    named = {"type": "object", "properties": {"const": {"maximum": 2**60}}}
+    assert structure_of(json_schema=named) is not None
+
+
+@pytest.mark.parametrize("schema", [{"const": "a\x01b"}, {"enum": ["\t", "\x1f"]}, {"const": {"a": ["\x7f"]}}])
+def test_characters_that_would_not_come_are_refused(schema: dict[str, Any]) -> None:
+    for form in (schema, lenient({"type": "object", "properties": {"delimiter": schema}})):
+        with pytest.raises(InputError, match=r"json_schema: const, enum: .*: control characters without a short"):
+            structure_of(json_schema=form)
+    assert structure_of(json_schema={"const": "\b\f\n\r\té\x85 \\u0001"}) is not None
 
 
 def test_a_property_may_have_the_name_of_a_keyword() -> None:
@@ -166,6 +178,33 @@ def test_branches_of_a_union_are_told_apart_by_their_tags(grammars: Grammars) ->
             assert all(one.permits(token) and one.accept(token) is None for token in tokens) == (inner != bare), text
             if inner != bare:
                 Branch.model_validate_json(text)
+
+
+@pytest.mark.parametrize("part", [{}, {"oneOf": 3}, {"oneOf": [True, {"properties": []}, {"oneOf": {}}]}])
+def test_a_discriminator_of_nothing_is_left_to_the_compiler(part: dict[str, Any]) -> None:
+    schema = {"discriminator": {"propertyName": "kind"}, **part}
+    assert json.loads(structure_of(json_schema=schema).text) == schema
+
+
+class Red(pydantic.BaseModel):
+    kind: Literal["branch"] = "branch"
+    colour: Literal["red"] = "red"
+
+
+class Blue(pydantic.BaseModel):
+    kind: Literal["branch"] = "branch"
+    colour: Literal["blue"] = "blue"
+
+
+def test_a_branch_of_a_union_may_be_a_union_with_tags(grammars: Grammars) -> None:
+    inner = Annotated[Red | Blue, pydantic.Field(discriminator="colour")]
+    model = pydantic.create_model("Tree", part=Annotated[inner | Leaf, pydantic.Field(discriminator="kind")])
+    for schema in (model, lenient(model.model_json_schema())):
+        guide = guide_of(grammars, json_schema=schema)
+        for part in ('{"kind": "branch", "colour": "blue"}', '{"kind": "leaf", "value": 1}', '{"colour": "blue"}'):
+            one, text = guide.fork(), f'{{"part": {part}}}'
+            tokens = [*grammars.tokenizer.tokenize_str(text), END]
+            assert all(one.permits(token) and one.accept(token) is None for token in tokens) == ("kind" in part), text
 
 
 @pytest.mark.parametrize("name", ["age", "\\u0061ge"])
@@ -207,8 +246,9 @@ def test_a_lenient_schema_may_have_patterns_that_no_grammar_has(grammars: Gramma
         guide = guide_of(grammars, json_schema=lenient({"type": "object", **mixed}))
         tokens = [*grammars.tokenizer.tokenize_str(text), END]
         assert all(guide.permits(token) and guide.accept(token) is None for token in tokens), text
-    kept = {"type": "string", "pattern": r"^\\bfox$"}  # a backslash and the letter b
-    assert lenient(kept)["pattern"] == kept["pattern"]
+    # a backslash and the letter b; telephone numbers; neither brace
+    for one in (r"^\\bfox$", r"^\(?([0-9]{3})\)?[-. ]?([0-9]{4})$", "^[^{,}]+$"):
+        assert lenient({"type": "string", "pattern": one})["pattern"] == one
 
 
 def test_a_tool_may_require_what_it_does_not_describe(grammars: Grammars) -> None:
@@ -270,6 +310,18 @@ num   ::= [0-9]+ ws
 ws    ::= [ \t\n]*"""
     guide = guide_of(grammars, grammar=grammar)
     tokens = [*grammars.tokenizer.tokenize_str(text), END]
+    assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
+
+
+def test_space_in_the_middle_of_a_rule_of_llama_cpp_is_a_part_of_its_expression(grammars: Grammars) -> None:
+    """``title`` by itself would take the space, and no reply would reach the year."""
+    grammar = r"""root  ::= movie+
+movie ::= title ws "(" year ")\n"
+title ::= [A-Za-z ]+
+year  ::= [0-9]{4}
+ws    ::= [ ]"""
+    guide = guide_of(grammars, grammar=grammar)
+    tokens = [*grammars.tokenizer.tokenize_str("Alien (1979)\nThe Thing (1982)\n"), END]
     assert all(guide.permits(token) and guide.accept(token) is None for token in tokens)
 
 
