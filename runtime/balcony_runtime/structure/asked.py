@@ -142,7 +142,7 @@ def _tagged(schema: Any) -> Any:
     pydantic does not list one that has a default, and refuses objects without it. The compiler refuses branches that it cannot
     tell apart without it, and a discriminator of branches that hold such unions themselves.
     """
-    for part in _reached([schema], lambda part: part if isinstance(part, list) else part.values()):
+    for part in _reached([schema], _inside):
         if not isinstance(part, dict) or not isinstance(part.get("discriminator"), dict) or "anyOf" in part:
             continue
         name, found = part["discriminator"].get("propertyName"), [_leaves(schema, one) for one in _branches(part)]
@@ -187,12 +187,9 @@ def _values(schema: Any) -> Sequence[Any]:
 def _refuse_inexact(schema: Any) -> None:
     """Refuse a schema whose values have whole numbers or characters that would come as others, or not at all."""
 
-    def inside(part: Any) -> Iterable[Any]:
-        return part if isinstance(part, list) else part.values()
-
     def look(part: Mapping[str, Any]) -> Mapping[str, Any]:
-        for held in _reached([list(_values(part))], inside):
-            for value in inside(held):
+        for held in _reached([list(_values(part))], _inside):
+            for value in _inside(held):
                 if type(value) is int and abs(value) > MOST_EXACT:
                     why = "whole numbers beyond 2^53 are not exact: give it as a text"
                 elif isinstance(value, str) and _NUMBERED.search(value):
@@ -249,6 +246,11 @@ def _reached(begin: Iterable[Any], after: Callable[[Any], Iterable[Any]]) -> lis
             found[id(part)] = part
             left += after(part)
     return list(found.values())
+
+
+def _inside(part: Any) -> Iterable[Any]:
+    """What an object or a list holds."""
+    return part if isinstance(part, list) else part.values()
 
 
 def _target(schema: Any, part: Mapping[str, Any]) -> Any:
