@@ -51,6 +51,43 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+class _Settings(CommonSettings):
+    """What replies follow at the moment, and what is measured for it."""
+
+    def __init__(self, engine: Engine, sensors: SensorsOnDemand, costs: CostModel | None) -> None:
+        super().__init__((Budget(), Budget()), costs)
+        self._engine, self._sensors = engine, sensors
+        #: Held to measure or set prices; the handler of a signal may set a budget while its own thread measures them.
+        self.lock = threading.RLock()
+
+    def kv_bytes(self) -> float | None:
+        """Most bytes of the caches of all replies, or None."""
+        bound_mb = self.budgets[0].kv_memory_mb
+        return None if bound_mb is None else 1e6 * bound_mb
+
+    def resolved(self, budget: Budget | str | os.PathLike[str] | None) -> Budget:
+        """See :meth:`LLM.resolved`."""
+        if budget is None:
+            return self.budgets[1]
+        budget, manifest = parse_budget(budget), self._engine.manifest
+        resolved = budget.for_bundle(manifest.agreement, calibrated=manifest.confidence is not None)
+        if budget.needs_costs:
+            self.measured()  # now, not in the middle of a reply
+        if budget.needs_sensors:
+            self._sensors.check(budget)
+        return resolved
+
+    def measured(self) -> CostModel:
+        """The prices, which the first call measures."""
+        if self.costs is None:
+            with self.lock:  # two measurements at once would disturb each other
+                if self.costs is None:
+                    self.costs = costs = measure_prices(self._engine)
+                    steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
+                    _log.info("measured what a token costs: %s", steady)
+        return self.costs
+
+
 class LLM(Closing):
     """A loaded bundle that generates within a budget. A context manager that frees the engine.
 
@@ -85,15 +122,15 @@ class LLM(Closing):
             prefix_mb, prefix_directory: what is kept of replies that have ended, as for :func:`balcony_edge.load`.
         """
         self.engine, self.codec = engine, codec
-        self._settings = settings = CommonSettings((Budget(), Budget()), costs)
-        # The handler of a signal may set a budget while its own thread measures prices.
-        self._costs_lock, self._sensors = threading.RLock(), SensorsOnDemand(readings)
+        # What these hold must not hold the LLM: its weights would stay until Python looks for cycles, which know no bytes.
+        self._sensors = sensors = SensorsOnDemand(readings)
+        self._settings = settings = _Settings(engine, sensors, costs)
         self._learned = Learned(engine.manifest)
-        sequences = Sequences(engine, Bounds.of(self._kv_bytes, prefix_mb, prefix_directory))
-        scheduler = Scheduler(engine, sequences, self._learned, lambda: settings.costs, self.readings)
-        limits = partial(ReplyLimits, settings, self.resolved)
-        self._requests = Requests(engine, codec, scheduler, self._learned, limits, self.readings)
-        self._lockstep = Lockstep(engine, self._requests, self._learned, self.readings)
+        sequences = Sequences(engine, Bounds.of(settings.kv_bytes, prefix_mb, prefix_directory))
+        scheduler = Scheduler(engine, sequences, self._learned, lambda: settings.costs, sensors.latest)
+        limits = partial(ReplyLimits, settings, settings.resolved)
+        self._requests = Requests(engine, codec, scheduler, self._learned, limits, sensors.latest)
+        self._lockstep = Lockstep(engine, self._requests, self._learned, sensors.latest)
         try:
             self.budget = budget
         except BaseException:
@@ -145,10 +182,6 @@ class LLM(Closing):
         budget = parse_budget(value)
         self._settings.budgets = budget, self.resolved(budget)  # one assignment: other threads see both or neither
 
-    def _kv_bytes(self) -> float | None:
-        bound_mb = self.budget.kv_memory_mb
-        return None if bound_mb is None else 1e6 * bound_mb
-
     def resolved(self, budget: Budget | str | os.PathLike[str] | None = None) -> Budget:
         """A budget as it is for this bundle, once the prices and sensors that it needs are there; None for the LLM's own.
 
@@ -156,15 +189,7 @@ class LLM(Closing):
             BudgetError: the budget does not fit the bundle.
             InfeasibleError: no sensor measures a ceiling, and the budget asks for an error in that case.
         """
-        if budget is None:
-            return self._settings.budgets[1]
-        budget, manifest = parse_budget(budget), self.engine.manifest
-        resolved = budget.for_bundle(manifest.agreement, calibrated=manifest.confidence is not None)
-        if budget.needs_costs:
-            self.costs  # noqa: B018 - measured now, not in the middle of a reply
-        if budget.needs_sensors:
-            self._sensors.check(budget)
-        return resolved
+        return self._settings.resolved(budget)
 
     def readings(self) -> tuple[Reading, ...]:
         """Latest reading of every sensor; the first call starts the device's sensors."""
@@ -180,14 +205,7 @@ class LLM(Closing):
         Raises:
             InputError: the prices are for other exits, or are no cost model.
         """
-        settings = self._settings
-        if settings.costs is None:
-            with self._costs_lock:  # two measurements at once would disturb each other
-                if settings.costs is None:
-                    settings.costs = costs = measure_prices(self.engine)
-                    steady = ", ".join(f"exit {e}: {costs.steady_ms(e, 0):.2f} ms" for e in costs.exits)
-                    _log.info("measured what a token costs: %s", steady)
-        return settings.costs
+        return self._settings.measured()
 
     @costs.setter
     def costs(self, value: CostModel) -> None:
@@ -200,7 +218,7 @@ class LLM(Closing):
                 f"costs: are for exits {', '.join(map(str, value.exits))}, but this bundle has "
                 f"{', '.join(map(str, self.exit_layers))}: give prices of the same exits"
             )
-        with self._costs_lock:  # a measurement in another thread would replace them at its end
+        with self._settings.lock:  # a measurement in another thread would replace them at its end
             self._settings.costs = value
 
     @property

@@ -245,8 +245,7 @@ class TokenStream(Closing, Iterator[Token]):
                     token = await asyncio.shield(step)
                 except asyncio.CancelledError:
                     self.cancel()
-                    # This does not block the loop; after a second cancellation, close() waits for the step.
-                    await asyncio.wait([step])
+                    # After the step, in its thread. A second cancellation, which anyio brings at each wait, does not stop it.
                     await asyncio.shield(asyncio.get_running_loop().run_in_executor(thread, self.close))
                     raise
                 if token is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.models.auto import tokenization_auto
 from balcony_edge.errors import CheckpointError, MissingDependencyError, UnsupportedModelError
 from balcony_export.data.documents import files_in
 from balcony_export.model import checkpoint
+from balcony_export.model.balcony_files import read_index
 from balcony_export.model.checkpoint import demo_model_path, load_model, load_tokenizer, model_name
 
 
@@ -161,6 +163,19 @@ def test_files_that_may_not_be_read_are_not_called_damaged(
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match=rf"{name}: cannot be read \(Permission denied\): make it readable"):
         load_model(model_copy)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("read", [load_model, read_index])
+def test_a_path_that_the_system_refuses_to_look_at_is_not_called_absent(
+    read: Callable[[Path], Any], tmp_path: Path, silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``silent``: as from Python 3.14 on, where these say no for every error of the system."""
+    if silent:
+        for name, look in (("is_dir", os.path.isdir), ("is_file", os.path.isfile)):
+            monkeypatch.setattr(Path, name, look)
+    with pytest.raises(OSError, match="File name too long"):
+        read(tmp_path / ("x" * 300))
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -16,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import balcony_edge
+from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.errors import InputError
 from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
@@ -65,6 +69,20 @@ def test_an_engine_that_is_closed_during_a_pass_is_one_line(tiny: Any, monkeypat
     monkeypatch.setattr(onnxruntime_state, "bound_run", closing)
     with pytest.raises(InputError, match="this bundle was closed: load it again"):
         sequence.advance(5, [1, 2, 3])
+
+
+def test_a_bundle_that_nobody_holds_is_freed_at_once(tiny: Any) -> None:
+    """As by the second run of a notebook's cell. Python looks for cycles after many objects, and one may be a gigabyte."""
+    llm = balcony_edge.load(tiny.path, budget=Budget(tpot_ms=1000.0))
+    llm.generate([1, 2, 3], max_new_tokens=3, ignore_eos=True)
+    llm.generate_batch([[1, 2, 3], [4]], max_new_tokens=3)
+    held = [weakref.ref(one) for one in (llm, llm.engine.backend, *llm.engine.backend.sessions.values())]
+    gc.disable()
+    try:
+        del llm
+        assert [one() for one in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 def test_closing_waits_for_a_pass_of_another_thread(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

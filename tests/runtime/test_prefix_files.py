@@ -30,6 +30,21 @@ def test_a_program_may_close_at_its_end(tiny: Any, tmp_path: Path, monkeypatch: 
     assert len(list(tmp_path.glob("prefix-*.session"))) == 2
 
 
+def test_a_program_may_change_its_directory_meanwhile(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `%cd` does in a notebook."""
+    here, there, prompt = tmp_path / "here", tmp_path / "there", list(range(10, 70))
+    for place in (here, there):
+        place.mkdir()
+    for cached in (0, 59):
+        monkeypatch.chdir(here)
+        with balcony_edge.load(tiny.path, prefix_directory="kept") as llm:
+            monkeypatch.chdir(there)
+            assert llm.generate(prompt, max_new_tokens=2, ignore_eos=True).cached_tokens == cached
+    assert not list(there.iterdir())
+
+
 def test_a_directory_that_may_not_be_entered_at_the_end_is_a_warning(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

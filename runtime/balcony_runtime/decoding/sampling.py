@@ -355,9 +355,10 @@ def candidates(
         ids = _largest(logits, top_k)
         logits, in_place = logits[ids], True
     weights = np.subtract(logits, best, out=logits if in_place else None)
-    with np.errstate(over="ignore"):  # with a temperature close to 0 only the likeliest token is left
+    # With a temperature close to 0 only the likeliest token is left. The application may have made NumPy raise for it.
+    with np.errstate(over="ignore", under="ignore"):
         weights /= np.float32(max(params.temperature, LEAST_TEMPERATURE))
-    np.exp(weights, out=weights)
+        np.exp(weights, out=weights)
     if params.top_p < 1:
         nucleus, weights = _nucleus(weights, params.top_p)
         ids = nucleus if ids is None else ids[nucleus]
@@ -419,7 +420,8 @@ def log_probabilities(
     if not np.isfinite(best).all():
         raise not_finite()
     shifted = logits - best
-    totals = np.log(np.exp(shifted).sum(axis=-1, dtype=np.float64))
+    with np.errstate(under="ignore"):  # as in candidates()
+        totals = np.log(np.exp(shifted).sum(axis=-1, dtype=np.float64))
     own = (shifted[np.arange(len(tokens)), tokens] - totals).tolist()
     if not top:
         return own, [()] * len(own)

@@ -52,7 +52,8 @@ def measured(logits: FloatArray, measure: ConfidenceMeasure) -> npt.NDArray[np.f
     entropy as a share of log V.
     """
     shifted = logits - logits.max(-1, keepdims=True)
-    weights = np.exp(shifted)
+    with np.errstate(under="ignore"):  # the application may have made NumPy raise for it
+        weights = np.exp(shifted)
     total = weights.sum(-1, dtype=np.float64)
     if measure == "top1":
         found: npt.NDArray[np.float64] = 1 / total  # the largest weight is 1

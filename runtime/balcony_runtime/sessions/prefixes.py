@@ -41,7 +41,8 @@ class PrefixFiles:
 
     def __init__(self, directory: Path, engine: Engine, most_bytes: int) -> None:
         require_writable(directory, f"prefix_directory {directory}", InputError, "choose another place")
-        self.directory = directory
+        # Files are written at the end, and a program may change its own directory before.
+        self.directory = directory.absolute()
         self._engine, self._most_bytes = engine, most_bytes
         self._begin = f"{OWN}{engine.manifest.fingerprint[:12]}-"
         # File → its tokens (n,), its bytes, and the rows of its stages and balconies. Each use is one call, without a lock: the

@@ -143,7 +143,7 @@ class Grammars:
                 made: LLTokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=ends)
             except ValueError:  # Gemma 3 1B has fewer logits than tokens: the last one is for images
                 made = llguidance.LLTokenizer(text, eos_token=ends)
-        except Exception as error:  # the library raises plain ValueErrors and RuntimeErrors
+        except (ValueError, RuntimeError) as error:  # not what the handler of a signal raises
             raise InputError(
                 f"this bundle's tokenizer does not work with llguidance ({_line(str(error))}): leave the structure out"
             ) from error

@@ -10,6 +10,7 @@ import pytest
 
 from balcony_edge.errors import InputError
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams, candidates, log_probabilities
+from balcony_runtime.decoding.thresholds import measured
 
 PROMPT = np.array([[2, 2, 4]])
 LOGITS = np.log(np.array([0.1, 0.5, 0.05, 0.25, 0.1], np.float32))
@@ -31,6 +32,16 @@ def test_temperature_alone_is_the_softmax() -> None:
     assert kept(LOGITS) == pytest.approx({0: 0.1, 1: 0.5, 2: 0.05, 3: 0.25, 4: 0.1})
     assert kept(LOGITS, temperature=1e-308) == {0: 0.0, 1: 1.0, 2: 0.0, 3: 0.0, 4: 0.0}
     assert kept(LOGITS, temperature=0.5)[1] == pytest.approx(0.25 / (0.25 + 0.0625 + 0.01 + 0.01 + 0.0025))
+
+
+def test_an_application_may_have_numpy_raise() -> None:
+    """`np.seterr(all="raise")` at the top of a notebook, and a token that is banned with -100 as the messages advise."""
+    logits = np.array([0.0, -100.0, 1.0], np.float32)
+    with np.errstate(all="raise"):
+        assert kept(logits, temperature=0.01)[2] == 1.0
+        assert kept(logits, temperature=1e-308, top_p=0.9) == {2: 1.0}
+        assert log_probabilities(logits[None], np.array([2]), 1)[1][0][0][0] == 2
+        assert measured(logits[None], "margin").shape == (1,)
 
 
 def test_top_k_then_top_p_on_what_is_left() -> None:

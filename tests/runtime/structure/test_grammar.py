@@ -57,6 +57,19 @@ def test_after_the_end_everything_goes(grammars: Grammars) -> None:
     assert guide.allowed() is None and guide.permits(9) and guide.forced(5) == [] and guide.fork().allowed() is None
 
 
+def test_what_the_handler_of_a_signal_raises_is_no_refusal(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the soft time limit of a task of Celery's, which the task waits for; the first structure takes the longest."""
+
+    class SoftTimeLimitExceeded(Exception): ...  # noqa: N818 - Celery's name
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise SoftTimeLimitExceeded
+
+    monkeypatch.setattr("llguidance.LLTokenizer", interrupted)
+    with pytest.raises(SoftTimeLimitExceeded):
+        _ = Grammars(grammars._text, 320, [END]).tokenizer
+
+
 def test_the_end_is_forced_where_a_model_has_several(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Llama 3, Qwen and Gemma 3 do: the mask after the last token then has all of them."""
     monkeypatch.setattr("balcony_runtime.structure.grammar.SLOW_S", 60.0)  # every mask is a fast one

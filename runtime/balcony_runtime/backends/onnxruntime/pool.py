@@ -8,6 +8,7 @@ in :mod:`balcony_runtime.scheduling.shared_step`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +48,12 @@ class _Program(NamedTuple):
     logits: FloatArray
 
 
+def _kept(most: int, method: Any) -> Any:
+    """The last results of a pool's method, by its arguments. A cache in the pool that held the pool would be a cycle."""
+    pool, make = weakref.ref(method.__self__), method.__func__
+    return lru_cache(most)(lambda *key: make(pool(), *key))
+
+
 class OnnxRuntimePool:
     """Memory of several members; implements :class:`balcony_runtime.backends.base.Pool`."""
 
@@ -70,10 +77,10 @@ class OnnxRuntimePool:
         self._found = np.zeros((members, 1, manifest.model.hidden_size), self._memory.hidden.dtype)
         self._asked = np.zeros_like(self._found)
         self._logits = zeros((members, 1, manifest.model.vocab_size), np.float32)
-        self._stage_run = lru_cache(MOST_BINDINGS)(self._bind_stage)
-        self._exit_run = lru_cache(MOST_BINDINGS)(self._bind_exit)
-        self._head_run = lru_cache(members)(self._bind_head)
-        self._program = lru_cache(MOST_BINDINGS)(self._bind_program)
+        self._stage_run = _kept(MOST_BINDINGS, self._bind_stage)
+        self._exit_run = _kept(MOST_BINDINGS, self._bind_exit)
+        self._head_run = _kept(members, self._bind_head)
+        self._program = _kept(MOST_BINDINGS, self._bind_program)
         self.busy_ns = 0
 
     def forget_programs(self) -> None:
@@ -91,7 +98,8 @@ class OnnxRuntimePool:
     def decode(self, first: int, exits: tuple[int, ...], tokens: Sequence[int], rows: Sequence[int]) -> FloatArray:
         """Run one new row of each of neighbouring members through all graphs on its way; see :class:`.base.Pool`."""
         # All fields at once, indices instead of zip() with a keyword, and rows by their row: the caches are cold here.
-        runs, entries, start, last, ways, logits = self._program(first, exits)
+        program: _Program = self._program(first, exits)
+        runs, entries, start, last, ways, logits = program
         for place, token in enumerate(tokens):
             entries[place][:] = self._backend.table.row(token)
         start[:] = last[:] = rows
