@@ -19,7 +19,7 @@ from rich.table import Table
 from balcony_edge.cli.console import stderr, stdout
 from balcony_edge.cli.options import refuse_given, use_threads
 from balcony_edge.errors import InputError, MissingDependencyError, TrainingError
-from balcony_edge.files import require_writable
+from balcony_edge.files import exists, require_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -240,7 +240,7 @@ def _refuse_checkpoint(work: Path, resume: bool) -> None:
     """Refuse to resume nothing, and to begin where a run has begun."""
     from balcony_export.train.run_files import CHECKPOINT
 
-    begun = (work / CHECKPOINT).is_file()
+    begun = exists(work / CHECKPOINT)
     if resume and not begun:
         raise TrainingError(f"{work}: has no checkpoint: train without --resume first")
     if begun and not resume:

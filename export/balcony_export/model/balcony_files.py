@@ -34,7 +34,7 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from balcony_edge.errors import CheckpointError, InputError
-from balcony_edge.files import locked, require_writable, write_atomically, write_together
+from balcony_edge.files import exists, locked, require_writable, write_atomically, write_together
 from balcony_export.model.architecture import cast_weights
 from balcony_export.model.balcony import KINDS, Balcony, BalconyKind, init_balconies
 
@@ -331,7 +331,7 @@ def read_index(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing, damaged or of another format.
     """
     file = path / INDEX
-    if not file.is_file():
+    if not exists(file):
         raise CheckpointError(f"{path}: has no {INDEX}: give a directory that `balcony-edge train` wrote")
     try:
         content = file.read_bytes()

@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from balcony_edge.bundle.manifest import one_line
 from balcony_edge.errors import CheckpointError, InputError, MissingDependencyError
-from balcony_edge.files import expanded
+from balcony_edge.files import exists, expanded
 from balcony_export.model.architecture import longest_context, parts_of, refuse_unsupported
 from balcony_export.model.gguf_file import check_gguf, repair_tokenizer
 
@@ -240,7 +240,7 @@ def model_name(source: str) -> str:
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
     """``(name or path for transformers, gguf_file option)`` of a source, whose files are checked."""
     path = demo_model_path() if str(source) == "demo" else expanded(source)
-    if path.is_file():
+    if exists(path) and path.is_file():
         check_gguf(path)
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
