@@ -57,13 +57,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 SCHEMA_VERSION = 2
 #: Parts of a layer's memory that have no rows: each pass reads the old and writes the new.
 STATES = ("window", "state")
+_STATE_INPUTS = tuple(f"past_{part}" for part in STATES)
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.bin"
 
 
 def is_state(name: str) -> bool:
     """Whether an input of a graph is a part of :data:`STATES`."""
-    return name.startswith(tuple(f"past_{part}" for part in STATES))
+    return name.startswith(_STATE_INPUTS)
 
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
@@ -72,8 +73,6 @@ Precision = Literal["float32", "float16", "int8", "int4"]
 EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
 #: A plain file name, which cannot leave the bundle's directory and is not hidden.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=120)]
-
-
 #: A measured number.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 #: A dimension. The bound is far above every model's and keeps a forged manifest from claiming all memory.
