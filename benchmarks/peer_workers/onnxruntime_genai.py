@@ -30,8 +30,8 @@ class OnnxRuntimeGenAI(Peer):
 
     def generate(self, prompt: list[int], steps: int, variant: int | None) -> Timing:
         """See :class:`Peer`; uses the engine's own greedy loop."""
-        clock, tokens = [time.perf_counter_ns()], []  # a generator, with its caches, serves one reply
         generator = self._new(min_length=len(prompt) + steps + 1)  # so that an end token does not end the reply
+        clock, tokens = [time.perf_counter_ns()], []
         generator.append_tokens(np.array([prompt], np.int32))
         for _ in range(steps + 1):
             generator.generate_next_token()

@@ -380,7 +380,10 @@ class LLM(Closing):
                     places[replies.begin(request)] = place
                 for stream, found in replies.step():
                     if isinstance(found, Exception):
-                        raise found
+                        try:
+                            raise found
+                        finally:
+                            del found  # its traceback has this frame
                     if found.finish_reason is not None:
                         texts[places.pop(stream)] = stream.reply.text
         return texts

@@ -240,9 +240,8 @@ class TokenStream(Closing, Iterator[Token]):
         thread = ThreadPoolExecutor(1, "balcony-stream")
         try:
             while True:
-                step = asyncio.get_running_loop().run_in_executor(thread, next, self, None)
-                try:
-                    token = await asyncio.shield(step)
+                try:  # the step has no name here: an error's traceback would hold the frame, and the step its error
+                    token = await asyncio.shield(asyncio.get_running_loop().run_in_executor(thread, next, self, None))
                 except asyncio.CancelledError:
                     self.cancel()
                     # After the step, in its thread. A second cancellation, which anyio brings at each wait, does not stop it.

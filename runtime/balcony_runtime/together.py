@@ -155,7 +155,10 @@ class Together(Closing):
         # After an interrupt the next call asks: wait() returns those that do not ask at once.
         self._scheduler.ask(again, told_s)
         self._found = []
-        return found
+        try:
+            return found
+        finally:
+            del found  # the traceback of an error in it has this frame
 
     def _end(self, tokens: TokenStream) -> None:
         one = self._open.pop(tokens)

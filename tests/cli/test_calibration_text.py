@@ -55,3 +55,14 @@ def test_a_bundle_of_which_no_exit_keeps_the_promise_has_nothing_to_check(bundle
     record_confidence(bundle_copy, none, read_manifest(bundle_copy).fingerprint)
     done = invoke_here("calibrate", bundle_copy, "--check", file)
     assert done.returncode == 1 and "has no thresholds to check: calibrate it with --text first" in done.stderr
+
+
+def test_a_bundle_without_balconies_has_nothing_to_calibrate(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``run --policy confident`` sends its user here, and the number of exits was a divisor."""
+    manifest = read_manifest(bundle_copy)
+    alone = Bundle(bundle_copy, manifest.model_copy(update={"exits": manifest.exits[-1:]}))
+    monkeypatch.setattr(Bundle, "open", lambda _: alone)
+    done = invoke_here("calibrate", bundle_copy, "--text", __file__)
+    assert done.returncode == 1 and "has the full depth only" in done.stderr

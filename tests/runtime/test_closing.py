@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import subprocess
@@ -11,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import pytest
 import balcony_edge
 from balcony_edge.budget import Budget
 from balcony_edge.bundle.bundle import Bundle
-from balcony_edge.errors import InputError
+from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime.backends.onnxruntime import state as onnxruntime_state
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.engine import Engine
+from balcony_runtime.llm import LLM
 from tests.runtime.backends.cuda_stand_in import onnxruntime, runtime
 from tests.support.command import printed
 
@@ -81,6 +83,40 @@ def test_a_bundle_that_nobody_holds_is_freed_at_once(tiny: Any) -> None:
     try:
         del llm
         assert [one() for one in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+def _batch(llm: LLM) -> None:
+    llm.generate_batch([[1, 2, 3], [4]], max_new_tokens=3)
+
+
+def _together(llm: LLM) -> None:
+    with llm.together() as replies:
+        replies.add([1, 2, 3], max_new_tokens=3)
+        replies.step()
+
+
+def _asynchronously(llm: LLM) -> None:
+    async def read() -> None:
+        with suppress(InfeasibleError):  # asyncio.run() would hold it
+            async for _ in llm.stream([1, 2, 3], max_new_tokens=3):
+                pass
+
+    asyncio.run(read())
+
+
+@pytest.mark.parametrize("reply", [_batch, _together, _asynchronously])
+def test_a_bundle_whose_reply_has_failed_is_freed_at_once(tiny: Any, reply: Callable[[LLM], None]) -> None:
+    """The traceback of an error has the frames of this package, which must not hold the error."""
+    llm = balcony_edge.load(tiny.path, budget=Budget(tpot_ms=1e-4, on_infeasible="error"))
+    gc.disable()
+    try:
+        with suppress(InfeasibleError):
+            reply(llm)
+        held = weakref.ref(llm.engine.backend)
+        del llm
+        assert held() is None
     finally:
         gc.enable()
 

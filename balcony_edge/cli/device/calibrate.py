@@ -63,6 +63,8 @@ def calibrate(
         _share(name, value) for name, value in (("--max-disagreement", max_disagreement), ("--confidence", confidence))
     ]
     opened = Bundle.open(bundle)
+    if len(opened.manifest.exits) == 1:
+        raise InputError(f"{bundle}: has the full depth only, and no balcony to calibrate: export it with exits")
     known: ConfidenceSpec | None = None
     if check is None:
         require_writable(bundle, str(bundle), BundleError, "make it writable: the thresholds go into its manifest")

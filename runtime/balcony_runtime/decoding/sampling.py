@@ -365,7 +365,9 @@ def candidates(
     if params.min_p > 0:
         likely = (weights >= params.min_p).nonzero()[0]  # the likeliest token weighs 1
         ids, weights = likely if ids is None else ids[likely], weights[likely]
-    return np.arange(len(weights)) if ids is None else ids, weights / weights.sum(dtype=np.float64)
+    total = weights.sum(dtype=np.float64)
+    # NumPy 1 would divide in float32.
+    return np.arange(len(weights)) if ids is None else ids, np.divide(weights, total, dtype=np.float64)
 
 
 def _largest(values: FloatArray, count: int) -> IntArray:

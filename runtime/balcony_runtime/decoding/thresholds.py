@@ -62,7 +62,8 @@ def measured(logits: FloatArray, measure: ConfidenceMeasure) -> npt.NDArray[np.f
         second = np.partition(weights, -2, axis=-1)[..., -2]
         margin: npt.NDArray[np.float64] = (1 - second) / total
         return margin
-    entropy = np.log(total) - (weights * shifted).sum(-1, dtype=np.float64) / total
+    with np.errstate(under="ignore"):
+        entropy = np.log(total) - (weights * shifted).sum(-1, dtype=np.float64) / total
     sure: npt.NDArray[np.float64] = 1 - entropy / math.log(logits.shape[-1])
     return sure
 

@@ -16,6 +16,8 @@ from tokenizers.decoders import DecodeStream
 CONTEXT_TOKENS = 8
 #: Most texts of tokens that are kept, as many as rows of the token table. With cold caches the tokenizer takes 16 µs.
 RECENT_TEXTS = 1024
+#: Most tokens that wait for a text, and those of them that may still become one: a character has at most four bytes.
+MOST_OPEN, CHARACTER_TOKENS = 32, 4
 
 
 class TextStream:
@@ -72,6 +74,18 @@ class TextStream:
                 texts[token] = text
             self._open = []
             text, self._before = text.removeprefix(self._before), ""
+        return text or (self._hopeless() if len(self._open) > MOST_OPEN else "")
+
+    def _hopeless(self) -> str:
+        """Text of bytes that no token to come makes a character. The library would decode all of them again at each."""
+        done, kept = self._open[:-CHARACTER_TOKENS], self._open[-CHARACTER_TOKENS:]
+        text, rest = (str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in (done, kept))
+        if text + rest != self.flush():  # a character lies across the cut: there is another one at the next token
+            return ""
+        self._open, self._stream = kept, DecodeStream(skip_special_tokens=True)
+        for token in kept:
+            self._stream.step(self._tokenizer, token)
+        text, self._before = text.removeprefix(self._before), ""
         return text
 
     def flush(self) -> str:

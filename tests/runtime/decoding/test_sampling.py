@@ -42,6 +42,9 @@ def test_an_application_may_have_numpy_raise() -> None:
         assert kept(logits, temperature=1e-308, top_p=0.9) == {2: 1.0}
         assert log_probabilities(logits[None], np.array([2]), 1)[1][0][0][0] == 2
         assert measured(logits[None], "margin").shape == (1,)
+        logits[1] = -95.3  # the weight is a float32 that has lost digits, and loses more
+        assert kept(logits)[1] > 0
+        assert measured(logits[None], "entropy").shape == (1,)
 
 
 def test_top_k_then_top_p_on_what_is_left() -> None:
