@@ -73,8 +73,11 @@ class TextStream:
                     texts.clear()
                 texts[token] = text
             self._open = []
+        elif len(self._open) > MOST_OPEN:
+            text = self._hopeless()
+        if text:
             text, self._before = text.removeprefix(self._before), ""
-        return text or (self._hopeless() if len(self._open) > MOST_OPEN else "")
+        return text
 
     def _hopeless(self) -> str:
         """Text of bytes that no token to come makes a character. The library would decode all of them again at each."""
@@ -85,7 +88,6 @@ class TextStream:
         self._open, self._stream = kept, DecodeStream(skip_special_tokens=True)
         for token in kept:
             self._stream.step(self._tokenizer, token)
-        text, self._before = text.removeprefix(self._before), ""
         return text
 
     def flush(self) -> str:
