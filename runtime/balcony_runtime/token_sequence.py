@@ -20,6 +20,7 @@ from balcony_runtime.backends.base import Array, FloatArray, IntArray, State, li
 from balcony_runtime.tokens import checked, common_length, whole
 
 if TYPE_CHECKING:
+    from balcony_edge.bundle.manifest import Manifest
     from balcony_runtime.engine import Engine
 
 #: Most rows of one pass, so that a layer's working set stays in the second-level cache and the arena stays small.
@@ -31,6 +32,14 @@ MAX_PASS_ROWS = 256
 MAX_SCORE_BYTES = 1 << 30
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+def rows_of_a_pass(manifest: Manifest, batch_size: int, max_length: int) -> int:
+    """Most rows of one pass of a sequence."""
+    row_bytes = 4 * batch_size * max_length * max(manifest.model.num_attention_heads, 1)
+    rows = max(1, min(MAX_PASS_ROWS, MAX_SCORE_BYTES // row_bytes))
+    # Portions of a prompt are multiples of MAX_PASS_ROWS, 256: passes of fewer rows must end there too.
+    return rows if rows == MAX_PASS_ROWS else 1 << rows.bit_length() - 1
 
 
 def _exclusive(method: Callable[Concatenate[TokenSequence, _P], _R]) -> Callable[Concatenate[TokenSequence, _P], _R]:
@@ -69,10 +78,7 @@ class TokenSequence:
         #: The engine's exits, ascending.
         self.exits = engine.exit_layers
         self.batch_size, self.max_length = batch_size, max_length
-        row_bytes = 4 * batch_size * max_length * max(engine.manifest.model.num_attention_heads, 1)
-        rows = max(1, min(MAX_PASS_ROWS, MAX_SCORE_BYTES // row_bytes))
-        # Portions of a prompt are multiples of MAX_PASS_ROWS, 256: passes of fewer rows must end there too.
-        self._pass_rows = rows if rows == MAX_PASS_ROWS else 1 << rows.bit_length() - 1
+        self._pass_rows = rows_of_a_pass(engine.manifest, batch_size, max_length)
         self.length = 0
         self.state = state or engine.backend.new_state(batch_size, max_length)
         self._tokens = np.empty((max_length, batch_size), np.int64)  # pages take memory when tokens are written

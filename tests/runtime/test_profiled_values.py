@@ -69,6 +69,15 @@ def test_a_long_block_is_priced_at_its_middle() -> None:
     assert step.context == 0 and step.predicted_ms == pytest.approx(step.timing.p50_ms)
 
 
+def test_prices_know_how_many_rows_a_pass_has(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "BURST_S", 0.1)
+    with LLM.open(tiny.path, threads=1) as llm, Sensors([NoPower()]) as sensors:
+        scores = 4 * llm.engine.manifest.model.num_attention_heads * llm.engine.max_length  # bytes for one row
+        monkeypatch.setattr("balcony_runtime.token_sequence.MAX_SCORE_BYTES", 64 * scores)
+        costs = run.measure_profile(llm, sensors, Grid.make(256, **SMALL), lambda *_: None).costs
+    assert {unit.pass_rows for unit in (*costs.stages, *costs.balconies[:-1])} == {64}
+
+
 def test_the_spread_is_that_of_the_log_normal() -> None:
     ratios = [math.exp(0.1 * NormalDist().inv_cdf((place + 0.5) / 1000)) for place in range(1000)]
     fast, slow = ([factor * ratio for ratio in ratios] for factor in (5.0, 9.0))

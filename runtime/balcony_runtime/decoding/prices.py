@@ -21,7 +21,7 @@ from balcony_edge.device.machine import this_device
 from balcony_edge.errors import ProfileError
 from balcony_runtime.backends.base import State
 from balcony_runtime.engine import Engine
-from balcony_runtime.token_sequence import MAX_PASS_ROWS
+from balcony_runtime.token_sequence import rows_of_a_pass
 
 _log = logging.getLogger(__name__)
 #: Repetitions of each pass, after a first one that is discarded because it packs weights and touches memory.
@@ -96,7 +96,7 @@ def _measured(engine: Engine) -> CostModel:
             marginal_row_ms=marginal_ms,
             experts=experts,
             context_ms_per_1k=max(deep_ms - one_ms, 0.0) * 1000 / context,
-            pass_rows=MAX_PASS_ROWS,
+            pass_rows=rows_of_a_pass(manifest, 1, engine.max_length),
         )
 
     return CostModel(

@@ -15,6 +15,7 @@ from balcony_edge.device.profile import BundleFacts, Entry, Kind, Metric, Qualit
 from balcony_runtime.profiler.cells import WARM_TOKENS, Key
 from balcony_runtime.profiler.fit import Pass, errors, fit_unit, residual
 from balcony_runtime.profiler.timing import summarise
+from balcony_runtime.token_sequence import MAX_PASS_ROWS
 
 #: Samples, in milliseconds: for every quantity one list per round.
 Blocks = Mapping[Key, list[list[float]]]
@@ -52,13 +53,16 @@ def quality_figures(manifest: Manifest) -> tuple[QualityFigure, ...]:
     return tuple(found)
 
 
-def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None) -> tuple[CostModel, list[Residual]]:
+def fit_costs(
+    blocks: Blocks, exits: tuple[int, ...], share: float | None = None, pass_rows: int = MAX_PASS_ROWS
+) -> tuple[CostModel, list[Residual]]:
     """Prices of every graph, from the medians of its passes and anchored in decoding, and their errors on the passes.
 
     Decoding and switches are measured at fixed exits, without a decision, and fitted with that share of Python. A price then
     has the share that a decision takes.
 
-    ``share`` is the share of the experts that one row uses, in a mixture of experts.
+    ``share`` is the share of the experts that one row uses, in a mixture of experts; ``pass_rows`` is the most rows of one pass
+    in a sequence of the bundle's full length. Measured passes have no more.
     """
     typical = _typical(blocks)
     residuals = []
@@ -74,7 +78,7 @@ def fit_costs(blocks: Blocks, exits: tuple[int, ...], share: float | None = None
             further = [(one.ms - one_ms) / (one.rows - 1) for one in passes if one.rows > 1]
             return UnitCost(one_ms, max(median(further), 0.0) if further else 0.0)
         # of a balcony's pending rows only keys and values are computed, so only stages read further experts
-        fitted = fit_unit(passes, share if kind == "catch_up" else None)
+        fitted = replace(fit_unit(passes, share if kind == "catch_up" else None), pass_rows=pass_rows)
         residuals.append(residual(name, errors(fitted, passes)))
         return fitted
 

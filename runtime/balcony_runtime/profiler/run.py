@@ -33,6 +33,7 @@ from balcony_runtime.profiler.conditions import (
 from balcony_runtime.profiler.grid import Grid
 from balcony_runtime.profiler.timing import chance_ms, summarise
 from balcony_runtime.sensors import Sensors
+from balcony_runtime.token_sequence import rows_of_a_pass
 
 #: A cell is finished once chance leaves its median uncertain by less than this share.
 TIGHT = 0.01
@@ -105,7 +106,12 @@ def measure_profile(
     if not measured_once:
         raise KeyboardInterrupt  # there is no profile to keep
     mixture = manifest.model.mixture
-    costs, residuals = results.fit_costs(blocks, manifest.exit_layers, None if mixture is None else mixture.share)
+    costs, residuals = results.fit_costs(
+        blocks,
+        manifest.exit_layers,
+        None if mixture is None else mixture.share,
+        rows_of_a_pass(manifest, 1, llm.engine.max_length),
+    )
     entries = results.entries(blocks, costs)
     tokens, state_bytes = bench.state_bytes()
     sequence_bytes = bench.recurrent_bytes()

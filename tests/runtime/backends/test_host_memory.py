@@ -1,9 +1,10 @@
-"""Weights in large pages: which memory is moved, and that its content stays."""
+"""Arrays of sequences in one mapping; weights in large pages: which memory is moved, and that its content stays."""
 
 from __future__ import annotations
 
 import mmap
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,26 @@ import numpy as np
 import pytest
 
 from balcony_runtime.backends.onnxruntime import host_memory
-from balcony_runtime.backends.onnxruntime.host_memory import mapped, use_large_pages
+from balcony_runtime.backends.onnxruntime.host_memory import give_back, mapped, use_large_pages, zeros
 
 MB = 1 << 20
+
+
+def test_arrays_of_one_mapping_share_no_page() -> None:
+    kinds: tuple[tuple[tuple[int, ...], type], ...] = (
+        ((2, 700, 3), np.float32),
+        ((1, 5), np.int64),
+        ((4097,), np.int8),
+    )
+    arrays = zeros(*kinds)
+    assert [(array.shape, array.dtype) for array in arrays] == [(shape, np.dtype(kind)) for shape, kind in kinds]
+    assert all(array.ctypes.data % mmap.PAGESIZE == 0 and not array.any() for array in arrays)
+    for number, array in enumerate(arrays, 1):
+        array[...] = number
+    assert [(array.min(), array.max()) for array in arrays] == [(1, 1), (2, 2), (3, 3)]
+    give_back([arrays[0]])  # whole pages only: 16,800 bytes have four, and a little more
+    assert [array.max() for array in arrays] == [1, 2, 3]
+    assert not arrays[0].reshape(-1)[: 4 * mmap.PAGESIZE // 4].any() or sys.platform != "linux"
 
 
 @pytest.fixture

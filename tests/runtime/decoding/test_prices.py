@@ -61,10 +61,12 @@ class Steady:
         self.busy_ns += round(1e6 * ms * FACTORS[count - 1])
 
 
-@pytest.mark.parametrize(("max_length", "context"), [(500, 500), (4096, 1024)])
-def test_prices_of_a_steady_device(max_length: int, context: int) -> None:
+# of 32 heads, the scores of 64 rows and 131,072 keys take MAX_SCORE_BYTES
+@pytest.mark.parametrize(("max_length", "context", "rows"), [(500, 500, 256), (4096, 1024, 256), (131_072, 1024, 64)])
+def test_prices_of_a_steady_device(max_length: int, context: int, rows: int) -> None:
     assert len(FACTORS) == REPEATS + 1
-    manifest = SimpleNamespace(exit_layers=(2, 5), model=SimpleNamespace(mixture=None, recurrent=False))
+    model = SimpleNamespace(mixture=None, recurrent=False, num_attention_heads=32)
+    manifest = SimpleNamespace(exit_layers=(2, 5), model=model)
 
     def new_state(members: int, _: int) -> Steady:
         assert members == 1
@@ -76,6 +78,7 @@ def test_prices_of_a_steady_device(max_length: int, context: int) -> None:
     assert costs.exits == (2, 5) and costs.head.first_row_ms == pytest.approx(2)
     assert costs.head.marginal_row_ms == pytest.approx(0.375)
     assert [unit.first_row_ms for unit in (*costs.stages, *costs.balconies)] == pytest.approx([1, 2, 0.5, 1])
+    assert {unit.pass_rows for unit in (*costs.stages, *costs.balconies)} == {rows}  # as in a sequence of that length
     share = 1000 * (context - 1) / context  # the deep pass has a row less before it
     for units, row_ms, place_ms in ((costs.stages, 0.25, 0.001), (costs.balconies, 0.125, 0.002)):
         assert [unit.marginal_row_ms for unit in units] == pytest.approx([row_ms] * 2)

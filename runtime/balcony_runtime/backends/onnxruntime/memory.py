@@ -77,10 +77,10 @@ class Cache:
 
     def _empty(self, capacity: int) -> list[npt.NDArray[Any]]:
         shapes = [
-            [self.batch_size, *sizes[: axis - 1], capacity, *sizes[axis - 1 :]]
+            (self.batch_size, *sizes[: axis - 1], capacity, *sizes[axis - 1 :])
             for axis, sizes in zip(self.axes, self.sizes, strict=True)
         ]
-        return [zeros(tuple(shape), dtype) for shape, dtype in zip(shapes, self.dtypes, strict=True)]
+        return zeros(*zip(shapes, self.dtypes, strict=True))
 
     def bind(self, binding: Any, members: slice | None = None) -> None:
         """Bind the tensors of all members of a batch, or of some."""
@@ -170,7 +170,7 @@ class Memory(NamedTuple):
         specs = {name: manifest.runnable[name] for name in names}
         copies = copies_for(specs.values(), batch_size)
         return cls(
-            zeros((boundaries, batch_size, bucketed(max_length), dim), dtype),
+            zeros(((boundaries, batch_size, bucketed(max_length), dim), dtype))[0],
             np.zeros((boundaries, batch_size, 1, dim), dtype),
             np.zeros((batch_size, 1, dim), dtype),
             {name: make(spec, batch_size, max_length) for name, spec in specs.items()},

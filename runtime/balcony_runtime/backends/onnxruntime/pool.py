@@ -76,7 +76,7 @@ class OnnxRuntimePool:
         # Results of the members' exits: a later pass of the same step may carry a member along and overwrite its hidden state.
         self._found = np.zeros((members, 1, manifest.model.hidden_size), self._memory.hidden.dtype)
         self._asked = np.zeros_like(self._found)
-        self._logits = zeros((members, 1, manifest.model.vocab_size), np.float32)
+        (self._logits,) = zeros(((members, 1, manifest.model.vocab_size), np.float32))
         self._stage_run = _kept(MOST_BINDINGS, self._bind_stage)
         self._exit_run = _kept(MOST_BINDINGS, self._bind_exit)
         self._head_run = _kept(members, self._bind_head)

@@ -139,7 +139,7 @@ class OnnxRuntimeState:
         self._layers = (0, *layers)  # layer of each boundary
         self._row_values = [value_of(row) for row in self._row]
         self._hidden = value_of(memory.hidden)
-        self._logits = zeros((batch_size, 1, manifest.model.vocab_size), np.float32)
+        (self._logits,) = zeros(((batch_size, 1, manifest.model.vocab_size), np.float32))
         # Position of a pass, as inputs of its graph: start and last of each member, and the total, in one buffer.
         self._place = Struct(f"={batch_size}q{batch_size + 1}i")
         self._standing = bytearray(self._place.size)
