@@ -11,15 +11,16 @@ Q4_1 as shipped therefore only loses by rounding activations; a fresh quantizati
 
 Processes and rounds. Every engine is a process of its own (benchmarks/peer_workers) that answers one request at a time. A
 process keeps the speed that it starts with: the placement of its memory makes pairs of equal engines differ by up to a
-tenth. So every round starts all engines anew and runs every case once to warm up and once to count (prompts of more than
-512 tokens only once, and at full depth alone), every other round in reverse order. Figures are medians over the rounds, and
-ratios are taken within a round (:mod:`benchmarks.rounds`). Before each request the other engines get time to fall asleep,
-and each reports the CPU time that it used while idle.
+tenth. So every round starts all engines anew and runs every case once to warm up and three times to count (prompts of more
+than 512 tokens only once, and at full depth alone), every other time in reverse order. Figures are medians over all counted
+replies, and ratios are taken within one pass over the cases (:mod:`benchmarks.rounds`). Before each request the other
+engines get time to fall asleep, and each reports the CPU time that it used while idle.
 
 What is measured. Prompts are token ids of ``--text``, different in every round, so that no prefix cache helps. Replies are
 greedy, and end tokens do not end them. A step is timed at the point where the engine's user receives the token: around our
 ``TokenSequence.step``, llama.cpp's ``llama_decode`` and transformers' forward pass, each with numpy's argmax; in ONNX
-Runtime GenAI around ``generate_next_token``; in OpenVINO GenAI between calls of the streamer. Memory and load time are those
+Runtime GenAI around ``generate_next_token``; in OpenVINO GenAI between calls of the streamer. A prompt's time begins when
+the engine has its room for caches, which ONNX Runtime GenAI also clears and llama.cpp keeps. Memory and load time are those
 of each process before its round, on a warm disk. Quality is measured after the last round, on rows of windows of ``--text``
 that are produced by decode steps, as in a reply.
 
@@ -67,10 +68,12 @@ from balcony_edge.device.machine import best_threads, cpu_name
 from balcony_edge.errors import BalconyError, InputError
 from benchmarks.peer_workers import install
 from benchmarks.peer_workers.process import Worker
-from benchmarks.rounds import Neighbours, aligned, bar, print_bars, ratio
+from benchmarks.rounds import Neighbours, aligned, bar, interleave, print_bars, ratio
 
 #: Lengths of the prompts, unless ``--contexts`` gives others.
 CONTEXTS = (32, 512)
+#: Counted replies to one prompt of up to ``SHORT`` tokens for each start of the engines.
+REPLIES = 3
 #: Steps of a reply. The first two bring this engine's weights into the caches; the median of the others counts.
 WARM_STEPS, STEPS = 2, 24
 #: Prefilled tokens of a window of scoring, and rows that it gives.
@@ -195,11 +198,11 @@ def measure(
                 key: partial(_reply, workers[cases[key[0]].subject], cases[key[0]].variant, prompts[key])
                 for key in list(prompts)[:: -1 if number % 2 else 1]
             }
-            for (_, context), run in runs.items():
-                if context <= SHORT:  # a longer prompt warms up by itself
-                    run()
+            for key, found in interleave({key: run for key, run in runs.items() if key[1] <= SHORT}, REPLIES).items():
+                samples[key] += found
             for key, run in runs.items():
-                samples[key].append(run())
+                if key[1] > SHORT:  # a longer prompt warms up by itself
+                    samples[key].append(run())
             if number == rounds - 1:
                 quality = _quality(workers, cases, text.windows)
     rows = []

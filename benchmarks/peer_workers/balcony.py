@@ -27,12 +27,16 @@ class BalconyEdge(Stepper):
         self._exit_layer = self._engine.exit_layers[-1]
         self._ids = np.zeros(1, np.int64)
         self.config = {"spinning": True, **options}
-        self.prefill([0], None)
+        self.generate([0], 0, None)
 
-    def prefill(self, tokens: list[int], variant: int | None) -> FloatArray:
+    def begin(self, variant: int | None) -> None:
         """See :class:`Stepper`."""
         self._exit_layer = self._engine.exit_layers[-1] if variant is None else variant
         self._sequence = self._engine.new_sequence(max_length=self._max_length)
+
+    def prefill(self, tokens: list[int]) -> FloatArray:
+        """See :class:`Stepper`."""
+        assert self._sequence is not None
         logits: FloatArray = self._sequence.advance(self._exit_layer, tokens)[0, -1]
         return logits
 

@@ -87,11 +87,14 @@ class LlamaCpp(Stepper):
         self._llama.llama_attach_threadpool(self._context, pool, pool)
         self._vocabulary = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
         self.config = {"kv_cache": "f16", "cpu": _features(self._llama), **options}
-        self.prefill([0], None)
+        self.generate([0], 0, None)
 
-    def prefill(self, tokens: list[int], variant: int | None) -> FloatArray:
+    def begin(self, variant: int | None) -> None:
         """See :class:`Stepper`."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def prefill(self, tokens: list[int]) -> FloatArray:
+        """See :class:`Stepper`."""
         most = self._llama.llama_n_batch(self._context)
         for first in range(0, len(tokens), most):
             logits = self._decode(tokens[first : first + most])

@@ -25,11 +25,14 @@ class TransformersTorch(Stepper):
         ).eval()
         self._cache = transformers.DynamicCache()
         self.config = {"attention": "sdpa", **options}
-        self.prefill([0], None)
+        self.generate([0], 0, None)
 
-    def prefill(self, tokens: list[int], variant: int | None) -> FloatArray:
+    def begin(self, variant: int | None) -> None:
         """See :class:`Stepper`."""
         self._cache = transformers.DynamicCache(config=self._model.config)
+
+    def prefill(self, tokens: list[int]) -> FloatArray:
+        """See :class:`Stepper`."""
         return self._forward(tokens)
 
     def step(self, token: int) -> FloatArray:

@@ -67,8 +67,12 @@ class Stepper(Peer):
     """A peer whose engine returns logits; all of them share the decode loop."""
 
     @abstractmethod
-    def prefill(self, tokens: list[int], variant: int | None) -> FloatArray:
-        """Start a sequence; returns the logits of its last token, (V,)."""
+    def begin(self, variant: int | None) -> None:
+        """Start a sequence: end the last one and make room for caches. No engine is timed here."""
+
+    @abstractmethod
+    def prefill(self, tokens: list[int]) -> FloatArray:
+        """Take in a prompt; returns the logits of its last token, (V,)."""
 
     @abstractmethod
     def step(self, token: int) -> FloatArray:
@@ -76,8 +80,9 @@ class Stepper(Peer):
 
     def generate(self, prompt: list[int], steps: int, variant: int | None) -> Timing:
         """See :class:`Peer`."""
+        self.begin(variant)
         clock = [time.perf_counter_ns()]
-        tokens = [int(self.prefill(prompt, variant).argmax())]
+        tokens = [int(self.prefill(prompt).argmax())]
         clock.append(time.perf_counter_ns())
         for _ in range(steps):
             tokens.append(int(self.step(tokens[-1]).argmax()))
@@ -86,7 +91,8 @@ class Stepper(Peer):
 
     def rows(self, tokens: list[int], first: int, variant: int | None) -> Iterator[FloatArray]:
         """See :class:`Peer`."""
-        yield self.prefill(tokens[:first], variant)
+        self.begin(variant)
+        yield self.prefill(tokens[:first])
         for token in tokens[first:]:
             yield self.step(token)
 
