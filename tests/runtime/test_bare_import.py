@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -51,6 +52,14 @@ def test_importing_the_package_loads_no_engine() -> None:
     """Importing the package does not import pydantic either, which takes 0.1 s; names are loaded on first use."""
     heavy = "{'onnxruntime', 'numpy', 'torch', 'pydantic', 'balcony_edge.budget'}"
     assert printed(f"import sys, balcony_edge; print(sorted({heavy} & set(sys.modules)))") == "[]\n"
+
+
+def test_the_engine_keeps_and_sends_nothing_about_the_machine(tiny: Any, tmp_path: Path) -> None:
+    """ONNX Runtime's wheels would, except where they see a test or a CI service."""
+    plain = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    command = [sys.executable, "-c", _LOAD, str(tiny.path)]
+    subprocess.run(command, check=True, env=plain | {"HOME": str(tmp_path)})
+    assert list(tmp_path.rglob(".onnxruntime")) == []
 
 
 def test_a_missing_engine_names_its_cure(tiny: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -53,6 +54,9 @@ def checked_onnxruntime() -> Any:
         raise MissingDependencyError(
             f"{' and '.join(found)} are both installed and overwrite each other: {_again(*found)}"
         )
+    # From 1.29 on its wheels tell Microsoft about the machine: by default, from the import on, and with an identifier and a
+    # database in the user's cache. Their function for it stops a part; who sets the variable, to 0 as well, has decided.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
