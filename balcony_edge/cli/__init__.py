@@ -83,7 +83,11 @@ WORKSTATION = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "onn
 
 def main() -> None:
     """Entry point of the ``balcony-edge`` command."""
-    if sys.stderr is None:  # closed: print() would write errors to stdout, and the next file would be descriptor 2
+    # The next file would be the descriptor of a closed stream, and get what native libraries print.
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(free)
+    if sys.stderr is None:  # closed: print() would write errors to stdout
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the whole process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -78,13 +78,15 @@ class Machine(BaseModel):
         ``names``: what the two are called.
 
         The kernel may differ, and memory by one gigabyte, because firmware and kernels reserve different amounts. What
-        one does not tell is no difference: Docker hides an Arm board's name and power modes (it masks /sys/firmware).
+        one does not tell is no difference: Docker hides an Arm board's name and power modes (it masks /sys/firmware), systemd's
+        ProcSubset=pid the name of the CPU, which is then that of the architecture.
         """
         first, second = names
         found = [
             f"{key}: {mine} {first}, {theirs} {second}"
             for key in ("board", "cpu", "cpus", "architecture", "power_mode")
             if None not in (mine := getattr(self, key), theirs := getattr(other, key)) and mine != theirs
+            if key != "cpu" or not {mine, theirs} & {self.architecture, other.architecture}
         ]
         sizes = self.memory_bytes, other.memory_bytes
         if sizes[0] is not None and sizes[1] is not None and abs(sizes[0] - sizes[1]) > 2**30:

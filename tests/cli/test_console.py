@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import io
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +109,12 @@ def test_a_reader_that_stops_early_is_not_an_error_on_windows(
     with pytest.raises(OSError, match="paging file"):
         reported(lambda: write(other))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "0<&- >&- 2>&-"])
+def test_no_file_gets_the_descriptor_of_a_closed_stream(closed: str, tmp_path: Path) -> None:
+    """Native libraries would write their messages into it."""
+    opened = "cli.app = lambda **_: print(os.open(os.devnull, os.O_RDONLY), file=open('found', 'w'))"
+    program = f"import os; from balcony_edge import cli; {opened}; cli.main()"
+    subprocess.run(f'{sys.executable} -c "{program}" {closed}', shell=True, check=True, cwd=tmp_path, timeout=120)
+    assert int((tmp_path / "found").read_text()) > 2

@@ -219,6 +219,8 @@ def test_what_a_container_hides_is_no_difference() -> None:
     bare = Machine(board=None, cpu="Cortex-A78AE", cpus=6, architecture="aarch64", memory_bytes=None, system="Linux 5")
     board = bare.model_copy(update={"board": "Orin Nano", "power_mode": "15W", "memory_bytes": 8 * 10**9})
     assert board.differences(bare) == bare.differences(board) == ()
+    unnamed = board.model_copy(update={"cpu": "aarch64"})  # without /proc/cpuinfo
+    assert board.differences(unnamed) == unnamed.differences(board) == ()
     other = board.model_copy(update={"power_mode": "MAXN", "memory_bytes": 16 * 10**9})
     assert board.differences(other) == ("power_mode: 15W there, MAXN here", "memory: 8.0 GB there, 16.0 GB here")
 

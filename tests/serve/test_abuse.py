@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
+from balcony_edge.cli.device.serve import InThread
 from balcony_runtime.serve.http import server as server_module
 from balcony_runtime.serve.http.connections import Connection, bounded
 from balcony_runtime.serve.http.server import Server
@@ -279,3 +280,21 @@ def test_a_client_that_leaves_after_bytes_of_its_next_request_is_noticed(hasty: 
         time.sleep(0.2)
         connection.close()
         until(lambda: is_free(hasty))  # the reply alone takes forty seconds
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
+    """As of a terminal that is paused (Ctrl-S). At the end its lines are waited for."""
+    read, seen = threading.Event(), []
+
+    class Stuck(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert read.wait(60)
+            seen.append(record.getMessage())
+
+    handler = InThread(Stuck())
+    for number in range(5):
+        handler.handle(logging.makeLogRecord({"msg": str(number)}))
+    assert not seen
+    read.set()
+    handler.close()
+    assert seen == ["0", "1", "2", "3", "4"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import signal
 import sys
+import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +22,8 @@ from balcony_edge.errors import InputError
 
 #: Logger whose records are JSON already.
 _REQUESTS = "balcony_runtime.serve.requests"
+#: Lines that wait for stderr, after which others are lost; and the longest wait for them at the end, in seconds.
+LINES, LAST_LINES_S = 1000, 2.0
 
 
 class JsonLines(logging.Formatter):
@@ -36,6 +41,33 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+class InThread(logging.Handler):
+    """Hands records to a handler in a thread: a paused terminal or a collector that hangs must not hold the event loop."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__()
+        self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(LINES)
+        self._thread = threading.Thread(target=self._write, args=(handler,), name="log", daemon=True)
+        self._thread.start()
+
+    def _write(self, handler: logging.Handler) -> None:
+        while (record := self._records.get()) is not None:
+            handler.handle(record)
+
+    def emit(self, record: logging.LogRecord | None) -> None:
+        """Take a record, if there is room for it."""
+        with suppress(queue.Full):
+            self._records.put_nowait(record)
+
+    def close(self) -> None:
+        """Wait for the lines so far. The interpreter would wait for ever, or abort, for a thread that is in a write."""
+        super().close()
+        self.emit(None)
+        self._thread.join(LAST_LINES_S)
+        if self._thread.is_alive():
+            os._exit(1)
 
 
 def serve(
@@ -120,7 +152,7 @@ def serve(
     handler = logging.StreamHandler(sys.stderr)
     is_read = sys.stderr is not None and sys.stderr.isatty()
     handler.setFormatter(VisibleLines() if is_read else JsonLines())  # a person reads the texts alone
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[InThread(handler)])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are one for each request that is not HTTP
 
     def open_llm() -> balcony_edge.LLM:

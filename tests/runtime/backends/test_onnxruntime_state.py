@@ -185,6 +185,17 @@ def test_a_graph_without_memory_for_it_is_not_called_damaged(
         onnxruntime_backend._open(Path("stage_0.onnx"), packed)
 
 
+def test_a_system_without_proc_has_no_damaged_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a bare chroot."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("Secure opened-file canonicalization requires procfs at /proc/self")
+
+    monkeypatch.setattr(onnxruntime_backend, "_quiet_session", fail)
+    with pytest.raises(BundleError, match=r"^stage_0\.onnx: ONNX Runtime cannot load it \(.*\): mount /proc here$"):
+        onnxruntime_backend._open(Path("stage_0.onnx"), None)
+
+
 def test_a_graph_without_memory_to_pack_it_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could be loaded: packing takes as much memory again as the weights."""
 

@@ -133,6 +133,8 @@ def open_session(
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
         name = "a graph in memory" if isinstance(graph, bytes) else graph
         cure = "free memory" if is_out_of_memory(error) else "export it again"
+        if "requires procfs" in str(error):  # to see that weights are no links, from 1.32 on
+            cure = "mount /proc here"
         raise BundleError(f"{name}: ONNX Runtime cannot load it ({first_line(error)}): {cure}") from error
 
 

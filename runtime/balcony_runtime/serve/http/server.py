@@ -275,6 +275,7 @@ class _Uvicorn(uvicorn.Server):
         _notify("STOPPING=1")
         if not self._owner.service.ready:
             _log.info("stopping: the model was still loading")
+            logging.shutdown()
             os._exit(0)  # nothing interrupts a load, and it has no requests to wait for
         _log.info("stopping: waiting for requests in progress; another signal ends them")
         self._owner.stop()
