@@ -83,6 +83,8 @@ class Fit(NamedTuple):
 
     def learn(self, share: float, value: float, own: float | None) -> Fit:
         """Return the estimate after a reading; ``own`` is our part of it, or None if that is unknown."""
+        # One wrong reading moves the gain so far that our share falls to nearly nothing, and then no reading corrects it.
+        value = min(value, self.base + self.gain * share + 2 * (1 + self.deviation(share)))
         innovation = value - self.base - self.gain * share
         drifted = self._replace(
             base_variance=self.base_variance + BASE_VARIANCE,
@@ -92,6 +94,11 @@ class Fit(NamedTuple):
         if own is None:
             return drifted._observe(1.0, share, value)
         return drifted._observe(1.0, 0.0, max(value - own, 0.0))._observe(0.0, share, own)
+
+    def deviation(self, share: float) -> float:
+        """Deviation of the estimate at a busy share."""
+        variance = self.base_variance + 2 * share * self.covariance + share * share * self.gain_variance
+        return math.sqrt(max(variance, 0.0))
 
     def _observe(self, per_base: float, per_gain: float, value: float) -> Fit:
         """Return the estimate after a Kalman update with ``value = per_base × base + per_gain × gain + noise``."""
@@ -204,9 +211,7 @@ class Load(NamedTuple):
 
     def least_at(self, share: float) -> float:
         """Value of the quantity at a busy share, less a deviation of the estimate."""
-        fit = self.fits[self.best]
-        variance = fit.base_variance + 2 * share * fit.covariance + share * share * fit.gain_variance
-        return self.at(share) - self.scale * math.sqrt(max(variance, 0.0))
+        return self.at(share) - self.scale * self.fits[self.best].deviation(share)
 
     def _remembering(self, now_s: float, busy_s: float) -> Load:
         past = self.past

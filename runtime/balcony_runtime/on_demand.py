@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 #: Longest wait for sensors that have just been started: energy counters and busy shares need two samples.
 FIRST_READINGS_S = 1.0
+#: Longest wait for a reading before a reply is refused: a source whose read failed (EIO) is asked again after two periods.
+MISSED_S = 0.5
 
 
 class SensorsOnDemand:
@@ -73,8 +75,9 @@ class SensorsOnDemand:
         Raises:
             InfeasibleError: there are some, and the budget asks for an error in that case.
         """
+        until_s = time.monotonic() + MISSED_S if budget.on_infeasible == "error" else 0.0
         while missing := unseen(budget, self.latest(), time.monotonic()):
-            if time.monotonic() >= self._settled_s:
+            if time.monotonic() >= max(self._settled_s, until_s):
                 break
             time.sleep(0.05)
         if not missing:

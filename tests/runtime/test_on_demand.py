@@ -112,6 +112,19 @@ def test_what_is_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
+def test_one_read_that_failed_refuses_no_reply() -> None:
+    """Some drivers give EIO or ENODATA now and then; the source is asked again 0.4 s later."""
+    begin_s = time.monotonic()
+
+    def zone() -> tuple[Reading, ...]:
+        now_s = time.monotonic()
+        return (Reading("thermal:cpu", "cpu", now_s, celsius=45.0),) if now_s > begin_s + 0.3 else ()
+
+    SensorsOnDemand(zone).check(Budget(temperature_c=70, on_infeasible="error"))
+    with pytest.raises(InfeasibleError, match="temperature_c = 70: no sensor of this device measures it"):
+        SensorsOnDemand(tuple).check(Budget(temperature_c=70, on_infeasible="error"))
+
+
 def test_a_rail_that_is_not_measured_names_those_that_are(caplog: pytest.LogCaptureFixture) -> None:
     """A mini PC measures its CPU (RAPL) and not its board, which is the default; `doctor` shows nothing missing."""
 

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _REASONS = {
 }
 #: Time after which a driver counts as hung. A read takes microseconds, or some milliseconds over a slow bus.
 PATIENCE_S = 0.3
+#: Shortest sleep of a machine. Its two clocks are read one after the other, some ms apart on a busy machine.
+LEAST_SLEEP_S = 0.5
 
 
 def read_text(path: Path) -> str:
@@ -82,6 +85,13 @@ def absence(part: str, error: OSError | ValueError, cure: str = "") -> Absence:
     return Absence(part, f"its file does not contain a number: {error}", cure)
 
 
+def asleep_s() -> float:
+    """Seconds that the machine has slept since its start. Linux stops its monotonic clock meanwhile; counters may go on."""
+    if (clock := getattr(time, "CLOCK_BOOTTIME", None)) is None:
+        return 0.0
+    return time.clock_gettime(clock) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
 @dataclass(slots=True)
 class EnergyCounter:
     """An attribute that counts µJ, read as joules and watts.
@@ -96,26 +106,28 @@ class EnergyCounter:
     _moved: bool = False
     _last_uj: int | None = None
     _last_s: float = 0.0
+    _asleep_s: float = 0.0
     _total_uj: int = 0
 
     def advance(self, now_s: float) -> tuple[float, float | None]:
         """Read the counter: joules with wraps and restarts undone, and mean watts since the previous read.
 
-        Watts are None at the first read, and at a restart: the energy around it is unknown.
+        Watts are None at the first read, and at a restart or after a sleep: the energy around it is unknown.
 
         Raises:
             OSError: it has not changed since the first read, so it measures nothing; or as :func:`read_number`.
             ValueError: as :func:`read_number`.
         """
-        raw, last_s = read_number(self.path), self._last_s
-        known = self._last_uj is not None
-        delta = 0 if self._last_uj is None else raw - self._last_uj
+        raw, last_s, slept_s = read_number(self.path), self._last_s, asleep_s() - self._asleep_s
+        known = self._last_uj is not None and slept_s < LEAST_SLEEP_S
+        delta = raw - self._last_uj if self._last_uj is not None and known else 0
         if delta < 0:  # it has wrapped, or begun again: then the energy of a wrap is beyond what the time allows
             wrapped = (delta % self.range_uj) if self.range_uj else 0
             known = known and 0 < wrapped <= 1e6 * MAX_WATTS * (now_s - last_s)
             delta = wrapped if known else 0
         self._total_uj = raw if self._last_uj is None else self._total_uj + delta
         self._last_uj, self._last_s, self._moved = raw, now_s, self._moved or delta != 0
+        self._asleep_s += slept_s
         watts = delta / 1e6 / (now_s - last_s) if known and now_s > last_s else None
         if watts is not None and not self._moved:
             raise OSError("its counter does not move: the firmware does not update it")

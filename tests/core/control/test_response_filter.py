@@ -60,6 +60,19 @@ def test_base_and_gain_are_never_negative() -> None:
     assert Fit(0.1, 0.9, 1.0, 0.9, 1.0).learn(0.0, -9.0, None)[:2] == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("spike", [25.0, 400.0])
+def test_one_wrong_reading_is_forgotten_within_seconds(spike: float) -> None:
+    """600 W for 12: our part would then count as dozens of ceilings, and tokens so slow that nothing shows the contrary."""
+    fit = Fit()
+    for share in (0.0, 1.0, 0.6, 0.5, 0.7, 0.6) * 4:
+        fit = fit.learn(share, 0.25 + 1.25 * share, None)
+    fit = fit.learn(0.6, spike, None)
+    for _ in range(10):
+        share = min(max((1 - fit.base) / max(fit.gain, 0.02), 0.05), 1.0)
+        fit = fit.learn(share, 0.25 + 1.25 * share, None)
+    assert (1 - fit.base) / fit.gain == pytest.approx(0.6, abs=0.05)
+
+
 def busy_s(time_s: float) -> float:
     """Our busy seconds: nothing, then a share of 0.8 from 0.3 s on."""
     return 0.8 * max(time_s - 0.3, 0.0)

@@ -251,6 +251,27 @@ def test_rapl_undoes_wraps_and_a_vanished_zone_counts_on(sysfs_tree: Tree) -> No
     assert dram(4.75) == (65722.0, 4.0)
 
 
+def test_the_energy_of_a_sleep_is_not_that_of_the_moment_after_it(
+    sysfs_tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In s2idle a package goes on counting, and the monotonic clock does not: 300 J in 0.25 s were 1,200 W."""
+    root, asleep = sysfs_tree("laptop"), 40.0
+    monkeypatch.setattr("balcony_runtime.sensors.sysfs.asleep_s", lambda: asleep, raising=False)
+    rapl, counter = Rapl(root), root / "class/powercap/intel-rapl:0/energy_uj"
+
+    def package(now_s: float, uj: int) -> tuple[float | None, float | None]:
+        put(counter, 81500000000 + uj)
+        rapl.discover()
+        (reading,) = [r for r in rapl.read(now_s).readings if r.source == "rapl:package-0"]
+        return reading.joules, reading.watts
+
+    assert package(1.0, 0) == (81500.0, None)
+    assert package(1.25, 3000000) == (81503.0, 12.0)
+    asleep += 600.0
+    assert package(1.5, 303000000) == (81503.0, None)
+    assert package(1.75, 306000000) == (81506.0, 12.0)
+
+
 def test_rapl_without_a_pulse_is_absent(sysfs_tree: Tree) -> None:
     root = sysfs_tree("laptop")
     rapl = Rapl(root)
