@@ -102,6 +102,13 @@ def _drop_weight(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
+def _compiled(model: Path) -> None:
+    """As saved from what torch.compile returns."""
+    tensors = load_file(model / "model.safetensors")
+    renamed = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, model / "model.safetensors", {"format": "pt"})
+
+
 def _add_bias(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # old checkpoints have it
@@ -119,6 +126,7 @@ _SHARD = b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
         (_truncate, r"bytes long, but its header says \d+: download it again"),
         (_write("model.safetensors", b"\x10\x00"), "is not a safetensors file, or is cut short"),
         (_drop_weight, r"1 weights are missing, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
+        (_compiled, r"weights are missing, .*: rename those such as _orig_mod\.\S+, or download the checkpoint again"),
         (_add_bias, r"has no place for 1 of its weights, the first is model\.layers\.1\.mlp\.up_proj\.bias: give a"),
         (_write("config.json", b"{"), r"config\.json: cannot be read as JSON"),
         (_write("config.json", b"[" * 100_000), r"config\.json: cannot be read as JSON"),
@@ -217,6 +225,18 @@ def test_an_architecture_is_refused_before_its_weights_are_read(
         load_model(model_copy)
 
 
+@pytest.mark.parametrize("kind", ["Gemma3Config", "Mistral3Config"])
+def test_a_model_of_text_and_images_is_refused_by_name_before_its_weights_are_read(
+    model_copy: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    getattr(transformers, kind)().save_pretrained(model_copy)
+    monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("are read"))
+    with pytest.raises(
+        UnsupportedModelError, match=f"'{kind.removesuffix('Config').lower()}': this architecture is not"
+    ):
+        load_model(model_copy)
+
+
 def test_missing_tokenizer_is_named(model_copy: Path) -> None:
     for file in model_copy.glob("tokenizer*"):
         file.unlink()
@@ -263,6 +283,27 @@ def test_a_tokenizer_keeps_the_rules_of_its_file(model_copy: Path) -> None:
     found = load_tokenizer(model_copy)
     parts = found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("\n\n12")
     assert [text for text, _ in parts] == ["ĊĊ", "1", "2"] and found.eos_token == "<end>"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("llama", "LlamaTokenizerFast"), ("qwen2", "PreTrainedTokenizerFast")]
+)
+def test_a_tokenizer_of_words_that_begin_with_a_mark_keeps_the_rules_of_its_file(
+    model_copy: Path, model_type: str, name: str
+) -> None:
+    """As in Yi and CodeQwen: transformers would put a space before the text, or drop all spaces."""
+    document = json.loads((model_copy / "tokenizer.json").read_text())
+    document["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    document |= {
+        "pre_tokenizer": None,
+        "decoder": document["normalizer"] | {"pattern": {"String": "\u2581"}, "content": " "},
+    }
+    document["model"] |= {"vocab": {"<end>": 0, "a": 1, "\u2581": 2, "\u2581a": 3}, "merges": [["\u2581", "a"]]}
+    (model_copy / "tokenizer.json").write_text(json.dumps(document))
+    _configured(model_type=model_type)(model_copy)
+    named = {"tokenizer_class": name, "eos_token": "<end>", "unk_token": "<end>"}
+    (model_copy / "tokenizer_config.json").write_text(json.dumps(named))
+    assert load_tokenizer(model_copy)("a a").input_ids == [1, 3]
 
 
 def test_a_damaged_tokenizer_is_named(model_copy: Path) -> None:

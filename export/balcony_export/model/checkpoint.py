@@ -24,11 +24,11 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    GPT2Tokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -80,7 +80,9 @@ def load_model(
         if not options:
             config = AutoConfig.from_pretrained(where, trust_remote_code=False)
             text = config.get_text_config()
-            refuse_unsupported(text)  # before gigabytes are fetched and read
+            made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            is_text = made is not None and made.config_class is type(text)  # not so for Gemma 3 with images
+            refuse_unsupported(text if is_text else config)  # before gigabytes are fetched and read
             if keep_dtype:
                 text.dtype = None  # the first weight tells it, which config.json need not do
                 given = {"dtype": "auto", "config": config}
@@ -98,8 +100,10 @@ def load_model(
     if attn_implementation is None and getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
     if missing := sorted(report["missing_keys"]):
+        others = sorted(report["unexpected_keys"])
+        cure = f"rename those such as {others[0]}, or " if others else ""
         raise CheckpointError(
-            f"{source}: {len(missing)} weights are missing, the first is {missing[0]}: download the checkpoint again"
+            f"{source}: {len(missing)} weights are missing, the first is {missing[0]}: {cure}download the checkpoint again"
         )
     if unexpected := sorted(report["unexpected_keys"]):
         raise CheckpointError(
@@ -153,8 +157,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     wanted: dict[str, Any] = {**options, "mistral_format": False}
     with _explained(source):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **wanted)
-        if not options and isinstance(tokenizer, GPT2Tokenizer) and _has_rules(where):
-            # transformers makes this class with GPT-2's rules, whatever tokenizer.json says: SmolLM takes digits apart.
+        if not options and type(tokenizer) is not PreTrainedTokenizerFast and _has_rules(where):
+            # transformers makes its other classes with their own rules, whatever tokenizer.json says: SmolLM takes digits
+            # apart, Yi puts no space before a text, and CodeQwen's words begin with one that Qwen2Tokenizer drops.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(where)
         suspected = getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False
         if suspected and _INSTRUCTION in tokenizer.get_vocab():
