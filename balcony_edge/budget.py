@@ -121,6 +121,10 @@ class Budget(BaseModel):
             f"{name} = {shown(value)}: a budget does not change: set a new one, e.g. llm.budget = Budget(tpot_ms=12)"
         )
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, which are checked as in a new budget. Pydantic's own takes any, under any name."""
+        return type(self)(**{**{key: getattr(self, key) for key in self.model_fields_set}, **(update or {})})
+
     tpot_ms: Positive | None = None
     """Target for the gap between two tokens of a stream (time per output token), where the user receives them."""
     ttft_ms: Positive | None = None

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from balcony_edge.errors import BalconyError
+from balcony_edge.errors import BalconyError, shown
 
 try:
     import fcntl
@@ -98,6 +98,8 @@ def require_path(value: object, what: str, error_class: type[BalconyError], cure
     """Refuse what is no path, such as the None of a variable that is not set."""
     if not isinstance(value, str | os.PathLike):
         raise error_class(f"{what} of type {type(value).__name__}: {cure}")
+    if "\0" in os.fsdecode(value):  # Python refuses it with a ValueError, and only where a file is opened
+        raise error_class(f"{what} {shown(value)}: has a NUL character, which no name of a file may have: {cure}")
 
 
 def visible(directory: Path, *endings: str) -> list[Path]:

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
+from balcony_edge.errors import InputError, shown
+
 #: Highest price, one hour: far above every useful pass, and low enough that sums and products of prices stay finite.
 MAX_MS = 3.6e6
 #: Largest number of rows of a sequence.
@@ -241,7 +243,16 @@ class CostModel:
     def step_ms(
         self, exit_layer: int, stage_rows: Sequence[int], balcony_rows: Sequence[int], context_length: int
     ) -> float:
-        """Price of the next step at one exit, pending rows included: see :meth:`steps_ms`."""
+        """Price of the next step at one exit, pending rows included: see :meth:`steps_ms`.
+
+        Raises:
+            InputError: there are no prices of this exit.
+        """
+        if exit_layer not in self.exits:
+            raise InputError(
+                f"exit_layer = {shown(exit_layer)}: these prices are for exits {', '.join(map(str, self.exits))}: "
+                "pick one of them"
+            )
         return self.steps_ms(stage_rows, balcony_rows, context_length)[self.exits.index(exit_layer)]
 
     def steady_ms(self, exit_layer: int, context_length: int) -> float:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Unpack
 
 from balcony_edge.control.catching_up import IDLE_ROWS
-from balcony_edge.errors import BalconyError, InputError
+from balcony_edge.errors import BalconyError, InputError, shown
 from balcony_runtime.reply import ReplyLimits, Token, TokenStream
 from balcony_runtime.sessions import file
 from balcony_runtime.text.codec import Message
@@ -194,6 +194,9 @@ def _messages(given: str | Message | Sequence[Message]) -> list[Message]:
         raise InputError(f"message of type {type(given).__name__}: give a text, a message or a list of messages")
     if not given:
         raise InputError("no messages were given: give a text, a message or a list of messages")
+    for one in given:
+        if not isinstance(one, Mapping):  # a first message of token ids would be a prompt, and no history
+            raise InputError(f"message {shown(one)}: must be a mapping with 'role' and 'content': give both")
     return list(given)
 
 

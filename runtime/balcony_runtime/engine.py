@@ -10,7 +10,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable
-from typing import TypedDict, Unpack
+from typing import Self, TypedDict, Unpack
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import Manifest
@@ -56,7 +56,7 @@ class Engine(Closing):
     @classmethod
     def open(
         cls, path: str | os.PathLike[str], *, verify_hashes: bool = True, **options: Unpack[EngineOptions]
-    ) -> Engine:
+    ) -> Self:
         """Load a bundle; arguments as for :func:`balcony_edge.load`.
 
         Raises:
@@ -68,7 +68,7 @@ class Engine(Closing):
         return cls.of(Bundle.open(path, verify_hashes=verify_hashes), verify_hashes=verify_hashes, **options)
 
     @classmethod
-    def of(cls, bundle: Bundle, *, verify_hashes: bool = True, **options: Unpack[EngineOptions]) -> Engine:
+    def of(cls, bundle: Bundle, *, verify_hashes: bool = True, **options: Unpack[EngineOptions]) -> Self:
         """The same for a bundle that is already open; ``verify_hashes`` then concerns engine sets and packed weights."""
         return cls(open_backend(bundle, verify_hashes=verify_hashes, **options))
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from balcony_edge.budget import Budget, parse_budget
 from balcony_edge.bundle.bundle import Bundle
@@ -39,7 +39,7 @@ from balcony_runtime.scheduling.scheduler import Scheduler
 from balcony_runtime.scheduling.sequences import MEMBERS, Sequences
 from balcony_runtime.sessions import file
 from balcony_runtime.sessions.prefixes import PrefixFiles
-from balcony_runtime.text.codec import Message, TextCodec
+from balcony_runtime.text.codec import TextCodec
 from balcony_runtime.together import Together
 from balcony_runtime.token_sequence import TokenSequence
 from balcony_runtime.tokens import checked
@@ -148,7 +148,7 @@ class LLM(Closing):
         prefix_mb: float = KEPT_BYTES / 1e6,
         prefix_directory: str | os.PathLike[str] | None = None,
         **options: Unpack[EngineOptions],
-    ) -> LLM:
+    ) -> Self:
         """Load a bundle; see :func:`balcony_edge.load`."""
         begin, asked = time.perf_counter(), parse_budget(budget)
         engine: Engine | None = None
@@ -233,7 +233,7 @@ class LLM(Closing):
 
     def encode(
         self,
-        prompt: str | Sequence[Message],
+        prompt: Prompt,
         *,
         chat: bool | None = None,
         control_tokens: bool | None = None,
@@ -245,14 +245,8 @@ class LLM(Closing):
     ) -> list[int]:
         """Tokens of a prompt; arguments and errors as for :meth:`stream`, ``add_special_tokens`` as for :class:`.TextCodec`."""
         shown = None if self._requests.box(tools, tool_choice) is None else tools
-        return self.codec.encode(
-            prompt,
-            chat=chat,
-            control_tokens=control_tokens,
-            add_special_tokens=add_special_tokens,
-            tools=shown or (),
-            documents=documents,
-            template_kwargs=chat_template_kwargs,
+        return self._requests.prompt_ids(
+            prompt, chat, control_tokens, shown or (), documents, chat_template_kwargs, add_special_tokens
         )
 
     def decode(self, tokens: Sequence[int]) -> str:

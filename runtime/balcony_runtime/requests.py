@@ -22,7 +22,7 @@ import numpy as np
 from balcony_edge.budget import Budget
 from balcony_edge.control.verdict import Watch
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import BalconyError, ContextLengthError, InputError
+from balcony_edge.errors import BalconyError, ContextLengthError, InputError, shown
 from balcony_runtime.backends.base import IntArray, NotFiniteError
 from balcony_runtime.decoding.learned import Learned
 from balcony_runtime.decoding.loop import Decoder, Environment, Step
@@ -179,8 +179,8 @@ class Requests:
         box = self.box(tools, tool_choice, parallel_tool_calls)
         if box is not None and isinstance(sampling, SamplingParams) and sampling.structured:
             box = box._replace(document=True)
-        shown = () if box is None or tools is None else tools
-        ids = self._prompt_ids(prompt, chat, control_tokens, shown, documents, chat_template_kwargs)
+        seen = () if box is None or tools is None else tools
+        ids = self.prompt_ids(prompt, chat, control_tokens, seen, documents, chat_template_kwargs)
         most = self._new_tokens(len(ids), max_new_tokens, sequence)
         if logprobs is not None:
             logprobs = whole("logprobs", logprobs, 0)  # as Python's integer: NumPy's small ones overflow in sums
@@ -261,7 +261,7 @@ class Requests:
         ignore_eos: bool = False,
     ) -> Sampler:
         """The sampler of replies to prompts of equal length, (B, n); errors as for :meth:`structure`."""
-        params = sampling or SamplingParams()
+        params = SamplingParams() if sampling is None else sampling
         first = self.structure(params, box)
         guides = [] if first is None else [first, *(first.fork() for _ in prompts[1:])]
         if guides and ignore_eos:
@@ -339,7 +339,7 @@ class Requests:
         finally:
             self._continuing.discard(sequence)
 
-    def _prompt_ids(
+    def prompt_ids(
         self,
         prompt: Prompt,
         chat: bool | None,
@@ -347,7 +347,9 @@ class Requests:
         tools: Sequence[Mapping[str, Any]],
         documents: Sequence[Mapping[str, Any]],
         template_kwargs: Mapping[str, Any] | None,
+        add_special_tokens: bool = True,
     ) -> list[int]:
+        """Tokens of a prompt; arguments and errors as for :meth:`LLM.encode`."""
         ids_given = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray)
         ids_given = ids_given or (isinstance(prompt, np.ndarray) and prompt.ndim == 1)  # one of no axis has no length
         if ids_given and len(prompt) and isinstance(prompt[0], int | np.integer):
@@ -368,6 +370,7 @@ class Requests:
             prompt,  # type: ignore[arg-type]
             chat=chat,
             control_tokens=control_tokens,
+            add_special_tokens=add_special_tokens,
             tools=tools,
             documents=documents,
             template_kwargs=template_kwargs,
@@ -435,7 +438,7 @@ def refuse_longer(engine: Engine, what: str, tokens: int) -> None:
 def _structure(params: SamplingParams, box: Toolbox | None) -> Structure | None:
     """The structure that sampling parameters and tools ask for."""
     if not isinstance(params, SamplingParams):
-        raise InputError(f"sampling = {params!r}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
+        raise InputError(f"sampling = {shown(params)}: must be SamplingParams, e.g. SamplingParams(temperature=0.8)")
     asked = structure_of(json_schema=params.json_schema, regex=params.regex, grammar=params.grammar)
     return asked if box is None else box.structure(asked)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import InfeasibleError, InputError
+from balcony_edge.errors import InfeasibleError, InputError, shown
 from balcony_runtime.decoding.loop import Decoder, Step
 from balcony_runtime.decoding.sampling import log_probabilities
 from balcony_runtime.reply import FinishReason, Token
@@ -34,7 +34,7 @@ class StopStrings:
         listed = isinstance(stops, Iterable) and not isinstance(stops, str)
         self._stops = tuple(stops) if listed else ()
         if not listed or any(not isinstance(stop, str) or not stop for stop in self._stops):
-            raise InputError(f"stop = {stops!r}: must be a list of non-empty strings: give e.g. ['\\n']")
+            raise InputError(f"stop = {shown(stops)}: must be a list of non-empty strings: give e.g. ['\\n']")
         try:
             "".join(self._stops).encode()
         except UnicodeEncodeError:  # invalid bytes of an argument, or half of a pair in JSON

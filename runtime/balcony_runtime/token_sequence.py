@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from balcony_edge.errors import ContextLengthError, InputError
+from balcony_edge.errors import ContextLengthError, InputError, shown
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, State, likeliest
 from balcony_runtime.tokens import checked, common_length, whole
 
@@ -392,5 +392,5 @@ class TokenSequence:
         index = self._indices.get(exit_layer) if isinstance(exit_layer, int | np.integer) else None
         if index is None:
             exits = ", ".join(str(layer) for layer in self.exits)
-            raise InputError(f"exit_layer = {exit_layer!r}: this bundle has exits {exits}: pick one of them")
+            raise InputError(f"exit_layer = {shown(exit_layer)}: this bundle has exits {exits}: pick one of them")
         return index

@@ -31,6 +31,23 @@ def test_frozen_and_hashable() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tpot": 6}, r"tpot = 6: no such key; did you mean tpot_ms\?"),
+        ({"tpot_ms": -6}, "tpot_ms = -6: must be a finite number above 0"),
+        ({"exit_layer": 14}, "exit_layer = 14 with tpot_ms = 12.0: a fixed exit leaves no choice"),
+    ],
+)
+def test_a_copy_with_other_values_is_checked_as_a_new_budget(changes: dict[str, Any], message: str) -> None:
+    """Also by ``copy.replace`` of Python 3.13, which calls this."""
+    budget = Budget(tpot_ms=12, weight=2)
+    assert budget.model_copy(update={"tpot_ms": np.int64(6)}) == Budget(tpot_ms=6, weight=2)
+    assert budget.model_copy() == budget
+    with pytest.raises(BudgetError, match=f"^{message}"):
+        budget.model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
     "bad", [0, -3, -0.0, math.nan, math.inf, -math.inf, "12", True, False, [12], {}, 10**400, b"12"]
 )
 def test_tpot_refused(bad: Any) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from balcony_edge.control.company.prices import RoundEntry, RoundPrices
 from balcony_edge.device.costs import MAX_MS, MAX_ROWS, Bend, CostModel, ExpertCost, UnitCost
+from balcony_edge.errors import InputError
 
 STAGE = UnitCost(first_row_ms=2.0, marginal_row_ms=0.5, context_ms_per_1k=1.0)
 COSTS = CostModel(
@@ -220,3 +221,10 @@ def test_the_head_and_the_norm_take_one_row() -> None:
 def test_rows_of_another_number_of_exits_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
         COSTS.steps_ms((1,), (1,), 0)
+
+
+def test_an_exit_without_prices_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^exit_layer = 5: these prices are for exits 4, 8: pick one of them$"):
+        COSTS.steady_ms(5, 0)
+    with pytest.raises(InputError, match=r"^exit_layer = '8': "):
+        COSTS.prefill_ms("8", 30)  # type: ignore[arg-type]

@@ -38,6 +38,11 @@ def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640, "only some may read it"
 
 
+def test_a_name_that_no_file_may_have_is_refused_before_any_work() -> None:
+    with pytest.raises(InputError, match=r"^trace 'a\\x00b': has a NUL character, .*: give the path of a file$"):
+        LinesWriter("a\0b")
+
+
 def test_the_page_of_errors_names_what_a_killed_writer_leaves(tmp_path: Path) -> None:
     """Hundreds of megabytes in a hidden directory, for good where the next export has another name."""
     page = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")

@@ -142,6 +142,15 @@ def test_messages_that_cannot_be_leave_the_history(llm: LLM, bundle_copy: Any) -
     assert chat.messages == []
 
 
+def test_token_ids_are_no_first_message(llm: LLM) -> None:
+    """They are a prompt of `stream`. In the history no later turn could follow them, and nothing could save it."""
+    chat = llm.chat()
+    given: Any = llm.encode("the fox", chat=False)
+    with pytest.raises(InputError, match=r"^message [0-9]+: must be a mapping with 'role' and 'content'"):
+        finish(chat.send(given, max_new_tokens=2, ignore_eos=True))
+    assert chat.messages == []
+
+
 def test_a_message_that_its_sender_fills_again_stays_in_the_history(llm: LLM) -> None:
     chat, message = llm.chat(), {"role": "user", "content": ""}
     for given in (message, [message]):

@@ -368,3 +368,27 @@ def test_a_policy_makes_no_token_with_a_pace_or_a_deadline(llm: LLM, keys: dict[
     decoder._budget, decoder._costs, decoder.made = Budget(**keys), PRICES, 2
     decoder._attempt(policy, np.array([1]), Decision(llm.exit_layers[-1], 20.0, 10.0, period_ms=period_ms), 0)
     assert len(turns) == (not keys)
+
+
+@pytest.mark.parametrize(
+    "bad", [{}, False, np.zeros((9, 9)), {"json_schema": "x" * 9_000}], ids=lambda bad: str(bad)[:9]
+)
+def test_what_is_no_sampling_is_one_short_line(llm: LLM, bad: Any) -> None:
+    """Also if it is empty: only None asks for greedy decoding."""
+    with pytest.raises(InputError, match=r"^sampling = .*: must be SamplingParams") as caught:
+        llm.stream("the fox", sampling=bad)
+    with pytest.raises(InputError, match=r"^stop = .*: must be a list of non-empty strings") as other:
+        llm.stream("the fox", stop=[[bad]])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"^exit_layer = .*: this bundle has exits 2, 3, 5") as third:
+        llm.engine.new_sequence().advance(bad, [1])
+    for error in (caught, other, third):
+        assert "\n" not in str(error.value) and len(str(error.value)) < 160
+
+
+def test_token_ids_are_encoded_as_a_stream_sees_them(llm: LLM) -> None:
+    """The refusal of other prompts asks for them by name."""
+    ids: Any = np.array([5, 6])
+    assert llm.encode([5, 6]) == llm.encode(ids) == [5, 6]
+    assert llm.encode("the fox", chat=False) == llm.encode(llm.encode("the fox", chat=False))
+    with pytest.raises(InputError, match=r"^token 320: the vocabulary has 0 to 319"):
+        llm.encode([320])
