@@ -214,7 +214,8 @@ class _Planner:
             unknown["memory_mb"] = None
         physics = replace(Physics(noise=profile.spread, throttle_c=math.inf), **memory)
         if power is None:
-            unknown |= {"power_w": None, "energy_j_per_token": None}
+            keys = ("power_w", "energy_j_per_token", "power_rail", "power_window_s")
+            unknown |= {key: Budget.model_fields[key].default for key in keys}
         else:
             physics = replace(physics, idle_w=power[0], busy_w=power[1], rail=self.rail)
         measurable = budget.model_copy(update={**unknown, **known})

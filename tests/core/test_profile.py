@@ -253,6 +253,14 @@ def test_plan_names_the_nearest_target_that_can_be_held() -> None:
     assert not both.feasible and set(both.nearest) <= {"tpot_ms", "min_agreement"} and both.nearest
 
 
+@pytest.mark.parametrize(
+    "keys", [{"power_w": 10, "power_window_s": 10}, {"energy_j_per_token": 0.5, "power_rail": "gpu"}]
+)
+def test_plan_leaves_out_power_with_its_window_and_rail(keys: dict[str, Any]) -> None:
+    plan = make_plan(make_profile(), Budget(tpot_ms=20.0, **keys), prompt_tokens=64)
+    assert plan.feasible and [note.partition(":")[0] for note in plan.notes] == [next(iter(keys))]
+
+
 def test_plan_never_makes_up_what_was_not_measured() -> None:
     plan = make_plan(make_profile(), Budget(energy_j_per_token=0.5, temperature_c=70.0), prompt_tokens=64)
     assert {check.met for exit_ in plan.exits for check in exit_.checks} == {None}
