@@ -84,8 +84,10 @@ class Fit(NamedTuple):
     def learn(self, share: float, value: float, own: float | None) -> Fit:
         """Return the estimate after a reading; ``own`` is our part of it, or None if that is unknown."""
         # One wrong reading moves the gain so far that our share falls to nearly nothing, and then no reading corrects it.
-        value = min(value, self.base + self.gain * share + 2 * (1 + self.deviation(share)))
-        innovation = value - self.base - self.gain * share
+        # Half of the estimate more: the scale can be nearly 0, that of a rail which drew nothing at first.
+        expected = self.base + self.gain * share
+        value = min(value, 1.5 * expected + 2 * (1 + self.deviation(share)))
+        innovation = value - expected
         drifted = self._replace(
             base_variance=self.base_variance + BASE_VARIANCE,
             gain_variance=self.gain_variance + GAIN_VARIANCE,

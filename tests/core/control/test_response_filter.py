@@ -73,6 +73,14 @@ def test_one_wrong_reading_is_forgotten_within_seconds(spike: float) -> None:
     assert (1 - fit.base) / fit.gain == pytest.approx(0.6, abs=0.05)
 
 
+def test_a_rail_that_draws_nothing_at_first_is_learned_within_seconds() -> None:
+    """As a Jetson's GPU. Its first watts are the scale of a budget of joules, so 8 W are 8,000 units."""
+    load = Load(1e-3)
+    for tick in range(300):  # idle for a second, then at full share
+        load = load.see(Sample(0.0 if tick < 10 else 8.0), tick / 10, max(tick - 9, 0) / 10)
+    assert load.at(1.0) == pytest.approx(8, rel=0.05)
+
+
 def busy_s(time_s: float) -> float:
     """Our busy seconds: nothing, then a share of 0.8 from 0.3 s on."""
     return 0.8 * max(time_s - 0.3, 0.0)
