@@ -406,7 +406,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     max_length = max(longest, WINDOW_PREFIX + WINDOW_ROWS) + WARM_STEPS + STEPS + 1
     if max_length > (context := min(bundle.manifest.model.context_length for bundle in bundles)):
         raise InputError(f"--contexts {longest}: a reply ends at {max_length} tokens: the bundles take {context}")
-    text = read_text(arguments.text, bundles[0], rounds + 1, longest, windows)
+    text = read_text(arguments.text, bundles[0], max(rounds, REPLIES) + 1, longest, windows)
     begin, neighbours = time.perf_counter(), Neighbours()
     subjects, cases = subjects_of(
         bundles, models, arguments.threads, max_length, huge_pages=arguments.huge_pages, packed=arguments.packed

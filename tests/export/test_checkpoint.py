@@ -306,6 +306,15 @@ def test_a_tokenizer_of_words_that_begin_with_a_mark_keeps_the_rules_of_its_file
     assert load_tokenizer(model_copy)("a a").input_ids == [1, 3]
 
 
+def test_the_end_that_only_a_tokenizers_class_names_stays(model_copy: Path) -> None:
+    document = json.loads((model_copy / "tokenizer.json").read_text())
+    document["model"]["vocab"]["<|endoftext|>"] = max(document["model"]["vocab"].values()) + 1
+    (model_copy / "tokenizer.json").write_text(json.dumps(document))
+    _configured(model_type="qwen2")(model_copy)
+    (model_copy / "tokenizer_config.json").unlink()
+    assert load_tokenizer(model_copy).eos_token == "<|endoftext|>"
+
+
 def test_a_damaged_tokenizer_is_named(model_copy: Path) -> None:
     (model_copy / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "newer"}}')
     with pytest.raises(CheckpointError, match=r"cannot be loaded .*: give a Hugging Face directory") as caught:

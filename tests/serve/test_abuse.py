@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from balcony_edge.cli.device.serve import InThread
+from balcony_edge.cli.device.serve import LINES, InThread
 from balcony_runtime.serve.http import server as server_module
 from balcony_runtime.serve.http.connections import Connection, bounded
 from balcony_runtime.serve.http.server import Server
@@ -282,8 +283,10 @@ def test_a_client_that_leaves_after_bytes_of_its_next_request_is_noticed(hasty: 
         until(lambda: is_free(hasty))  # the reply alone takes forty seconds
 
 
-def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
-    """As of a terminal that is paused (Ctrl-S). At the end its lines are waited for."""
+@pytest.mark.parametrize("lines", [5, LINES + 50])
+def test_a_log_that_nobody_reads_holds_nobody_up(lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a terminal that is paused (Ctrl-S). At the end its lines are waited for; those that found no room are lost."""
+    monkeypatch.setattr(os, "_exit", lambda _: pytest.fail("all lines were written"))
     read, seen = threading.Event(), []
 
     class Stuck(logging.Handler):
@@ -292,9 +295,9 @@ def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
             seen.append(record.getMessage())
 
     handler = InThread(Stuck())
-    for number in range(5):
+    for number in range(lines):
         handler.handle(logging.makeLogRecord({"msg": str(number)}))
     assert not seen
     read.set()
     handler.close()
-    assert seen == ["0", "1", "2", "3", "4"]
+    assert seen[:5] == ["0", "1", "2", "3", "4"] and len(seen) in (lines, LINES, LINES + 1)

@@ -9,7 +9,6 @@ import queue
 import signal
 import sys
 import threading
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +47,7 @@ class InThread(logging.Handler):
 
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__()
-        self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(LINES)
+        self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, args=(handler,), name="log", daemon=True)
         self._thread.start()
 
@@ -56,15 +55,15 @@ class InThread(logging.Handler):
         while (record := self._records.get()) is not None:
             handler.handle(record)
 
-    def emit(self, record: logging.LogRecord | None) -> None:
-        """Take a record, if there is room for it."""
-        with suppress(queue.Full):
-            self._records.put_nowait(record)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record, if there is room. A finalizer may log while this thread puts or gets: no other queue allows it."""
+        if self._records.qsize() < LINES:
+            self._records.put(record)
 
     def close(self) -> None:
         """Wait for the lines so far. The interpreter would wait for ever, or abort, for a thread that is in a write."""
         super().close()
-        self.emit(None)
+        self._records.put(None)
         self._thread.join(LAST_LINES_S)
         if self._thread.is_alive():
             os._exit(1)

@@ -160,7 +160,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         if not options and type(tokenizer) is not PreTrainedTokenizerFast and _has_rules(where):
             # transformers makes its other classes with their own rules, whatever tokenizer.json says: SmolLM takes digits
             # apart, Yi puts no space before a text, and CodeQwen's words begin with one that Qwen2Tokenizer drops.
+            defaults = tokenizer.special_tokens_map
             tokenizer = PreTrainedTokenizerFast.from_pretrained(where)
+            for key in ("bos_token", "eos_token"):  # without tokenizer_config.json only the class names them
+                if getattr(tokenizer, key) is None and defaults.get(key) in tokenizer.get_vocab():
+                    setattr(tokenizer, key, defaults[key])
         suspected = getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False
         if suspected and _INSTRUCTION in tokenizer.get_vocab():
             # transformers has only warned that this file splits text in another way than Mistral's own tokenizer. It goes by
