@@ -16,13 +16,13 @@ than 512 tokens only once, and at full depth alone), every other time in reverse
 replies, and ratios are taken within one pass over the cases (:mod:`benchmarks.rounds`). Before each request the other
 engines get time to fall asleep, and each reports the CPU time that it used while idle.
 
-What is measured. Prompts are token ids of ``--text``, different in every round, so that no prefix cache helps. Replies are
-greedy, and end tokens do not end them. A step is timed at the point where the engine's user receives the token: around our
-``TokenSequence.step``, llama.cpp's ``llama_decode`` and transformers' forward pass, each with numpy's argmax; in ONNX
-Runtime GenAI around ``generate_next_token``; in OpenVINO GenAI between calls of the streamer. A prompt's time begins when
-the engine has its room for caches, which ONNX Runtime GenAI also clears and llama.cpp keeps. Memory and load time are those
-of each process before its round, on a warm disk. Quality is measured after the last round, on rows of windows of ``--text``
-that are produced by decode steps, as in a reply.
+What is measured. Prompts are token ids of ``--text``, different in every reply of a process, so that no prefix cache
+helps. Replies are greedy, and end tokens do not end them. A step is timed at the point where the engine's user receives
+the token: around our ``TokenSequence.step``, llama.cpp's ``llama_decode`` and transformers' forward pass, each with
+numpy's argmax; in ONNX Runtime GenAI around ``generate_next_token``; in OpenVINO GenAI between calls of the streamer. A
+prompt's time begins when the engine has its room for caches, which ONNX Runtime GenAI also clears and llama.cpp keeps.
+Memory and load time are those of each process before its round, on a warm disk. Quality is measured after the last
+round, on rows of windows of ``--text`` that are produced by decode steps, as in a reply.
 
 The last line on stdout is one JSON object; the table goes to stderr. Exit code 1 if a bar is missed. Its fields:
 
@@ -182,7 +182,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure all cases. Each row also holds the rounds' times under ``_ms``, which :func:`ratios` removes."""
     prompts = {
-        (name, context): cycle([prompt[:context] for prompt in text.prompts])
+        (name, context): cycle([prompt[:context] for prompt in text.prompts[1:]])
         for context in contexts  # one after the other, so that engines that are compared run close to each other
         for name, case in cases.items()
         if case.timed and (case.deepest or context <= SHORT)
@@ -406,7 +406,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     max_length = max(longest, WINDOW_PREFIX + WINDOW_ROWS) + WARM_STEPS + STEPS + 1
     if max_length > (context := min(bundle.manifest.model.context_length for bundle in bundles)):
         raise InputError(f"--contexts {longest}: a reply ends at {max_length} tokens: the bundles take {context}")
-    text = read_text(arguments.text, bundles[0], max(rounds, REPLIES) + 1, longest, windows)
+    text = read_text(arguments.text, bundles[0], 1 + max(rounds, 1 + REPLIES), longest, windows)
     begin, neighbours = time.perf_counter(), Neighbours()
     subjects, cases = subjects_of(
         bundles, models, arguments.threads, max_length, huge_pages=arguments.huge_pages, packed=arguments.packed

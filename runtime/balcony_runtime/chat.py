@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Unpack
 
 from balcony_edge.control.catching_up import IDLE_ROWS
-from balcony_edge.errors import BalconyError, InputError, shown
+from balcony_edge.errors import BalconyError, InputError
 from balcony_runtime.reply import ReplyLimits, Token, TokenStream
 from balcony_runtime.sessions import file
-from balcony_runtime.text.codec import Message
+from balcony_runtime.text.codec import Message, no_message
 from balcony_runtime.token_sequence import TokenSequence
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _messages(given: str | Message | Sequence[Message]) -> list[Message]:
         raise InputError("no messages were given: give a text, a message or a list of messages")
     for one in given:
         if not isinstance(one, Mapping):  # a first message of token ids would be a prompt, and no history
-            raise InputError(f"message {shown(one)}: must be a mapping with 'role' and 'content': give both")
+            raise no_message(one)
     return list(given)
 
 

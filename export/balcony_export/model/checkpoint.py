@@ -99,13 +99,13 @@ def load_model(
     model, report = loaded
     if attn_implementation is None and getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
+    unexpected = sorted(report["unexpected_keys"])
     if missing := sorted(report["missing_keys"]):
-        others = sorted(report["unexpected_keys"])
-        cure = f"rename those such as {others[0]}, or " if others else ""
+        cure = f"rename those such as {unexpected[0]}, or " if unexpected else ""
         raise CheckpointError(
             f"{source}: {len(missing)} weights are missing, the first is {missing[0]}: {cure}download the checkpoint again"
         )
-    if unexpected := sorted(report["unexpected_keys"]):
+    if unexpected:
         raise CheckpointError(
             f"{source}: {type(model).__name__} has no place for {len(unexpected)} of its weights, the first is "
             f"{unexpected[0]}: give a checkpoint of that architecture"

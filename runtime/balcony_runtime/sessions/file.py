@@ -242,7 +242,7 @@ class _Reader(Closing):
             if path.exists() and not path.is_file():
                 raise self._unreadable("it is not a file")
             self._file = path.open("rb")
-        except (OSError, ValueError) as error:  # a name with a NUL
+        except OSError as error:
             raise self._unreadable(error) from error
         try:
             self._read(engine)

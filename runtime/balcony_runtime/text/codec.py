@@ -382,13 +382,18 @@ def special_tokens(bundle: Bundle) -> dict[str, str]:
     return found
 
 
+def no_message(given: object) -> InputError:
+    """The refusal of what is no message."""
+    return InputError(f"message {shown(given)}: must be a mapping with 'role' and 'content': give both")
+
+
 def _message(message: Any) -> dict[str, Any]:
     """A copy of a message whose content is one text; a template would print anything else as Python prints it."""
     given = message if isinstance(message, Mapping) else {}
     # A reply that stopped before its first word comes back as null, or without the key.
     may_be_empty = (calls := given.get("tool_calls")) or given.get("role") == "assistant"
     if "role" not in given or ("content" not in given and not may_be_empty):
-        raise InputError(f"message {shown(message)}: must be a mapping with 'role' and 'content': give both")
+        raise no_message(message)
     if not isinstance(message["role"], str):
         raise InputError(f"message role = {shown(message['role'])}: must be a text: give e.g. 'user'")
     content = message.get("content")

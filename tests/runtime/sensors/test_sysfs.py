@@ -256,7 +256,7 @@ def test_the_energy_of_a_sleep_is_not_that_of_the_moment_after_it(
 ) -> None:
     """In s2idle a package goes on counting, and the monotonic clock does not: 300 J in 0.25 s were 1,200 W."""
     root, asleep = sysfs_tree("laptop"), 40.0
-    monkeypatch.setattr("balcony_runtime.sensors.sysfs.asleep_s", lambda: asleep, raising=False)
+    monkeypatch.setattr("balcony_runtime.sensors.sysfs.asleep_s", lambda: asleep)
     rapl, counter = Rapl(root), root / "class/powercap/intel-rapl:0/energy_uj"
 
     def package(now_s: float, uj: int) -> tuple[float | None, float | None]:
