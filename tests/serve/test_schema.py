@@ -30,6 +30,8 @@ def test_the_document_has_what_the_server_has(document: dict[str, Any]) -> None:
     assert chat["properties"]["n"]["anyOf"][0]["maximum"] == 128
     text = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(text["properties"]) - set(chat["properties"]) == {"prompt", "echo", "add_special_tokens"}
+    response = document["paths"]["/v1/responses"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert response["required"] == ["input"] and "messages" not in response["properties"]
     tools = {"tools", "tool_choice", "parallel_tool_calls", "documents", "chat_template_kwargs"}
     assert tools <= set(chat["properties"]) - set(text["properties"])
 
@@ -42,7 +44,11 @@ def test_generated_requests_never_break_the_server(
     from hypothesis import HealthCheck, Phase, given, settings
 
     known = copy.deepcopy(document)
-    for path in ("/v1/chat/completions", "/v1/completions"):  # random names and budgets would all be refused at once
+    for path in (
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+    ):  # random names and budgets would all be refused at once
         content = known["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         content["schema"]["properties"] |= {"model": {"enum": ["tiny", "tiny:exit-2", "tiny:lossless"]}}
         content["schema"]["properties"]["budget"] = {"enum": [None, {}, {"tpot_ms": 5}, {"exit_layer": 3}]}
@@ -61,7 +67,7 @@ def test_generated_requests_never_break_the_server(
         @given(operation.as_strategy())
         def try_it(case: Any) -> None:
             if isinstance(case.body, dict):
-                case.body |= {"max_tokens": 2}
+                case.body |= {"max_tokens": 2, "max_output_tokens": 2}
             case.call_and_validate(base_url=server.url, checks=checks, timeout=30)
 
         try_it()

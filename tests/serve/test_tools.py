@@ -184,11 +184,12 @@ def test_what_is_refused(server: Server, extra: dict[str, Any], message: str) ->
     assert found.status_code == 400 and message in error["message"] and "\n" not in error["message"]
 
 
-def test_pydantic_ai(server: Server) -> None:
+@pytest.mark.parametrize("shape", ["OpenAIChatModel", "OpenAIResponsesModel"])
+def test_pydantic_ai(server: Server, shape: str) -> None:
     """An agent that calls a tool and then gives a typed result, which it asks for as a call, too."""
     pydantic_ai = pytest.importorskip("pydantic_ai", reason="pydantic-ai-slim is not installed")
     import httpx2  # it comes with pydantic-ai
-    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.models import openai as models
     from pydantic_ai.providers.openai import OpenAIProvider
 
     found: list[Any] = []
@@ -196,10 +197,9 @@ def test_pydantic_ai(server: Server) -> None:
     async def asked(seed: int) -> Any:
         async with httpx2.AsyncClient() as client:  # the library's own is never closed
             provider = OpenAIProvider(base_url=f"{server.url}/v1", api_key="none", http_client=client)
-            settings = {"seed": seed, "temperature": 1.5}
-            agent = pydantic_ai.Agent(
-                OpenAIChatModel("tiny", provider=provider), output_type=Weather, model_settings=settings
-            )
+            settings = {"extra_body": {"seed": seed}, "temperature": 1.5}  # OpenAI's responses have no seed
+            model = getattr(models, shape)("tiny", provider=provider)
+            agent = pydantic_ai.Agent(model, output_type=Weather, model_settings=settings)
 
             @agent.tool_plain
             def stop() -> str:

@@ -134,8 +134,8 @@ def serve(
 ) -> None:
     """Serve a bundle over HTTP in OpenAI's shapes, with a budget for each request: in its body, headers or model name.
 
-    Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics, /props, /slots,
-    and a page for people at /. One line of JSON for each completion and each error goes to stderr.
+    Endpoints: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /tokenize, /detokenize, /health, /metrics,
+    /props, /slots, and a page for people at /. One line of JSON for each completion and each error goes to stderr.
     """
     # In a container Linux ignores a signal that process 1 has no handler for. The server sets its own once its port is open.
     if os.getpid() == 1:

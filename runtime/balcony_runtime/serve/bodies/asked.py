@@ -48,6 +48,7 @@ class Asked:
         template: options ``documents`` and ``chat_template_kwargs`` of a prompt.
         parse_special: whether names of control tokens in the prompt are those tokens; None for the default.
         add_special_tokens: whether a text gets the tokens that the tokenizer puts around texts.
+        response: what an answer in the shape of OpenAI's responses repeats of its request; None for the other shapes.
     """
 
     chat: bool
@@ -71,6 +72,7 @@ class Asked:
     template: Mapping[str, Any]
     parse_special: bool | None
     add_special_tokens: bool
+    response: Mapping[str, Any] | None = None
 
     @property
     def structured(self) -> bool:
@@ -92,7 +94,15 @@ def read_asked(body: bytes, *, chat: bool) -> Asked:
     Raises:
         RefusedError: the body cannot be used.
     """
-    fields = Fields(body, CHAT if chat else COMPLETION)
+    return asked_by(Fields(body, CHAT if chat else COMPLETION), chat=chat)
+
+
+def asked_by(fields: Fields, *, chat: bool) -> Asked:
+    """What the fields of a chat completion, or of a completion, ask for.
+
+    Raises:
+        RefusedError: they cannot be used.
+    """
     refuse_unsupported(fields)
     prompts = [messages_of(fields.get("messages"))] if chat else _prompts(fields.get("prompt"))
     n = fields.whole("n") or 1

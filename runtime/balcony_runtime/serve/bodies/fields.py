@@ -218,6 +218,74 @@ COMPLETION: Table = {
     "add_special_tokens": _ADD_SPECIAL,
     "echo": _truth("Whether the text begins with the prompt; with logprobs, the prompt is scored."),
 }
+_FORMATS = ("text", "json_object", "json_schema")
+RESPONSE: Table = {
+    "input": {
+        "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}],
+        "description": "A text, or items: messages, function_call, function_call_output and reasoning.",
+    },
+    "instructions": _text("Text of a system message before the input."),
+    "max_output_tokens": _whole("Most tokens of the reply, those of a thought included.", 1, 2**31),
+    "text": {
+        "type": "object",
+        "properties": {
+            "format": {
+                "type": "object",
+                "required": ["type"],
+                "properties": {"type": {"enum": _FORMATS}, "schema": _SCHEMA, "strict": {"type": ["boolean", "null"]}},
+            }
+        },
+        "description": "Structure of the reply; json_schema needs a schema.",
+    },
+    "reasoning": {
+        "type": "object",
+        "properties": {"effort": {"type": ["string", "null"]}},
+        "description": "The effort is a variable of the chat template; none switches thoughts off.",
+    },
+    "tools": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["type", "name"],
+            "properties": {
+                "type": {"const": "function"},
+                "name": {"type": "string"},
+                "description": {"type": ["string", "null"]},
+                "parameters": {"type": ["object", "null"]},
+            },
+        },
+        "description": "Functions that the model may call.",
+    },
+    "tool_choice": {
+        "anyOf": [
+            {"enum": ["none", "auto", "required"]},
+            {
+                "type": "object",
+                "required": ["type", "name"],
+                "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+            },
+            {
+                "type": "object",
+                "required": ["type", "mode", "tools"],
+                "properties": {"type": {"const": "allowed_tools"}, "tools": {"type": "array"}},
+            },
+        ],
+        "description": "Whether it calls one; auto without it.",
+    },
+    "include": {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": "message.output_text.logprobs reports log-probabilities; others are ignored.",
+    },
+    "top_logprobs": _whole("Likeliest tokens at each place.", 0, MOST_LOGPROBS),
+    "metadata": {"type": "object", "description": "Comes back with the answer."},
+    **{name: _TOOLS[name] for name in ("parallel_tool_calls", "documents", "chat_template_kwargs")},
+    **{
+        name: schema
+        for name, schema in _COMMON.items()
+        if name not in ("n", "best_of", "max_tokens", "response_format", "stream_options", "timings_per_token")
+    },
+}
 TOKENIZE: Table = {
     "content": _text("A text."),
     "prompt": _text("The same, as vLLM has it."),
@@ -236,21 +304,16 @@ class Fields:
     """The fields of a JSON object, read by type; null means that a field is not there.
 
     Args:
-        body: bytes of the object.
+        body: the object, or its bytes.
         table: the fields that may be read.
 
     Raises:
         RefusedError: the body is not a JSON object.
     """
 
-    def __init__(self, body: bytes, table: Table) -> None:
+    def __init__(self, body: bytes | Mapping[str, Any], table: Table) -> None:
         self._table = table
-        try:
-            found = json.loads(body, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise RefusedError(400, f"the body is not JSON ({error}): send one object", "invalid_json") from None
-        if not isinstance(found, dict):
-            raise RefusedError(400, f"the body is a JSON {type(found).__name__}: send one object", "invalid_json")
+        found = _object_of(body) if isinstance(body, bytes) else body
         #: Names in the object, those of null included.
         self.names = found.keys()
         self._found: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
@@ -308,6 +371,16 @@ class Fields:
 def is_tokens(value: Any) -> bool:
     """Whether a value is a list of whole numbers."""
     return isinstance(value, list) and set(map(type, value)) <= {int}  # of 8 MB each further call would take 0.1 s
+
+
+def _object_of(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, f"the body is not JSON ({error}): send one object", "invalid_json") from None
+    if not isinstance(found, dict):
+        raise RefusedError(400, f"the body is a JSON {type(found).__name__}: send one object", "invalid_json")
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

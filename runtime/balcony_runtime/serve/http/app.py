@@ -26,8 +26,9 @@ from starlette.types import ASGIApp
 from balcony_edge.errors import BalconyError, ContextLengthError
 from balcony_runtime.requests import refuse_longer
 from balcony_runtime.serve.bodies.asked import Asked, messages_of, read_asked, refuse_unsupported, template_of
-from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, SLOT, TOKENIZE, Fields
+from balcony_runtime.serve.bodies.fields import CHAT, COMPLETION, DETOKENIZE, RESPONSE, SLOT, TOKENIZE, Fields
 from balcony_runtime.serve.bodies.refusal import REASON, RefusedError, bad, busy, refusal_of, too_long
+from balcony_runtime.serve.bodies.responses import read_response
 from balcony_runtime.serve.http.guard import LOGGED, Guard, answer_of, client_of
 from balcony_runtime.serve.http.openapi import VERSION, document
 from balcony_runtime.serve.work.answers import Answer, GoneError, gone
@@ -56,6 +57,7 @@ _BODIES = {
     "/v1/chat/completions": CHAT,
     "/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
+    "/v1/responses": RESPONSE,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
     "/slots/{key:int}": SLOT,
@@ -85,6 +87,7 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool, origins: 
             Route("/v1/models/{name:path}", routes.model),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
             Route("/v1/completions", routes.completion, methods=["POST"]),
+            Route("/v1/responses", routes.response, methods=["POST"]),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
             Route("/props", routes.props),
@@ -176,17 +179,21 @@ class _Routes:
 
     async def chat(self, request: Request) -> ASGIApp:
         """The next message of a conversation, in the shape of OpenAI."""
-        return await self._complete(request, chat=True)
+        return await self._complete(request, partial(read_asked, chat=True))
 
     async def completion(self, request: Request) -> ASGIApp:
         """Completions of texts or token ids, in the shape of OpenAI."""
-        return await self._complete(request, chat=False)
+        return await self._complete(request, partial(read_asked, chat=False))
 
-    async def _complete(self, request: Request, *, chat: bool) -> ASGIApp:
+    async def response(self, request: Request) -> ASGIApp:
+        """The next items of a conversation, in the shape of OpenAI; none are kept."""
+        return await self._complete(request, read_response)
+
+    async def _complete(self, request: Request, read: Callable[[bytes], Asked]) -> ASGIApp:
         self._service.refuse_unready()
         async with self._body(request) as body:
             asked_s = time.monotonic()  # a large body waits for others before it is read
-            asked = await self._read(body, partial(read_asked, chat=chat))
+            asked = await self._read(body, read)
             watch = asyncio.create_task(gone(request.receive))
             try:
                 answer = await self._answer(asked, len(body), asked_s, request, watch)
@@ -225,7 +232,7 @@ class _Routes:
             if preparing.done():
                 return preparing.result()
         except ContextLengthError as error:
-            name = "messages" if asked.chat else "prompt"
+            name = "prompt" if not asked.chat else "messages" if asked.response is None else "input"
             raise RefusedError(400, str(error), "context_length_exceeded", param=name) from error
         finally:
             preparing.cancel()

@@ -97,5 +97,6 @@ def _body(fields: Table) -> dict[str, Any]:
             name: {"enum": [*harmless, None], "description": "Not supported: only values that ask for nothing."}
             for name, harmless in FOREIGN.items()
         }
-    required = [name for name in ("messages", "prompt", "tokens") if name in fields and "content" not in fields]
+    asked = ("messages", "prompt", "input", "tokens")
+    required = [name for name in asked if name in fields and "content" not in fields]
     return {"type": "object", "properties": properties, "required": required}

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic_core import to_json
@@ -79,6 +79,7 @@ class Answer:
         self._first: tuple[Job, Item] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._gone = self._closed = self._stopped = False
+        self._done = _DONE if asked.response is None else b""
         self.status, self.reason = 200, ""
         #: Whether the head of a stream has been sent, which says 200 whatever follows.
         self.streaming = False
@@ -165,11 +166,12 @@ class Answer:
                     yield event
                 told_s, waited = time.monotonic(), not pieces
         except RefusedError as refusal:
-            yield _event(refusal.body) + _DONE
+            yield _event(self.shapes.failure(refusal)) + self._done
             return
         if self.asked.usage:
             yield _event(self.shapes.closing(self.jobs))
-        yield _DONE
+        if self._done:
+            yield self._done
 
     async def _pieces(self, found: tuple[Job, Item], opened: set[Job], waited: bool) -> list[dict[str, Any]]:
         """Pieces of the stream for an item. A choice opens with its first token: clients take the first piece for it.
@@ -189,10 +191,10 @@ class Answer:
             opened.add(job)
             made = self.shapes.token(job, item) if isinstance(item, Token) else [self.shapes.end(job)]
             pieces += made
-        if pieces and waited:  # the role comes first, and may be dropped as well
-            pieces.insert(int(role), self.shapes.empty(job))
+        if pieces and waited and (empty := self.shapes.empty(job)) is not None:
+            pieces.insert(int(role), empty)  # the role comes first, and may be dropped as well
         if pieces and not self._left:
-            pieces[-1] |= self.shapes.costs(self.jobs, [one.cost for one in self.jobs])
+            self.shapes.settle(pieces[-1], self.jobs)
         return pieces
 
     def _take(self, job: Job, item: Item) -> None:
@@ -297,8 +299,9 @@ class Answer:
 _BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
-def _event(piece: object) -> bytes:
+def _event(piece: Mapping[str, Any]) -> bytes:
     text = to_json(piece)
     if not text.isascii():
         text = text.decode().translate(_BREAKS).encode()
-    return b"data: " + text + b"\n\n"
+    named = f"event: {piece['type']}\n".encode() if "type" in piece else b""
+    return named + b"data: " + text + b"\n\n"

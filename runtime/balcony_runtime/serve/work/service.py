@@ -32,6 +32,7 @@ from balcony_runtime.serve.bodies.named import Names
 from balcony_runtime.serve.bodies.refusal import RefusedError, busy, draining, stopped, too_long
 from balcony_runtime.serve.work.answers import Answer
 from balcony_runtime.serve.work.energy import EnergyMeter
+from balcony_runtime.serve.work.events import ResponseShapes
 from balcony_runtime.serve.work.jobs import MOST_BUFFERED, Channel, Cost, Job
 from balcony_runtime.serve.work.metrics import Metrics
 from balcony_runtime.serve.work.shapes import Shapes, cached_tokens, prompt_tokens
@@ -318,7 +319,8 @@ class Service:
         self._jobs |= {job.key: job for job in jobs}
         # What only the preparation needs may be large, and would stay until the answer ends.
         asked = replace(asked, prompts=(), tooling={}, template={}, budget=None)
-        shapes = Shapes(asked, model, self.llm.codec, [text for _, text, _ in prepared], meter)
+        make = Shapes if asked.response is None else ResponseShapes
+        shapes = make(asked, model, self.llm.codec, [text for _, text, _ in prepared], meter)
         on_close = partial(self._closed, model=model, client=client)
         found = Answer(asked, shapes, jobs, self._parts.worker, self.limits.request_s, lambda: self.retry_s, on_close)
         self._answers.add(found)

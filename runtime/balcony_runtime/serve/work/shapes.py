@@ -12,6 +12,7 @@ from typing import Any
 
 from balcony_runtime.reply import Reply, Token
 from balcony_runtime.serve.bodies.asked import Asked
+from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.jobs import Cost, Job, Scores
 from balcony_runtime.structure.calls import CallReader, Piece, ToolCall
@@ -96,13 +97,21 @@ class Shapes:
             self._thoughts[job] = None if self._asked.document else self._codec.thought_reader(job.ids)
         return self._thoughts[job]
 
-    def empty(self, job: Job) -> dict[str, Any]:
-        """A piece of a choice that says nothing."""
+    def empty(self, job: Job) -> dict[str, Any] | None:
+        """A piece of a choice that says nothing; None where none is needed after a comment."""
         return self._piece(job, {} if self._asked.chat else "", None, None)
 
     def end(self, job: Job) -> dict[str, Any]:
         """The last piece of a choice that makes no tokens."""
         return self._piece(job, "", None, "length")
+
+    def failure(self, refusal: RefusedError) -> dict[str, Any]:
+        """The last piece of an answer that failed."""
+        return refusal.body
+
+    def settle(self, last: dict[str, Any], jobs: Sequence[Job]) -> None:
+        """Add to the last piece what is known at the end: the cost."""
+        last |= self.costs(jobs, [job.cost for job in jobs])
 
     def closing(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """The piece after the last one of every choice: the usage."""
@@ -111,7 +120,9 @@ class Shapes:
     def whole(self, jobs: Sequence[Job], scores: Sequence[Scores | None]) -> dict[str, Any]:
         """The whole answer."""
         choices = [self._choice(job, found) for job, found in zip(jobs, scores, strict=True)]
-        return {**self._object(False, choices), "usage": usage(jobs), **self.costs(jobs, [job.cost for job in jobs])}
+        found = {**self._object(False, choices), "usage": usage(jobs)}
+        self.settle(found, jobs)
+        return found
 
     def costs(self, jobs: Sequence[Job], costs: Sequence[Cost]) -> dict[str, Any]:
         """llama.cpp's ``timings``, and ``balcony``: depth, lateness, energy, the last reason and the verdicts."""

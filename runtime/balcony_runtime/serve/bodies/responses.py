@@ -1,0 +1,161 @@
+"""Bodies of OpenAI's responses, read as chats.
+
+Owns the translation: items become messages, and tools, choices and formats get the form that a chat has. The rules of a chat
+(``asked``) hold for everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from balcony_runtime.serve.bodies.asked import Asked, asked_by
+from balcony_runtime.serve.bodies.fields import CHAT, FOREIGN, RESPONSE, Fields
+from balcony_runtime.serve.bodies.refusal import bad
+
+#: Fields that need answers or prompts of earlier requests, of which the server keeps none → values that ask for nothing.
+_KEPT: Mapping[str, tuple[Any, ...]] = {
+    "previous_response_id": ("",),
+    "conversation": (),
+    "prompt": (),
+    "background": (False,),
+}
+#: Fields that mean here what they mean in a chat.
+_SAME = (RESPONSE.keys() | FOREIGN.keys()) & (CHAT.keys() | FOREIGN.keys()) - {"tools", "tool_choice"}
+_LOGPROBS = "message.output_text.logprobs"
+
+
+def read_response(body: bytes) -> Asked:
+    """Read the body of a response.
+
+    Raises:
+        RefusedError: the body cannot be used.
+    """
+    fields = Fields(body, RESPONSE)
+    for name, harmless in _KEPT.items():
+        if (value := fields.get(name)) is not None and value not in harmless:
+            raise bad(name, value, "the server keeps no answers; send the whole conversation as input instead")
+    include = fields.get("include")
+    chat = {name: fields.get(name) for name in _SAME}
+    chat |= {
+        "messages": _messages(fields),
+        "max_completion_tokens": fields.whole("max_output_tokens"),
+        "tools": _tools(fields.get("tools")),
+        "tool_choice": _choice(fields.get("tool_choice")),
+        "response_format": _format(fields.get("text")),
+        "reasoning_effort": _object(fields, "reasoning").get("effort"),
+        "logprobs": bool(chat["top_logprobs"]) or (isinstance(include, list) and _LOGPROBS in include),
+    }
+    return replace(asked_by(Fields(chat, CHAT), chat=True), response=_repeated(fields))
+
+
+def _object(fields: Fields, name: str) -> dict[str, Any]:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise bad(name, value, "must be an object")
+    return value or {}
+
+
+def _repeated(fields: Fields) -> dict[str, Any]:
+    """What an answer says again, with OpenAI's defaults."""
+    return {
+        "instructions": fields.get("instructions"),
+        "max_output_tokens": fields.get("max_output_tokens"),
+        "metadata": _object(fields, "metadata"),
+        "parallel_tool_calls": fields.truth_or_none("parallel_tool_calls") is not False,
+        "reasoning": {"effort": None, "summary": None} | _object(fields, "reasoning"),
+        "temperature": 1.0 if (temperature := fields.get("temperature")) is None else temperature,
+        "text": {"format": {"type": "text"}} | _object(fields, "text"),
+        "tool_choice": fields.get("tool_choice") or "auto",
+        "tools": fields.get("tools") or [],
+        "top_logprobs": fields.get("top_logprobs") or 0,
+        "top_p": 1.0 if (top_p := fields.get("top_p")) is None else top_p,
+        "background": False,
+        "previous_response_id": None,
+        "store": False,
+        "truncation": "disabled",
+    }
+
+
+def _messages(fields: Fields) -> list[dict[str, Any]]:
+    given = fields.get("input")
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not isinstance(items, list) or not items:
+        raise bad("input", given, "must be a text or a list of items, e.g. [{'role': 'user', 'content': 'Hello'}]")
+    instructions = fields.text("instructions")
+    found: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
+    for item in items:
+        _add(found, item)
+    return found
+
+
+def _add(messages: list[dict[str, Any]], item: Any) -> None:
+    """Add an item. Thought, text and calls of one turn become one message, as templates expect it."""
+    kind = item.get("type") or "message" if isinstance(item, dict) else None
+    last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+    if kind == "message" and isinstance(item.get("role"), str):
+        message = {"role": item["role"], "content": item.get("content")}
+        if item["role"] == "assistant" and last is not None and last.keys() == {"role", "content", "reasoning_content"}:
+            last["content"] = message["content"]  # the answer after a thought
+        else:
+            messages.append(message)
+    elif kind == "reasoning":
+        if thought := _text(item.get("content")) or _text(item.get("summary")):
+            messages.append({"role": "assistant", "content": None, "reasoning_content": thought})
+    elif kind == "function_call":
+        if last is None:
+            messages.append(last := {"role": "assistant", "content": None})
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        last["tool_calls"] = [*last.get("tool_calls", ()), call]
+    elif kind == "function_call_output":
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+    else:
+        allowed = "messages (with a role and a content), function_call, function_call_output and reasoning"
+        raise bad("input", item, f"items may be {allowed}; leave others out")
+
+
+def _text(parts: Any) -> str:
+    """Text of the parts of a thought."""
+    listed = parts if isinstance(parts, Sequence) else ()
+    texts = [part.get("text") for part in listed if isinstance(part, Mapping)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _tools(given: Any) -> Any:
+    if not isinstance(given, list):
+        return given  # a chat refuses it
+    for tool in given:
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise bad("tools", tool, "only tools of the type function are there; leave others out")
+    return [_nested(tool) for tool in given]
+
+
+def _nested(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A function as a chat has it: all but the type is one level down."""
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+
+
+def _choice(given: Any) -> Any:
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind == "function":
+        return _nested(given)
+    tools = given.get("tools") if kind == "allowed_tools" else None
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+        return {"type": kind, kind: {"mode": given.get("mode"), "tools": [_nested(tool) for tool in tools]}}
+    return given  # a chat refuses what it does not know
+
+
+def _format(text: Any) -> dict[str, Any] | None:
+    """The format that a chat has; what its schema says is checked there."""
+    if text is None:
+        return None
+    asked: Any = text.get("format") or {"type": "text"} if isinstance(text, dict) else None
+    kind = asked.get("type") if isinstance(asked, dict) else None
+    if kind in ("text", "json_object"):
+        return {"type": kind}
+    if kind != "json_schema" or asked.get("schema") is None:
+        allowed = "{'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', 'schema': ...}"
+        raise bad("text", text, f"must be an object whose format is {allowed}")
+    return {"type": kind, kind: {"schema": asked["schema"], "strict": asked.get("strict")}}
