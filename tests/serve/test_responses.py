@@ -150,6 +150,19 @@ def test_calls_in_events(tool_server: Server) -> None:
         assert own[-1]["name"] == item["name"] == event["item"]["name"]
 
 
+def test_a_call_that_a_stop_string_cuts_is_none_to_run(tool_server: Server) -> None:
+    body = {
+        "input": "the fox",
+        "tools": FLAT,
+        "max_output_tokens": 120,
+        "tool_choice": "required",
+        "stop": ["city", "}}"],
+    }
+    found = httpx.post(f"{tool_server.url}{PATH}", json=body | {"parallel_tool_calls": False}, timeout=60).json()
+    (call,) = found["output"]
+    assert found["status"] == call["status"] == "incomplete" and found["incomplete_details"] is None
+
+
 def test_a_format(client: openai.OpenAI, http: httpx.Client) -> None:
     parsed = client.responses.parse(model="tiny", input="hello", text_format=Weather, max_output_tokens=120)
     assert isinstance(parsed.output_parsed, Weather)
@@ -224,7 +237,7 @@ def test_items_of_a_turn_are_one_message() -> None:
     gave = {"type": "function_call_output", "call_id": "a", "output": "1"}
     asked = {"role": "user", "content": "x"}
     called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    found = messages(asked, thought, say, call, call, gave, thought, call, gave, say, thought, say)
+    found = messages(asked, thought, say, call, call, gave, thought, call, gave, say, thought, say, say)
     turn = {"role": "assistant", "content": say["content"], "reasoning_content": "hm"}
     result = {"role": "tool", "tool_call_id": "a", "content": "1"}
     assert found == [
@@ -235,6 +248,7 @@ def test_items_of_a_turn_are_one_message() -> None:
         result,
         {"role": "assistant", "content": say["content"]},
         turn,
+        {"role": "assistant", "content": say["content"]},
     ]
     summary = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "so"}], "encrypted_content": "x"}
     assert messages(summary, say)[0]["reasoning_content"] == "so"

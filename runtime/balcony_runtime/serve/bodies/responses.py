@@ -95,11 +95,10 @@ def _add(messages: list[dict[str, Any]], item: Any) -> None:
     kind = item.get("type") or "message" if isinstance(item, dict) else None
     last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
     if kind == "message" and isinstance(item.get("role"), str):
-        message = {"role": item["role"], "content": item.get("content")}
-        if item["role"] == "assistant" and last is not None and last.keys() == {"role", "content", "reasoning_content"}:
-            last["content"] = message["content"]  # the answer after a thought
+        if item["role"] == "assistant" and last is not None and last["content"] is None and "tool_calls" not in last:
+            last["content"] = item.get("content")  # the answer after a thought
         else:
-            messages.append(message)
+            messages.append({"role": item["role"], "content": item.get("content")})
     elif kind == "reasoning":
         if thought := _text(item.get("content")) or _text(item.get("summary")):
             messages.append({"role": "assistant", "content": None, "reasoning_content": thought})

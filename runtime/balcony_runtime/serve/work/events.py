@@ -36,6 +36,7 @@ class ResponseShapes(Shapes):
         self._open = False  # whether the last item is in progress
         self._status = "in_progress"
         self._error: dict[str, str] | None = None
+        self._details: dict[str, str] | None = None
         self._logprobs: list[Any] = []  # of tokens whose text has not come
         self._before_answer = 0  # tokens
 
@@ -56,7 +57,7 @@ class ResponseShapes(Shapes):
             for call in delta.get("tool_calls", ()):
                 found += self._called(call)
             if (reason := choice["finish_reason"]) is not None:
-                found += self._ended("incomplete" if reason == "length" else "completed")
+                found += self._ended(reason)
         self._before_answer += not self._items or self._items[-1]["type"] == "reasoning"
         return found
 
@@ -122,11 +123,14 @@ class ResponseShapes(Shapes):
             found.append(self._about("response.function_call_arguments.delta", delta=arguments))
         return found
 
-    def _ended(self, status: str) -> list[Event]:
+    def _ended(self, reason: str) -> list[Event]:
+        """The events at the end; a reason of chats is given. A call that a stop string cut is none that a client can run."""
         found = [] if self._items else self._said("message", "")
-        found += self._close(status)
-        self._status = status
-        return [*found, self._event(f"response.{status}", response=self._response())]
+        cut = reason == "stop" and self._items[-1]["type"] == "function_call"
+        self._status = "incomplete" if reason == "length" or cut else "completed"
+        self._details = {"reason": "max_output_tokens"} if reason == "length" else None
+        found += self._close(self._status)
+        return [*found, self._event(f"response.{self._status}", response=self._response())]
 
     def _add(self, kind: str, **facts: Any) -> list[Event]:
         """The event of a new item."""
@@ -162,7 +166,6 @@ class ResponseShapes(Shapes):
         return {"type": kind, "sequence_number": next(self._numbers), **facts}
 
     def _response(self) -> dict[str, Any]:
-        cut = self._status == "incomplete"
         return {
             "id": self.id,
             "object": "response",
@@ -170,7 +173,7 @@ class ResponseShapes(Shapes):
             "completed_at": int(time.time()) if self._status == "completed" else None,
             "status": self._status,
             "error": self._error,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": self._details,
             "model": self._head["model"],
             "output": list(self._items),
             "usage": None,
