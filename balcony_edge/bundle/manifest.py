@@ -191,7 +191,7 @@ class TaskQuality(_Frozen):
 
 
 class TaskSummary(_Frozen):
-    """Mean over ``tasks`` (percent), loss against the full depth (points), and share of the full depth's mean (percent)."""
+    """Mean over ``tasks`` (percent), this minus the full depth's (points, a loss is below 0), and share of that (percent)."""
 
     tasks: tuple[str, ...]
     average: Estimate

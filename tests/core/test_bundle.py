@@ -119,6 +119,13 @@ def test_other_schema_versions_are_refused(bundle_copy: Path, version: object) -
     refused(bundle_copy, "schema_version = .*this version of balcony-edge reads 2")
 
 
+def test_a_tool_adds_files_and_no_keys(bundle_copy: Path) -> None:
+    (bundle_copy / "licence.txt").write_text("x")
+    Bundle.open(bundle_copy)
+    edit(bundle_copy, lambda document: document.update(licence="x"))
+    refused(bundle_copy, r"bundle\.json: licence: ")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"schema_version": 2}', "[" * 100_000, "\x00"])
 def test_a_file_that_is_not_a_manifest(bundle_copy: Path, text: str) -> None:
     (bundle_copy / MANIFEST).write_text(text)

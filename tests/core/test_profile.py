@@ -8,7 +8,7 @@ import json
 import math
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.device.compare import compare_profiles
-from balcony_edge.device.costs import Bend, CostModel, UnitCost
+from balcony_edge.device.costs import Bend, CostModel, ExpertCost, UnitCost
 from balcony_edge.device.machine import Machine, this_device
 from balcony_edge.device.profile import (
     BundleFacts,
@@ -87,6 +87,13 @@ def make_profile(**changes: Any) -> DeviceProfile:
         "memory": MemoryUse(loaded_bytes=10**9, peak_bytes=2 * 10**9, per_1k_tokens_bytes=10**7),
     }
     return DeviceProfile(**values | changes)
+
+
+def test_the_page_of_profiling_names_every_price() -> None:
+    """A program in another language computes what a step costs from the file."""
+    page = (Path(__file__).parents[2] / "docs" / "profiling.md").read_text(encoding="utf-8")
+    keys = {key.name for kind in (CostModel, UnitCost, Bend, ExpertCost) for key in fields(kind)}
+    assert not [key for key in sorted(keys) if f"`{key}`" not in page]
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

@@ -48,6 +48,11 @@ def saved(tiny_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return path, sequence
 
 
+def test_the_page_of_sessions_names_what_a_file_says_of_itself() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sessions.md").read_text(encoding="utf-8")
+    assert not [key for key in ("balcony_session", "notes", *file.Notes.model_fields) if f"`{key}`" not in page]
+
+
 def said(chat: Chat, text: str, **options: Any) -> Reply:
     stream = chat.send(text, max_new_tokens=12, ignore_eos=True, logprobs=2, **options)
     for _ in stream:

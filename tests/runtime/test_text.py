@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from jinja2 import Environment
+from tokenizers import Tokenizer, normalizers, processors
 
 import balcony_edge
 from balcony_edge.bundle.bundle import Bundle
@@ -45,6 +46,36 @@ def test_ids_are_those_of_transformers(codec: TextCodec, tiny: Any) -> None:
         chat = [{"role": "user", "content": text}]
         rendered = tiny.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         assert codec.encode(chat) == tiny.tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def test_a_reader_of_the_format_page_makes_the_same_prompts(bundle_copy: Path) -> None:
+    """With jinja2, tokenizers and the rules of the page: here a second start token is the usual mistake."""
+    page = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    rules = re.sub(r"\s+", " ", page.partition("\n## Text\n")[2].partition("\n## ")[0])
+    assert "the result is encoded without special tokens" in rules and "encoded with the special tokens" in rules
+    named = re.findall(r"`([\w.]+)`", rules.partition("Its variables are ")[2])
+    assert named[:5] == ["messages", "add_generation_prompt", "tools", "documents", "special_tokens.json"]
+    file = bundle_copy / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    start = ("<end>", tokenizer.token_to_id("<end>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[start])
+    file.write_text(tokenizer.to_str())
+    source = (
+        "{% if tools is none and documents is none %}\n  {{ eos_token }}\n{%- endif %}\n"
+        "{% for m in messages %}\n  {% if loop.index > 2 %}{% break %}{% endif %}\n<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    codec = write_template(bundle_copy, source)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    special = json.loads((bundle_copy / "special_tokens.json").read_text())
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]
+    for prompt, told in ((messages, messages), ("the fox", [{"role": "user", "content": "the fox"}])):
+        text = environment.from_string(source).render(
+            messages=told, add_generation_prompt=True, tools=None, documents=None, **special
+        )
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert codec.encode(prompt) == ids and ids.count(start[1]) == 1
+    assert codec.encode("the fox", chat=False) == tokenizer.encode("the fox", add_special_tokens=True).ids
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n\t", []])

@@ -69,6 +69,15 @@ def test_measures_by_hand() -> None:
     np.testing.assert_allclose(measured(logits, "entropy"), [1 - entropy, 0.0], atol=1e-6)
 
 
+def test_the_page_of_the_format_defines_every_measure() -> None:
+    """A reader of thresholds in another language has this page only."""
+    page = (Path(__file__).parents[3] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| `confidence` \| (.+) \|$", page, re.MULTILINE)
+    told = dict(re.findall(r"`(\w+)`: ([^,)]+)", row.partition("the promise")[0]))
+    assert set(told) == set(MEASURES) and told["entropy"] == "1 minus the entropy divided by log V"
+    assert "at this confidence or above" in row
+
+
 def test_the_binomial_tail_by_hand() -> None:
     assert binomial_tail(-1, 5, 0.3) == 0 and binomial_tail(5, 5, 0.3) == 1
     assert binomial_tail(0, 5, 0.3) == pytest.approx(0.7**5)

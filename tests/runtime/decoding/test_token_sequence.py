@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from balcony_edge.errors import ContextLengthError, InputError
 from balcony_runtime.backends.base import RowsOnly
 from balcony_runtime.engine import Engine
-from balcony_runtime.token_sequence import TokenSequence
+from balcony_runtime.token_sequence import MAX_PASS_ROWS, TokenSequence
 from balcony_runtime.tokens import whole
 
 VOCABULARY = 50
@@ -174,6 +175,12 @@ def test_the_scores_of_a_pass_have_a_largest_size(monkeypatch: pytest.MonkeyPatc
     batch.append([[1, 2]] * 4)
     assert batch.run_stage(0, 2) == 2  # one row of all members at a time, though even that is too large
     assert calls(batch)[1:] == [("stage", 0, 0, 1), ("stage", 0, 1, 2)]
+
+
+def test_the_page_of_the_format_says_how_long_a_pass_is() -> None:
+    """A prompt in one pass takes gigabytes, which no table of inputs tells."""
+    page = (Path(__file__).parents[3] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    assert f"the runtime's have at most {MAX_PASS_ROWS} rows" in page and "`context_length` rows" in page
 
 
 def test_passes_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
