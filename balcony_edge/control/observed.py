@@ -80,7 +80,7 @@ def unseen(budget: Budget, readings: Sequence[Reading], now_s: float) -> tuple[s
         "battery_floor_percent": newest(readings, "battery", "charge", now_s, 1.0),
         "memory_mb": newest(readings, "process", "memory_bytes", now_s, math.inf),
     }
-    return tuple(key for key, found in seen.items() if getattr(budget, key) is not None and found is None)
+    return tuple(key for key in budget.ceilings if seen.get(key) is None)
 
 
 def _fresh(reading: Reading, now_s: float) -> bool:

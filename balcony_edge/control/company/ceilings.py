@@ -12,8 +12,8 @@ from functools import lru_cache
 from balcony_edge.budget import Budget, Rail
 from balcony_edge.control.governor import slowest_tps
 
-#: Ceilings of which the lowest holds.
-_LOWEST = ("temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization", "memory_mb")
+#: Ceilings with rules of their own; of each other the lowest holds.
+_OWN_RULES = ("power_w", "energy_j_per_token", "battery_floor_percent")
 #: Rails in the order in which their watts count: the board's include those of its parts.
 _RAILS: tuple[Rail, ...] = ("board", "cpu", "gpu")
 
@@ -33,10 +33,9 @@ def merged_ceilings(budgets: Sequence[Budget]) -> Budget:
 @lru_cache(maxsize=64)
 def _merged(budgets: frozenset[Budget]) -> Budget:
     kept: dict[str, object] = {}
-    for key in _LOWEST:
-        given = [value for budget in budgets if (value := getattr(budget, key)) is not None]
-        if given:
-            kept[key] = min(given)
+    asked = [budget.ceilings for budget in budgets]
+    for key in {key for ceilings in asked for key in ceilings}.difference(_OWN_RULES):
+        kept[key] = min(ceilings[key] for ceilings in asked if key in ceilings)
     floors = [budget.battery_floor_percent for budget in budgets if budget.battery_floor_percent is not None]
     if floors:
         kept["battery_floor_percent"] = max(floors)

@@ -26,6 +26,7 @@ from balcony_edge.errors import UnsupportedModelError
 from balcony_export.graph.experts import symbolic_experts
 from balcony_export.graph.passes import WINDOW
 from balcony_export.graph.stand_ins import replaced_attributes, replaced_children
+from balcony_export.model.layer import ATTENTION
 
 _ATTENTION = "balcony_edge_trace"
 
@@ -183,9 +184,21 @@ def _check_rotary(module: Any) -> None:
             )
 
 
+def _refuse_own_weights(modules: Sequence[nn.Module]) -> None:
+    """Refuse attention that has weights outside of its projections and norms, such as sinks: the operator takes none."""
+    for name, module in (pair for root in modules for pair in root.named_modules()):
+        own = ", ".join(key for key, _ in module.named_parameters(recurse=False))
+        if name.rpartition(".")[2] == ATTENTION and own:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: has weights of its own ({own}), such as attention sinks: export represents "
+                "projections and norms only: give a model without them"
+            )
+
+
 @contextlib.contextmanager
 def tracing(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let the decoder layers in ``modules`` emit standard operators until the end of the context."""
+    _refuse_own_weights(modules)
     AttentionInterface.register(_ATTENTION, _attention)
     source = sys.modules[type(model).__module__]
     functions: dict[str, object] = {}

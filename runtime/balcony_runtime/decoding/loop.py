@@ -417,7 +417,11 @@ class Decoder:
             most_ms = budget.tpot_ms / slowdown / margin
         left = self._environment.max_new_tokens - self.made
         turn = Turn(sequence, ids, self._sampler, budget, costs, most_ms, slowdown, begin_ns, left)
-        return policy.attempt(turn)
+        before, made = sequence.length, policy.attempt(turn)
+        # else all later tokens would follow from another context, and nothing would show it
+        rows = 0 if made is None else len(made.ids)
+        assert sequence.length == before + rows, f"a policy left {sequence.length - before} rows for {rows} tokens"
+        return made
 
     def _step(self, ids: IntArray, exit_layer: int) -> Made:
         """Make one token of each member at an exit, after the prompt or the previous token (B,)."""

@@ -118,6 +118,8 @@ class Policy(Protocol):
         """Make the tokens of this step, or return None: then a plain step makes them.
 
         None if a plain step is as fast (nothing has run then), or if a round made nothing that can be used (it is undone).
+        Else the sequence has one more row for each token that was made: the previous token and all made ones but the last. The
+        sampler has picked or judged each of them once, they are at most ``turn.left``, and the budget allows their exit.
         """
         ...
 

@@ -190,7 +190,7 @@ class _Channel:
                 discover = not self.readings or asked_s >= due_s
                 if discover:
                     due_s = asked_s + REDISCOVER_S
-                self._publish(self._read(discover))
+                self._read(discover)
                 self._answered_s = self._clock()
                 self._read_ms = (self._answered_s - asked_s) * 1000
                 self._asked_s = None
@@ -201,13 +201,15 @@ class _Channel:
         finally:
             self._source.close()
 
-    def _read(self, discover: bool) -> SourceSample:
+    def _read(self, discover: bool) -> None:
+        """Read the source and publish what it gives."""
         try:
             if discover:
                 self._source.discover()
-            return self._source.read(self._clock())
-        except Exception as error:  # a driver's binding may raise anything: sampling continues, and health() reports it
-            return SourceSample(absences=(Absence(self._source.name, f"{type(error).__name__}: {error}"),))
+            self._publish(self._source.read(self._clock()))
+        except Exception as error:  # a source may raise or return anything: health() reports it
+            why = f"{type(error).__name__}: {error}"
+            self._publish(SourceSample(absences=(Absence(self._source.name, why),)))
 
     def _publish(self, sample: SourceSample) -> None:
         cleaned = (self._plausibility.clean(reading) for reading in sample.readings)

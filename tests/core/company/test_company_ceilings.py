@@ -7,6 +7,7 @@ import math
 import pytest
 
 from balcony_edge.budget import Budget
+from balcony_edge.control.company import ceilings
 from balcony_edge.control.company.ceilings import longest_pause_s, merged_ceilings
 from balcony_edge.control.company.prices import RoundPrices
 from balcony_edge.control.company.seen import CompanyState, LearnedAlone, StreamState
@@ -37,6 +38,18 @@ def test_the_strictest_ceilings_hold_for_all() -> None:
     assert merged_ceilings([Budget(temperature_c=80.0), Budget(critical_temperature_c=75.0)]) == Budget(
         critical_temperature_c=75.0
     )
+
+
+def test_of_a_ceiling_that_is_added_to_budgets_the_lowest_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ceiling that is left out would hold for a reply alone, and for none next to another one."""
+
+    class Wider(Budget):
+        npu_utilization: float | None = None
+
+    monkeypatch.setattr("balcony_edge.budget._CEILINGS", ("npu_utilization",))
+    monkeypatch.setattr(ceilings, "Budget", Wider)
+    merged = merged_ceilings([Wider(npu_utilization=0.5), Wider(npu_utilization=0.4), Wider()])
+    assert merged.ceilings == {"npu_utilization": 0.4}
 
 
 def test_joules_keep_their_rail() -> None:

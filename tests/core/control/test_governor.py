@@ -115,6 +115,17 @@ def test_what_nothing_measures_is_named() -> None:
     assert utilization((Reading("b", "cpu", 1.0, utilization=0.5, own_utilization=2.0),), "cpu", 1.0) == Sample(0.5)
 
 
+def test_a_ceiling_without_a_reading_to_look_for_is_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was added to budgets only. It would count as held, and no one would be warned."""
+
+    class Wider(Budget):
+        npu_utilization: float | None = None
+
+    monkeypatch.setattr("balcony_edge.budget._CEILINGS", ("npu_utilization",))
+    assert unseen(Wider(npu_utilization=0.5), (), 1.0) == ("npu_utilization",)
+    assert unseen(Wider(), (), 1.0) == ()
+
+
 def test_joules_a_token_count_the_wait_for_the_pace() -> None:
     reading = Reading("x", "board", 1.0, watts=3.0)
     # 2 W idle and 6 more while a step runs: 0.1 s at 10 tokens a second take 0.2 + 6 × 0.021 = 0.326 J at the full depth

@@ -264,6 +264,17 @@ def test_norms_that_are_no_rms_norm_are_refused_by_name(make_tiny: Any, place: s
         build_norm(ExitModel(exits.model))
 
 
+def test_attention_with_weights_of_its_own_is_refused_by_name(make_tiny: Any) -> None:
+    """The sinks of Granite SWA and others go to the attention function as an argument, which the operator does not have."""
+    exits = ExitModel(make_tiny("llama", num_hidden_layers=2))
+    exits.parts.layers[1].self_attn.sinks = torch.nn.Parameter(torch.ones(4))
+    with (
+        pytest.raises(UnsupportedModelError, match=r"LlamaAttention: has weights of its own \(sinks\), "),
+        tracing(exits.model, [exits.parts.layers]),
+    ):
+        raise AssertionError("it was not refused")
+
+
 def test_a_final_norm_of_another_kind_is_refused_by_name(make_tiny: Any) -> None:
     model = make_tiny("llama", num_hidden_layers=2)
     model.model.norm = torch.nn.Identity()

@@ -23,7 +23,7 @@ from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BudgetError, BundleError, InputError, ProfileError
 from balcony_runtime.chat import Chat
 from balcony_runtime.decoding.loop import Decoder, Environment
-from balcony_runtime.decoding.policy import Turn
+from balcony_runtime.decoding.policy import Made, Turn
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.decoding.speculate import DraftRound, Speculator
 from balcony_runtime.engine import Engine
@@ -353,6 +353,21 @@ def test_a_policy_has_the_time_that_a_plain_step_has(llm: LLM) -> None:
     (turn,) = turns
     assert (turn.slowdown, turn.left) == (2.0, 7)
     assert turn.most_ms == pytest.approx(50.0 / math.exp(1.2816 * 0.1), rel=1e-4)
+
+
+def test_a_policy_that_leaves_other_rows_than_its_tokens_is_found(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mistake: for the full depth it runs the token once more, instead of asking again about its row."""
+
+    def attempt(turn: Turn) -> Made:
+        first, *_, full = turn.sequence.exits
+        turn.sequence.step(first, turn.ids)
+        logits = turn.sequence.step(full, turn.ids)
+        return Made([turn.sampler.pick(logits)], [logits], full, "unsure")
+
+    policy = SimpleNamespace(attempt=attempt, learn_plain=lambda *_: None)
+    monkeypatch.setattr(Decoder, "_policy_of", lambda self, budget: policy)
+    with pytest.raises(AssertionError, match="a policy left 2 rows for 1 tokens"):
+        llm.generate([1, 2, 3], budget=Budget(policy="speculative"), max_new_tokens=4, ignore_eos=True)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,36 @@ def test_a_source_that_raises_is_absent_with_what_it_raised() -> None:
     assert source.closed
 
 
+class _Careless(NothingOpen):
+    """A source that does not give what its protocol says."""
+
+    name = "careless"
+
+    def __init__(self, given: Any) -> None:
+        self._given = given
+
+    def discover(self) -> None:
+        pass
+
+    def read(self, now_s: float) -> Any:
+        return self._given
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (None, "AttributeError: 'NoneType' object has no attribute 'readings'"),
+        (SourceSample((Reading("a", "board", 0.0, celsius="41"),)), "TypeError: "),  # type: ignore[arg-type]
+    ],
+)
+def test_a_source_that_gives_no_readings_is_absent_with_the_reason(given: Any, why: str) -> None:
+    """Its thread must not end: the source would be called hung for ever, and nothing would say why."""
+    with Sensors([_Careless(given)], rate_hz=10) as sensors:
+        eventually(lambda: health(sensors, "careless").samples > 1)
+        found = health(sensors, "careless")
+        assert found.state == "absent" and found.absences[0].reason.startswith(why)
+
+
 class Forgetful:
     """A GPU of 10 W whose energy query sometimes fails."""
 
