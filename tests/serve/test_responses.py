@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,12 +15,17 @@ from openai.types.responses import Response, ResponseStreamEvent
 
 from balcony_edge.control.decision import Decision
 from balcony_runtime.reply import Token
+from balcony_runtime.serve.bodies.refusal import RefusedError
 from balcony_runtime.serve.bodies.responses import read_response
 from balcony_runtime.serve.http.server import Server
 from balcony_runtime.serve.work import answers
 from balcony_runtime.serve.work.energy import EnergyMeter
 from balcony_runtime.serve.work.events import ResponseShapes
 from balcony_runtime.serve.work.jobs import Job
+from balcony_runtime.structure.calls import CallReader
+from balcony_runtime.structure.formats import DEFAULT, formats
+from balcony_runtime.structure.marks import ThoughtReader
+from balcony_runtime.structure.tools import Tool, Toolbox
 from tests.serve.client import CHAT, HELLO
 from tests.serve.conftest import with_template
 from tests.serve.test_reach import THINKS
@@ -210,6 +216,32 @@ def test_thoughts_are_items(serve: Callable[..., Server], tiny: Any, tmp_path_fa
     assert shapes.whole([job], [None])["usage"]["output_tokens_details"] == {"reasoning_tokens": 3}
 
 
+@pytest.mark.parametrize("end", [("1", "length"), ("1}\n</tool_call>", "stop")])
+def test_white_space_before_a_call_is_no_item_after_it(end: tuple[str, str]) -> None:
+    """A model that may think begins with it, and the bound cuts the call."""
+    box = Toolbox((Tool("f", "{}"),), False, True, formats()[DEFAULT], {}, "abcdefg")
+    codec: Any = SimpleNamespace(thought_reader=lambda ids: ThoughtReader(False))
+    shapes = ResponseShapes(read_response(b'{"input": "hello"}'), "tiny", codec, [""], EnergyMeter(tuple))
+    job: Any = Job(0, 0, [1], None)
+    job.stream = SimpleNamespace(call_reader=lambda: CallReader(box))
+    begin: list[tuple[str, Any]] = [("\n", None), ('<tool_call>\n{"name": "f", "arguments": {"a":', None)]
+    for text, reason in (*begin, end):
+        shapes.token(job, Token(7, text, 5, 1.0, None, None, 0, 0, Decision(5), finish_reason=reason))
+    (call,) = shapes._items
+    assert call["arguments"] == '{"a":' + end[0].partition("\n")[0]
+    assert call["status"] == ("incomplete" if end[1] == "length" else "completed")
+
+
+def test_log_probabilities_of_a_message_are_not_those_of_its_thought() -> None:
+    codec: Any = SimpleNamespace(thought_reader=lambda ids: ThoughtReader(False), name=str)
+    asked = read_response(b'{"input": "hello", "include": ["message.output_text.logprobs"]}')
+    shapes = ResponseShapes(asked, "tiny", codec, [""], EnergyMeter(tuple))
+    job, texts = Job(0, 0, [1], None), ("<think>", "hm", "</think>", "yes")
+    for place, text in enumerate(texts):
+        shapes.token(job, Token(place, text, 5, 1.0, None, None, 0, 0, Decision(5), logprob=-1.0))
+    assert [entry["token"] for entry in shapes._items[1]["content"][0]["logprobs"]] == ["3"]
+
+
 def test_a_failure_is_an_event(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "OPENING_S", 0.0)
     monkeypatch.setattr(server.service, "limits", server.service.limits.__class__(request_s=0.5))
@@ -217,6 +249,19 @@ def test_a_failure_is_an_event(server: Server, monkeypatch: pytest.MonkeyPatch) 
     failed = events[-1]["response"]
     assert (events[-1]["type"], failed["status"]) == ("response.failed", "failed")
     assert failed["error"]["code"] == "server_error" and "longer than 0.5 s" in failed["error"]["message"]
+
+
+def test_a_failure_before_the_first_token_follows_the_first_events() -> None:
+    """OpenAI's reader of streams raises an error of its own for a stream that begins with another event."""
+    for begun, words in ((False, ["created", "in_progress", "failed"]), (True, ["failed"])):
+        codec: Any = None
+        shapes = ResponseShapes(read_response(b'{"input": "hello"}'), "tiny", codec, [""], EnergyMeter(tuple))
+        if begun:
+            shapes.opening(Job(0, 0, [1], None), None)
+        made = shapes.failure(RefusedError(504, "too long", "timeout"))
+        assert [event["type"] for event in made] == [f"response.{word}" for word in words]
+        assert [event["response"]["status"] for event in made] == ["in_progress"] * (len(made) - 1) + ["failed"]
+        assert made[-1]["sequence_number"] == 2
 
 
 def test_comments_come_before_names(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +303,24 @@ def test_items_of_a_turn_are_one_message() -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metadata", '{"a": 1e999}'),
+        ("metadata", '{"a": "\\ud800"}'),
+        ("text", '{"verbosity": "\\ud800"}'),
+        ("tools", '[{"type": "function", "name": "f", "parameters": {"minimum": 1e999}}]'),
+        ("metadata", '{"a": ' + "[" * 300 + "]" * 300 + "}"),
+        ("metadata", '{"a": "' + "x" * 70_000 + '"}'),
+    ],
+)
+def test_what_no_answer_can_repeat_is_refused(field: str, value: str) -> None:
+    """Else a whole answer is a bug (500), and a stream breaks off or is no JSON."""
+    with pytest.raises(RefusedError, match=f"{field}: it comes back") as refused:
+        read_response(f'{{"input": "hello", "{field}": {value}}}'.encode())
+    assert (refused.value.status, refused.value.param) == (400, field)
+
+
+@pytest.mark.parametrize(
     ("body", "field", "words"),
     [
         ({}, "input", "must be a text or a list of items"),
@@ -274,6 +337,10 @@ def test_items_of_a_turn_are_one_message() -> None:
         (BODY | {"metadata": [1]}, "metadata", "must be an object"),
         (BODY | {"max_output_tokens": 0}, "max_output_tokens", "from 1 to"),
         (BODY | {"modalities": ["audio"]}, "modalities", "not supported"),
+        (BODY | {"max_tokens": 5}, "max_tokens", "give max_output_tokens"),
+        (BODY | {"response_format": {"type": "json_object"}}, "response_format", "give text"),
+        (BODY | {"max_tokens": 5}, "max_tokens", "give max_output_tokens"),
+        (BODY | {"response_format": {"type": "json_object"}}, "response_format", "give text"),
         ({"input": "the quick brown fox " * 200}, "input", "context"),
     ],
 )

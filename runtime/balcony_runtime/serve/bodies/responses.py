@@ -6,13 +6,16 @@ Owns the translation: items become messages, and tools, choices and formats get 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pydantic_core import to_json
+
 from balcony_runtime.serve.bodies.asked import Asked, asked_by
 from balcony_runtime.serve.bodies.fields import CHAT, FOREIGN, RESPONSE, Fields
-from balcony_runtime.serve.bodies.refusal import bad
+from balcony_runtime.serve.bodies.refusal import RefusedError, bad
 
 #: Fields that need answers or prompts of earlier requests, of which the server keeps none → values that ask for nothing.
 _KEPT: Mapping[str, tuple[Any, ...]] = {
@@ -21,9 +24,18 @@ _KEPT: Mapping[str, tuple[Any, ...]] = {
     "prompt": (),
     "background": (False,),
 }
+#: Fields of a chat that would change the answer → their names here. OpenAI refuses them, too.
+_RENAMED = {
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text",
+    "reasoning_effort": "reasoning",
+}
 #: Fields that mean here what they mean in a chat.
 _SAME = (RESPONSE.keys() | FOREIGN.keys()) & (CHAT.keys() | FOREIGN.keys()) - {"tools", "tool_choice"}
 _LOGPROBS = "message.output_text.logprobs"
+#: Most bytes of a field that comes back with the answer and that nothing else bounds; it is kept until the answer ends.
+MOST_REPEATED = 1 << 16
 
 
 def read_response(body: bytes) -> Asked:
@@ -36,6 +48,9 @@ def read_response(body: bytes) -> Asked:
     for name, harmless in _KEPT.items():
         if (value := fields.get(name)) is not None and value not in harmless:
             raise bad(name, value, "the server keeps no answers; send the whole conversation as input instead")
+    for name, here in _RENAMED.items():
+        if (value := fields.get(name)) is not None:
+            raise bad(name, value, f"is a field of chats; give {here} instead")
     include = fields.get("include")
     chat = {name: fields.get(name) for name in _SAME}
     chat |= {
@@ -58,8 +73,12 @@ def _object(fields: Fields, name: str) -> dict[str, Any]:
 
 
 def _repeated(fields: Fields) -> dict[str, Any]:
-    """What an answer says again, with OpenAI's defaults."""
-    return {
+    """What an answer says again, with OpenAI's defaults.
+
+    Raises:
+        RefusedError: an answer cannot say it.
+    """
+    found = {
         "instructions": fields.get("instructions"),
         "max_output_tokens": fields.get("max_output_tokens"),
         "metadata": _object(fields, "metadata"),
@@ -76,6 +95,24 @@ def _repeated(fields: Fields) -> dict[str, Any]:
         "store": False,
         "truncation": "disabled",
     }
+    for name, value in found.items():
+        _refuse_unwritable(name, value)
+    return found
+
+
+def _refuse_unwritable(name: str, value: Any) -> None:
+    """Refuse a value that JSON has no words for, though Python reads it, or that would fill every event."""
+    allowed = "it comes back with the answer: give Unicode, finite numbers and fewer levels"
+    try:
+        size = len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+        to_json([[value]])  # it has a bound of levels, and events put two around a value
+    except (ValueError, RecursionError):
+        pass
+    else:
+        if size <= MOST_REPEATED or name in ("instructions", "text", "tools"):  # these have bounds of their own
+            return
+        allowed = f"it comes back with the answer: at most {MOST_REPEATED} bytes are kept"
+    raise RefusedError(400, f"{name}: {allowed}", "invalid_value", param=name)
 
 
 def _messages(fields: Fields) -> list[dict[str, Any]]:
@@ -107,7 +144,7 @@ def _add(messages: list[dict[str, Any]], item: Any) -> None:
             messages.append(last := {"role": "assistant", "content": None})
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
-        last["tool_calls"] = [*last.get("tool_calls", ()), call]
+        last.setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
     else:

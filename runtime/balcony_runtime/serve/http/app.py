@@ -58,6 +58,7 @@ _BODIES = {
     "/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
     "/v1/responses": RESPONSE,
+    "/responses": RESPONSE,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
     "/slots/{key:int}": SLOT,
@@ -83,6 +84,7 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool, origins: 
             Route("/v1/health", routes.health),
             Route("/models", routes.models),  # as llama.cpp has it, for clients whose address has no /v1
             Route("/chat/completions", routes.chat, methods=["POST"]),
+            Route("/responses", routes.response, methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),

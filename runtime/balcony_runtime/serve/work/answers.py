@@ -166,7 +166,7 @@ class Answer:
                     yield event
                 told_s, waited = time.monotonic(), not pieces
         except RefusedError as refusal:
-            yield _event(self.shapes.failure(refusal)) + self._done
+            yield b"".join(map(_event, self.shapes.failure(refusal))) + self._done
             return
         if self.asked.usage:
             yield _event(self.shapes.closing(self.jobs))

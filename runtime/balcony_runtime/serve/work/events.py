@@ -34,6 +34,7 @@ class ResponseShapes(Shapes):
         self._numbers = itertools.count()
         self._items: list[dict[str, Any]] = []
         self._open = False  # whether the last item is in progress
+        self._begun = False  # whether the first events were made
         self._status = "in_progress"
         self._error: dict[str, str] | None = None
         self._details: dict[str, str] | None = None
@@ -42,7 +43,7 @@ class ResponseShapes(Shapes):
 
     def opening(self, job: Job, scores: Scores | None) -> list[Event]:
         """Events before the first token."""
-        return [self._event(f"response.{word}", response=self._response()) for word in ("created", "in_progress")]
+        return self._begin()
 
     def token(self, job: Job, token: Token) -> list[Event]:
         """The events of a token; none if it has nothing to say yet."""
@@ -51,24 +52,29 @@ class ResponseShapes(Shapes):
             (choice,) = piece["choices"]
             delta = choice["delta"]
             self._logprobs += (choice["logprobs"] or {}).get("content") or []
+            # White space before the calls might have begun a thought, so it comes with the last token.
+            called = bool(self._items) and self._items[-1]["type"] == "function_call"
             for key, kind in _TEXTS.items():
-                if text := delta.get(key):
+                if (text := delta.get(key)) and not called:
                     found += self._said(kind, text)
             for call in delta.get("tool_calls", ()):
                 found += self._called(call)
             if (reason := choice["finish_reason"]) is not None:
                 found += self._ended(reason)
+        if self._items and self._items[-1]["type"] != "message":
+            self._logprobs = []  # only a message has a place for them
         self._before_answer += not self._items or self._items[-1]["type"] == "reasoning"
         return found
 
     def empty(self, job: Job) -> None:
         """Nothing: clients of responses know comments."""
 
-    def failure(self, refusal: RefusedError) -> Event:
-        """The last event of an answer that failed."""
+    def failure(self, refusal: RefusedError) -> list[Event]:
+        """The last events of an answer that failed. Clients take none before the first ones, which come with a token."""
+        found = [] if self._begun else self._begin()
         code = "rate_limit_exceeded" if refusal.status == 429 else "server_error"  # OpenAI's words; it has few
         self._status, self._error = "failed", {"code": code, "message": refusal.message}
-        return self._event("response.failed", response=self._response())
+        return [*found, self._event("response.failed", response=self._response())]
 
     def settle(self, last: Event, jobs: Sequence[Job]) -> None:
         """Add to the last event what is known at the end: the usage and the cost."""
@@ -91,6 +97,11 @@ class ResponseShapes(Shapes):
             "total_tokens": used["total_tokens"],
         }
         return {"usage": tokens, **self.costs(jobs, [job.cost for job in jobs])}
+
+    def _begin(self) -> list[Event]:
+        """The first events."""
+        self._begun = True
+        return [self._event(f"response.{word}", response=self._response()) for word in ("created", "in_progress")]
 
     def _said(self, kind: str, text: str) -> list[Event]:
         """The events of a text."""

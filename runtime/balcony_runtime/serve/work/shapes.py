@@ -105,9 +105,9 @@ class Shapes:
         """The last piece of a choice that makes no tokens."""
         return self._piece(job, "", None, "length")
 
-    def failure(self, refusal: RefusedError) -> dict[str, Any]:
-        """The last piece of an answer that failed."""
-        return refusal.body
+    def failure(self, refusal: RefusedError) -> list[dict[str, Any]]:
+        """The last pieces of an answer that failed."""
+        return [refusal.body]
 
     def settle(self, last: dict[str, Any], jobs: Sequence[Job]) -> None:
         """Add to the last piece what is known at the end: the cost."""
