@@ -69,12 +69,12 @@ def train(
         typer.Option(help="Target: the full model's distribution (kl), the text (ce), or the paper's mix."),
     ] = "kl",
     state_weight: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Weight of the distance between the states of an exit and of the full model, next to the KL; it falls to 0 "
-            "over the run."
+            "over the run (default: 0.5; with --start 0)."
         ),
-    ] = 0.5,
+    ] = None,
     optimizer: Annotated[
         Literal["muon", "adamw"], typer.Option(help="Optimizer of the matrices; norms use AdamW.")
     ] = "muon",
@@ -153,7 +153,7 @@ def train(
         micro_rows=batch_rows if micro_rows is None else micro_rows,
         positions=positions,
         vocabulary=vocabulary,
-        state_weight=state_weight,
+        state_weight=(0.0 if start else 0.5) if state_weight is None else state_weight,
         optimizer=optimizer,
         rate=rate,
         vector_rate=rate / 2 if vector_rate is None else vector_rate,
@@ -214,7 +214,7 @@ def train(
 
 
 def _refuse_without_effect(
-    context: typer.Context, schedule: str, loss: str, vocabulary: int, state_weight: float
+    context: typer.Context, schedule: str, loss: str, vocabulary: int, state_weight: float | None
 ) -> None:
     """Refuse options that the others of the run leave without effect: its record would name them."""
     if schedule == "cosine":

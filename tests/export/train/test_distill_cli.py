@@ -51,6 +51,12 @@ def refused(kind: type[BalconyError], words: str, *arguments: Any) -> None:
         trained(*arguments)
 
 
+def recipe_of(work: Path) -> dict[str, Any]:
+    state = read_state(work)
+    assert state is not None
+    return dict(state["recipe"])
+
+
 def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "balconies"
     command = (tiny_checkpoint, "2,3", text_file, out)
@@ -58,6 +64,7 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     assert (document["steps"], document["tokens"], set(document["exits"])) == (5, 240, {"2", "3"})
     work = out / "run/2-3"
     assert (work / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert recipe_of(work)["state_weight"] == 0.5
     refused(TrainingError, "continue with --resume", *command, "--tokens", "240")
     before = (work / "checkpoint.safetensors").read_bytes()
     assert trained(*command, "--steps", "7", "--resume")["steps"] == 7
@@ -68,6 +75,7 @@ def test_command_line_trains_resumes_and_refuses(tiny_checkpoint: Path, text_fil
     # start from balconies in the output directory, whose index the first checkpoint changes
     (out / "run").rename(tmp_path / "old-run")
     assert trained(*command, "--steps", "2", "--start", str(out))["steps"] == 2
+    assert recipe_of(work)["state_weight"] == 0.0, "states drawn together make trained balconies worse"
     (out / "run").rename(tmp_path / "run")
     refused(TrainingError, "already has balcony 2", *command, "--steps", "2")
     (out / "run/2-3").mkdir(parents=True)  # of a run that was killed before its first checkpoint
