@@ -186,33 +186,10 @@ def test_a_sensor_that_vanishes_is_absent_and_comes_back(tmp_path: Path) -> None
 
 
 class _Raises:
-    """A source with a bug, or with a binding that raises an unexpected exception."""
+    """A source with a bug, or with a binding that raises an unexpected exception: it raises what it is given, or gives it."""
 
     name = "raises"
     closed = False
-
-    def discover(self) -> None:
-        pass
-
-    def read(self, now_s: float) -> SourceSample:
-        raise ZeroDivisionError("by zero")
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def test_a_source_that_raises_is_absent_with_what_it_raised() -> None:
-    source = _Raises()
-    with Sensors([source, System()]) as sensors:
-        assert health(sensors, "raises").absences == (Absence("raises", "ZeroDivisionError: by zero"),)
-        assert health(sensors, "raises").state == "absent" and "psutil:memory" in shown(sensors)
-    assert source.closed
-
-
-class _Careless(NothingOpen):
-    """A source that does not give what its protocol says."""
-
-    name = "careless"
 
     def __init__(self, given: Any) -> None:
         self._given = given
@@ -221,7 +198,20 @@ class _Careless(NothingOpen):
         pass
 
     def read(self, now_s: float) -> Any:
+        if isinstance(self._given, Exception):
+            raise self._given
         return self._given
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_source_that_raises_is_absent_with_what_it_raised() -> None:
+    source = _Raises(ZeroDivisionError("by zero"))
+    with Sensors([source, System()]) as sensors:
+        assert health(sensors, "raises").absences == (Absence("raises", "ZeroDivisionError: by zero"),)
+        assert health(sensors, "raises").state == "absent" and "psutil:memory" in shown(sensors)
+    assert source.closed
 
 
 @pytest.mark.parametrize(
@@ -233,9 +223,9 @@ class _Careless(NothingOpen):
 )
 def test_a_source_that_gives_no_readings_is_absent_with_the_reason(given: Any, why: str) -> None:
     """Its thread must not end: the source would be called hung for ever, and nothing would say why."""
-    with Sensors([_Careless(given)], rate_hz=10) as sensors:
-        eventually(lambda: health(sensors, "careless").samples > 1)
-        found = health(sensors, "careless")
+    with Sensors([_Raises(given)], rate_hz=10) as sensors:
+        eventually(lambda: health(sensors, "raises").samples > 1)
+        found = health(sensors, "raises")
         assert found.state == "absent" and found.absences[0].reason.startswith(why)
 
 

@@ -6,7 +6,6 @@ and each call.
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -31,10 +30,8 @@ class ResponseShapes(Shapes):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.id = "resp_" + uuid.uuid4().hex
-        self._numbers = itertools.count()
+        self._made = 0  # events
         self._items: list[dict[str, Any]] = []
-        self._open = False  # whether the last item is in progress
-        self._begun = False  # whether the first events were made
         self._status = "in_progress"
         self._error: dict[str, str] | None = None
         self._details: dict[str, str] | None = None
@@ -53,7 +50,7 @@ class ResponseShapes(Shapes):
             delta = choice["delta"]
             self._logprobs += (choice["logprobs"] or {}).get("content") or []
             # White space before the calls might have begun a thought, so it comes with the last token.
-            called = bool(self._items) and self._items[-1]["type"] == "function_call"
+            called = self._kind == "function_call"
             for key, kind in _TEXTS.items():
                 if (text := delta.get(key)) and not called:
                     found += self._said(kind, text)
@@ -61,9 +58,9 @@ class ResponseShapes(Shapes):
                 found += self._called(call)
             if (reason := choice["finish_reason"]) is not None:
                 found += self._ended(reason)
-        if self._items and self._items[-1]["type"] != "message":
+        if self._kind not in (None, "message"):
             self._logprobs = []  # only a message has a place for them
-        self._before_answer += not self._items or self._items[-1]["type"] == "reasoning"
+        self._before_answer += self._kind in (None, "reasoning")
         return found
 
     def empty(self, job: Job) -> None:
@@ -71,7 +68,7 @@ class ResponseShapes(Shapes):
 
     def failure(self, refusal: RefusedError) -> list[Event]:
         """The last events of an answer that failed. Clients take none before the first ones, which come with a token."""
-        found = [] if self._begun else self._begin()
+        found = [] if self._made else self._begin()
         code = "rate_limit_exceeded" if refusal.status == 429 else "server_error"  # OpenAI's words; it has few
         self._status, self._error = "failed", {"code": code, "message": refusal.message}
         return [*found, self._event("response.failed", response=self._response())]
@@ -98,15 +95,19 @@ class ResponseShapes(Shapes):
         }
         return {"usage": tokens, **self.costs(jobs, [job.cost for job in jobs])}
 
+    @property
+    def _kind(self) -> str | None:
+        """Kind of the last item, which is in progress until the end; None without one."""
+        return self._items[-1]["type"] if self._items else None
+
     def _begin(self) -> list[Event]:
         """The first events."""
-        self._begun = True
         return [self._event(f"response.{word}", response=self._response()) for word in ("created", "in_progress")]
 
     def _said(self, kind: str, text: str) -> list[Event]:
         """The events of a text."""
         part_kind, found = _PARTS[kind], []
-        if not self._open or self._items[-1]["type"] != kind:
+        if self._kind != kind:
             part: dict[str, Any] = {"type": part_kind, "text": ""}
             found = self._close("completed")
             if kind == "message":
@@ -137,7 +138,7 @@ class ResponseShapes(Shapes):
     def _ended(self, reason: str) -> list[Event]:
         """The events at the end; a reason of chats is given. A call that a stop string cut is none that a client can run."""
         found = [] if self._items else self._said("message", "")
-        cut = reason == "stop" and self._items[-1]["type"] == "function_call"
+        cut = reason == "stop" and self._kind == "function_call"
         self._status = "incomplete" if reason == "length" or cut else "completed"
         self._details = {"reason": "max_output_tokens"} if reason == "length" else None
         found += self._close(self._status)
@@ -146,13 +147,12 @@ class ResponseShapes(Shapes):
     def _add(self, kind: str, **facts: Any) -> list[Event]:
         """The event of a new item."""
         self._items.append({"id": _PREFIXES[kind] + uuid.uuid4().hex, "type": kind, "status": "in_progress", **facts})
-        self._open = True
         shown = {key: list(value) if isinstance(value, list) else value for key, value in self._items[-1].items()}
         return [self._about("response.output_item.added", item=shown)]
 
     def _close(self, status: str) -> list[Event]:
-        """The events at the end of the item in progress; none without one."""
-        if not self._open:
+        """The events at the end of the last item; none without one."""
+        if not self._items:
             return []
         item = self._items[-1]
         item["status"], found = status, []
@@ -164,9 +164,7 @@ class ResponseShapes(Shapes):
             facts = {"text": part["text"]} | ({"logprobs": part["logprobs"]} if item["type"] == "message" else {})
             found.append(self._about(f"response.{part['type']}.done", content_index=0, **facts))
             found.append(self._about("response.content_part.done", content_index=0, part=part))
-        found.append(self._about("response.output_item.done", item=item))
-        self._open = False
-        return found
+        return [*found, self._about("response.output_item.done", item=item)]
 
     def _about(self, kind: str, **facts: Any) -> Event:
         """An event about the last item."""
@@ -174,7 +172,8 @@ class ResponseShapes(Shapes):
         return self._event(kind, output_index=len(self._items) - 1, **named, **facts)
 
     def _event(self, kind: str, **facts: Any) -> Event:
-        return {"type": kind, "sequence_number": next(self._numbers), **facts}
+        self._made += 1
+        return {"type": kind, "sequence_number": self._made - 1, **facts}
 
     def _response(self) -> dict[str, Any]:
         return {
