@@ -287,11 +287,12 @@ def test_ended_sequences_make_room(tiny_engine: Engine, monkeypatch: pytest.Monk
     assert pool.members == (None, ended[1])
 
 
-def test_cleared_members_give_their_memory_back(tiny_engine: Engine) -> None:
+def test_cleared_members_give_their_memory_back_and_keep_their_bindings(tiny_engine: Engine) -> None:
     pool = new_pool(tiny_engine, 1)
     sequence = pool.take()
     assert sequence is not None
     sequence.advance(5, np.arange(200) % 320)
+    sequence.advance(5, [7])  # a decode step counts its rows by itself
     assert sequence.state.memory_bytes > 100_000
     pool.kept_bytes = 0
     pool.give_back(sequence)
@@ -301,6 +302,10 @@ def test_cleared_members_give_their_memory_back(tiny_engine: Engine) -> None:
     assert again.state.memory_bytes < 20_000
     memory = pool._pool._memory
     assert not memory.rows[:, 0, 64:128].any()
+    assert again.state is sequence.state
+    for tokens in ([3, 4, 5], [6]):
+        assert_equal(again.advance(5, tokens), from_scratch(tiny_engine, 5, again.tokens, 1))
+    assert 0 < again.state.memory_bytes < 100_000
 
 
 def test_portable_graphs_share_no_passes(tiny: Any) -> None:

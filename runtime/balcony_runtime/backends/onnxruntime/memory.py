@@ -55,6 +55,7 @@ class Cache:
 
     def _hold(self, capacity: int, arrays: list[npt.NDArray[Any]]) -> None:
         self.held = _Held(capacity, arrays, [value_of(array) for array in arrays])
+        self._touched = -1, 0  # number of rows, and their bytes
 
     def grow(self, rows: int) -> None:
         """Make room for ``rows`` rows, more than the present capacity; earlier bindings must be made again.
@@ -71,9 +72,12 @@ class Cache:
 
     def touched_bytes(self) -> int:
         """Bytes of memory that the rows so far take; before the first there may be no arrays."""
-        return sum(
-            touched_bytes(array, axis, self.rows) for array, axis in zip(self.held.arrays, self.axes, strict=False)
-        )
+        rows, (known, touched) = self.rows, self._touched  # once: another thread may run a pass
+        if rows != known:  # each reply asks at its end, of all ended sequences
+            arrays = zip(self.held.arrays, self.axes, strict=False)
+            touched = sum(touched_bytes(array, axis, rows) for array, axis in arrays)
+            self._touched = rows, touched
+        return touched
 
     def _empty(self, capacity: int) -> list[npt.NDArray[Any]]:
         shapes = [

@@ -153,12 +153,11 @@ class OnnxRuntimePool:
         return self._logits[:count, 0]
 
     def clear(self, member: int) -> None:
-        """Give the member's memory back to the system; its rows are lost."""
+        """Give the member's memory back to the system; its rows are lost. Its bindings stay for the next sequence."""
         state, memory = self._states[member], self._memory
         if state is None:
             return
-        self._states[member] = None
-        self._program.cache_clear()  # programs hold states
+        state.clear()
         arrays = [array for cache in memory.caches.values() for array in cache.held.arrays]
         give_back([array[member] for array in arrays] + [rows[member] for rows in memory.rows])
 

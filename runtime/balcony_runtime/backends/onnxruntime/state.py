@@ -356,6 +356,14 @@ class OnnxRuntimeState:
         for name, rows in self._parts(stage_rows, balcony_rows, lambda states, rows: states.fill(rows)).items():
             rows[:] = part_of(parts, name, rows.shape, rows.dtype)
 
+    def clear(self) -> None:
+        """Begin anew over the same memory, for another sequence of a pool, where no graph has recurrent states."""
+        self._decoded, self._queries = [0] * len(self._decoded), None
+        for graph in self._graphs.values():
+            graph.many_rows.clear()  # holds arrays of the last pass
+            if graph.cache is not None:
+                graph.cache.rows = 0
+
     def forget_programs(self) -> None:
         """Drop all bindings, which hold sessions."""
         for graph in self._graphs.values():
