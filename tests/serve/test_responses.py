@@ -169,6 +169,17 @@ def test_a_call_that_a_stop_string_cuts_is_none_to_run(tool_server: Server) -> N
     assert found["status"] == call["status"] == "incomplete" and found["incomplete_details"] is None
 
 
+def test_tools_that_only_openai_could_run_are_left_out_next_to_functions() -> None:
+    """Codex always offers web_search. The answer repeats what the model was offered; alone, such a tool is refused."""
+    asked = read_response(json.dumps(BODY | {"tools": [{"type": "web_search"}, *FLAT]}).encode())
+    assert asked.response is not None
+    assert asked.tooling["tools"] == TOOLS and asked.response["tools"] == FLAT
+    with pytest.raises(RefusedError, match="web_search"):
+        read_response(json.dumps(BODY | {"tools": [{"type": "web_search"}]}).encode())
+    with pytest.raises(RefusedError, match="custom"):
+        read_response(json.dumps(BODY | {"tools": [{"type": "custom", "name": "x"}, *FLAT]}).encode())
+
+
 def test_a_format(client: openai.OpenAI, http: httpx.Client) -> None:
     parsed = client.responses.parse(model="tiny", input="hello", text_format=Weather, max_output_tokens=120)
     assert isinstance(parsed.output_parsed, Weather)
@@ -274,6 +285,13 @@ def messages(*items: Any) -> Any:
     return read_response(json.dumps({"input": items}).encode()).prompts[0]
 
 
+def test_an_item_that_only_its_id_names_is_refused_with_a_way_out() -> None:
+    """So Vercel's AI SDK names the answers of earlier turns, unless it is told that nothing is stored."""
+    with pytest.raises(RefusedError, match=r"keeps no items.*store = false") as refused:
+        messages({"role": "user", "content": "x"}, {"type": "item_reference", "id": "msg_1"})
+    assert (refused.value.status, refused.value.param) == (400, "input")
+
+
 def test_items_of_a_turn_are_one_message() -> None:
     """Thought, text and calls of a turn, and a turn after it."""
     thought = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
@@ -302,6 +320,34 @@ def test_items_of_a_turn_are_one_message() -> None:
     ]
 
 
+def test_a_function_of_a_namespace_comes_back_with_it() -> None:
+    """So Codex groups those of an MCP server, and it finds a call's function by both names."""
+    space = {"type": "namespace", "name": "mcp", "description": "", "tools": [{"type": "function", "name": "f"}]}
+    call = {"type": "function_call", "call_id": "a", "namespace": "mcp", "name": "f", "arguments": "{}"}
+    gave = {"type": "function_call_output", "call_id": "a", "output": "1"}
+    tools = [space, {"type": "function", "name": "f"}]
+    asked = read_response(json.dumps({"input": [*QUESTION, call, gave], "tools": tools}).encode())
+    assert [tool["function"]["name"] for tool in asked.tooling["tools"]] == ["mcp__f", "f"]
+    assert "namespace" not in asked.tooling["tools"][0]["function"]
+    assert asked.prompts[0][1]["tool_calls"][0]["function"]["name"] == "mcp__f"
+    box = Toolbox((Tool("mcp__f", "{}"), Tool("f", "{}")), True, True, formats()[DEFAULT], {}, "abcdefg")
+    codec: Any = SimpleNamespace(thought_reader=lambda ids: None)
+    shapes = ResponseShapes(asked, "tiny", codec, [""], EnergyMeter(tuple))
+    job: Any = Job(0, 0, [1], None)
+    job.stream = SimpleNamespace(call_reader=lambda: CallReader(box))
+    made = []
+    for name, reason in (("mcp__f", None), ("f", "stop")):
+        text = f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>\n'
+        made += shapes.token(job, Token(7, text, 5, 1.0, None, None, 0, 0, Decision(5), finish_reason=reason))
+    for event in made:
+        EVENT.validate_python(event)
+    assert [(item.get("namespace"), item["name"]) for item in made[-1]["response"]["output"]] == [
+        ("mcp", "f"),
+        (None, "f"),
+    ]
+    assert [event["name"] for event in made if event["type"].endswith("arguments.done")] == ["f", "f"]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -325,11 +371,17 @@ def test_what_no_answer_can_repeat_is_refused(field: str, value: str) -> None:
     [
         ({}, "input", "must be a text or a list of items"),
         ({"input": []}, "input", "must be a text or a list of items"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "leave others out"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "send the item itself"),
         ({"input": ["hello"]}, "input", "leave others out"),
         (BODY | {"background": True}, "background", "keeps no answers"),
         (BODY | {"prompt": {"id": "p"}}, "prompt", "keeps no answers"),
-        (BODY | {"tools": [{"type": "web_search"}]}, "tools", "only tools of the type function"),
+        (BODY | {"tools": [{"type": "web_search"}]}, "tools", "only functions and namespaces"),
+        (
+            BODY | {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]},
+            "tools",
+            "leave others out",
+        ),
+        (BODY | {"tools": [{"type": "namespace", "tools": FLAT}]}, "tools", "leave others out"),
         (BODY | {"tool_choice": {"type": "web_search"}}, None, "tool_choice"),
         (BODY | {"text": {"format": {"type": "json_schema"}}}, "text", "'schema'"),
         (BODY | {"text": "json"}, "text", "must be an object"),

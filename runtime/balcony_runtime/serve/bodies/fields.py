@@ -248,13 +248,14 @@ RESPONSE: Table = {
             "type": "object",
             "required": ["type", "name"],
             "properties": {
-                "type": {"const": "function"},
+                "type": {"enum": ["function", "namespace"]},
                 "name": {"type": "string"},
                 "description": {"type": ["string", "null"]},
                 "parameters": {"type": ["object", "null"]},
+                "tools": {"type": "array", "items": {"type": "object"}},
             },
         },
-        "description": "Functions that the model may call.",
+        "description": "Functions that the model may call, alone or in namespaces.",
     },
     "tool_choice": {
         "anyOf": [

@@ -31,6 +31,8 @@ _RENAMED = {
     "response_format": "text",
     "reasoning_effort": "reasoning",
 }
+#: Tools that OpenAI's servers run.
+_HOSTED = ("web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation")
 #: Fields that mean here what they mean in a chat.
 _SAME = (RESPONSE.keys() | FOREIGN.keys()) & (CHAT.keys() | FOREIGN.keys()) - {"tools", "tool_choice"}
 _LOGPROBS = "message.output_text.logprobs"
@@ -51,18 +53,26 @@ def read_response(body: bytes) -> Asked:
     for name, here in _RENAMED.items():
         if (value := fields.get(name)) is not None:
             raise bad(name, value, f"is a field of chats; give {here} instead")
-    include = fields.get("include")
+    include, tools = fields.get("include"), _offered(fields)
     chat = {name: fields.get(name) for name in _SAME}
     chat |= {
         "messages": _messages(fields),
         "max_completion_tokens": fields.whole("max_output_tokens"),
-        "tools": _tools(fields.get("tools")),
+        "tools": [_nested(one) for one in functions(tools)] if isinstance(tools, list) else tools,
         "tool_choice": _choice(fields.get("tool_choice")),
         "response_format": _format(fields.get("text")),
         "reasoning_effort": _object(fields, "reasoning").get("effort"),
         "logprobs": bool(chat["top_logprobs"]) or (isinstance(include, list) and _LOGPROBS in include),
     }
     return replace(asked_by(Fields(chat, CHAT), chat=True), response=_repeated(fields))
+
+
+def _offered(fields: Fields) -> Any:
+    """The tools that the model may call: next to functions, those that only OpenAI could run are left out."""
+    tools = fields.get("tools")
+    if not isinstance(tools, list):
+        return tools  # a chat refuses it
+    return [tool for tool in tools if not isinstance(tool, dict) or tool.get("type") not in _HOSTED] or tools
 
 
 def _object(fields: Fields, name: str) -> dict[str, Any]:
@@ -87,7 +97,7 @@ def _repeated(fields: Fields) -> dict[str, Any]:
         "temperature": 1.0 if (temperature := fields.get("temperature")) is None else temperature,
         "text": {"format": {"type": "text"}} | _object(fields, "text"),
         "tool_choice": fields.get("tool_choice") or "auto",
-        "tools": fields.get("tools") or [],
+        "tools": _offered(fields) or [],
         "top_logprobs": fields.get("top_logprobs") or 0,
         "top_p": 1.0 if (top_p := fields.get("top_p")) is None else top_p,
         "background": False,
@@ -142,11 +152,13 @@ def _add(messages: list[dict[str, Any]], item: Any) -> None:
     elif kind == "function_call":
         if last is None:
             messages.append(last := {"role": "assistant", "content": None})
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        function = {"name": name_of(item), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
         last.setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+    elif kind == "item_reference":
+        raise bad("input", item, "the server keeps no items; send the item itself, as clients do with store = false")
     else:
         allowed = "messages (with a role and a content), function_call, function_call_output and reasoning"
         raise bad("input", item, f"items may be {allowed}; leave others out")
@@ -159,18 +171,30 @@ def _text(parts: Any) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _tools(given: Any) -> Any:
-    if not isinstance(given, list):
-        return given  # a chat refuses it
-    for tool in given:
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise bad("tools", tool, "only tools of the type function are there; leave others out")
-    return [_nested(tool) for tool in given]
+def functions(tools: Any) -> list[dict[str, Any]]:
+    """The functions of ``tools``; those of a namespace have it as a field."""
+    found: list[dict[str, Any]] = []
+    for tool in tools:
+        inner, space = [tool], {}
+        if isinstance(tool, dict) and tool.get("type") == "namespace" and isinstance(tool.get("name"), str):
+            inner, space = tool.get("tools"), {"namespace": tool["name"]}
+        for one in inner if isinstance(inner, list) else [None]:
+            if not isinstance(one, dict) or one.get("type") != "function":
+                raise bad("tools", tool, "only functions and namespaces of functions are there; leave others out")
+            found.append(one | space)
+    return found
 
 
-def _nested(tool: Mapping[str, Any]) -> dict[str, Any]:
+def name_of(function: Mapping[str, Any]) -> Any:
+    """The name by which the model knows a function: that of its namespace comes before its own."""
+    space, name = function.get("namespace"), function.get("name")
+    return f"{space}__{name}" if space and isinstance(space, str) and isinstance(name, str) else name
+
+
+def _nested(function: Mapping[str, Any]) -> dict[str, Any]:
     """A function as a chat has it: all but the type is one level down."""
-    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    rest = {key: value for key, value in function.items() if key not in ("type", "namespace")}
+    return {"type": "function", "function": rest | {"name": name_of(function)}}
 
 
 def _choice(given: Any) -> Any:

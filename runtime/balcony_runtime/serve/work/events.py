@@ -13,6 +13,7 @@ from typing import Any
 
 from balcony_runtime.reply import Token
 from balcony_runtime.serve.bodies.refusal import RefusedError
+from balcony_runtime.serve.bodies.responses import functions, name_of
 from balcony_runtime.serve.work.jobs import Job, Scores
 from balcony_runtime.serve.work.shapes import Shapes, usage
 
@@ -37,6 +38,12 @@ class ResponseShapes(Shapes):
         self._details: dict[str, str] | None = None
         self._logprobs: list[Any] = []  # of tokens whose text has not come
         self._before_answer = 0  # tokens
+        # of functions in namespaces: the name by which the model knows one → its own and that of its namespace
+        self._names = {
+            name_of(one): {key: one[key] for key in ("namespace", "name")}
+            for one in functions((self._asked.response or {}).get("tools") or ())
+            if "namespace" in one
+        }
 
     def opening(self, job: Job, scores: Scores | None) -> list[Event]:
         """Events before the first token."""
@@ -129,7 +136,8 @@ class ResponseShapes(Shapes):
         found, function = [], call["function"]
         if "id" in call:
             found = self._close("completed")
-            found += self._add("function_call", call_id=call["id"], name=function["name"], arguments="")
+            names = self._names.get(function["name"], {"name": function["name"]})
+            found += self._add("function_call", call_id=call["id"], **names, arguments="")
         if arguments := function["arguments"]:
             self._items[-1]["arguments"] += arguments
             found.append(self._about("response.function_call_arguments.delta", delta=arguments))
