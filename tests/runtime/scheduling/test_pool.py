@@ -292,7 +292,7 @@ def test_cleared_members_give_their_memory_back_and_keep_their_bindings(tiny_eng
     sequence = pool.take()
     assert sequence is not None
     sequence.advance(5, np.arange(200) % 320)
-    sequence.advance(5, [7])  # a decode step counts its rows by itself
+    sequence.step(5, np.array([7]))  # a decode step counts its rows by itself
     assert sequence.state.memory_bytes > 100_000
     pool.kept_bytes = 0
     pool.give_back(sequence)
