@@ -439,7 +439,7 @@ def test_the_model_card_adds_up() -> None:
 
 
 def test_the_model_card_has_the_recipes_of_its_runs() -> None:
-    """The record is the sixteenth run's; the first five compared the whole vocabulary, which is not the default any more."""
+    """The record is the seventeenth run's; the first five compared the whole vocabulary, which is not the default any more."""
     home = ROOT / "balconies" / "smollm2-135m-instruct"
     text, index = (home / "README.md").read_text(encoding="utf-8"), json.loads((home / "balconies.json").read_text())
     recipe = index["exits"]["14"]["training"]["recipe"]
