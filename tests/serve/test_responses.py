@@ -174,6 +174,12 @@ def test_tools_that_only_openai_could_run_are_left_out_next_to_functions() -> No
     asked = read_response(json.dumps(BODY | {"tools": [{"type": "web_search"}, *FLAT]}).encode())
     assert asked.response is not None
     assert asked.tooling["tools"] == TOOLS and asked.response["tools"] == FLAT
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}, FLAT[0]]}
+    allowed = read_response(
+        json.dumps(BODY | {"tools": [{"type": "web_search"}, *FLAT], "tool_choice": choice}).encode()
+    )
+    named = allowed.tooling["tool_choice"]["allowed_tools"]["tools"]
+    assert [tool["function"]["name"] for tool in named] == [FLAT[0]["name"]]
     with pytest.raises(RefusedError, match="web_search"):
         read_response(json.dumps(BODY | {"tools": [{"type": "web_search"}]}).encode())
     with pytest.raises(RefusedError, match="custom"):
@@ -357,6 +363,8 @@ def test_a_function_of_a_namespace_comes_back_with_it() -> None:
         ("tools", '[{"type": "function", "name": "f", "parameters": {"minimum": 1e999}}]'),
         ("metadata", '{"a": ' + "[" * 300 + "]" * 300 + "}"),
         ("metadata", '{"a": "' + "x" * 70_000 + '"}'),
+        ("tools", '[{"type": "namespace", "name": "n", "tools": [], "description": "' + "x" * 70_000 + '"}]'),
+        ("tools", "[" + ", ".join(['{"type": "namespace", "name": "n", "tools": []}'] * 2_000) + "]"),
     ],
 )
 def test_what_no_answer_can_repeat_is_refused(field: str, value: str) -> None:

@@ -106,12 +106,14 @@ def _repeated(fields: Fields) -> dict[str, Any]:
         "truncation": "disabled",
     }
     for name, value in found.items():
-        _refuse_unwritable(name, value)
+        _refuse_unwritable(name, value, bounded=name in ("instructions", "text", "tools"))
+    # The prompt bounds functions, but no prompt has the other fields of a namespace.
+    _refuse_unwritable("tools", [tool | {"tools": None} for tool in found["tools"] if tool["type"] == "namespace"])
     return found
 
 
-def _refuse_unwritable(name: str, value: Any) -> None:
-    """Refuse a value that JSON has no words for, though Python reads it, or that would fill every event."""
+def _refuse_unwritable(name: str, value: Any, *, bounded: bool = False) -> None:
+    """Refuse a value that JSON has no words for, though Python reads it, or one without bounds that would fill every event."""
     allowed = "it comes back with the answer: give Unicode, finite numbers and fewer levels"
     try:
         size = len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
@@ -119,7 +121,7 @@ def _refuse_unwritable(name: str, value: Any) -> None:
     except (ValueError, RecursionError):
         pass
     else:
-        if size <= MOST_REPEATED or name in ("instructions", "text", "tools"):  # these have bounds of their own
+        if bounded or size <= MOST_REPEATED:
             return
         allowed = f"it comes back with the answer: at most {MOST_REPEATED} bytes are kept"
     raise RefusedError(400, f"{name}: {allowed}", "invalid_value", param=name)
@@ -175,7 +177,8 @@ def functions(tools: Any) -> list[dict[str, Any]]:
     """The functions of ``tools``; those of a namespace have it as a field."""
     found: list[dict[str, Any]] = []
     for tool in tools:
-        inner, space = [tool], {}
+        inner: Any = [tool]
+        space: dict[str, str] = {}
         if isinstance(tool, dict) and tool.get("type") == "namespace" and isinstance(tool.get("name"), str):
             inner, space = tool.get("tools"), {"namespace": tool["name"]}
         for one in inner if isinstance(inner, list) else [None]:
@@ -203,7 +206,8 @@ def _choice(given: Any) -> Any:
         return _nested(given)
     tools = given.get("tools") if kind == "allowed_tools" else None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
-        return {"type": kind, kind: {"mode": given.get("mode"), "tools": [_nested(tool) for tool in tools]}}
+        kept = [_nested(tool) for tool in tools if tool.get("type") not in _HOSTED]  # the others are not offered
+        return {"type": kind, kind: {"mode": given.get("mode"), "tools": kept}}
     return given  # a chat refuses what it does not know
 
 
