@@ -22,9 +22,9 @@ from balcony_edge.bundle.manifest import WEIGHTS
 from balcony_runtime.backends.base import FloatArray
 from balcony_runtime.backends.graph_files.packed import joined_step
 from balcony_runtime.backends.onnxruntime.backend import open_session
+from balcony_runtime.backends.onnxruntime.bindings import bound, bound_run
 from balcony_runtime.backends.onnxruntime.host_memory import mapped, use_large_pages
 from balcony_runtime.backends.onnxruntime.memory import bucketed, value_of
-from balcony_runtime.backends.onnxruntime.state import bound, bound_run
 from balcony_runtime.backends.token_table import TokenTable
 
 

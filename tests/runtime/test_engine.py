@@ -318,7 +318,7 @@ def test_only_the_stages_on_the_way_run(tiny: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_decode_steps_take_the_public_call_where_there_is_no_other(tiny: Any) -> None:
-    from balcony_runtime.backends.onnxruntime.state import bound_run
+    from balcony_runtime.backends.onnxruntime.bindings import bound_run
 
     class Elsewhere:
         """A session of a version that keeps its inner object under another name."""

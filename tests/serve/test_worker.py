@@ -12,7 +12,7 @@ import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.errors import BudgetError, DeviceError
-from balcony_runtime.backends.onnxruntime.state import run_step
+from balcony_runtime.backends.onnxruntime.bindings import run_step
 from balcony_runtime.decoding.sampling import Sampler, SamplingParams
 from balcony_runtime.llm import LLM
 from balcony_runtime.reply import Token, TokenStream

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from balcony_runtime.backends.base import FloatArray, IntArray, passes_of
+from balcony_runtime.backends.onnxruntime.bindings import bound, bound_run, run_step
 from balcony_runtime.backends.onnxruntime.host_memory import give_back, zeros
 from balcony_runtime.backends.onnxruntime.memory import Cache, Memory, value_of
-from balcony_runtime.backends.onnxruntime.state import OnnxRuntimeState, bound, bound_run, run_step
+from balcony_runtime.backends.onnxruntime.state import OnnxRuntimeState
 
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend

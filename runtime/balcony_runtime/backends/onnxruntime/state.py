@@ -1,14 +1,12 @@
 """One sequence on ONNX Runtime: the bindings of graphs to its rows and caches, and the passes over them.
 
-Owns the binding of arrays. The arrays themselves are in :mod:`.memory`, sessions and weights in :mod:`.backend`,
-passes that several sequences share in :mod:`.pool`.
+Owns the binding of arrays. The arrays themselves are in :mod:`.memory`, calls that run bound graphs in :mod:`.bindings`, sessions
+and weights in :mod:`.backend`, passes that several sequences share in :mod:`.pool`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,9 +15,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from balcony_edge.bundle.manifest import GraphSpec
-from balcony_edge.errors import DeviceError, is_out_of_memory
 from balcony_runtime.backends.base import Array, FloatArray, IntArray, likeliest, part_of
-from balcony_runtime.backends.installed import first_line
+from balcony_runtime.backends.onnxruntime.bindings import bind_ports, bound, bound_run, run_step
 from balcony_runtime.backends.onnxruntime.host_memory import touched_bytes, zeros
 from balcony_runtime.backends.onnxruntime.memory import Cache, Memory, value_of
 from balcony_runtime.backends.onnxruntime.recurrent import RecurrentStates
@@ -27,10 +24,6 @@ from balcony_runtime.backends.onnxruntime.recurrent import RecurrentStates
 if TYPE_CHECKING:
     from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
-#: Options of the runs of a decode step: made once, and without the final wait for devices. This saves 35 µs a step
-#: (docs/LOG.md, "A run's options, made once").
-RUN_OPTIONS = ort.RunOptions()
-RUN_OPTIONS.add_run_config_entry("disable_synchronize_execution_providers", "1")
 #: Tokens whose rows are unpacked at once, so that what lies in between stays in the second-level cache.
 EMBEDDED = 128
 
@@ -429,7 +422,7 @@ class OnnxRuntimeState:
             if many_rows is None:
                 many_rows = graph.many_rows[graph.side] = self._bind(graph, values, results)
             else:  # the cache stays bound, which saves most of the work
-                _bind_ports(many_rows, graph.spec.inputs, graph.spec.outputs, values, results)
+                bind_ports(many_rows, graph.spec.inputs, graph.spec.outputs, values, results)
             self._run(graph, many_rows)
             return
         # GroupQueryAttention accepts several new rows after earlier ones only for one sequence at a time.
@@ -449,57 +442,3 @@ class OnnxRuntimeState:
 
     def _run(self, graph: _Graph, binding: Any) -> None:
         self.busy_ns += run_step([bound_run(self._backend.sessions[graph.name], binding)], graph.spec.file)
-
-
-def run_step(runs: Iterable[Callable[[], object]], what: str = "a decode step") -> int:
-    """Make the calls of a decode step, or one call; returns the nanoseconds from the first one to the end of the last.
-
-    Raises:
-        DeviceError: a call failed.
-    """
-    begin = time.perf_counter_ns()
-    try:
-        for run in runs:
-            run()
-    except RuntimeError as error:
-        # The tables fit, so the cause is inside a graph, or memory ran out.
-        cure = "free memory" if is_out_of_memory(error) else "export again"
-        raise DeviceError(f"{what}: ONNX Runtime failed while running it ({first_line(error)}): {cure}") from error
-    return time.perf_counter_ns() - begin
-
-
-def bound_run(session: ort.InferenceSession, binding: Any) -> Callable[[], object]:
-    """A call that runs ONNX Runtime's inner session object, or the public call if a version keeps that object elsewhere.
-
-    The public ``InferenceSession.run_with_iobinding`` is a Python wrapper that handles WebGPU's graphs: it takes 16
-    to 70 µs of a decode step (docs/LOG.md, "ONNX Runtime's Python wrapper looks for WebGPU's graphs at every run").
-    """
-    run = getattr(getattr(session, "_sess", None), "run_with_iobinding", None)
-    inner = getattr(binding, "_iobinding", None)
-    if run is None or inner is None:
-        return partial(session.run_with_iobinding, binding, RUN_OPTIONS)
-    return partial(run, inner, RUN_OPTIONS)
-
-
-def bound(
-    session: ort.InferenceSession,
-    asked: Iterable[Any],
-    given: Iterable[Any],
-    inputs: dict[str, Any],
-    outputs: dict[str, Any],
-) -> Any:
-    """A binding of those inputs (``asked``) and outputs (``given``) of a graph for which there are values."""
-    binding = session.io_binding()
-    _bind_ports(binding, asked, given, inputs, outputs)
-    return binding
-
-
-def _bind_ports(
-    binding: Any, asked: Iterable[Any], given: Iterable[Any], inputs: dict[str, Any], outputs: dict[str, Any]
-) -> None:
-    for port in asked:
-        if port.name in inputs:
-            binding.bind_ortvalue_input(port.name, inputs[port.name])
-    for port in given:
-        if port.name in outputs:
-            binding.bind_ortvalue_output(port.name, outputs[port.name])

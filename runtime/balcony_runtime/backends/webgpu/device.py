@@ -23,8 +23,8 @@ from balcony_edge.bundle.manifest import DType
 from balcony_edge.errors import BundleError, DeviceError
 from balcony_runtime.backends.base import Array, closed
 from balcony_runtime.backends.onnxruntime.backend import open_session
+from balcony_runtime.backends.onnxruntime.bindings import bound_run
 from balcony_runtime.backends.onnxruntime.memory import value_of
-from balcony_runtime.backends.onnxruntime.state import bound_run
 from balcony_runtime.backends.webgpu import small_graphs
 from balcony_runtime.backends.webgpu.provider import NAME, Provider, failure
 
