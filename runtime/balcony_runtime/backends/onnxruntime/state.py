@@ -1,7 +1,7 @@
 """One sequence on ONNX Runtime: the bindings of graphs to its rows and caches, and the passes over them.
 
-Owns the binding of arrays. The arrays themselves are in :mod:`.memory`, calls that run bound graphs in :mod:`.bindings`, sessions
-and weights in :mod:`.backend`, passes that several sequences share in :mod:`.pool`.
+Owns the binding of arrays. The arrays themselves are in :mod:`.memory`, calls that run bound graphs in :mod:`.bindings`,
+sessions and weights in :mod:`.backend`, passes that several sequences share in :mod:`.pool`.
 """
 
 from __future__ import annotations
