@@ -68,7 +68,7 @@ def bound(
 def bind_ports(
     binding: Any, asked: Iterable[Any], given: Iterable[Any], inputs: dict[str, Any], outputs: dict[str, Any]
 ) -> None:
-    """Bind those ports of a graph again for which there are values; the others stay bound."""
+    """Bind those ports of a graph for which there are values; the others stay as they are."""
     for port in asked:
         if port.name in inputs:
             binding.bind_ortvalue_input(port.name, inputs[port.name])

@@ -53,7 +53,7 @@ def read_response(body: bytes) -> Asked:
     for name, here in _RENAMED.items():
         if (value := fields.get(name)) is not None:
             raise bad(name, value, f"is a field of chats; give {here} instead")
-    include, tools = fields.get("include"), _offered(fields)
+    include, tools = fields.get("include"), _offered(fields.get("tools"))
     chat = {name: fields.get(name) for name in _SAME}
     chat |= {
         "messages": _messages(fields),
@@ -64,15 +64,18 @@ def read_response(body: bytes) -> Asked:
         "reasoning_effort": _object(fields, "reasoning").get("effort"),
         "logprobs": bool(chat["top_logprobs"]) or (isinstance(include, list) and _LOGPROBS in include),
     }
-    return replace(asked_by(Fields(chat, CHAT), chat=True), response=_repeated(fields))
+    return replace(asked_by(Fields(chat, CHAT), chat=True), response=_repeated(fields, tools))
 
 
-def _offered(fields: Fields) -> Any:
+def _offered(tools: Any) -> Any:
     """The tools that the model may call: next to functions, those that only OpenAI could run are left out."""
-    tools = fields.get("tools")
     if not isinstance(tools, list):
         return tools  # a chat refuses it
-    return [tool for tool in tools if not isinstance(tool, dict) or tool.get("type") not in _HOSTED] or tools
+    return [tool for tool in tools if not _hosted(tool)] or tools
+
+
+def _hosted(tool: Any) -> bool:
+    return isinstance(tool, dict) and tool.get("type") in _HOSTED
 
 
 def _object(fields: Fields, name: str) -> dict[str, Any]:
@@ -82,8 +85,8 @@ def _object(fields: Fields, name: str) -> dict[str, Any]:
     return value or {}
 
 
-def _repeated(fields: Fields) -> dict[str, Any]:
-    """What an answer says again, with OpenAI's defaults.
+def _repeated(fields: Fields, tools: Any) -> dict[str, Any]:
+    """What an answer says again, with OpenAI's defaults; ``tools`` are those that a chat has taken.
 
     Raises:
         RefusedError: an answer cannot say it.
@@ -97,7 +100,7 @@ def _repeated(fields: Fields) -> dict[str, Any]:
         "temperature": 1.0 if (temperature := fields.get("temperature")) is None else temperature,
         "text": {"format": {"type": "text"}} | _object(fields, "text"),
         "tool_choice": fields.get("tool_choice") or "auto",
-        "tools": _offered(fields) or [],
+        "tools": tools or [],
         "top_logprobs": fields.get("top_logprobs") or 0,
         "top_p": 1.0 if (top_p := fields.get("top_p")) is None else top_p,
         "background": False,
@@ -206,7 +209,7 @@ def _choice(given: Any) -> Any:
         return _nested(given)
     tools = given.get("tools") if kind == "allowed_tools" else None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
-        kept = [_nested(tool) for tool in tools if tool.get("type") not in _HOSTED]  # the others are not offered
+        kept = [_nested(tool) for tool in tools if not _hosted(tool)]
         return {"type": kind, kind: {"mode": given.get("mode"), "tools": kept}}
     return given  # a chat refuses what it does not know
 
