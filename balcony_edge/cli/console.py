@@ -32,6 +32,8 @@ class _Screen(Console):
         return super()._render_buffer(parts)
 
 
+if os.environ.get("COLUMNS", "").strip() == "0":
+    del os.environ["COLUMNS"]  # unknown, as to shutil.get_terminal_size; rich and typer would cut all text to nothing
 #: Without emoji codes: a name such as a:key:b is shown as it is.
 stdout = _Screen(highlight=False, emoji=False)
 stderr = _Screen(stderr=True, highlight=False, emoji=False)

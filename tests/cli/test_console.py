@@ -118,3 +118,19 @@ def test_no_file_gets_the_descriptor_of_a_closed_stream(closed: str, tmp_path: P
     program = f"import os; from balcony_edge import cli; {opened}; cli.main()"
     subprocess.run(f'{sys.executable} -c "{program}" {closed}', shell=True, check=True, cwd=tmp_path, timeout=120)
     assert int((tmp_path / "found").read_text()) > 2
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [(["--help"], "Usage"), (["run", "--nosuch"], "nosuch")])
+def test_a_terminal_of_no_columns_still_shows_text(arguments: list[str], wanted: str) -> None:
+    """`docker exec -e COLUMNS="$(tput cols)"` and serial consoles say 0: unknown."""
+    command = [sys.executable, "-m", "balcony_edge", *arguments]
+    done = subprocess.run(command, env={**os.environ, "COLUMNS": "0"}, capture_output=True, text=True, check=False)
+    assert wanted in done.stdout + done.stderr
+
+
+def test_a_file_under_stdout_that_may_not_grow_is_one_line(tiny: Any, tmp_path: Path) -> None:
+    """A limit of the shell (`ulimit -f`) or of the file system; a quota fails in the same way, with EDQUOT."""
+    command = f"ulimit -f 1; exec {sys.executable} -m balcony_edge inspect {tiny.path} --json > {tmp_path / 'out'}"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    wanted = "stdout: cannot be written (File too large): free space, or write to another place"
+    assert (done.returncode, done.stderr) == (1, f"balcony-edge: {wanted}\n")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.cli.workstation.export import _report
-from tests.support.command import invoke_here
+from tests.support.command import COMMAND, invoke_here, refused
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 50
 
@@ -45,3 +48,23 @@ def test_tables_show_a_name_that_looks_like_markup(
     assert "text[int4].txt" in done.stdout, done
     _report(Path("out[int4]"), Bundle.open(tiny.path).manifest, [], False)
     assert "out[int4]: " in capsys.readouterr().out
+
+
+def test_the_engine_reads_no_name_that_is_not_utf_8(tiny: Any, tmp_path: Path) -> None:
+    """ONNX Runtime gets text and makes UTF-8 of it: it would look for a file that is not there, and call it damaged."""
+    bundle, packed = tmp_path / "\udcff", tmp_path / "packed-\udcff"
+    shutil.copytree(tiny.path, bundle)
+    line = "ONNX Runtime reads names of UTF-8 only, in a locale of UTF-8 (now utf-8): rename it"
+    refused(line, "run", bundle, "fox", "-n", "2")
+    refused(line, "run", tiny.path, "fox", "--packed", packed)
+    assert not packed.exists()
+
+
+def test_the_engine_reads_names_in_utf_8_whatever_the_locale(tiny: Any, tmp_path: Path) -> None:
+    """In another locale, Python writes the same text as other bytes."""
+    bundle = os.fsencode(tmp_path) + "/é".encode()
+    shutil.copytree(os.fsencode(tiny.path), bundle)
+    posix = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [*COMMAND, "run", bundle, "fox", "-n", "2"]
+    done = subprocess.run(command, env=posix, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1 and "(now ascii): rename it, or set LC_ALL=C.UTF-8" in done.stderr, done

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -437,3 +438,18 @@ def test_other_threads_run_while_a_long_text_is_tokenized(codec: TextCodec) -> N
     thread.join()
     assert len(tokens) > 60_000 and turns > 20 * took_s
     assert tokens[:40] == codec.encode(text[:1000], chat=False)[:40]
+
+
+def test_a_prompt_is_read_where_no_more_threads_can_be_started(
+    tiny_llm: balcony_edge.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call of encode_batch_fast makes threads. Where that fails, so does every later call, with a BaseException."""
+    codec = tiny_llm._requests._codec
+    wanted, tokenizer = codec.encode("the fox"), codec._tokenizer
+
+    def panic(*_: object, **__: object) -> None:
+        raise type("PanicException", (BaseException,), {})("The global thread pool has not been initialized.")
+
+    limited = SimpleNamespace(encode_batch_fast=panic, encode=tokenizer.encode)
+    monkeypatch.setattr(codec, "_tokenizer", limited)
+    assert codec.encode("the fox") == wanted

@@ -27,7 +27,6 @@ import numpy as np
 from balcony_edge.device.costs import Bend, ExpertCost, UnitCost, further_experts
 from balcony_edge.device.profile import Residual
 from balcony_runtime.decoding.prices import non_negative
-from balcony_runtime.token_sequence import MAX_PASS_ROWS
 
 #: Candidates for :attr:`UnitCost.key_bucket`: the live context, and the step in which the ONNX Runtime backend binds keys.
 KEY_BUCKETS = (1, 128)
@@ -47,7 +46,7 @@ class Pass:
 
 
 def fit_unit(passes: Sequence[Pass], share: float | None = None) -> UnitCost:
-    """Fit the prices of one graph.
+    """Fit the prices of one graph, without a bound on the rows of a pass.
 
     Args:
         passes: median times, one for each number of rows and end; at least one pass has one row.
@@ -92,7 +91,6 @@ def _fit(passes: Sequence[Pass], bucket: int, share: float | None) -> UnitCost:
         context_ms_per_1k=prices[1],
         marginal_context_ms_per_1k=marginal_context[0] if segments else None,
         key_bucket=bucket,
-        pass_rows=MAX_PASS_ROWS,
         bends=tuple(
             Bend(low, row, context)
             for (low, _), row, context in zip(segments[1:], marginal[1:], marginal_context[1:], strict=True)

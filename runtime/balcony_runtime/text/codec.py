@@ -245,7 +245,14 @@ class TextCodec:
 
     def _ids(self, tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
         # encode() keeps Python's lock, which the thread that makes tokens needs; encode_batch_fast() does not
-        (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        try:
+            (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        except BaseException as error:
+            # Its first call starts threads. Where a container allows no more, that call and all later ones fail.
+            # The error is a BaseException, and no module exports its class.
+            if type(error).__name__ != "PanicException":
+                raise
+            found = tokenizer.encode(text, add_special_tokens=special)
         return list(found.ids)
 
     @cached_property

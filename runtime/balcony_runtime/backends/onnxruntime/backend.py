@@ -25,7 +25,7 @@ from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.manifest import GraphSpec, Manifest
 from balcony_edge.closing import Closing
 from balcony_edge.device.machine import best_threads, checked_threads
-from balcony_edge.errors import BundleError, is_out_of_memory
+from balcony_edge.errors import BundleError, InputError, is_out_of_memory
 from balcony_runtime.backends.base import at_once
 from balcony_runtime.backends.installed import checked_onnxruntime, first_line, refuse_too_old
 
@@ -192,6 +192,8 @@ class OnnxRuntimeBackend(Closing):
         threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway
+        for place in (bundle.path, *([] if packed is None else [packed])):
+            _require_utf8(place)
         self.graphs = "lowered" if self.manifest.cpu else "portable"
         #: Exit → session of its decode step as one graph; only with packed weights, which all sessions share.
         self.paths: dict[int, ort.InferenceSession] = {}
@@ -255,6 +257,15 @@ class OnnxRuntimeBackend(Closing):
         self.table.close()
         for user in list(self.users):
             user.forget_programs()
+
+
+def _require_utf8(path: Path) -> None:
+    """Refuse a name that ONNX Runtime would look for under other bytes: it is given text, and makes UTF-8 of it."""
+    if os.fsencode(path) != str(path).encode(errors="replace"):
+        raise InputError(
+            f"{path}: ONNX Runtime reads names of UTF-8 only, in a locale of UTF-8 (now {sys.getfilesystemencoding()}): "
+            "rename it, or set LC_ALL=C.UTF-8"
+        )
 
 
 def _open(path: Path, packed: Path | None, **options: Any) -> ort.InferenceSession:
