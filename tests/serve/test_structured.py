@@ -81,6 +81,19 @@ def test_a_schema_that_is_not_strict_may_have_what_no_grammar_enforces(http: htt
             Animal.model_validate_json(found.json()["choices"][0]["message"]["content"])
 
 
+def test_an_object_that_is_not_strict_has_only_the_properties_it_lists(http: httpx.Client) -> None:
+    """As pydantic writes a class, and as instructor sends it: also within lists."""
+    pair = {"type": "array", "items": {"$ref": "#/$defs/Animal"}, "minItems": 2, "maxItems": 2}
+    schema = {"type": "object", "properties": {"pair": pair}, "required": ["pair"],
+              "$defs": {"Animal": Animal.model_json_schema()}}  # fmt: skip
+    for seed in range(8):
+        body = {"messages": QUESTION, "max_tokens": 120, "seed": seed, "temperature": 2.0}
+        asked = {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+        text = http.post("/v1/chat/completions", json=body | asked).json()["choices"][0]["message"]["content"]
+        found = json.loads(text)
+        assert found.keys() == {"pair"} and [one.keys() for one in found["pair"]] == [{"kind", "legs"}] * 2
+
+
 def test_any_object(http: httpx.Client) -> None:
     body = {"messages": QUESTION, "response_format": {"type": "json_object"}, "max_tokens": 8, "temperature": 0}
     assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"].startswith("{")

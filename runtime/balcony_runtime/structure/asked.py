@@ -285,10 +285,42 @@ _NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentS
 
 
 def lenient(schema: Any) -> Any:
-    """A schema whose keywords that the grammar does not have are left out; anything else as it is."""
+    """A schema without the keywords that the grammar does not have, and with closed objects; anything else as it is."""
     if not isinstance(schema, Mapping):
         return schema
-    return {"x-guidance": JSON_FORM | _LENIENT, **_without_foreign(schema)}
+    return {"x-guidance": JSON_FORM | _LENIENT, **_all_closed(_without_foreign(schema))}
+
+
+#: Keywords by which properties may follow that ``properties`` does not list.
+_OPEN = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
+
+
+def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema of an object without other properties than it lists, unless it says itself which may follow.
+
+    A small model would go on to invent some. The grammars of llama.cpp and of xgrammar, which vLLM uses, are closed as well.
+    """
+    listed, required = schema.get("properties"), schema.get("required")
+    names = {name for name in required if isinstance(name, str)} if isinstance(required, list | tuple) else set()
+    if _OPEN & schema.keys() or not names <= set(listed if isinstance(listed, Mapping) else ()):
+        return schema
+    return {**schema, "additionalProperties": False}
+
+
+def _all_closed(schema: Any) -> Any:
+    """A schema whose objects are closed. It stays as it is where schemas are joined: no object might follow two closed ones."""
+    joined = False
+
+    def with_closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        nonlocal joined
+        parts = schema.get("allOf")
+        joined |= isinstance(parts, list) and len(parts) > 1
+        listing = not schema.keys().isdisjoint(("properties", "required"))
+        joined |= listing and not schema.keys().isdisjoint(("allOf", "anyOf", "oneOf", "$ref"))
+        return closed(schema) if isinstance(schema.get("properties"), Mapping) else schema
+
+    found = _each(schema, with_closed)
+    return schema if joined else found
 
 
 def _without_foreign(schema: Any) -> Any:

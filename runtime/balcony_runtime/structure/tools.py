@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from balcony_edge.errors import InputError, shown
-from balcony_runtime.structure.asked import JSON_FORM, Structure, checked, lenient, schema_text
+from balcony_runtime.structure.asked import JSON_FORM, Structure, checked, closed, lenient, schema_text
 from balcony_runtime.structure.formats import CallFormat
 
 #: Most tools of one request.
@@ -65,26 +65,13 @@ def _tool(given: Any) -> Tool:
         raise InputError(
             f"tools: parameters of {name}: must be a JSON schema of an object: give {{'type': 'object', ...}}"
         )
-    # A small model would go on to invent arguments, which the schema allows unless it says otherwise.
-    closed = {} if _OPEN & schema.keys() or _requires_others(schema) else {"additionalProperties": False}
-    schema = {**schema, "type": "object", **closed}
+    schema = closed({**schema, "type": "object"})
     try:
         return Tool(name, schema_text(_with_form(schema) if function.get("strict") is True else lenient(schema)))
     except RecursionError:
         raise InputError(f"tools: parameters of {name}: are nested too deeply: give fewer levels") from None
     except InputError as error:
         raise InputError(f"tools: {name}: {error}") from None
-
-
-def _requires_others(schema: Mapping[str, Any]) -> bool:
-    """Whether it requires properties that ``properties`` does not list; closed, no object would follow it."""
-    required, listed = schema.get("required"), schema.get("properties")
-    names = {name for name in required if isinstance(name, str)} if isinstance(required, list | tuple) else set()
-    return not names <= set(listed if isinstance(listed, Mapping) else ())
-
-
-#: Keywords by which properties may follow that ``properties`` does not list.
-_OPEN = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
 
 
 class Toolbox(NamedTuple):

@@ -264,6 +264,38 @@ def test_a_lenient_schema_may_have_patterns_that_no_grammar_has(grammars: Gramma
         assert lenient({"type": "string", "pattern": one})["pattern"] == one
 
 
+_LEG = {"type": "object", "properties": {"toes": {"const": 1}}, "required": ["toes"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"items": {"$ref": "#/$defs/L"}, "$defs": {"L": _LEG}}, ['[{"toes": 1}]'], ['[{"toes": 1, "x": 2}]']),
+        ({"anyOf": [{"type": "null"}, _LEG]}, ["null", '{"toes": 1}'], ['{"toes": 1, "x": 2}']),
+        # what the schema says, and objects that list nothing or not everything
+        ({**_LEG, "additionalProperties": {"const": 2}}, ['{"toes": 1, "x": 2}'], ['{"toes": 1, "x": 3}']),
+        ({"type": "object", "required": ["x"]}, ['{"x": 2}'], ["{}"]),
+        ({**_LEG, "required": ["toes", "x"]}, ['{"toes": 1, "x": 2}'], ['{"toes": 1}']),
+        # an object of two schemas has the properties of both
+        ({"allOf": [_LEG, {"properties": {"x": {"const": 2}}}]}, ['{"toes": 1, "x": 2}'], ['{"toes": 2}']),
+        ({"properties": {"x": {"const": 2}}, "anyOf": [_LEG, {}]}, ['{"x": 2, "toes": 1}'], ['{"x": 3}']),
+        ({"$ref": "#/$defs/L", "required": ["x"], "$defs": {"L": _LEG}}, ['{"toes": 1, "x": 2}'], ['{"toes": 1}']),
+    ],
+)
+def test_objects_have_what_they_list(
+    grammars: Grammars, schema: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    """In a schema that is not strict, as pydantic and instructor write it: a small model would invent properties."""
+    parameters = {"type": "object", "properties": {"leg": schema}, "$defs": schema.get("$defs", {})}
+    (tool,) = tools_of([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    for form, texts in ((lenient(schema), "%s"), (tool.schema, '{"leg": %s}')):
+        guide = guide_of(grammars, json_schema=form)
+        for text in (*good, *bad):
+            one, tokens = guide.fork(), [*grammars.tokenizer.tokenize_str(texts % text), END]
+            taken = all(one.permits(token) and one.accept(token) is None for token in tokens)
+            assert taken == (text in good), text
+
+
 def test_a_tool_may_require_what_it_does_not_describe(grammars: Grammars) -> None:
     parameters = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a", "b"]}
     (tool,) = tools_of([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
