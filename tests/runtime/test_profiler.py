@@ -91,7 +91,7 @@ def test_the_fit_finds_the_prices_that_made_the_passes() -> None:
     points = [(rows, end) for end in (16, 130, 512, 1024, 2048) for rows in (1, 2, 4, 32, 128, 256) if rows <= end]
     fitted = fit_unit([Pass(rows, rows, end, true.pass_ms(rows, end - 1)) for rows, end in points])
     assert fitted.key_bucket == 128
-    for rows, context in ((1, 700), (3, 90), (20, 1500), (300, 1999), (700, 1200)):
+    for rows, context in ((1, 700), (3, 90), (20, 1500), (200, 1999), (256, 1200)):
         assert fitted.pass_ms(rows, context) == pytest.approx(true.pass_ms(rows, context), rel=1e-6)
     live = UnitCost(3.0, 0.25, 4.0, 4.0, 1, 256)
     fitted = fit_unit([Pass(rows, 1, end, live.pass_ms(rows, end - 1, 1)) for rows, end in points])

@@ -294,6 +294,10 @@ def test_objects_have_what_they_list(
             one, tokens = guide.fork(), [*grammars.tokenizer.tokenize_str(texts % text), END]
             taken = all(one.permits(token) and one.accept(token) is None for token in tokens)
             assert taken == (text in good), text
+    tokens = grammars.tokenizer.tokenize_str(f'{{"leg": {good[0]}, "')
+    assert not all(guide.permits(token) and guide.accept(token) is None for token in tokens), (
+        "arguments are closed always"
+    )
 
 
 def test_a_tool_may_require_what_it_does_not_describe(grammars: Grammars) -> None:
