@@ -148,7 +148,8 @@ def reported(action: Callable[[], object]) -> None:
 
 def _explain(error: OSError) -> bool:
     """Print the line for a path that may not be used or a standard stream that fails; False for anything else."""
-    full = error.errno in (errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
+    no_space = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
+    full = error.errno in (*no_space, errno.EMFILE, errno.ENFILE)
     cure = "free space or files, or name another path" if full else "make it accessible, or name another path"
     line = f"balcony-edge: {error.filename}: cannot be used ({error.strerror}): {cure}"
     closed = (errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
@@ -161,7 +162,7 @@ def _explain(error: OSError) -> bool:
         known, line = True, "balcony-edge: the current directory was removed: change to another one"
     elif error.filename is None:  # an error of a standard stream
         line = f"balcony-edge: stdout: cannot be written ({error.strerror}): free space, or write to another place"
-        known = error.errno in (errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EIO, *gone)
+        known = error.errno in (*no_space, errno.EIO, *gone)
         if known:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes the rest of stdout at its exit
     if known and error.errno not in gone:  # a reader such as `head` may stop early without an error

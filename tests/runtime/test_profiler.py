@@ -89,9 +89,10 @@ def test_a_grid_fits_the_context(asked: dict[str, Any], words: str) -> None:
 def test_the_fit_finds_the_prices_that_made_the_passes() -> None:
     true = UnitCost(20.0, 1.5, 6.0, 2.0, 128, 256, (Bend(4, 0.8, 1.0), Bend(32, 0.5, 0.25)))
     points = [(rows, end) for end in (16, 130, 512, 1024, 2048) for rows in (1, 2, 4, 32, 128, 256) if rows <= end]
-    fitted = fit_unit([Pass(rows, rows, end, true.pass_ms(rows, end - 1)) for rows, end in points])
+    passes = [Pass(rows, rows, end, true.pass_ms(rows, end - 1)) for rows, end in points]
+    fitted = dataclasses.replace(fit_unit(passes), pass_rows=256)
     assert fitted.key_bucket == 128
-    for rows, context in ((1, 700), (3, 90), (20, 1500), (200, 1999), (256, 1200)):
+    for rows, context in ((1, 700), (3, 90), (20, 1500), (300, 1999), (700, 1200)):
         assert fitted.pass_ms(rows, context) == pytest.approx(true.pass_ms(rows, context), rel=1e-6)
     live = UnitCost(3.0, 0.25, 4.0, 4.0, 1, 256)
     fitted = fit_unit([Pass(rows, 1, end, live.pass_ms(rows, end - 1, 1)) for rows, end in points])

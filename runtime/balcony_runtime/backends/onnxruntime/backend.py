@@ -88,7 +88,10 @@ def open_session(
 
     Raises:
         BundleError: ONNX Runtime cannot run the file.
+        InputError: it cannot read the name of the file's directory.
     """
+    if isinstance(graph, Path):
+        _require_utf8(graph.parent)
     global _pool_asked, _pool_threads  # noqa: PLW0603 - the pool belongs to the process and is requested once
     count = threads or best_threads()
     with _pool_lock:
@@ -192,13 +195,13 @@ class OnnxRuntimeBackend(Closing):
         threads = checked_threads(threads)
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway
-        for place in (bundle.path, *([] if packed is None else [packed])):
-            _require_utf8(place)
         self.graphs = "lowered" if self.manifest.cpu else "portable"
         #: Exit → session of its decode step as one graph; only with packed weights, which all sessions share.
         self.paths: dict[int, ort.InferenceSession] = {}
         shared: Mapping[str, Path] = {}
         if packed is not None:
+            for place in (bundle.path, packed):  # before anything is written
+                _require_utf8(place)
 
             def pack(source: Path, target: Path) -> None:
                 check_graph(source, bundle.manifest.files)  # before ONNX Runtime reads it
