@@ -45,3 +45,15 @@ def test_local_completions_gives_the_adapters_log_likelihoods(
     expected = BalconyLM(bundle=str(tiny.path), exit_layer=exit_layer).loglikelihood(requests)
     for (loglikelihood, greedy), (own, own_greedy) in zip(found, expected, strict=True):
         assert loglikelihood == pytest.approx(own, abs=1e-3) and greedy == own_greedy
+
+
+def test_local_completions_needs_no_tokenizer_here(server: Server, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks the server for the names of special tokens, and scores by text."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    remote = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model="tiny", max_length=256, max_retries=1)
+    requests = [Instance("loglikelihood", {}, PAIRS[0], 0)]
+    ((found, _),) = remote.loglikelihood(requests, disable_tqdm=True)
+    ((own, _),) = BalconyLM(bundle=str(tiny.path)).loglikelihood(requests)
+    assert found == pytest.approx(own, abs=1e-3)

@@ -75,7 +75,8 @@ class TextCodec:
         # Byte-level decoders join bytes: a token that begins with a character has one text. Others look at those before it.
         self._texts: dict[int, str] | None = {} if isinstance(self._tokenizer.decoder, ByteLevel) else None
         self._template: ChatTemplate | None = None
-        self._special: dict[str, str] = {}
+        self._special = special_tokens(bundle) if "special_tokens.json" in bundle.manifest.files else {}
+        self._source: str | None = None
         self._turns: set[str] = set()
         self._cut: list[str] = []  # as SmolLM3's does with ``/no_think`` in a system message
         self._call_format: CallFormat | None = None
@@ -83,7 +84,7 @@ class TextCodec:
         if "chat_template.jinja" in bundle.manifest.files:
             template = bundle.file("chat_template.jinja")
             try:
-                source = template.read_text(encoding="utf-8")
+                source = self._source = template.read_text(encoding="utf-8")
                 self._template = ChatTemplate(source)
                 self._knows_developer, self._thinks = "developer" in source, THOUGHT[1] in source
                 written = (word.encode("ascii", "backslashreplace") for _, word in _CUT.findall(source))
@@ -93,12 +94,16 @@ class TextCodec:
                     self._call_format = format_of(source)
             except (jinja2.TemplateError, ValueError) as error:
                 raise BundleError(f"{template}: not readable ({error}): export the bundle again") from error
-            self._special = special_tokens(bundle)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the bundle has a chat template."""
         return self._template is not None
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """Names of special tokens, and the text of the chat template; None for what the bundle does not have."""
+        return {"bos_token": None, "eos_token": None, **self._special, "chat_template": self._source}
 
     @property
     def call_format(self) -> CallFormat:

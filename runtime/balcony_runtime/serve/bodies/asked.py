@@ -112,13 +112,15 @@ def asked_by(fields: Fields, *, chat: bool) -> Asked:
     if best_of not in {None, n}:
         raise bad("best_of", best_of, "is not supported; leave it out, and ask for n replies")
     echo, structure = not chat and fields.truth("echo"), structure_of(fields)
+    max_tokens = _max_tokens(fields, chat, echo)
+    _refuse_least(fields, max_tokens)
     stream = fields.truth("stream")
     return Asked(
         chat=chat,
         model=fields.text("model"),
         prompts=prompts,
         n=n,
-        max_tokens=_max_tokens(fields, chat, echo),
+        max_tokens=max_tokens,
         stop=_stop(fields.get("stop")),
         logprobs=_chat_logprobs(fields) if chat else fields.whole("logprobs"),
         echo=echo,
@@ -212,6 +214,15 @@ def _max_tokens(fields: Fields, chat: bool, echo: bool) -> int | None:
             return None if value < 0 else value  # llama.cpp's and Ollama's ways to ask for no bound
     # Of llama.cpp's n_predict only -1 comes so far, and it is no bound there.
     return None if chat or fields.get("n_predict") is not None else COMPLETION_TOKENS
+
+
+def _refuse_least(fields: Fields, max_tokens: int | None) -> None:
+    """Refuse ``min_tokens`` where a reply could end before it. Load generators send it with ``ignore_eos``."""
+    least = fields.whole("min_tokens")
+    if least and (not fields.truth("ignore_eos") or fields.get("stop")):
+        raise bad("min_tokens", least, "needs ignore_eos = true and no stop; add ignore_eos, or leave min_tokens out")
+    if least and max_tokens is not None and least > max_tokens:
+        raise bad("min_tokens", least, f"must be at most max_tokens = {max_tokens}; give a larger max_tokens")
 
 
 def _stop(value: Any) -> tuple[str, ...]:

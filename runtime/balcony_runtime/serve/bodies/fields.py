@@ -28,7 +28,6 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "min_tokens": (0,),
     "n_predict": (-1,),
     "truncate_prompt_tokens": (),
     "typical_p": (1,),
@@ -152,6 +151,7 @@ _COMMON: Table = {
         "description": "Texts that end it.",
     },
     "ignore_eos": _truth("Whether to go on after the end-of-sequence token."),
+    "min_tokens": _whole("Least tokens of a reply; needs ignore_eos, and no stop.", 0, 2**31),
     "parse_special": _truth(
         "Whether names of control tokens are those tokens; by default only in a completion's text."
     ),

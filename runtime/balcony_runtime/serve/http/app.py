@@ -92,6 +92,7 @@ def make_app(service: Service, api_key: str | None, *, loopback: bool, origins: 
             Route("/v1/responses", routes.response, methods=["POST"]),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", routes.tokenizer_info),
             Route("/props", routes.props),
             Route("/slots", routes.slots),
             Route("/slots/{key:int}", routes.change_slot, methods=["POST"]),
@@ -280,6 +281,10 @@ class _Routes:
             decode = partial(llm.codec.decode, tokens, control_tokens=True)
             text = await self._service.in_thread(decode, len(body))
         return JSONResponse({"content": text, "prompt": text})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """Names of special tokens and the chat template, in the shape of vLLM."""
+        return JSONResponse(self._service.llm.codec.facts)
 
     async def props(self, request: Request) -> Response:
         """Bundle, device, exits, budgets and bounds."""

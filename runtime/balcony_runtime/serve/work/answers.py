@@ -26,8 +26,9 @@ from balcony_runtime.serve.work.worker import Worker
 _log = logging.getLogger("balcony_runtime.serve.requests")
 #: Longest wait for the first item before a stream's headers are sent; an error that comes later is an event of the stream.
 OPENING_S = 5.0
-#: Seconds between comments in a stream that has nothing to say, so that proxies keep it open.
-KEEPALIVE_S = 15.0
+#: Seconds between comments in a stream that has nothing to say, so that proxies keep it open: most wait 60 s. The first one
+#: comes this long after the headers. Earlier ones ended runs of SGLang's benchmark and llmperf, which know no comments.
+KEEPALIVE_S = 45.0
 #: Such a comment. No empty line follows it: many clients in Go take one for an event, which has no data, and end the stream.
 #: Clients that split at empty lines (`vllm bench serve`) take the next piece for a part of it, so that piece says nothing.
 _WAITING = b": waiting\n"
