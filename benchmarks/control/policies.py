@@ -14,8 +14,10 @@ The forced ones give a curve of agreement over speed, for comparison with the fi
 The last line on stdout is one JSON object: ``policies`` (name → ``tokens_per_s``, ``of_plain``, ``agreement``,
 ``same_as_plain``: share of tokens that equal those of the plain reply, ``speculated``: share of tokens from rounds, ``kept``:
 share of drafts kept, ``early``: share of tokens that exited early, ``joules_per_token``: of the board, else the CPU, else the
-GPU; null if no sensor measures any) and ``bars``. The bars: policies on auto reach at least 0.97 of plain, and lossless
-replies equal the plain ones. Exit code 1 if one is missed.
+GPU; null if no sensor measures any), ``drafts`` and ``bars``. ``drafts`` has the number of drafts at each exit with which
+rounds would be fastest by the prices: ``kept``, the share of these drafts that the plain replies would keep, and ``of_plain``.
+The bars: policies on auto reach at least 0.97 of plain, and lossless replies equal the plain ones. If one is missed, the exit
+code is 1.
 """
 
 from __future__ import annotations
@@ -41,9 +43,10 @@ from balcony_edge.device.machine import cpu_name
 from balcony_edge.device.readings import adding_up
 from balcony_edge.errors import InputError
 from balcony_export.data.documents import read_documents, read_records
+from balcony_runtime.backends.base import IntArray
 from balcony_runtime.decoding.confident import Confident
 from balcony_runtime.decoding.prices import measure_prices
-from balcony_runtime.decoding.speculate import Speculator
+from balcony_runtime.decoding.speculate import MOST_DRAFTS, Speculator
 from balcony_runtime.decoding.thresholds import compare_exits, learn
 from balcony_runtime.llm import LLM
 from benchmarks.rounds import Neighbours, interleave, ratio
@@ -120,11 +123,46 @@ def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> 
     """Share of tokens that the full depth would have written after the same text."""
     hits = total = 0
     for prompt, reply in zip(prompts, replies, strict=True):
-        sequence = llm.engine.new_sequence(max_length=len(prompt) + len(reply))
-        logits = sequence.advance(llm.exit_layers[-1], [*prompt, *reply[:-1]], num_logits=len(reply))[0]
-        hits += int((logits.argmax(-1) == np.array(reply)).sum())
+        hits += int((_choices(llm, llm.exit_layers[-1], prompt, reply) == np.array(reply)).sum())
         total += len(reply)
     return hits / total
+
+
+def _choices(llm: LLM, exit_layer: int, prompt: list[int], reply: list[int]) -> IntArray:
+    """Likeliest tokens of an exit at each place of a reply, given the reply so far; (len(reply),)."""
+    sequence = llm.engine.new_sequence(max_length=len(prompt) + len(reply))
+    return np.asarray(sequence.advance(exit_layer, [*prompt, *reply[:-1]], num_logits=len(reply))[0].argmax(-1))
+
+
+def best_drafts(llm: LLM, costs: CostModel, prompts: list[list[int]], replies: list[list[int]]) -> dict[str, Any]:
+    """Number of drafts at each exit with which rounds would make replies of the full depth fastest; exit → figures."""
+    found, plain_ms = {}, costs.steady_ms(llm.exit_layers[-1], 128)
+    for exit_layer in llm.exit_layers[:-1]:
+        hits = [
+            _choices(llm, exit_layer, prompt, reply) == np.array(reply)
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+        rows = []
+        for drafts in range(1, MOST_DRAFTS + 1):
+            kept = [count for hit in hits for count in kept_in_rounds(hit.tolist(), drafts)]
+            took_ms = drafts * costs.steady_ms(exit_layer, 128) + new_speculator(llm)._check_ms(
+                costs, exit_layer, drafts, 128
+            )
+            of_plain = (1 + sum(kept) / len(kept)) * plain_ms / took_ms
+            rows.append(
+                {"drafts": drafts, "kept": round(sum(kept) / len(kept) / drafts, 3), "of_plain": round(of_plain, 3)}
+            )
+        found[str(exit_layer)] = max(rows, key=lambda row: row["of_plain"])
+    return found
+
+
+def kept_in_rounds(hits: list[bool], drafts: int) -> list[int]:
+    """Drafts that each round of a reply keeps, if ``hits`` says at which of its tokens the exit would have chosen the same."""
+    kept, at = [], 1  # the first token is the prompt's
+    while at + drafts <= len(hits):
+        kept.append(next((count for count in range(drafts) if not hits[at + count]), drafts))
+        at += kept[-1] + 1
+    return kept
 
 
 def has_exact_products(manifest: Manifest) -> bool:
@@ -164,8 +202,10 @@ def learned_thresholds(llm: LLM, path: Path) -> dict[float, ConfidenceSpec]:
     return {promise: learn(compared, path.name, promise, 0.95) for promise in PROMISES}
 
 
-def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[float, ConfidenceSpec]) -> dict[str, Any]:
-    """Measure everything except the bars."""
+def measure(
+    llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[float, ConfidenceSpec]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure everything except the bars: policies, and what drafts are worth at each exit."""
     costs = measure_prices(llm.engine)
     exits, full = llm.exit_layers, llm.exit_layers[-1]
     deep_ms, below_ms = (costs.steady_ms(exit_layer, 128) for exit_layer in (full, exits[-2]))
@@ -204,7 +244,7 @@ def measure(llm: LLM, prompts: list[list[int]], rounds: int, thresholds: dict[fl
             "kept": round(last.kept / last.made, 3) if last.made else None,
             "joules_per_token": round(median(joules) / (len(prompts) * TOKENS), 4) if joules else None,
         }  # fmt: skip
-    return found
+    return found, best_drafts(llm, costs, prompts, plain[-1].replies)
 
 
 def plot(policies: dict[str, Any], output: Path) -> None:
@@ -246,7 +286,7 @@ def main() -> int:
     with LLM.open(arguments.bundle) as llm:
         prompts = read_prompts(llm, arguments.prompts, PROMPTS)
         thresholds = learned_thresholds(llm, arguments.calibrate) if arguments.calibrate else {}
-        policies = measure(llm, prompts, arguments.rounds, thresholds)
+        policies, drafts = measure(llm, prompts, arguments.rounds, thresholds)
         exact = has_exact_products(llm.engine.manifest)
     bars = {
         f"{name} >= 0.97 of plain": row["of_plain"] >= 0.97
@@ -265,6 +305,7 @@ def main() -> int:
         "rounds": arguments.rounds,
         **neighbours.report(),
         "policies": policies,
+        "drafts": drafts,
         "bars": bars,
     }
     for name, row in policies.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import balcony_edge
@@ -14,7 +15,8 @@ from balcony_edge.budget import Budget
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import InputError, MissingDependencyError
 from balcony_runtime.decoding.prices import measure_prices
-from balcony_runtime.decoding.speculate import Speculator
+from balcony_runtime.decoding.sampling import Sampler, SamplingParams
+from balcony_runtime.decoding.speculate import DraftRound, Speculator, run_round
 from benchmarks.control import policies
 from benchmarks.engine import memory
 from benchmarks.models import extracted
@@ -35,6 +37,27 @@ def test_a_policy_that_is_forced_teaches_the_others_nothing(tiny: Any, monkeypat
         assert run.replies == found.replies and llm._learned.speculator is auto
         policies._run(llm, free._replace(speculator=None), [[5, 9, 17]])
         assert llm._learned.speculator not in (auto, forced)
+
+
+def test_drafts_are_counted_as_rounds_keep_them(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert policies.kept_in_rounds([False, True, True, False, True, False, True, True, True], 2) == [2, 1, 2]
+    monkeypatch.setattr(policies, "TOKENS", 40)
+    with balcony_edge.load(tiny.path) as llm:
+        costs, full = measure_prices(llm.engine), llm.exit_layers[-1]
+        prompt = llm.encode("the quick brown fox")
+        reply = policies._run(llm, policies.Policy(Budget(), costs, None), [prompt]).replies[0]
+        assert policies._choices(llm, full, prompt, reply).tolist() == reply
+        for exit_layer, best in policies.best_drafts(llm, costs, [prompt], [reply]).items():
+            planned = DraftRound(int(exit_layer), best["drafts"], 0.0, 0.0)
+            sequence, kept = llm.engine.new_sequence(), []
+            sampler = Sampler(SamplingParams(), np.array([prompt]), llm.engine.manifest.model.vocab_size)
+            sequence.advance(full, prompt)
+            while sequence.length - len(prompt) + 1 + planned.drafts <= len(reply):
+                at = sequence.length - len(prompt)
+                tokens, _, _ = run_round(sequence, np.array(reply[at : at + 1]), sampler, planned) or ([], [], 0)
+                assert tokens[:-1] == reply[at + 1 : at + len(tokens)]
+                kept.append(len(tokens) - 1)
+            assert best["kept"] == round(sum(kept) / len(kept) / planned.drafts, 3)
 
 
 def test_the_energy_of_a_policy_is_that_of_the_board(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
