@@ -164,13 +164,17 @@ class Scheduler:
             InputError: the rows would never fit into the memory that the budget leaves.
             BusyError: too many streams wait already.
         """
-        with self._turn:
-            if (waiting := sum(not stream.admitted for stream in self._all)) >= MOST_WAITING:
-                raise BusyError(f"{waiting} replies wait for others to end: try again later")
-            self.sequences.most_rows(rows)
-            stream = Stream(next(self._keys), decoder, rows, cancelled)
-            self._streams[stream.key] = stream
+        stream = Stream(next(self._keys), decoder, rows, cancelled)
+        try:
+            with self._turn:
+                if (waiting := sum(not one.admitted for one in self._all)) >= MOST_WAITING:
+                    raise BusyError(f"{waiting} replies wait for others to end: try again later")
+                self.sequences.most_rows(rows)
+                self._streams[stream.key] = stream
             return stream
+        except BaseException:  # an interrupt may come as the lock is given back: nobody would take the stream out
+            self._streams.pop(stream.key, None)
+            raise
 
     def ask(self, streams: Sequence[Stream], asked_s: float) -> None:
         """Ask for the next token of each of some streams, since some time; :meth:`wait` brings it."""

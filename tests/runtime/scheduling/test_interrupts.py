@@ -279,3 +279,22 @@ def test_a_reply_may_be_cancelled_in_the_handler_of_a_signal() -> None:
     thread.start()
     thread.join(5)
     assert cancelled.is_set() and not thread.is_alive()
+
+
+def test_an_interrupt_as_a_reply_joins_leaves_no_stream_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would count as one that waits, of which there may be 64, and no later reply would be alone."""
+
+    class Interrupted(threading.Condition):
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            raise KeyboardInterrupt
+
+    scheduler = llm._requests.scheduler
+    want = ids(llm.generate([1, 2, 3], **OPTIONS))
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "_turn", Interrupted(scheduler._lock))
+        for _ in range(64):
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate([1, 2, 3], **OPTIONS)
+    assert ids(llm.generate([1, 2, 3], **OPTIONS)) == want
+    assert not scheduler._streams
