@@ -185,7 +185,7 @@ def test_figures_are_printed_before_they_are_drawn(
     def refused(*_: Any) -> None:
         raise FileNotFoundError(picture)
 
-    monkeypatch.setattr(policies, "measure", lambda *_: found)
+    monkeypatch.setattr(policies, "measure", lambda *_: (found, {}))
     monkeypatch.setattr(policies, "plot", refused)
     monkeypatch.setattr("sys.argv", ["policies", str(tiny.path), "--prompts", str(prompts), "--plot", str(picture)])
     with pytest.raises(FileNotFoundError):
