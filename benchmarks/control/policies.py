@@ -31,7 +31,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -43,7 +43,7 @@ from balcony_edge.device.machine import cpu_name
 from balcony_edge.device.readings import adding_up
 from balcony_edge.errors import InputError
 from balcony_export.data.documents import read_documents, read_records
-from balcony_runtime.backends.base import IntArray
+from balcony_runtime.backends.base import Array
 from balcony_runtime.decoding.confident import Confident
 from balcony_runtime.decoding.prices import measure_prices
 from balcony_runtime.decoding.speculate import MOST_DRAFTS, Speculator
@@ -119,39 +119,32 @@ def _run(llm: LLM, policy: Policy, prompts: list[list[int]]) -> Run:
     return Run(seconds, replies, drafted, made, kept, early, joules)
 
 
+def _hits(llm: LLM, exit_layer: int, prompts: list[list[int]], replies: list[list[int]]) -> list[Array]:
+    """At which tokens of each reply an exit, given the reply so far, would have chosen the same; (len(reply),) each."""
+    found = []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        sequence = llm.engine.new_sequence(max_length=len(prompt) + len(reply))
+        logits = sequence.advance(exit_layer, [*prompt, *reply[:-1]], num_logits=len(reply))[0]
+        found.append(logits.argmax(-1) == np.array(reply))
+    return found
+
+
 def _agreement(llm: LLM, prompts: list[list[int]], replies: list[list[int]]) -> float:
     """Share of tokens that the full depth would have written after the same text."""
-    hits = total = 0
-    for prompt, reply in zip(prompts, replies, strict=True):
-        hits += int((_choices(llm, llm.exit_layers[-1], prompt, reply) == np.array(reply)).sum())
-        total += len(reply)
-    return hits / total
-
-
-def _choices(llm: LLM, exit_layer: int, prompt: list[int], reply: list[int]) -> IntArray:
-    """Likeliest tokens of an exit at each place of a reply, given the reply so far; (len(reply),)."""
-    sequence = llm.engine.new_sequence(max_length=len(prompt) + len(reply))
-    return np.asarray(sequence.advance(exit_layer, [*prompt, *reply[:-1]], num_logits=len(reply))[0].argmax(-1))
+    return float(np.concatenate(_hits(llm, llm.exit_layers[-1], prompts, replies)).mean())
 
 
 def best_drafts(llm: LLM, costs: CostModel, prompts: list[list[int]], replies: list[list[int]]) -> dict[str, Any]:
     """Number of drafts at each exit with which rounds would make replies of the full depth fastest; exit → figures."""
-    found, plain_ms = {}, costs.steady_ms(llm.exit_layers[-1], 128)
+    found, plain_ms, speculator = {}, costs.steady_ms(llm.exit_layers[-1], 128), new_speculator(llm)
     for exit_layer in llm.exit_layers[:-1]:
-        hits = [
-            _choices(llm, exit_layer, prompt, reply) == np.array(reply)
-            for prompt, reply in zip(prompts, replies, strict=True)
-        ]
+        hits, draft_ms = _hits(llm, exit_layer, prompts, replies), costs.steady_ms(exit_layer, 128)
         rows = []
         for drafts in range(1, MOST_DRAFTS + 1):
-            kept = [count for hit in hits for count in kept_in_rounds(hit.tolist(), drafts)]
-            took_ms = drafts * costs.steady_ms(exit_layer, 128) + new_speculator(llm)._check_ms(
-                costs, exit_layer, drafts, 128
-            )
-            of_plain = (1 + sum(kept) / len(kept)) * plain_ms / took_ms
-            rows.append(
-                {"drafts": drafts, "kept": round(sum(kept) / len(kept) / drafts, 3), "of_plain": round(of_plain, 3)}
-            )
+            kept = mean(count for hit in hits for count in kept_in_rounds(hit.tolist(), drafts))
+            took_ms = drafts * draft_ms + speculator._check_ms(costs, exit_layer, drafts, 128)
+            of_plain = (1 + kept) * plain_ms / took_ms
+            rows.append({"drafts": drafts, "kept": round(kept / drafts, 3), "of_plain": round(of_plain, 3)})
         found[str(exit_layer)] = max(rows, key=lambda row: row["of_plain"])
     return found
 

@@ -46,7 +46,7 @@ def test_drafts_are_counted_as_rounds_keep_them(tiny: Any, monkeypatch: pytest.M
         costs, full = measure_prices(llm.engine), llm.exit_layers[-1]
         prompt = llm.encode("the quick brown fox")
         reply = policies._run(llm, policies.Policy(Budget(), costs, None), [prompt]).replies[0]
-        assert policies._choices(llm, full, prompt, reply).tolist() == reply
+        assert policies._hits(llm, full, [prompt], [reply])[0].tolist() == [True] * len(reply)
         for exit_layer, best in policies.best_drafts(llm, costs, [prompt], [reply]).items():
             planned = DraftRound(int(exit_layer), best["drafts"], 0.0, 0.0)
             sequence, kept = llm.engine.new_sequence(), []
