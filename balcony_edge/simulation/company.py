@@ -66,11 +66,15 @@ class SimulatedStream:
         return self.refused_s is not None or len(self.exits) == self.arrival.new_tokens
 
     @property
-    def missed_deadline(self) -> bool:
-        """Whether the tokens that its deadline is for came after it."""
+    def missed_deadline(self) -> bool | None:
+        """Whether the tokens that its deadline is for came after it, or never; None if so many were not asked for."""
         budget = self.arrival.budget
         took_ms = sum(self.gaps_ms[: budget.expected_tokens])
-        return budget.deadline_s is not None and took_ms > 1000 * budget.deadline_s
+        if budget.deadline_s is None or took_ms > 1000 * budget.deadline_s:
+            return budget.deadline_s is not None
+        if len(self.gaps_ms) >= (budget.expected_tokens or 0):
+            return False
+        return None if self.refused_s is None else True
 
 
 def poisson(rate: float, seconds: float, classes: Sequence[Arrival], *, seed: int = 0, burst: int = 1) -> list[Arrival]:
@@ -270,7 +274,7 @@ def _seen(plant: CompanyPlant, stream: SimulatedStream) -> StreamSeen:
 def summary(streams: Sequence[SimulatedStream], costs: CostModel) -> Mapping[str, float]:
     """Figures of a run: share of late tokens, mean depth, and those below.
 
-    ``deadlines_missed`` is a share of the streams that have one, whose tokens are not among the late ones.
+    ``deadlines_missed`` is a share of the streams of which it is known; their tokens are not among the late ones.
     ``switches`` is the number of changes of the exit in 100 tokens, ``longest_gap_ms`` that of streams that ask for nothing,
     which give way to all others.
     """
@@ -278,10 +282,11 @@ def summary(streams: Sequence[SimulatedStream], costs: CostModel) -> Mapping[str
     later = sum(max(len(stream.exits) - 1, 0) for stream in streams if stream.arrival.budget.tpot_ms is not None)
     switches = sum(one != other for stream in streams for one, other in pairwise(stream.exits))
     lax = [stream for stream in streams if stream.arrival.budget == Budget()]
-    due = [stream for stream in streams if stream.arrival.budget.deadline_s is not None]
+    known = [stream.missed_deadline for stream in streams if stream.arrival.budget.deadline_s is not None]
+    due = [missed for missed in known if missed is not None]
     return {
         "late_share": sum(stream.late_tokens for stream in streams) / max(later, 1),
-        "deadlines_missed": sum(stream.missed_deadline for stream in due) / max(len(due), 1),
+        "deadlines_missed": sum(due) / max(len(due), 1),
         "mean_depth": sum(exits) / max(len(exits), 1) / costs.exits[-1],
         "switches": 100 * switches / max(len(exits), 1),
         "longest_gap_ms": max((gap for stream in lax for gap in stream.gaps_ms[1:]), default=0.0),

@@ -81,13 +81,17 @@ def simulate(
 
 
 def summary(tokens: Sequence[SimulatedToken], budget: Budget) -> dict[str, Any]:
-    """Totals and means of a run, as a JSON-ready mapping."""
+    """Totals and means of a run, as a JSON-ready mapping; ``missed_deadline`` is None if that is unknown at its end."""
     later = tokens[1:]
     exits = [token.decision.exit_layer for token in tokens]
     late = None
     if budget.tpot_ms is not None:
         late = sum(token.latency_ms > budget.tpot_ms for token in later)
-    missed = None if budget.deadline_s is None else tokens[: budget.expected_tokens][-1].time_s > budget.deadline_s
+    missed = None
+    if budget.deadline_s is not None:
+        due = tokens[: budget.expected_tokens]
+        # a run that ended in time before the expected tokens tells nothing
+        missed = due[-1].time_s > budget.deadline_s or (None if len(due) < (budget.expected_tokens or 0) else False)
     seconds = tokens[-1].time_s
     return {
         "tokens": len(tokens),

@@ -226,6 +226,7 @@ def test_simulate_with_arrivals_tells_missed_deadlines(deadline_s: float, missed
     found = json.loads(invoke(*common, "--json"))["classes"]["b"]
     assert found["missed_share"] == missed and found["late_share"] is None
     assert shown in invoke(*common)
+    assert "deadline_s is for 5 tokens" in CliRunner().invoke(app, [*common[:-1], "4"]).output
 
 
 def test_simulate_refuses(tmp_path: Path) -> None:

@@ -35,3 +35,6 @@ def test_a_summary_by_hand() -> None:
     # tokens after the expected ones are free of the deadline
     due = [Budget(deadline_s=0.7, expected_tokens=count) for count in (2, 3)]
     assert [summary(tokens, budget)["missed_deadline"] for budget in due] == [False, True]
+    # a run that ended in time before the expected tokens tells nothing
+    assert summary(tokens, Budget(deadline_s=1.0, expected_tokens=4))["missed_deadline"] is None
+    assert summary(tokens, Budget(deadline_s=0.7, expected_tokens=4))["missed_deadline"] is True

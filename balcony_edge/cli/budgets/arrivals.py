@@ -64,13 +64,14 @@ def facts(company: Company) -> dict[str, Any]:
         later = sum(max(len(stream.exits) - 1, 0) for stream in streams)
         firsts = [stream.gaps_ms[0] for stream in streams if stream.gaps_ms]
         budget = company.classes[name]
-        due = [stream for stream in streams if stream.exits and budget.deadline_s is not None]
+        known = [stream.missed_deadline for stream in streams if stream.exits and budget.deadline_s is not None]
+        due = [missed for missed in known if missed is not None]
         found["classes"][name] = {
             "requests": len(streams),
             "refused": sum(stream.refused_s is not None for stream in streams),
             "tokens": len(exits),
             "late_share": sum(s.late_tokens for s in streams) / later if budget.tpot_ms is not None and later else None,
-            "missed_share": mean(stream.missed_deadline for stream in due) if due else None,
+            "missed_share": mean(due) if due else None,
             "mean_exit": mean(exits) if exits else None,
             "tokens_per_exit": {str(layer): count for layer, count in sorted(Counter(exits).items())},
             "ttft_ms": mean(firsts) if firsts else None,

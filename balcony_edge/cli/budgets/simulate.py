@@ -20,6 +20,8 @@ from balcony_edge.cli.show import say_doubts
 from balcony_edge.errors import BudgetError, ContextLengthError, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from balcony_edge.cli.budgets.arrivals import Company
     from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_edge.control.company.seen import Round
@@ -111,6 +113,7 @@ def simulate(
             company = _company(
                 files, asked, profile, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds, explain
             )
+        _say_if_cut(company.classes.values(), tokens)
         figures, rows = facts(company), explained(company) if explain else None
         if as_json:
             print(json.dumps(figures if rows is None else {**figures, "intervals": rows}))  # noqa: T201 - for programs
@@ -125,6 +128,7 @@ def simulate(
     _say_if_unmeasured(profile, measured, asked, device)  # before: the device may be too hot at once
     with TraceWriter(record) if record is not None else nullcontext() as writer:
         run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
+    _say_if_cut([resolved], tokens)
     found = simulation.summary(run, resolved)
     if _heat_sink_unknown(measured, asked, device):
         found["max_c"] = None
@@ -203,6 +207,14 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
         line = "its heat sink is unknown: degrees are those of a small board; give --device kelvin_per_watt=..."
     if line is not None:
         stderr.print(f"{path}: {line}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _say_if_cut(budgets: Iterable[Budget], tokens: int) -> None:
+    """Print on stderr that fewer tokens are simulated than a deadline is for."""
+    for budget in budgets:
+        if tokens < (expected := budget.expected_tokens or 0):
+            line = f"--tokens {tokens}: deadline_s is for {expected} tokens; whether they are in time may stay unknown"
+            stderr.print(line, style="yellow", markup=False, soft_wrap=True)
 
 
 def _heat_sink_unknown(profile: DeviceProfile, budget: Budget, device: list[str] | None) -> bool:
