@@ -14,7 +14,7 @@ from statistics import fmean
 from balcony_edge.budget import UNEVALUATED_BUNDLE, UNEVALUATED_PROFILE, Budget
 from balcony_edge.control.controller import probability_of, quantile_of
 from balcony_edge.control.deadline import BURST_TOKENS
-from balcony_edge.control.governor import slowest_tps
+from balcony_edge.control.governor import NEARLY_NOTHING, needed_tps, paced_ms
 from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
 from balcony_edge.simulation.plant import Physics, Plant
 from balcony_edge.simulation.simulate import simulate
@@ -183,10 +183,7 @@ class _Planner:
             expected = check.expected or 0.0
             if check.probability is not None:
                 return expected * math.exp(quantile * self._deviation(check.target))
-            if check.target != "power_w" or self.power is None or not self.budget.pacing:
-                return expected
-            idle_w = self.power[0]
-            return idle_w + (expected - idle_w) * min(slowest_tps(self.budget) * plan.tpot_ms / 1000, 1.0)
+            return self._least_w(plan, expected) if check.target == "power_w" else expected
 
         for target in dict.fromkeys(check.target for plan in possible for check in plan.checks):
             checks = [(plan, check) for plan in possible for check in plan.checks if check.target == target]
@@ -199,6 +196,16 @@ class _Planner:
             missed = [check for check in best.checks if check.met is False and check.expected is not None]
             found = {check.target: reachable(best, check) for check in missed}
         return found
+
+    def _least_w(self, plan: ExitPlan, busy_w: float) -> float:
+        """Watts at an exit with the longest waits that the budget allows."""
+        if self.power is None:
+            return busy_w
+        idle_w, longest_ms = (
+            self.power[0],
+            paced_ms(self.budget, NEARLY_NOTHING, plan.tpot_ms, needed_tps(self.budget, 0, 0.0)),
+        )
+        return idle_w + (busy_w - idle_w) * plan.tpot_ms / max(longest_ms, plan.tpot_ms)
 
     def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float], float | None]:
         """Simulate a reply on the profiled device.
@@ -248,7 +255,6 @@ class _Planner:
             "min_agreement": plan.agreement,
             **dict.fromkeys(_UNKNOWN),
         }
-        idle_w = 0.0 if self.power is None else self.power[0]  # no wait goes below it
         checks = []
         for target, expected in expectations.items():
             asked = getattr(budget, target)
@@ -260,8 +266,9 @@ class _Planner:
                 met = probability >= budget.probability
             elif expected is not None:
                 met = expected >= asked if target == "min_agreement" else expected <= asked
-            if target == "power_w" and met is False and budget.pacing and idle_w < asked:
-                met = None  # this is the power without pacing; waits between tokens may bring it down
+            if target == "power_w" and expected is not None and met is False and budget.pacing:
+                # this is the power without waits, which may bring it down
+                met = None if self.power is None or self._least_w(plan, expected) <= asked else False
             checks.append(Check(target, asked, expected, probability, met))
         if any(check.target == "power_w" and check.met is None and check.expected is not None for check in checks):
             # waits for the watts are in none of these

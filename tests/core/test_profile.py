@@ -294,6 +294,19 @@ def test_joules_of_a_long_block_are_those_of_its_middle() -> None:
     assert plan.exits[0].joules_per_token == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("keys", [{"min_pace_tps": 50}, {"tpot_ms": 20, "priority": "latency"}, {"power_w": 2.01}])
+def test_waits_bring_power_no_lower_than_the_slowest_pace_leaves_it(keys: dict[str, Any]) -> None:
+    """50 tokens a second keep the shallow exit busy for 85 % of the time, and one a second for 1.7 %."""
+    power = tuple(
+        Power(exit_layer=layer, rail="board", source="r", busy_w=10, idle_w=2, joules_per_token=0.2) for layer in (4, 8)
+    )
+    budget = Budget(**{"power_w": 3.0, **keys})
+    plan = make_plan(make_profile(power=power), budget)
+    assert not plan.feasible and plan.nearest["power_w"] > budget.power_w
+    nearest = budget.model_copy(update={"power_w": plan.nearest["power_w"] * 1.001})
+    assert make_plan(make_profile(power=power), nearest).feasible
+
+
 def test_no_wait_brings_power_below_that_of_the_idle_device() -> None:
     power = tuple(
         Power(exit_layer=layer, rail="board", source="r", busy_w=10, idle_w=4, joules_per_token=0.2) for layer in (4, 8)
