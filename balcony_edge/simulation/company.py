@@ -67,14 +67,14 @@ class SimulatedStream:
 
     @property
     def missed_deadline(self) -> bool | None:
-        """Whether the tokens that its deadline is for came after it, or never; None if so many were not asked for."""
+        """Whether the tokens that its deadline is for came after it or never; None if so many were not asked for."""
         budget = self.arrival.budget
         took_ms = sum(self.gaps_ms[: budget.expected_tokens])
         if budget.deadline_s is None or took_ms > 1000 * budget.deadline_s:
             return budget.deadline_s is not None
         if len(self.gaps_ms) >= (budget.expected_tokens or 0):
             return False
-        return None if self.refused_s is None else True
+        return None if len(self.exits) == self.arrival.new_tokens else True
 
 
 def poisson(rate: float, seconds: float, classes: Sequence[Arrival], *, seed: int = 0, burst: int = 1) -> list[Arrival]:
@@ -155,7 +155,7 @@ def simulate_company(
     log: Callable[[float, Round], object] | None = None,
     trace: RoundTraceWriter | None = None,
 ) -> list[SimulatedStream]:
-    """Run requests on a simulated device until all have ended.
+    """Run requests on a simulated device until all have ended, or its battery is empty.
 
     Args:
         costs: prices that the controller knows.
@@ -188,7 +188,7 @@ def simulate_company(
         now = RoundSeen(tuple(_seen(plant, streams[key]) for key in active), None, plant.now_s)
         return controller.refusal(state, now, _seen(plant, one)) is not None
 
-    while coming or waiting or active:
+    while (coming or waiting or active) and not plant.empty:
         while coming and coming[0].arrival.time_s <= plant.now_s:
             waiting.append(coming.popleft())
         if waiting and len(active) < most_streams:

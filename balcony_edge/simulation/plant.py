@@ -114,6 +114,11 @@ class SimulatedDevice:
         self._shown_s, self._shown_w, self._summed_j = -math.inf, physics.idle_w, 0.0
         self.readings = self._sample(physics.idle_w, 0.0)
 
+    @property
+    def empty(self) -> bool:
+        """Whether it has a battery, and nothing is left in it."""
+        return self.physics.battery_j > 0 and self.charge <= 0
+
     def work(self, price_ms: float) -> None:
         """Run something of that price."""
         factor = self._load(self.now_s) * (self.physics.throttle_factor if self.throttled else 1.0)

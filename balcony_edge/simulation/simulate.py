@@ -42,7 +42,8 @@ def simulate(
     seconds: float = float("inf"),
     trace: TraceWriter | None = None,
 ) -> list[SimulatedToken]:
-    """Run until ``tokens`` tokens are made, ``seconds`` seconds have passed, or the budget asks for an error.
+    """Run until ``tokens`` tokens are made, ``seconds`` seconds have passed, the battery is empty, or the budget asks for
+    an error.
 
     Args:
         costs: prices that the controller uses; the plant has its own.
@@ -59,7 +60,7 @@ def simulate(
         trace.begin(state)
     last: Measurement | None = None
     out: list[SimulatedToken] = []
-    while len(out) < tokens and plant.now_s < seconds:
+    while len(out) < tokens and plant.now_s < seconds and not (out and plant.empty):
         rows = plant.rows_due()
         begin_s, begin_j = plant.now_s, plant.joules
         context = plant.length + (rows[0][0] - 1 if not out else 0)

@@ -160,6 +160,8 @@ def test_simulate_takes_watts_from_the_profile_and_physics_from_the_line(tmp_pat
     common = ["simulate", "--profile", "p.json", "--budget", budget, "-n", "100", "--json"]
     assert json.loads(invoke(*common))["mean_w"] == pytest.approx(9.0)
     assert json.loads(invoke(*common, "--device", "busy_w=1"))["mean_w"] == pytest.approx(4.0)
+    said = CliRunner().invoke(app, [*map(str, common), "--device", "battery_j=2"]).output
+    assert "the run ends after 0.2 s, when the battery is empty" in said.replace("\n", " ")
 
 
 def test_simulate_is_as_noisy_as_the_profile_and_a_plan() -> None:
@@ -227,6 +229,8 @@ def test_simulate_with_arrivals_tells_missed_deadlines(deadline_s: float, missed
     assert found["missed_share"] == missed and found["late_share"] is None
     assert shown in invoke(*common)
     assert "deadline_s is for 5 tokens" in CliRunner().invoke(app, [*common[:-1], "4"]).output
+    said = CliRunner().invoke(app, [*common, "--device", "battery_j=2"]).output
+    assert "the battery is empty before " in said and " requests are answered" in said
 
 
 def test_simulate_refuses(tmp_path: Path) -> None:

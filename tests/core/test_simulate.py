@@ -192,6 +192,8 @@ def test_battery_floor_takes_depth_then_pace() -> None:
     assert tokens[-1].decision.infeasible and tokens[-1].decision.period_ms == pytest.approx(1000, rel=0.01)
     with pytest.raises(InfeasibleError, match="battery_floor_percent out of reach"):
         run(Budget(battery_floor_percent=20, on_infeasible="error"), device, seconds=60)
+    tokens = run(Budget(), replace(device, battery_j=100), seconds=600)  # it ends with the 35 J of its battery
+    assert 35 <= sum(token.watts * token.latency_ms / 1000 for token in tokens) < 36
 
 
 def test_memory_ceiling_takes_depth_and_ends_there() -> None:

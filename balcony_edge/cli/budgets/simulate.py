@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 MOST_REQUESTS = 100_000
 #: Constants of ``--device`` that say how many watts it takes.
 WATTS = {"idle_w", "busy_w"}
+#: What helps a device whose battery is soon empty.
+MORE_CHARGE = "give a larger --device battery_j=..., or a charge closer to 1"
 
 
 def simulate(
@@ -114,6 +116,10 @@ def simulate(
                 files, asked, profile, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds, explain
             )
         _say_if_cut(company.classes.values(), tokens)
+        if unfinished := sum(not stream.done for _, stream in company.streams):
+            _say(
+                f"the battery is empty before {unfinished} of {len(company.streams)} requests are answered: {MORE_CHARGE}"
+            )
         figures, rows = facts(company), explained(company) if explain else None
         if as_json:
             print(json.dumps(figures if rows is None else {**figures, "intervals": rows}))  # noqa: T201 - for programs
@@ -129,6 +135,8 @@ def simulate(
     with TraceWriter(record) if record is not None else nullcontext() as writer:
         run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
     _say_if_cut([resolved], tokens)
+    if plant.empty:
+        _say(f"the run ends after {run[-1].time_s:.1f} s, when the battery is empty: {MORE_CHARGE}")
     found = simulation.summary(run, resolved)
     if _heat_sink_unknown(measured, asked, device):
         found["max_c"] = None
@@ -206,15 +214,18 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
     elif {budget.temperature_c, budget.critical_temperature_c} != {None} and "kelvin_per_watt" not in _given(device):
         line = "its heat sink is unknown: degrees are those of a small board; give --device kelvin_per_watt=..."
     if line is not None:
-        stderr.print(f"{path}: {line}", style="yellow", markup=False, soft_wrap=True)
+        _say(f"{path}: {line}")
 
 
 def _say_if_cut(budgets: Iterable[Budget], tokens: int) -> None:
     """Print on stderr that fewer tokens are simulated than a deadline is for."""
     for budget in budgets:
         if tokens < (expected := budget.expected_tokens or 0):
-            line = f"--tokens {tokens}: deadline_s is for {expected} tokens; whether they are in time may stay unknown"
-            stderr.print(line, style="yellow", markup=False, soft_wrap=True)
+            _say(f"--tokens {tokens}: deadline_s is for {expected} tokens; whether they are in time may stay unknown")
+
+
+def _say(line: str) -> None:
+    stderr.print(line, style="yellow", markup=False, soft_wrap=True)
 
 
 def _heat_sink_unknown(profile: DeviceProfile, budget: Budget, device: list[str] | None) -> bool:
