@@ -255,6 +255,10 @@ class _Planner:
             "min_agreement": plan.agreement,
             **dict.fromkeys(_UNKNOWN),
         }
+        gap_ms = max(plan.tpot_ms, 1000 / (budget.max_pace_tps or math.inf))
+        paced_s = (plan.ttft_ms + (self.tokens - 1) * gap_ms) / 1000
+        # what is met, with the waits of max_pace_tps, which the end of the time cuts
+        paced = {"tpot_ms": gap_ms, "deadline_s": min(paced_s, budget.deadline_s or math.inf)}
         checks = []
         for target, expected in expectations.items():
             asked = getattr(budget, target)
@@ -269,7 +273,7 @@ class _Planner:
             if target == "power_w" and expected is not None and met is False and budget.pacing:
                 # this is the power without waits, which may bring it down
                 met = None if self.power is None or self._least_w(plan, expected) <= asked else False
-            checks.append(Check(target, asked, expected, probability, met))
+            checks.append(Check(target, asked, paced.get(target, expected) if met else expected, probability, met))
         if any(check.target == "power_w" and check.met is None and check.expected is not None for check in checks):
             # waits for the watts are in none of these
             waits = ("tpot_ms", "deadline_s", "energy_j_per_token")

@@ -307,6 +307,16 @@ def test_waits_bring_power_no_lower_than_the_slowest_pace_leaves_it(keys: dict[s
     assert make_plan(make_profile(power=power), nearest).feasible
 
 
+def test_a_plan_expects_the_waits_of_a_pace() -> None:
+    """100 tokens at 10 a second take 9.9 s, however fast the steps are; a deadline before that cuts the waits."""
+    budget = Budget(max_pace_tps=10, tpot_ms=150, deadline_s=12, expected_tokens=100)
+    plan = make_plan(make_profile(), budget)
+    expected = {check.target: check.expected for check in plan.exits[0].checks}
+    assert expected == pytest.approx({"tpot_ms": 100, "deadline_s": 9.9 + plan.exits[0].ttft_ms / 1000})
+    assert plan.exits[0].met
+    assert expected["tpot_ms"] == pytest.approx(plan.tpot_ms, rel=0.02)
+
+
 def test_no_wait_brings_power_below_that_of_the_idle_device() -> None:
     power = tuple(
         Power(exit_layer=layer, rail="board", source="r", busy_w=10, idle_w=4, joules_per_token=0.2) for layer in (4, 8)
