@@ -229,8 +229,7 @@ def test_simulate_with_arrivals_tells_missed_deadlines(deadline_s: float, missed
     assert found["missed_share"] == missed and found["late_share"] is None
     assert shown in invoke(*common)
     assert "deadline_s is for 5 tokens" in CliRunner().invoke(app, [*common[:-1], "4"]).output
-    said = CliRunner().invoke(app, [*common, "--device", "battery_j=2"]).output
-    assert "the battery is empty before " in said and " requests are answered" in said
+    assert "the battery is empty before" in CliRunner().invoke(app, [*common, "--device", "battery_j=2"]).output
 
 
 def test_simulate_refuses(tmp_path: Path) -> None:
@@ -256,6 +255,8 @@ def test_simulate_refuses(tmp_path: Path) -> None:
     refused("/dev/full: writing failed (No space left on device)", *common, "--record", "/dev/full")
     invoke(*common, "--record", tmp_path / "free.jsonl", "-n", "5")
     refused("has no predicted times", *common, "--load", tmp_path / "free.jsonl")
+    invoke(*common, "--arrivals", "rate=2", "--seconds", "2", "--record", tmp_path / "rounds.jsonl", "-n", "5")
+    refused("has rounds of several replies", *common, "--load", tmp_path / "rounds.jsonl")
     budget.write_text("min_agreement = 0.5\n")
     cure = "run `balcony-edge eval BUNDLE --text TEXT`"  # without --text it is refused, and tasks give no agreement
     unevaluated = f"this device profile has no evaluation: {cure}, then `balcony-edge profile` again"

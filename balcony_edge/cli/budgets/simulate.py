@@ -240,16 +240,21 @@ def _given(device: list[str] | None) -> set[str]:
 
 
 def load(text: str) -> Load:
-    """A generated load by name, or the slowdowns of a recorded run.
+    """A generated load by name, or the slowdowns of a recorded reply.
 
     Raises:
-        InputError: the text is neither, or the run has no slowdowns.
+        InputError: the text is neither, or the reply has no slowdowns.
     """
+    from balcony_edge.control.company.round_trace import is_round_trace
     from balcony_edge.control.trace import read_trace
     from balcony_edge.simulation.loads import PARAMETERS, parse_load, recorded
 
     if text.partition(":")[0] in PARAMETERS or not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
         return parse_load(text)
+    if is_round_trace(text):
+        raise InputError(
+            f"--load {text}: has rounds of several replies: record one reply with `balcony-edge run --record`"
+        )
     tokens = read_trace(text)
     times_s, slowdowns = [], []
     for before, token in pairwise(tokens):
