@@ -17,7 +17,7 @@ from balcony_edge.control.deadline import BURST_TOKENS
 from balcony_edge.control.governor import NEARLY_NOTHING, needed_tps, paced_ms
 from balcony_edge.device.profile import DeviceProfile, QualityFigure, least_agreement
 from balcony_edge.simulation.plant import Physics, Plant
-from balcony_edge.simulation.simulate import simulate
+from balcony_edge.simulation.simulate import SimulatedToken, simulate
 
 #: Tokens of the simulated reply if the budget has no ``expected_tokens``.
 REPLY_TOKENS = 128
@@ -237,8 +237,15 @@ class _Planner:
         step_j = _mixed(shares, {layer: self._step_j(layer) for layer in shares})
         joules = step_j
         if step_j is not None and any(token.latency_ms > token.step_ms for token in later):  # rows may run in the waits
-            joules = None if power is None else fmean(token.watts * token.latency_ms / 1000 for token in later)
+            joules = None if power is None else fmean(map(self._token_j, later))
         return shares, tokens[self.tokens - 1].decision.reason, gaps_ms, joules
+
+    def _token_j(self, token: SimulatedToken) -> float:
+        """Energy of a simulated token. The simulated device draws at every exit what the real one draws at full depth."""
+        layer, (idle_w, busy_w) = token.decision.exit_layer, self.power or (0.0, 0.0)
+        step_w = 1000 * (self._step_j(layer) or 0.0) / self.profile.costs.steady_ms(layer, self.context)
+        ratio = (step_w - idle_w) / busy_w if busy_w else 1.0
+        return (idle_w + (token.watts - idle_w) * ratio) * token.latency_ms / 1000
 
     def _checks(self, plan: ExitPlan) -> list[Check]:
         budget, memory = self.budget, self.profile.memory

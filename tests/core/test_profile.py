@@ -287,6 +287,17 @@ def test_plan_never_makes_up_what_was_not_measured() -> None:
         make_plan(make_profile(), Budget(exit_layer=5))
 
 
+def test_joules_of_a_paced_reply_are_those_of_its_exits() -> None:
+    """The shallow exit draws 6 W and the full depth 10, for 17 and 26 ms of a gap of 100 ms; 2 W in the rest."""
+    power = tuple(
+        Power(exit_layer=layer, rail="board", source="r", busy_w=watts, idle_w=2, joules_per_token=joules)
+        for layer, watts, joules in ((4, 6, 0.105), (8, 10, 0.26))
+    )
+    plan = make_plan(make_profile(power=power), Budget(max_pace_tps=10, energy_j_per_token=0.3), prompt_tokens=64)
+    parts = [plan.shares.get(exit_.exit_layer, 0.0) * (exit_.joules_per_token or 0.0) for exit_ in plan.exits]
+    assert plan.shares[4] > 0.9 and plan.joules_per_token == pytest.approx(sum(parts), rel=0.02)
+
+
 def test_joules_of_a_long_block_are_those_of_its_middle() -> None:
     """A block of 400 tokens after 128 others: the measured mean is that of a token after 328, not of the first one."""
     power = (Power(exit_layer=4, rail="board", source="r", busy_w=10, idle_w=2, joules_per_token=0.2, context=328),)
