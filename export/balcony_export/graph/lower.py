@@ -145,7 +145,8 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
 
     The factor of the scores goes into the rotary tables of queries and keys, half to each. Without a factor, and without blocks
     (:data:`NO_SINK`), ONNX Runtime multiplies one row by the keys as they lie in the cache; otherwise it transposes them first.
-    A window keeps its blocks, which skip the keys outside of it.
+    A window keeps its blocks, which skip the keys outside of it. float16 has no sink: Arm's kernels take every sink for 0
+    (ONNX Runtime 1.32).
     """
     query, present_key, present_value, _ = node.inputs
     writes = [_scatter_of(present) for present in (present_key, present_value)]
@@ -170,11 +171,8 @@ def _group_query_attention(model: ir.Model, node: ir.Node, spec: ModelSpec, last
     if _turns_whole_heads(rope[0], spec):
         rope = [_scaled(model, table, attributes["scale"]) for table in rope]
         attributes["scale"] = 1.0
-        if not attributes.keys() & {"softcap", "local_window_size"}:
-            assert node.outputs[0].dtype is not None
-            dtype = node.outputs[0].dtype.numpy()
-            lowest = max(NO_SINK, float(np.finfo(dtype).min))
-            sink = [None, None, initializer(model, SINK, np.full(spec.num_attention_heads, lowest, dtype))]
+        if node.outputs[0].dtype is ir.DataType.FLOAT and not attributes.keys() & {"softcap", "local_window_size"}:
+            sink = [None, None, initializer(model, SINK, np.full(spec.num_attention_heads, NO_SINK, np.float32))]
     operands = [query, key, value, *(write.inputs[0] for write in writes), last, total, *rope, *sink]
     converted, old = ir.convenience.convert_attributes(attributes), [node, *writes]
     fused = ir.Node(MICROSOFT, "GroupQueryAttention", operands, converted, num_outputs=3)

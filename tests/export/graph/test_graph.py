@@ -26,6 +26,7 @@ from balcony_export.graph.operators import tracing
 from balcony_export.graph.trace import trace_balcony
 from balcony_export.model.architecture import describe
 from balcony_export.model.exits import ExitModel
+from balcony_export.quantize.blocks import parse_precision
 from balcony_export.verify import ParityCheck, verify
 from balcony_runtime.engine import Engine
 from tests.support.hybrids import DENSE, EXPORTED
@@ -219,6 +220,13 @@ def test_the_factor_of_the_scores_is_in_the_rotary_tables(export_tiny: Callable[
             for node in (node for node in model.graph.node if node.op_type == "GroupQueryAttention"):
                 (scale,) = (a.f for a in node.attribute if a.name == "scale")
                 assert (scale, "no_sink" in node.input) == (1.0, not blocks)
+
+
+def test_float16_has_no_sink_that_arm_would_take_for_0(make_tiny: Any) -> None:
+    exits = ExitModel(make_tiny("llama", num_hidden_layers=2).half())
+    stage = trace_graphs(exits, ExportOptions("x", False, parse_precision("fp16"))).lowered["stage_0"]
+    nodes = [node for node in stage.graph if node.op_type == "GroupQueryAttention"]
+    assert len(nodes) == 2 and all(len(node.inputs) == 9 for node in nodes)  # up to the rotary tables
 
 
 def test_keys_that_are_normed_after_the_rotation_have_no_factor_of_the_scores(

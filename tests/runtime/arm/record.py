@@ -28,7 +28,7 @@ from tests.support.hybrids import HYBRIDS
 
 #: Architectures of the tests that run on Arm; the first ones also with graphs of accelerators' engine sets.
 WITH_ENGINE_SETS = ("llama", "qwen3", "gemma2", "gemma3", "smollm3", "lfm2")
-ARCHITECTURES = (*WITH_ENGINE_SETS, "llama-small-heads", *HYBRIDS)
+ARCHITECTURES = (*WITH_ENGINE_SETS, "llama-small-heads", *HYBRIDS, "falcon-mamba")
 #: Architecture and precision of the schedules in tests/runtime/test_precisions.py.
 PRECISIONS = (("qwen3", "int4,level=1"), *(("llama", precision) for precision in ("int4", "int8", "int4,kv=8", "fp16")))
 #: Precisions of a model that is wide enough for blocks of 64 and 256: every kind of product that a bundle can ask for.
