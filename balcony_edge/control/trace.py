@@ -22,8 +22,9 @@ from balcony_edge.budget import Budget
 from balcony_edge.closing import Closing
 from balcony_edge.control.controller import Controller, ControllerState
 from balcony_edge.control.decision import Decision, Measurement, Observation
+from balcony_edge.control.governor import Governor
 from balcony_edge.control.response import GAUGES
-from balcony_edge.control.slowdown import LOG_SLOWDOWN_LIMIT
+from balcony_edge.control.slowdown import LOG_SLOWDOWN_LIMIT, Slowdown
 from balcony_edge.device.costs import MAX_ROWS, CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, InputError
@@ -253,21 +254,27 @@ def _observation(line: dict[str, Any], costs: CostModel, budget: Budget, reading
 def _state(document: Any) -> ControllerState:
     """Read a reply's first state; ValueError if the controller cannot have produced it."""
     state = _STATE.validate_python(document)
-    slowdown = state.slowdown
-    variances = (slowdown.variance, slowdown.process_variance, slowdown.ratio_variance, *slowdown.offset_variances)
-    if not all(0 <= variance < math.inf for variance in variances) or not 0 < slowdown.noise_variance < math.inf:
-        raise ValueError("state.slowdown: a variance below 0, or no noise")
-    means = (slowdown.mean, *slowdown.offsets, math.log(slowdown.ratio_mean) if slowdown.ratio_mean > 0 else math.nan)
-    if not all(abs(mean) <= 2 * LOG_SLOWDOWN_LIMIT for mean in means):
-        raise ValueError("state.slowdown: a mean out of reach")
-    if len(slowdown.offsets) != len(slowdown.offset_variances):
-        raise ValueError("state.slowdown: offsets and offset_variances differ in length")
-    for load in (state.governor.power, state.governor.cpu, state.governor.gpu):
-        if load is not None and not (len(load.fits) == len(GAUGES) and 0 <= load.best < len(GAUGES)):
-            raise ValueError("state.governor: a load with a wrong number of gauges")
+    require_learned(state.slowdown, state.governor)
     if not (abs(state.recovery.credit) <= 1 and state.recovery.wait >= 0 and state.recovery.sprints >= 0):
         raise ValueError("state.recovery: a credit beyond one token, or a negative wait or number of sprints")
     return state
+
+
+def require_learned(slowdown: Slowdown, governor: Governor) -> None:
+    """ValueError if no controller can have learned them."""
+    most = 2 * LOG_SLOWDOWN_LIMIT
+    variances = (slowdown.variance, slowdown.process_variance, slowdown.noise_variance, *slowdown.offset_variances)
+    known = all(0 <= variance <= most**2 for variance in variances) and 0 <= slowdown.ratio_variance < math.inf
+    if not known or slowdown.noise_variance == 0:
+        raise ValueError("state.slowdown: a variance below 0 or out of reach, or no noise")
+    means = (slowdown.mean, *slowdown.offsets, math.log(slowdown.ratio_mean) if slowdown.ratio_mean > 0 else math.nan)
+    if not all(abs(mean) <= most for mean in means):
+        raise ValueError("state.slowdown: a mean out of reach")
+    if len(slowdown.offsets) != len(slowdown.offset_variances):
+        raise ValueError("state.slowdown: offsets and offset_variances differ in length")
+    for load in (governor.power, governor.cpu, governor.gpu):
+        if load is not None and not (len(load.fits) == len(GAUGES) and 0 <= load.best < len(GAUGES)):
+            raise ValueError("state.governor: a load with a wrong number of gauges")
 
 
 def _first(error: Exception) -> str:

@@ -81,8 +81,12 @@ def simulate(
     return out
 
 
-def summary(tokens: Sequence[SimulatedToken], budget: Budget) -> dict[str, Any]:
-    """Totals and means of a run, as a JSON-ready mapping; ``missed_deadline`` is None if that is unknown at its end."""
+def summary(tokens: Sequence[SimulatedToken], budget: Budget, *, empty: bool = False) -> dict[str, Any]:
+    """Totals and means of a run, as a JSON-ready mapping.
+
+    ``missed_deadline`` is None if the run ended in time before the expected tokens, so that it is unknown; with an ``empty``
+    battery they never come.
+    """
     later = tokens[1:]
     exits = [token.decision.exit_layer for token in tokens]
     late = None
@@ -91,8 +95,9 @@ def summary(tokens: Sequence[SimulatedToken], budget: Budget) -> dict[str, Any]:
     missed = None
     if budget.deadline_s is not None:
         due = tokens[: budget.expected_tokens]
-        # a run that ended in time before the expected tokens tells nothing
-        missed = due[-1].time_s > budget.deadline_s or (None if len(due) < (budget.expected_tokens or 0) else False)
+        missed = due[-1].time_s > budget.deadline_s
+        if not missed and len(due) < (budget.expected_tokens or 0):
+            missed = True if empty else None
     seconds = tokens[-1].time_s
     return {
         "tokens": len(tokens),

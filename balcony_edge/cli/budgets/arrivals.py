@@ -64,7 +64,8 @@ def facts(company: Company) -> dict[str, Any]:
         later = sum(max(len(stream.exits) - 1, 0) for stream in streams)
         firsts = [stream.gaps_ms[0] for stream in streams if stream.gaps_ms]
         budget = company.classes[name]
-        known = [stream.missed_deadline for stream in streams if stream.exits and budget.deadline_s is not None]
+        begun = [stream for stream in streams if stream.exits or stream.refused_s is None]  # or waiting at the end
+        known = [stream.missed_deadline for stream in begun if budget.deadline_s is not None]
         due = [missed for missed in known if missed is not None]
         found["classes"][name] = {
             "requests": len(streams),

@@ -18,7 +18,7 @@ from balcony_edge.errors import InputError
 #: Most differences shown to people.
 MOST_SHOWN = 10
 #: Parts of a token's decision that are compared.
-_COMPARED = ("exit_layer", "period_ms", "infeasible", "catch_up")
+_COMPARED = ("exit_layer", "period_ms", "idle_ms", "infeasible", "catch_up")
 
 
 def replay(

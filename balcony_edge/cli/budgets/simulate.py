@@ -137,7 +137,7 @@ def simulate(
     _say_if_cut([resolved], tokens)
     if plant.empty:
         _say(f"the run ends after {run[-1].time_s:.1f} s, when the battery is empty: {MORE_CHARGE}")
-    found = simulation.summary(run, resolved)
+    found = simulation.summary(run, resolved, empty=plant.empty)
     if _heat_sink_unknown(measured, asked, device):
         found["max_c"] = None
     intervals = [interval._asdict() for interval in simulation.explain(run)] if explain else None

@@ -20,7 +20,7 @@ from balcony_edge.budget import Budget
 from balcony_edge.control.company.joint import JointController
 from balcony_edge.control.company.seen import Chunk, CompanyState, LearnedAlone, Round, RoundSeen, StreamSeen
 from balcony_edge.control.decision import Measurement
-from balcony_edge.control.trace import LinesWriter
+from balcony_edge.control.trace import LinesWriter, require_learned
 from balcony_edge.device.costs import CostModel
 from balcony_edge.device.readings import Reading
 from balcony_edge.errors import BalconyError, InputError
@@ -180,6 +180,7 @@ def read_rounds(path: str | os.PathLike[str]) -> RoundTrace:
         if header["rounds"] != VERSION:
             raise InputError(f"{name}: version {header['rounds']!r:.40} of rounds, must be {VERSION}: {_AGAIN}")
         costs, state = _COSTS.validate_python(header["costs"]), _STATE.validate_python(header["state"])
+        require_learned(state.slowdown, state.governor)
         quality = tuple(float(value) for value in header["quality"])
         if len(quality) != len(costs.exits):
             raise ValueError("qualities of another number of exits")

@@ -1,0 +1,57 @@
+"""``balcony-edge simulate`` and ``replay`` of what it recorded: batteries that end a run, and traces that somebody changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from balcony_edge.cli import app
+from tests.cli.test_budget import invoke, profile, refused, save
+
+ARRIVALS = ("--arrivals", "rate=2", "--seconds", "3", "-n", "5")
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> str:
+    save(profile(), path := str(tmp_path / "p.json"))
+    return path
+
+
+def test_replay_compares_the_part_of_a_wait_that_rows_may_take(measured: str, tmp_path: Path) -> None:
+    """The decode loop runs pending rows for ``idle_ms`` of a wait."""
+    budget, record = tmp_path / "b.toml", tmp_path / "run.jsonl"
+    budget.write_text("max_pace_tps = 5\n")
+    invoke("simulate", "--profile", measured, "--budget", budget, "-n", "20", "--record", record)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert lines[-1]["idle_ms"] > 0 and CliRunner().invoke(app, ["replay", str(record)]).exit_code == 0
+    lines[-1]["idle_ms"] = 0.0
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = CliRunner().invoke(app, ["replay", str(record), "--json"])
+    assert done.exit_code == 1 and json.loads(done.stdout)["differences"][0]["recorded"]["idle_ms"] == 0
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, "Infinity"), (1, -1.0), (3, 1e15), (9, 0.0)])
+def test_rounds_with_an_impossible_state_are_refused(measured: str, tmp_path: Path, place: int, value: object) -> None:
+    record = tmp_path / "rounds.jsonl"
+    invoke("simulate", "--profile", measured, "--tpot-ms", "20", *ARRIVALS, "--record", record)
+    head, *rounds = record.read_text().splitlines()
+    header = json.loads(head)
+    header["state"][0][place] = value
+    record.write_text("\n".join((json.dumps(header), *rounds)))
+    refused("not readable as a trace of rounds", "replay", record)
+
+
+def test_what_an_empty_battery_leaves_unanswered_misses_its_deadline(measured: str, tmp_path: Path) -> None:
+    budget = tmp_path / "b.toml"
+    budget.write_text("deadline_s = 2.0\nexpected_tokens = 30\n")
+    common = ["simulate", "--profile", measured, "--budget", budget, "-n", "30", "--json", "--device"]
+    alone = json.loads(invoke(*common, "battery_j=1"))
+    assert alone["tokens"] < 30 and alone["missed_deadline"] is True
+    several = json.loads(invoke(*common, "battery_j=20", "--arrivals", "rate=100,burst=40", "--seconds", "1"))
+    found = several["classes"]["b"]
+    answered = found["tokens"] // 30
+    assert found["refused"] == 0 and answered < found["requests"]
+    assert found["missed_share"] >= 1 - answered / found["requests"]
