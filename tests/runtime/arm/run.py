@@ -210,7 +210,8 @@ def main() -> int:
     machine = Machine(directory)
     install(site_packages(directory), "--no-deps", build_wheel(directory))
     shutil.rmtree(machine.work, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", machine.work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("tests", "docs"):  # tests compare pages with the code
+        shutil.copytree(ROOT / part, machine.work / part, ignore=shutil.ignore_patterns("__pycache__", "pictures"))
     shutil.copy(ROOT / "pyproject.toml", machine.work)
     version = subprocess.run(["qemu-aarch64", "--version"], capture_output=True, text=True, check=True).stdout
     machine.say(f"{version.splitlines()[0]} on {platform.machine()}, Linux {platform.release()}")
