@@ -55,3 +55,20 @@ def test_what_an_empty_battery_leaves_unanswered_misses_its_deadline(measured: s
     answered = found["tokens"] // 30
     assert found["refused"] == 0 and answered < found["requests"]
     assert found["missed_share"] >= 1 - answered / found["requests"]
+
+
+def test_simulate_says_that_nobody_comes(measured: str, tmp_path: Path) -> None:
+    record = tmp_path / "rounds.jsonl"
+    common = ["simulate", "--profile", measured, "--tpot-ms", "20", "--seconds", "5", "--record", str(record)]
+    done = CliRunner().invoke(app, [*common, "--arrivals", "rate=0.001"])
+    assert not record.exists() and "no request comes in 5 s" in " ".join(done.stderr.split())
+
+
+def test_explained_rounds_have_as_many_tokens_as_the_classes(measured: str, tmp_path: Path) -> None:
+    """Streams that are refused make no token."""
+    budget = tmp_path / "b.toml"
+    budget.write_text("ttft_ms = 60\non_infeasible = 'error'\n")
+    arriving = ["--arrivals", "rate=4,burst=3", "-n", "30", "--seconds", "8", "--load", "square"]
+    found = json.loads(invoke("simulate", "--profile", measured, "--budget", budget, *arriving, "--explain", "--json"))
+    shown = sum(row["rounds"] * len(row["exits"]) for row in found["intervals"])
+    assert found["classes"]["b"]["refused"] > 0 and shown == found["classes"]["b"]["tokens"]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from balcony_edge.bundle.bundle import Bundle
 from balcony_edge.bundle.engine_sets import new_engine_directory, record_engines
 from balcony_edge.bundle.manifest import Manifest
 from balcony_edge.errors import DeviceError
-from balcony_export.tensorrt.engine_set import make_graphs
-from balcony_export.tensorrt.graphs import Format
-from balcony_export.tensorrt.integers import Rounding
 from balcony_runtime.backends.accelerator.tensorrt_builder import Target, link_files, make_engines
+
+if TYPE_CHECKING:  # the tests on Arm have no torch
+    from balcony_export.tensorrt.graphs import Format
+    from balcony_export.tensorrt.integers import Rounding
 
 
 def build_engines(
@@ -30,6 +31,8 @@ def write_graphs(
     bundle: Bundle, name: str, target: Target, form: Format, *, batch_size: int = 1, rounding: Rounding | None = None
 ) -> Manifest:
     """Write the graphs of a set and record them, as `balcony-edge build --graphs-only` does."""
+    from balcony_export.tensorrt.engine_set import make_graphs
+
     with new_engine_directory(bundle.path, name) as directory:
         engines = make_graphs(bundle, directory, target, form, batch_size=batch_size, rounding=rounding)
         return record_engines(bundle.path, name, engines, directory)

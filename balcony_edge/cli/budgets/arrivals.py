@@ -85,7 +85,8 @@ def explained(company: Company) -> list[dict[str, Any]]:
     rows = []
 
     def exits(one: tuple[float, Round]) -> tuple[tuple[int, int], ...]:
-        return tuple((move.key, move.decision.exit_layer) for move in one[1].moves)
+        gone = {key for key, _ in one[1].refused}
+        return tuple((move.key, move.decision.exit_layer) for move in one[1].moves if move.key not in gone)
 
     for members, group in groupby(company.rounds, exits):
         stretch = list(group)

@@ -116,6 +116,8 @@ def simulate(
                 files, asked, profile, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds, explain
             )
         _say_if_cut(company.classes.values(), tokens)
+        if not company.round_count:
+            _say(f"no request comes in {seconds:g} s, and nothing is recorded: give more --seconds, or another rate")
         if unfinished := sum(not stream.done for _, stream in company.streams):
             _say(
                 f"the battery is empty before {unfinished} of {len(company.streams)} requests are answered: {MORE_CHARGE}"

@@ -20,7 +20,7 @@ PACKAGES = "base-files,usr-is-merged,libc6,libgcc-s1,libstdc++6,python3.13"
 #: Versions of glibc that wheels are built for, up to trixie's 2.41: llguidance needs 2.31, and pip does not count downwards.
 GLIBC = (17, 24, 26, 27, 28, 31, 34, 35, 39, 41)
 #: What only the tests need, in a directory of its own: the device side must import without onnx.
-TESTING = ("pytest", "pytest-timeout", "hypothesis", "onnx", "onnx-ir", "safetensors")
+TESTING = ("pytest", "pytest-timeout", "hypothesis", "onnx", "safetensors")
 TOOLS = {"qemu-aarch64": "qemu-user", "mmdebstrap": "mmdebstrap"}
 
 
