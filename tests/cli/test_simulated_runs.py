@@ -72,3 +72,10 @@ def test_explained_rounds_have_as_many_tokens_as_the_classes(measured: str, tmp_
     found = json.loads(invoke("simulate", "--profile", measured, "--budget", budget, *arriving, "--explain", "--json"))
     shown = sum(row["rounds"] * len(row["exits"]) for row in found["intervals"])
     assert found["classes"]["b"]["refused"] > 0 and shown == found["classes"]["b"]["tokens"]
+
+
+def test_requests_that_come_too_late_for_the_battery_have_come(measured: str) -> None:
+    arriving = ["--arrivals", "rate=1", "--seconds", "20", "--device", "battery_j=4"]
+    done = CliRunner().invoke(app, ["simulate", "--profile", measured, "--tpot-ms", "20", *arriving])
+    said = " ".join(done.stderr.split())
+    assert "the battery is empty before 14 of 14 requests are answered" in said and "no request comes" not in said

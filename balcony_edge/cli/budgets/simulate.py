@@ -116,7 +116,7 @@ def simulate(
                 files, asked, profile, measured, parsed(arrivals), sizes, load(slowdowns), seed, device, rounds, explain
             )
         _say_if_cut(company.classes.values(), tokens)
-        if not company.round_count:
+        if not company.streams:
             _say(f"no request comes in {seconds:g} s, and nothing is recorded: give more --seconds, or another rate")
         if unfinished := sum(not stream.done for _, stream in company.streams):
             _say(
