@@ -53,6 +53,11 @@ def depth_styles(exit_layers: tuple[int, ...]) -> dict[int, str]:
     return {**dict(zip(shallow, DEPTH_STYLES * len(shallow), strict=False)), exit_layers[-1]: "default"}
 
 
+def warn(line: str) -> None:
+    """Print a line on stderr that the user should see, and that stops nothing."""
+    stderr.print(line, style="yellow", markup=False, soft_wrap=True)
+
+
 def folded(header: str) -> Column:
     """Column of a table that breaks long words: 80 columns would cut battery_floor_percent."""
     return Column(header, overflow="fold")

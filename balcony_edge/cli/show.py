@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from balcony_edge.cli.console import stderr, stdout, write_text
+from balcony_edge.cli.console import stdout, warn, write_text
 from balcony_edge.errors import BalconyError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def say_doubts(path: Path, profile: DeviceProfile) -> None:
     """Print on stderr why a profile's numbers may be off, such as other busy processes or wide intervals."""
     for doubt in profile.doubts:
-        stderr.print(f"{path}: {doubt}", style="yellow", markup=False, soft_wrap=True)
+        warn(f"{path}: {doubt}")
 
 
 def show_stream(stream: TokenStream, styles: dict[int, str] | None) -> bool:

@@ -190,7 +190,8 @@ def read_trace(path: str | os.PathLike[str]) -> tuple[TraceToken, ...]:
             elif "budget" in line:
                 budget = Budget.model_validate(line["budget"])
             elif costs is None:
-                raise InputError(f"{name}: has no header: record one with `balcony-edge run --record`")
+                found = "rounds of several replies" if "rounds" in line else "no header"
+                raise InputError(f"{name}: has {found}: record one with `balcony-edge run --record`")
             else:
                 if "readings" in line:
                     readings = tuple(Reading.from_dict(reading) for reading in line["readings"])

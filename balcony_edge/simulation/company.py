@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from statistics import fmean
 from typing import NamedTuple
 
 from balcony_edge.budget import Budget
@@ -24,6 +25,7 @@ from balcony_edge.control.company.waiting import MOST_OVERTAKEN, in_order, overt
 from balcony_edge.control.decision import Measurement
 from balcony_edge.device.costs import CostModel
 from balcony_edge.simulation.plant import Physics, SimulatedDevice
+from balcony_edge.simulation.simulate import missed_deadline
 
 
 class Arrival(NamedTuple):
@@ -67,14 +69,10 @@ class SimulatedStream:
 
     @property
     def missed_deadline(self) -> bool | None:
-        """Whether the tokens that its deadline is for came after it or never; None if so many were not asked for."""
-        budget = self.arrival.budget
-        took_ms = sum(self.gaps_ms[: budget.expected_tokens])
-        if budget.deadline_s is None or took_ms > 1000 * budget.deadline_s:
-            return budget.deadline_s is not None
-        if len(self.gaps_ms) >= (budget.expected_tokens or 0):
-            return False
-        return None if len(self.exits) == self.arrival.new_tokens else True
+        """As :func:`.simulate.missed_deadline`."""
+        due_ms = self.gaps_ms[: self.arrival.budget.expected_tokens]
+        ended_early = len(self.exits) < self.arrival.new_tokens
+        return missed_deadline(self.arrival.budget, len(due_ms), sum(due_ms) / 1000, ended_early=ended_early)
 
 
 def poisson(rate: float, seconds: float, classes: Sequence[Arrival], *, seed: int = 0, burst: int = 1) -> list[Arrival]:
@@ -271,6 +269,13 @@ def _seen(plant: CompanyPlant, stream: SimulatedStream) -> StreamSeen:
     )
 
 
+def missed_share(streams: Iterable[SimulatedStream]) -> float | None:
+    """Share of missed deadlines among those of which it is known; None if there are none."""
+    known = [stream.missed_deadline for stream in streams if stream.arrival.budget.deadline_s is not None]
+    due = [missed for missed in known if missed is not None]
+    return fmean(due) if due else None
+
+
 def summary(streams: Sequence[SimulatedStream], costs: CostModel) -> Mapping[str, float]:
     """Figures of a run: share of late tokens, mean depth, and those below.
 
@@ -282,11 +287,9 @@ def summary(streams: Sequence[SimulatedStream], costs: CostModel) -> Mapping[str
     later = sum(max(len(stream.exits) - 1, 0) for stream in streams if stream.arrival.budget.tpot_ms is not None)
     switches = sum(one != other for stream in streams for one, other in pairwise(stream.exits))
     lax = [stream for stream in streams if stream.arrival.budget == Budget()]
-    known = [stream.missed_deadline for stream in streams if stream.arrival.budget.deadline_s is not None]
-    due = [missed for missed in known if missed is not None]
     return {
         "late_share": sum(stream.late_tokens for stream in streams) / max(later, 1),
-        "deadlines_missed": sum(due) / max(len(due), 1),
+        "deadlines_missed": missed_share(streams) or 0.0,
         "mean_depth": sum(exits) / max(len(exits), 1) / costs.exits[-1],
         "switches": 100 * switches / max(len(exits), 1),
         "longest_gap_ms": max((gap for stream in lax for gap in stream.gaps_ms[1:]), default=0.0),

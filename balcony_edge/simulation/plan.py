@@ -201,10 +201,8 @@ class _Planner:
         """Watts at an exit with the longest waits that the budget allows."""
         if self.power is None:
             return busy_w
-        idle_w, longest_ms = (
-            self.power[0],
-            paced_ms(self.budget, NEARLY_NOTHING, plan.tpot_ms, needed_tps(self.budget, 0, 0.0)),
-        )
+        idle_w, needs_tps = self.power[0], needed_tps(self.budget, 0, 0.0)
+        longest_ms = paced_ms(self.budget, NEARLY_NOTHING, plan.tpot_ms, needs_tps)
         return idle_w + (busy_w - idle_w) * plan.tpot_ms / max(longest_ms, plan.tpot_ms)
 
     def simulated(self, budget: Budget) -> tuple[dict[int, float], str, list[float], float | None]:
@@ -262,7 +260,7 @@ class _Planner:
             "min_agreement": plan.agreement,
             **dict.fromkeys(_UNKNOWN),
         }
-        gap_ms = max(plan.tpot_ms, 1000 / (budget.max_pace_tps or math.inf))
+        gap_ms = self._gap_ms(plan.tpot_ms)
         paced_s = (plan.ttft_ms + (self.tokens - 1) * gap_ms) / 1000
         # what is met, with the waits of max_pace_tps, which the end of the time cuts
         paced = {"tpot_ms": gap_ms, "deadline_s": min(paced_s, budget.deadline_s or math.inf)}
@@ -287,9 +285,13 @@ class _Planner:
             checks = [replace(check, met=None) if check.target in waits and check.met else check for check in checks]
         return checks
 
+    def _gap_ms(self, tpot_ms: float) -> float:
+        """From one token to the next, with the wait of ``max_pace_tps``."""
+        return max(tpot_ms, 1000 / (self.budget.max_pace_tps or math.inf))
+
     def _joules(self, exit_layer: int, tpot_ms: float) -> float | None:
         """Energy from one token to the next, including that of the idle device while it waits for the pace."""
-        wait_s = max(1 / (self.budget.max_pace_tps or math.inf) - tpot_ms / 1000, 0.0)
+        wait_s = (self._gap_ms(tpot_ms) - tpot_ms) / 1000
         step_j = self._step_j(exit_layer)
         if step_j is None or not wait_s:
             return step_j

@@ -81,23 +81,37 @@ def simulate(
     return out
 
 
+def missed_deadline(budget: Budget, made: int, took_s: float, *, ended_early: bool) -> bool | None:
+    """Whether the tokens that a deadline is for come after it, or never.
+
+    Args:
+        budget: that of the reply.
+        made: number of those tokens that were made.
+        took_s: time of the last of them since the request.
+        ended_early: whether the reply ended before it had the tokens that were asked for.
+
+    Returns:
+        False without a deadline; None where fewer tokens were asked for than it is for, and all came in time.
+    """
+    late = budget.deadline_s is not None and took_s > budget.deadline_s
+    if late or budget.deadline_s is None or made >= (budget.expected_tokens or 0):
+        return late
+    return True if ended_early else None
+
+
 def summary(tokens: Sequence[SimulatedToken], budget: Budget, *, empty: bool = False) -> dict[str, Any]:
     """Totals and means of a run, as a JSON-ready mapping.
 
-    ``missed_deadline`` is None if the run ended in time before the expected tokens, so that it is unknown; with an ``empty``
-    battery they never come.
+    ``missed_deadline`` is None without a deadline and where it is unknown; an ``empty`` battery ended the run early.
     """
     later = tokens[1:]
     exits = [token.decision.exit_layer for token in tokens]
     late = None
     if budget.tpot_ms is not None:
         late = sum(token.latency_ms > budget.tpot_ms for token in later)
-    missed = None
+    missed, due = None, tokens[: budget.expected_tokens]
     if budget.deadline_s is not None:
-        due = tokens[: budget.expected_tokens]
-        missed = due[-1].time_s > budget.deadline_s
-        if not missed and len(due) < (budget.expected_tokens or 0):
-            missed = True if empty else None
+        missed = missed_deadline(budget, len(due), due[-1].time_s, ended_early=empty)
     seconds = tokens[-1].time_s
     return {
         "tokens": len(tokens),

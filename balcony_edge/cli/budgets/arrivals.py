@@ -57,6 +57,8 @@ def classes(files: Sequence[Path], own: Budget) -> dict[str, Budget]:
 
 def facts(company: Company) -> dict[str, Any]:
     """Figures of each class and of all streams, JSON-ready."""
+    from balcony_edge.simulation.company import missed_share
+
     found: dict[str, Any] = {"streams": len(company.streams), "rounds": company.round_count, "classes": {}}
     for name in company.classes:
         streams = [stream for own, stream in company.streams if own == name]
@@ -65,14 +67,12 @@ def facts(company: Company) -> dict[str, Any]:
         firsts = [stream.gaps_ms[0] for stream in streams if stream.gaps_ms]
         budget = company.classes[name]
         begun = [stream for stream in streams if stream.exits or stream.refused_s is None]  # or waiting at the end
-        known = [stream.missed_deadline for stream in begun if budget.deadline_s is not None]
-        due = [missed for missed in known if missed is not None]
         found["classes"][name] = {
             "requests": len(streams),
             "refused": sum(stream.refused_s is not None for stream in streams),
             "tokens": len(exits),
             "late_share": sum(s.late_tokens for s in streams) / later if budget.tpot_ms is not None and later else None,
-            "missed_share": mean(due) if due else None,
+            "missed_share": missed_share(begun),
             "mean_exit": mean(exits) if exits else None,
             "tokens_per_exit": {str(layer): count for layer, count in sorted(Counter(exits).items())},
             "ttft_ms": mean(firsts) if firsts else None,

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from balcony_edge.budget import UNEVALUATED_PROFILE, Budget
-from balcony_edge.cli.console import folded, stderr, stdout
+from balcony_edge.cli.console import folded, stderr, stdout, warn
 from balcony_edge.cli.options import finite
 from balcony_edge.cli.show import say_doubts
 from balcony_edge.errors import BudgetError, ContextLengthError, InputError
@@ -117,9 +117,9 @@ def simulate(
             )
         _say_if_cut(company.classes.values(), tokens)
         if not company.streams:
-            _say(f"no request comes in {seconds:g} s, and nothing is recorded: give more --seconds, or another rate")
+            warn(f"no request comes in {seconds:g} s, and nothing is recorded: give more --seconds, or another rate")
         if unfinished := sum(not stream.done for _, stream in company.streams):
-            _say(
+            warn(
                 f"the battery is empty before {unfinished} of {len(company.streams)} requests are answered: {MORE_CHARGE}"
             )
         figures, rows = facts(company), explained(company) if explain else None
@@ -138,7 +138,7 @@ def simulate(
         run = simulation.simulate(costs, plant, resolved, tokens=tokens, seconds=seconds, trace=writer)
     _say_if_cut([resolved], tokens)
     if plant.empty:
-        _say(f"the run ends after {run[-1].time_s:.1f} s, when the battery is empty: {MORE_CHARGE}")
+        warn(f"the run ends after {run[-1].time_s:.1f} s, when the battery is empty: {MORE_CHARGE}")
     found = simulation.summary(run, resolved, empty=plant.empty)
     if _heat_sink_unknown(measured, asked, device):
         found["max_c"] = None
@@ -216,18 +216,14 @@ def _say_if_unmeasured(path: Path, profile: DeviceProfile, budget: Budget, devic
     elif {budget.temperature_c, budget.critical_temperature_c} != {None} and "kelvin_per_watt" not in _given(device):
         line = "its heat sink is unknown: degrees are those of a small board; give --device kelvin_per_watt=..."
     if line is not None:
-        _say(f"{path}: {line}")
+        warn(f"{path}: {line}")
 
 
 def _say_if_cut(budgets: Iterable[Budget], tokens: int) -> None:
     """Print on stderr that fewer tokens are simulated than a deadline is for."""
     for budget in budgets:
         if tokens < (expected := budget.expected_tokens or 0):
-            _say(f"--tokens {tokens}: deadline_s is for {expected} tokens; whether they are in time may stay unknown")
-
-
-def _say(line: str) -> None:
-    stderr.print(line, style="yellow", markup=False, soft_wrap=True)
+            warn(f"--tokens {tokens}: deadline_s is for {expected} tokens; whether they are in time may stay unknown")
 
 
 def _heat_sink_unknown(profile: DeviceProfile, budget: Budget, device: list[str] | None) -> bool:
@@ -247,16 +243,11 @@ def load(text: str) -> Load:
     Raises:
         InputError: the text is neither, or the reply has no slowdowns.
     """
-    from balcony_edge.control.company.round_trace import is_round_trace
     from balcony_edge.control.trace import read_trace
     from balcony_edge.simulation.loads import PARAMETERS, parse_load, recorded
 
     if text.partition(":")[0] in PARAMETERS or not os.path.isfile(text):  # noqa: PTH113 - a load may be longer than a file name
         return parse_load(text)
-    if is_round_trace(text):
-        raise InputError(
-            f"--load {text}: has rounds of several replies: record one reply with `balcony-edge run --record`"
-        )
     tokens = read_trace(text)
     times_s, slowdowns = [], []
     for before, token in pairwise(tokens):

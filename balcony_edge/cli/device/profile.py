@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from balcony_edge.cli.console import depth_styles, progress_bar, stderr, stdout
+from balcony_edge.cli.console import depth_styles, progress_bar, stderr, stdout, warn
 from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads, check_place, output_target, write_output
 from balcony_edge.errors import InputError
 
@@ -88,7 +88,7 @@ def profile(
         if all(path is not None for _, path in targets):
             _show(measured)  # first: results are shown even if they cannot be kept
     for note in measured.conditions.notes:
-        stderr.print(note, style="yellow", markup=False, soft_wrap=True)  # may have what an engine said
+        warn(note)  # may have what an engine said
     if measured.power_reason is not None:
         stderr.print(f"energy is not measured on this device: {measured.power_reason}", markup=False, soft_wrap=True)
     for words, status in (("interrupted", 130), ("stopped by an error", 1)):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from balcony_edge.cli.console import stderr, stdout
+from balcony_edge.cli.console import stderr, stdout, warn
 from balcony_edge.errors import InputError
 
 
@@ -48,7 +48,7 @@ def extract(
         stderr.print("[yellow]The last layer is an untrained copy: give --balconies.[/]")
     small = write(ExitModel.open(loaded, exits, balconies), load_tokenizer(model), exit_layer, output)
     if (warning := layout_warning(loaded.config, small.config)) is not None:
-        stderr.print(warning, style="yellow", markup=False, soft_wrap=True)
+        warn(warning)
     parameters = sum(p.numel() for p in small.parameters())
     facts = {"checkpoint": str(output), "layers": small.config.num_hidden_layers, "parameters": parameters}
     if as_json:
