@@ -1,9 +1,9 @@
 """Traces: a run recorded as JSON lines, from which the same decisions can be made again.
 
 Owns the file format: a header (``{"trace": 1, "costs": ...}``), a line before the first token of every budget
-(``{"budget": ...}``), and a line per decision with its input: one for each token, or for all tokens of a round of drafts.
-The first line of a reply also has the controller's ``state``. Readings are written only when they changed. A trace holds
-neither text nor tokens.
+(``{"budget": ...}``), and a line per decision with its input: one for each token that was not forced, or for all tokens of a
+round of drafts. Where a line does not go on from the one before, as at the start of a reply, it also has the controller's
+``state``. Readings are written only when they changed. A trace holds neither text nor tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,7 @@ class TraceToken(NamedTuple):
         seen: observation of the controller.
         line: line of the token in the file; docs/controller.md documents its keys.
         costs: prices of the decision.
-        start: state at the start of the reply, if the token is its first; else None.
+        start: state before the decision, if it is not the one that the decision before has left; else None.
     """
 
     seen: Observation
@@ -57,6 +58,8 @@ class TraceToken(NamedTuple):
 class LinesWriter(Closing):
     """A file of JSON lines, made or replaced by the first line. A context manager that closes it.
 
+    Nothing is written after a failure, so a full disk cuts off the last line only.
+
     Raises:
         InputError: the file cannot be written.
     """
@@ -67,46 +70,54 @@ class LinesWriter(Closing):
         self._file: IO[str] | None = None
         self._costs: CostModel | None = None  # prices of the last header
         self._closed = False
+        #: Why nothing is written any more: a write has failed.
+        self.failure: str | None = None
         try:
             if not exists(Path(path)):
                 require_writable(Path(path).parent, self._name, InputError, "name another place")
             elif Path(path).is_dir() or not os.access(path, os.W_OK):
                 raise InputError(f"{self._name}: not writable: name another place")
         except OSError as error:
-            raise self._not_written(error) from error
+            raise InputError(self._not_written(error)) from error
 
     def _line(self, document: dict[str, Any]) -> None:
         if self._closed:
             raise InputError(f"{self._name}: was closed: record to a new file")
-        try:
-            if self._file is None:
-                Path(self._name).parent.mkdir(parents=True, exist_ok=True)
-                self._file = Path(self._name).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            self._file.write(json.dumps(document, allow_nan=False) + "\n")
-        except OSError as error:
-            self._costs = None  # the lines that wait in the buffer are lost, and the header may be one of them
-            raise self._not_written(error) from error
+        if self.failure is None:
+            try:
+                if self._file is None:
+                    Path(self._name).parent.mkdir(parents=True, exist_ok=True)
+                    self._file = Path(self._name).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+                self._file.write(json.dumps(document, allow_nan=False) + "\n")
+            except OSError as error:
+                self.failure = self._not_written(error)
+        if self.failure is not None:
+            raise InputError(self.failure)
 
     def close(self) -> None:
         """Close the file.
 
         Raises:
-            InputError: the last data could not be written.
+            InputError: not all lines could be written.
         """
         self._closed = True
-        if self._file is None:
-            return
         try:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
         except OSError as error:
-            raise self._not_written(error) from error
+            self.failure = self._not_written(error)
+        if self.failure is not None:
+            raise InputError(self.failure)
 
-    def _not_written(self, error: OSError) -> InputError:
-        return InputError(f"{self._name}: writing failed ({error.strerror}): free space or name another place")
+    def _not_written(self, error: OSError) -> str:
+        return f"{self._name}: writing failed ({error.strerror}): free space or name another place"
 
 
 class TraceWriter(LinesWriter):
-    """Writes the controller's input and decision, one line per token or round of drafts. A context manager.
+    """Writes the controller's input and decisions, a line each: for every token that was not forced, or round of drafts.
+
+    Replies in several threads may write to one. A context manager: an error of writing ends the record, but no reply, and
+    the end of the block raises it.
 
     Example:
         with TraceWriter("run.jsonl") as trace:
@@ -118,22 +129,35 @@ class TraceWriter(LinesWriter):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
-        self._start: ControllerState | None = None
+        self._lock = threading.Lock()  # Python's text files take no writes of several threads
+        self._state: ControllerState | None = None  # after the last line
         self._budget: Budget | None = None
         self._readings: tuple[Reading, ...] = ()
 
-    def begin(self, state: ControllerState) -> None:
-        """Record that a reply begins, or goes on, from this state."""
-        self._start = state
+    def write(
+        self,
+        costs: CostModel,
+        states: tuple[ControllerState, ControllerState],
+        seen: Observation,
+        decision: Decision,
+        latency_ms: float,
+        pending: int,
+        made_at: int | None = None,
+    ) -> None:
+        """Add one decision.
 
-    def write(self, costs: CostModel, seen: Observation, decision: Decision, latency_ms: float, pending: int) -> None:
-        """Add one decision."""
-        if costs is not self._costs:
-            self._costs, self._budget, self._readings = costs, None, ()
-            self._line({"trace": VERSION, "costs": asdict(costs)})
-        if seen.budget is not self._budget:
-            self._budget = seen.budget
-            self._line({"budget": seen.budget.model_dump(exclude_defaults=True)})
+        Args:
+            costs: prices of the decision.
+            states: states of the controller before the decision and after it.
+            seen: what the controller saw.
+            decision: what it decided.
+            latency_ms: gap to the token before.
+            pending: number of pending rows afterwards.
+            made_at: exit layer that made the token; None for that of the decision.
+
+        Raises:
+            InputError: the line cannot be written, or the file was closed.
+        """
         line: dict[str, Any] = {
             "now_s": seen.now_s,
             "exit_layer": decision.exit_layer,
@@ -155,12 +179,23 @@ class TraceWriter(LinesWriter):
             "balcony_rows": list(seen.balcony_rows),
             "last": seen.last,
         }
-        if self._start is not None:
-            line["state"], self._start = json.loads(_STATE.dump_json(self._start)), None
-        if seen.readings != self._readings:
-            self._readings = seen.readings
-            line["readings"] = [reading.to_dict() for reading in seen.readings]
-        self._line(line)
+        if made_at not in (None, decision.exit_layer):
+            line["made_at"] = made_at
+        before, after = states
+        with self._lock:
+            if costs is not self._costs:
+                self._costs, self._budget, self._readings = costs, None, ()
+                self._line({"trace": VERSION, "costs": asdict(costs)})
+            if seen.budget is not self._budget:
+                self._budget = seen.budget
+                self._line({"budget": seen.budget.model_dump(exclude_defaults=True)})
+            if before is not self._state:
+                line["state"] = json.loads(_STATE.dump_json(before))
+            self._state = after
+            if seen.readings != self._readings:
+                self._readings = seen.readings
+                line["readings"] = [reading.to_dict() for reading in seen.readings]
+            self._line(line)
 
 
 def read_trace(path: str | os.PathLike[str]) -> tuple[TraceToken, ...]:
@@ -186,7 +221,7 @@ def read_trace(path: str | os.PathLike[str]) -> tuple[TraceToken, ...]:
             if "trace" in line:
                 if line["trace"] != VERSION:
                     raise InputError(f"{name}: trace version {line['trace']!r:.40}, must be {VERSION}: record it again")
-                costs = _COSTS.validate_python(line["costs"])
+                costs, readings = _COSTS.validate_python(line["costs"]), ()
             elif "budget" in line:
                 budget = Budget.model_validate(line["budget"])
             elif costs is None:
@@ -217,6 +252,7 @@ class _Line(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(allow_inf_nan=False)
 
     exit_layer: _Count
+    made_at: _Count | None = None
     latency_ms: _Millis
     period_ms: _Millis
     infeasible: bool

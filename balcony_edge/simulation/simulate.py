@@ -56,8 +56,6 @@ def simulate(
         InfeasibleError: nothing meets the budget and its ``on_infeasible`` is ``error``.
     """
     controller, state = Controller(costs), ControllerState.initial()
-    if trace is not None:
-        trace.begin(state)
     last: Measurement | None = None
     out: list[SimulatedToken] = []
     while len(out) < tokens and plant.now_s < seconds and not (out and plant.empty):
@@ -65,7 +63,7 @@ def simulate(
         begin_s, begin_j = plant.now_s, plant.joules
         context = plant.length + (rows[0][0] - 1 if not out else 0)
         seen = Observation(budget, context, *rows, last, len(out), 0.0, begin_s, plant.busy_s, plant.readings)
-        state, decision = controller.decide(state, seen)
+        before, (state, decision) = state, controller.decide(state, seen)
         if (why := decision.refusal(budget)) is not None:
             raise InfeasibleError(f"after {len(out)} tokens, {begin_s:.1f} s: {why}")
         latency_ms, step_ms = plant.step(
@@ -74,7 +72,7 @@ def simulate(
         last = Measurement(decision.exit_layer, decision.price_ms, step_ms) if out and decision.price_ms else None
         watts = (plant.joules - begin_j) / (plant.now_s - begin_s) if plant.now_s > begin_s else 0.0
         if trace is not None:
-            trace.write(costs, seen, decision, latency_ms, plant.pending_rows)
+            trace.write(costs, (before, state), seen, decision, latency_ms, plant.pending_rows)
         out.append(
             SimulatedToken(plant.now_s, latency_ms, step_ms, state.slowdown.factor, watts, plant.celsius, decision)
         )

@@ -290,7 +290,7 @@ class LLM(Closing):
         Args:
             prompt: text, chat messages, or token ids.
             sequence: sequence to continue; rows that its tokens share with the prompt are kept, the others rolled back.
-            trace: writer that records the controller's input and decision, one line per token or round of drafts.
+            trace: writer that records the controller's input and decisions, a line each.
             options: any of the following.
 
         Options:

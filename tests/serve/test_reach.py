@@ -28,7 +28,7 @@ from balcony_runtime.serve.http.server import Server, Settings
 from balcony_runtime.serve.work.service import Limits
 from tests.serve.client import CHAT, HELLO, until
 from tests.serve.conftest import with_template
-from tests.support.command import printed
+from tests.support.command import COMMAND, printed
 
 PAGE = "app://obsidian.md"
 #: Opens a thought in the prompt, as Qwen3.5's template does, unless it is switched off.
@@ -243,6 +243,26 @@ def test_a_container_that_is_stopped_before_its_port_is_open_ends() -> None:
         "server.Server = lambda *_: signal.raise_signal(signal.SIGTERM)\n"
         "from balcony_edge.cli import main; sys.argv = ['balcony-edge', 'serve', 'bundle']; main()"
     )
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_the_record_but_neither_replies_nor_the_server(tiny: Any) -> None:
+    """It ends as it should, and says in its log what is missing."""
+    command = [*COMMAND, "serve", str(tiny.path), "--port", "0", "--record", "/dev/full"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            ready = next(line for line in iter(process.stderr.readline, "") if "ready after" in line)
+            url = json.loads(ready)["message"].rpartition(" ")[2]
+            both = {"prompt": [[5, 6], [7, 8]], "max_tokens": 4, "ignore_eos": True, "budget": {"tpot_ms": 500}}
+            assert len(httpx.post(f"{url}/v1/completions", json=both, timeout=60).json()["choices"]) == 2
+            process.terminate()
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    said = [json.loads(line) for line in errors.splitlines()]
+    assert process.returncode == 0
+    failed = "/dev/full: writing failed (No space left on device): free space or name another place"
+    assert [one["message"] for one in said if one["level"] == "warning"] == [f"the record is not whole: {failed}"]
 
 
 def test_a_proxy_on_this_machine_names_the_client_over_ipv4_and_ipv6(

@@ -54,7 +54,7 @@ def _replay_tokens(trace: Path, as_json: bool) -> None:
     differences: list[dict[str, Any]] = []
     exits: Counter[int] = Counter()
     for number, (token, decision) in enumerate(zip(recorded, decide_again(recorded), strict=True)):
-        exits[token.line["exit_layer"]] += 1
+        exits[token.line.get("made_at", token.line["exit_layer"])] += 1
         then = {key: token.line.get(key) for key in (*_COMPARED, "reason")}
         catch_up = None if decision.catch_up is None else list(decision.catch_up)
         now = {**{key: getattr(decision, key) for key in (*_COMPARED, "reason")}, "catch_up": catch_up}

@@ -141,8 +141,6 @@ def serve(
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
-    from contextlib import nullcontext
-
     import balcony_edge
     from balcony_edge.control.company.round_trace import RoundTraceWriter
     from balcony_runtime.serve.http.server import Server, Settings
@@ -199,5 +197,12 @@ def serve(
         drain_s=drain_timeout,
         origins=allow_origin or (),
     )
-    with RoundTraceWriter(record) if record is not None else nullcontext() as rounds:
+    rounds = None if record is None else RoundTraceWriter(record)
+    try:
         Server(open_llm, settings).run()
+    finally:
+        if rounds is not None:
+            try:
+                rounds.close()
+            except InputError as error:  # a full disk ends the record, but neither replies nor the server
+                logging.getLogger(__name__).warning("the record is not whole: %s", error)

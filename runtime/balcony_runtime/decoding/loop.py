@@ -23,7 +23,7 @@ from balcony_edge.control.governor import Governor
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.device.costs import CostModel, UnitCost
 from balcony_edge.device.readings import Reading
-from balcony_edge.errors import InfeasibleError
+from balcony_edge.errors import InfeasibleError, InputError
 from balcony_runtime.backends.base import FloatArray, IntArray
 from balcony_runtime.decoding.confident import EarlyExits
 from balcony_runtime.decoding.learned import Learned
@@ -123,7 +123,7 @@ class Decoder:
         self._unmeasured = unmeasured(sequence.exits)
         self._controller = Controller(self._unmeasured)
         self._latest = self._learned.state
-        self._state = self._latest.for_next_reply()
+        self._before = self._state = self._latest.for_next_reply()  # before and after the last decision
         self._decision: Decision | None = None
         self._settled: tuple[ControllerState, Decision] | None = None  # a decision that stands until something changes
         self._followed: tuple[int, Slowdown, Governor] | None = None  # the last round, until a step is made alone
@@ -139,8 +139,6 @@ class Decoder:
         #: its pace. The next step brings them. Who takes them empties the list.
         self.untold: list[Step] = []
         sequence.append(prompt)
-        if environment.trace is not None:
-            environment.trace.begin(self._state)
 
     def steps(self) -> Generator[Step]:
         """Decode without end; the caller stops asking.
@@ -247,12 +245,10 @@ class Decoder:
         if latest is not self._latest:  # the slow loop is the device's: others have gone on with it
             # Until its first token, so is what they have learned.
             self._state = self._state._replace(governor=latest.governor) if self.made else latest.for_next_reply()
-            if self._environment.trace is not None:
-                self._environment.trace.begin(self._state)
         if costs is not None and costs is not self._costs:
             self._controller, self._costs, self._decision = Controller(costs), costs, None
         decision, sequence = self._decision, self.sequence
-        found = None
+        self._before, found = self._state, None
         if decision is not None and self._environment.trace is None and sequence.up_to_date(decision.exit_layer):
             found = self._controller.shortcut(budget, self._state, sequence.length, last)
             self._settled = found if found is not None and found[0] is self._state else None
@@ -456,10 +452,17 @@ class Decoder:
         return worked_ns - begin_ns
 
     def _record(self, trace: TraceWriter, given: Decision, decided_exit: int, latency_ms: float) -> None:
-        """Write a line of the trace. It has the controller's exit, not the policy's: a replay re-runs only the controller."""
-        if self._seen is not None:
-            costs, decided = self._costs or self._unmeasured, given._replace(exit_layer=decided_exit)
-            trace.write(costs, self._seen, decided, latency_ms, self.sequence.pending_rows)
+        """Write a line of the trace: a replay re-runs only the controller, not the policy. A full disk ends no reply."""
+        if self._seen is None:
+            return
+        costs, decided = self._costs or self._unmeasured, given._replace(exit_layer=decided_exit)
+        states, pending_rows = (self._before, self._state), self.sequence.pending_rows
+        try:
+            trace.write(costs, states, self._seen, decided, latency_ms, pending_rows, given.exit_layer)
+        except InputError:
+            if trace.failure is None:
+                raise
+            self._environment = self._environment._replace(trace=None)
 
 
 def run_chunk(sequence: TokenSequence, chunk: CatchUp | Chunk) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import math
+import resource
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from balcony_edge.budget import Budget
 from balcony_edge.control.controller import Controller, ControllerState
-from balcony_edge.control.decision import Decision, Observation
+from balcony_edge.control.decision import Decision, Measurement, Observation
 from balcony_edge.control.slowdown import Slowdown
 from balcony_edge.control.trace import TraceWriter, read_trace, replay
 from balcony_edge.device.readings import Reading
@@ -70,29 +71,67 @@ def test_another_budget_decides_otherwise_on_the_same_trace(tmp_path: Path) -> N
     assert sum(d.exit_layer for d in replay(changed)) < sum(d.exit_layer for d in replay(trace))
 
 
-def test_a_reply_after_a_full_disk_is_replayed_with_its_own_budget(tmp_path: Path) -> None:
-    """The lines that could not be written had its budget."""
-    path, tight = tmp_path / "run.jsonl", Budget(tpot_ms=15)
+def test_what_was_recorded_before_the_disk_was_full_can_be_read(tmp_path: Path) -> None:
+    """The file system takes a part of a line. Nothing follows it, though there is space again."""
+    path, limits = tmp_path / "run.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    decided: list[Decision] = []
 
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def reply(writer: TraceWriter) -> None:
+        plant = Plant(DEMO, Physics(noise=0.1), parse_load("square:high=1.6,period_s=0.3"), seed=3)
+        decided.extend(one.decision for one in simulate(DEMO, plant, Budget(tpot_ms=24), tokens=20, trace=writer))
 
-    with TraceWriter(path) as writer:
+    def fill(writer: TraceWriter) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, limits[1]))
+        with pytest.raises(InputError, match=r"run.jsonl: writing failed \(File too large\): free space"):
+            for _ in range(10):
+                reply(writer)
 
-        def reply(budget: Budget) -> int:
-            plant = Plant(DEMO, Physics(noise=0.1), parse_load("idle"), seed=3)
-            return len(list(simulate(DEMO, plant, budget, tokens=20, trace=writer)))
-
-        reply(Budget(tpot_ms=24))
-        file, writer._file = writer._file, Full()
-        with pytest.raises(InputError, match="No space left on device"):
-            reply(tight)
-        writer._file = file
-        reply(tight)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writer = TraceWriter(path)
+    try:
+        fill(writer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(InputError, match="writing failed"):
+        reply(writer)
+    with pytest.raises(InputError, match="writing failed"):
+        writer.close()
     trace = read_trace(path)
-    assert [token.seen.budget.tpot_ms for token in trace] == [24] * 20 + [15] * 20
-    assert [one.exit_layer for one in replay(trace)] == [token.line["exit_layer"] for token in trace]
+    assert 20 < len(trace) < 60 and path.stat().st_size >= 16_000
+    again = [one.exit_layer for one in replay(trace)]
+    assert again == [token.line["exit_layer"] for token in trace] and len(set(again)) > 1
+    assert again[:20] == [one.exit_layer for one in decided[:20]]
+
+
+def test_new_prices_begin_without_the_readings_before(tmp_path: Path) -> None:
+    state, other = ControllerState.initial(), replace(DEMO)
+    readings = (Reading("own", "board", 1.0, watts=9.0),)
+    with TraceWriter(tmp_path / "run.jsonl") as trace:
+        for costs, read in ((DEMO, readings), (other, ())):
+            seen = Observation(Budget(power_w=5), 64, (1,) * 4, (1,) * 4, now_s=1.0, readings=read)
+            after, decision = Controller(costs).decide(state, seen)
+            trace.write(costs, (state, after), seen, decision, 20.0, 0)
+    assert [token.seen.readings for token in read_trace(tmp_path / "run.jsonl")] == [readings, ()]
+
+
+def test_replies_that_alternate_are_each_replayed_from_their_own_state(tmp_path: Path) -> None:
+    """As those of two threads do. A line that goes on from the one before has no state."""
+    controller, decided = Controller(DEMO), []
+    budgets = (Budget(tpot_ms=24), Budget(exit_layer=DEMO.exits[0]))
+    states = [ControllerState.initial(), ControllerState.initial()]
+    with TraceWriter(tmp_path / "run.jsonl") as trace:
+        for made in range(20):
+            for reply in (0, 1, 1):
+                last = Measurement(DEMO.exits[-1], 20.0, 20.0 + made) if made else None
+                seen = Observation(budgets[reply], 64 + made, (1,) * 4, (1,) * 4, last, made, now_s=made / 10)
+                before, (states[reply], decision) = states[reply], controller.decide(states[reply], seen)
+                trace.write(DEMO, (before, states[reply]), seen, decision, 20.0, 0)
+                decided.append(decision.exit_layer)
+    read = read_trace(tmp_path / "run.jsonl")
+    assert [one.exit_layer for one in replay(read)] == decided and len(set(decided)) > 1
+    assert [token.start is not None for token in read] == [True, True, False] * 20
+    assert [token.seen.budget.exit_layer is None for token in read] == [True, False, False] * 20
 
 
 def test_a_line_a_token_with_readings_where_they_changed(tmp_path: Path) -> None:
@@ -120,8 +159,7 @@ def test_readings_that_are_no_number_are_left_out(tmp_path: Path) -> None:
     state = ControllerState.initial()
     decision = Controller(DEMO).decide(state, seen)[1]
     with TraceWriter(tmp_path / "run.jsonl") as trace:
-        trace.begin(state)
-        trace.write(DEMO, seen, decision, 20.0, 0)
+        trace.write(DEMO, (state, state), seen, decision, 20.0, 0)
     found = read_trace(tmp_path / "run.jsonl")
     assert found[0].seen.readings == (Reading("own", "board", 1.0, celsius=50.0),)
     assert [again.reason for again in replay(found)] == [decision.reason]

@@ -40,6 +40,7 @@ from balcony_runtime.decoding.thresholds import (
 )
 from balcony_runtime.engine import Engine
 from balcony_runtime.token_sequence import TokenSequence
+from tests.support.command import invoke_here
 
 EXITS = (2, 3, 5)
 #: Threshold that a tiny random model does not reach half of the time.
@@ -386,6 +387,9 @@ def test_a_trace_of_early_exits_replays(calibrated: Path, tmp_path: Path) -> Non
             exits = [token.exit_layer for token in llm.stream("a fox", max_new_tokens=60, ignore_eos=True, trace=trace)]
     assert set(exits) == {2, 5}
     trace_read = read_trace(tmp_path / "run.jsonl")
+    assert [token.line.get("made_at", token.line["exit_layer"]) for token in trace_read] == exits
+    said = json.loads(invoke_here("replay", tmp_path / "run.jsonl", "--json").stdout)
+    assert said["exits"] == {str(layer): exits.count(layer) for layer in (2, 5)} and not said["differences"]
     assert len(trace_read) == 60 and any("sure at 2" in token.line["reason"] for token in trace_read)
     assert [again.exit_layer for again in replay(trace_read)] == [token.line["exit_layer"] for token in trace_read]
 
