@@ -136,6 +136,7 @@ def load(
     budget: Budget | str | os.PathLike[str] | None = None,
     profile: str | os.PathLike[str] | None = None,
     threads: int | None = None,
+    spin: bool | None = None,
     verify_hashes: bool = True,
     packed: str | os.PathLike[str] | None = None,
     device: DeviceName = "auto",
@@ -155,6 +156,9 @@ def load(
         profile: device profile written by `balcony-edge profile`. A warning names a profile of another device or bundle.
         threads: threads of the engine's shared pool; by default one for each core of this process that is not slow
             (hyper-threads count once), and at most four for each CPU. The first engine of a process decides.
+        spin: whether the threads of a CPU's engine wait for the next token in circles, which saves waking them and keeps
+            their cores busy for tens of milliseconds. By default they do, unless ``budget`` has a pace or a ceiling that only
+            sensors can see. The first engine of a process decides.
         verify_hashes: whether to check every file against the manifest. Without it only presence and size are checked.
         packed: directory for weights in the form that the engine's kernels read, made at the first load. Processes that load
             the same bundle with it share them in memory.
@@ -184,6 +188,7 @@ def load(
         profile=profile,
         verify_hashes=verify_hashes,
         threads=threads,
+        spin=spin,
         packed=packed,
         device=device,
         engines=engines,

@@ -292,6 +292,11 @@ class Budget(BaseModel):
         return self.on_infeasible == "error" or self.critical_temperature_c is not None
 
     @property
+    def may_wait(self) -> bool:
+        """Whether the controller may wait between two tokens: for a pace, or to hold a ceiling."""
+        return self.max_pace_tps is not None or self.needs_sensors
+
+    @property
     def needs_sensors(self) -> bool:
         """Whether there is a ceiling that only sensors can see."""
         return bool(self.ceilings)

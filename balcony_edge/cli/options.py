@@ -20,6 +20,13 @@ Packed = Annotated[
     Path | None, typer.Option(help="Directory for packed weights, which processes share; written by the first run.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")]
+Spin = Annotated[
+    bool | None,
+    typer.Option(
+        "--spin/--no-spin",
+        help="Whether idle threads wait in circles (default: unless the budget has a pace or a ceiling of sensors).",
+    ),
+]
 OnDevice = Annotated[
     Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"],
     typer.Option(help="auto: engines built here for the GPU, then CUDA, then the faster one of WebGPU and the CPU."),

@@ -31,6 +31,7 @@ class EngineOptions(TypedDict, total=False):
     """Options of the engine, as for :func:`balcony_edge.load`."""
 
     threads: int | None
+    spin: bool | None
     packed: str | os.PathLike[str] | None
     device: DeviceName
     engines: str | None

@@ -152,6 +152,8 @@ class LLM(Closing):
         """Load a bundle; see :func:`balcony_edge.load`."""
         begin, asked = time.perf_counter(), parse_budget(budget)
         engine: Engine | None = None
+        if options.get("spin") is None:
+            options["spin"] = not asked.may_wait
         try:
             with Bundle.opening(path, verify_hashes=verify_hashes) as bundle:
                 manifest = bundle.manifest

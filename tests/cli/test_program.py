@@ -392,19 +392,13 @@ def test_options_of_a_run_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("balcony_edge.load", opened)
     drawn = "--temperature 0.7 --top-k 3 --top-p 0.9 --min-p 0.1 --seed 5"
     penalties = "--repetition-penalty 1.1 --presence-penalty 0.5 --frequency-penalty 0.25"
-    others = "-n 7 --stop x --stop y --logprobs 4 --json --exit 2 --profile p.json --threads 2 --device cpu --engines e"
-    refused_here("it was seen", "run", tmp_path, "hi", *f"{drawn} {penalties} {others}".split())
-    assert found.pop("trace") is None and found.pop("prompt") == "hi" and found.pop("bundle") == tmp_path
-    assert found.pop("sampling") == SamplingParams(
-        temperature=0.7,
-        top_k=3,
-        top_p=0.9,
-        min_p=0.1,
-        repetition_penalty=1.1,
-        presence_penalty=0.5,
-        frequency_penalty=0.25,
-        seed=5,
+    others = "-n 7 --stop x --stop y --logprobs 4 --json --exit 2 --profile p.json --threads 2 --no-spin"
+    refused_here(
+        "it was seen", "run", tmp_path, "hi", *f"{drawn} {penalties} {others} --device cpu --engines e".split()
     )
+    assert found.pop("trace") is None and found.pop("prompt") == "hi" and found.pop("bundle") == tmp_path
+    penalised = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    assert found.pop("sampling") == SamplingParams(temperature=0.7, top_k=3, top_p=0.9, min_p=0.1, seed=5, **penalised)
     assert found.pop("chat") is True and not found.pop("control_tokens") and found.pop("packed") is None
     assert found == {
         "max_new_tokens": 7,
@@ -413,6 +407,7 @@ def test_options_of_a_run_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "budget": Budget(exit_layer=2),
         "profile": Path("p.json"),
         "threads": 2,
+        "spin": False,
         "device": "cpu",
         "engines": "e",
     }
@@ -434,7 +429,7 @@ def test_options_of_the_server_reach_it(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("balcony_runtime.serve.http.server.Server", served)
     options = "--host ::1 --port 81 --served-model-name edge --api-key key --allow-origin https://a.example --budgets b"
     bounds = "--parallel 3 --queue 5 --max-body-mb 9 --request-timeout 11 --drain-timeout 13 --saved-mb 17"
-    kept = "--budget c.toml --prefix-mb 19 --prefix-dir kept --profile p.json --threads 2 --device cpu --engines e"
+    kept = "--budget c.toml --prefix-mb 19 --prefix-dir kept --profile p.json --threads 2 --no-spin --device cpu --engines e"
     done = invoke_here("serve", tmp_path, *f"{options} {bounds} {kept}".split())
     assert done.returncode == 0, done
     settings, loaded, _ = found
@@ -455,6 +450,7 @@ def test_options_of_the_server_reach_it(tmp_path: Path, monkeypatch: pytest.Monk
         "profile": Path("p.json"),
         "packed": None,
         "threads": 2,
+        "spin": False,
         "device": "cpu",
         "engines": "e",
         "prefix_mb": 19.0,

@@ -13,7 +13,7 @@ import typer
 
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.cli.console import depth_styles, stderr, stdout, write_text
-from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads
+from balcony_edge.cli.options import Engines, OnDevice, Packed, Spin, Threads
 from balcony_edge.cli.show import show_checks, show_stream, show_summary, summary
 from balcony_edge.errors import BudgetError, InputError
 
@@ -90,6 +90,7 @@ def run(
         ),
     ] = None,
     threads: Threads = None,
+    spin: Spin = None,
     device: OnDevice = "auto",
     engines: Engines = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -126,7 +127,7 @@ def run(
         raise InputError("--system with --raw: a text to continue has no system message: leave one of them out")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
     asked = _budget(tpot_ms, exit_layer, budget, policy)
-    where: dict[str, Any] = {"threads": threads, "packed": packed, "device": device, "engines": engines}
+    where: dict[str, Any] = {"threads": threads, "spin": spin, "packed": packed, "device": device, "engines": engines}
     # before the bundle: a place that cannot be written is refused now
     recorder = nullcontext() if record is None else TraceWriter(record)
     with named_refusal(None if policy else budget):  # of what does not fit this bundle

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from balcony_edge.cli.console import VisibleLines
-from balcony_edge.cli.options import Engines, OnDevice, Packed, Threads, finite
+from balcony_edge.cli.options import Engines, OnDevice, Packed, Spin, Threads, finite
 from balcony_edge.errors import InputError
 
 #: Logger whose records are JSON already.
@@ -129,6 +129,7 @@ def serve(
         typer.Option(help="Write the decisions about replies at once as a trace, for `balcony-edge replay`."),
     ] = None,
     threads: Threads = None,
+    spin: Spin = None,
     device: OnDevice = "auto",
     engines: Engines = None,
 ) -> None:
@@ -159,6 +160,7 @@ def serve(
             profile=profile,
             packed=packed,
             threads=threads,
+            spin=spin,
             device=device,
             engines=engines,
             prefix_mb=prefix_mb,

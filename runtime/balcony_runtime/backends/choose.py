@@ -124,6 +124,7 @@ def open_backend(
     engines: str | None = None,
     *,
     threads: int | None = None,
+    spin: bool | None = None,
     packed: str | os.PathLike[str] | None = None,
     verify_hashes: bool = True,
 ) -> Backend:
@@ -135,6 +136,7 @@ def open_backend(
         engines: name of a set in ``manifest.engines``; by default the only one. On the CPU, the set's graphs run instead of
             those for CPUs, which checks a GPU's graphs without a GPU.
         threads: as for :class:`.onnxruntime.backend.OnnxRuntimeBackend`.
+        spin: likewise; None for yes.
         packed: likewise.
         verify_hashes: whether files of an engine set and packed weights are hashed; opening the bundle hashes its own files.
 
@@ -154,13 +156,15 @@ def open_backend(
     if device == "auto":
         device, engines = _chosen(bundle, engines)
         if device == "webgpu":
-            return _faster(bundle, threads, verify_hashes)
+            return _faster(bundle, threads, spin, verify_hashes)
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
         _warn_of_unpacking(bundle)
         place = None if packed is None else Path(packed)
-        return OnnxRuntimeBackend(bundle, threads=threads, packed=place, verify_hashes=verify_hashes)
+        return OnnxRuntimeBackend(
+            bundle, threads=threads, spin=spin is not False, packed=place, verify_hashes=verify_hashes
+        )
     threads = None if threads is None else checked_threads(threads)
     if device == "webgpu":
         if packed is not None or engines is not None:
@@ -186,7 +190,7 @@ def open_backend(
             raise
         _log.warning("%s: runs on the CPU: %s", bundle.path, error)
     # not before: the error holds the sessions that were opened
-    return open_backend(bundle, "cpu", threads=threads, verify_hashes=verify_hashes)
+    return open_backend(bundle, "cpu", threads=threads, spin=spin, verify_hashes=verify_hashes)
 
 
 def _warn_of_unpacking(bundle: Bundle) -> None:
@@ -219,11 +223,11 @@ def _chosen(bundle: Bundle, engines: str | None) -> tuple[DeviceName, str | None
     return device, chosen
 
 
-def _faster(bundle: Bundle, threads: int | None, verify_hashes: bool) -> Backend:
+def _faster(bundle: Bundle, threads: int | None, spin: bool | None, verify_hashes: bool) -> Backend:
     """The faster one of GPU and CPU for tokens at the full depth, one by one; only one of them is in memory at a time."""
 
     def on(device: DeviceName) -> Backend:
-        return open_backend(bundle, device, threads=threads, verify_hashes=verify_hashes)
+        return open_backend(bundle, device, threads=threads, spin=spin, verify_hashes=verify_hashes)
 
     with on("cpu") as backend:
         cpu_ms = token_ms(backend)

@@ -394,21 +394,6 @@ def test_compiled_kernels_are_kept_next_to_the_engines(tmp_path: Path, caplog: p
     assert "cannot be written (File exists): make it writable to keep compiled kernels" in caplog.text
 
 
-def test_a_pool_that_the_host_made_is_used(tiny: Any) -> None:
-    """The application made ONNX Runtime's global pool and a session on it before it loads a bundle."""
-    program = (
-        "import sys, onnxruntime as ort\n"
-        "ort.set_global_thread_pool_sizes(1, 1)\n"
-        "options = ort.SessionOptions()\n"
-        "options.use_per_session_threads = False\n"
-        "own = ort.InferenceSession(sys.argv[1] + '/norm.onnx', options)\n"
-        "import balcony_edge\n"
-        "with balcony_edge.load(sys.argv[1]) as llm:\n"
-        "    print(len(llm.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True).tokens))\n"
-    )
-    assert printed(program, tiny.path) == "2\n"
-
-
 @pytest.mark.parametrize(
     ("features", "precision", "told"),
     [

@@ -2,8 +2,8 @@
 
 Owns sessions and the thread pool; :mod:`.state` owns arrays and bindings. Two measurements explain its form.
 Sessions with a pool each spin against one another (32 tokens a second, compared with 174 on one pool), so all share one
-(docs/LOG.md, "One shared pool has a price for the host"). A decode step through prebound arrays costs 15 µs of Python a
-session, compared with 100 µs for ``run(numpy)``.
+(docs/LOG.md, "One shared pool has a price for the host"), unless threads are to sleep between passes (:data:`SLEEPY`). A decode
+step through prebound arrays costs 15 µs of Python a session, compared with 100 µs for ``run(numpy)``.
 """
 
 from __future__ import annotations
@@ -43,17 +43,20 @@ from balcony_runtime.backends.token_table import TokenTable
 _log = logging.getLogger(__name__)
 #: Graphs that are loaded at once. Packing a graph's weights keeps one CPU busy, and takes their bytes again until it ends.
 LOADERS = 2
+#: Configuration of sessions whose threads sleep between passes: those of the shared pool wait in circles for tens of
+#: milliseconds. In a pass they wait so for at most 20 µs; versions before 1.26 know only the first entry.
+SLEEPY = {"session.force_spinning_stop": "1", "session.intra_op.spin_duration_us": "20"}
 _pool_lock = threading.Lock()
 _pool_asked = False
 #: Size of the shared pool; None if the application made it.
 _pool_threads: int | None = None
-_pool_lost = False
+_pool_lost = _own_pools = False
 
 
 def _lose_pool() -> None:
     """In a forked process: the pool cannot be made again, and its threads are in the other process."""
     global _pool_threads, _pool_lost
-    if _pool_asked:
+    if _pool_asked and not _own_pools:
         _pool_threads, _pool_lost = 1, True
 
 
@@ -65,6 +68,7 @@ def open_session(
     graph: Path | bytes,
     *,
     threads: int | None = None,
+    spin: bool = True,
     pack_to: Path | None = None,
     optimize: bool = True,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
@@ -75,11 +79,12 @@ def open_session(
 
     ONNX Runtime then requires every later session of the process to use that pool (``use_per_session_threads = False``),
     including sessions of the host application: docs/embedding.md. A pool that the host made earlier is used. If no pool can be
-    made any more, the session gets one of its own that does not spin.
+    made any more, or its threads must not ``spin``, every session gets one of its own that sleeps between passes.
 
     Args:
         graph: file of the graph, or the graph itself.
         threads: size of the pool; by default :func:`.best_threads`.
+        spin: whether the pool's threads wait for the next pass in circles. The first session of a process decides.
         pack_to: file to which the graph is also written, with its packed weights in a file next to it.
         optimize: whether ONNX Runtime may change the graph; otherwise its nodes run as they are.
         providers: execution providers of ONNX Runtime, in order of preference.
@@ -92,14 +97,17 @@ def open_session(
     """
     if isinstance(graph, Path):
         _require_utf8(graph.parent)
-    global _pool_asked, _pool_threads  # noqa: PLW0603 - the pool belongs to the process and is requested once
+    global _pool_asked, _pool_threads, _own_pools  # noqa: PLW0603 - the pool belongs to the process and is requested once
     count = threads or best_threads()
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
-            with contextlib.suppress(Exception):  # the host has made a pool; the class of this error differs by version
-                ort.set_global_thread_pool_sizes(count, 1)
-                _pool_threads = count
+            if spin:
+                with contextlib.suppress(
+                    Exception
+                ):  # the host has made a pool; the class of this error differs by version
+                    ort.set_global_thread_pool_sizes(count, 1)
+                    _pool_threads = count
             ort.create_and_register_allocator(
                 ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
                 ort.OrtArenaCfg(0, -1, -1, -1),  # the defaults of a session's own arena, without a limit
@@ -128,10 +136,10 @@ def open_session(
         except RuntimeError as error:
             if "EnvCreatedWithGlobalThreadPools" not in str(error):
                 raise
-        options.use_per_session_threads = True
+        _own_pools = options.use_per_session_threads = True
         options.intra_op_num_threads = count
-        # Several spinning pools make each other about 5 times slower.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        for key, value in SLEEPY.items():  # several pools that spin make each other about 5 times slower
+            options.add_session_config_entry(key, value)
         return _quiet_session(graph, options, providers)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
         name = "a graph in memory" if isinstance(graph, bytes) else graph
@@ -173,6 +181,7 @@ class OnnxRuntimeBackend(Closing):
         bundle: Bundle,
         *,
         threads: int | None = None,
+        spin: bool = True,
         packed: Path | None = None,
         verify_hashes: bool = True,
     ) -> None:
@@ -181,6 +190,7 @@ class OnnxRuntimeBackend(Closing):
         Args:
             bundle: bundle to load.
             threads: size of the shared pool; by default :func:`.best_threads`. The first engine of a process decides.
+            spin: whether threads wait for the next pass in circles; likewise.
             packed: directory of packed weights, to share them with other processes; see ``graph_files/packed.py``.
             verify_hashes: whether the packed weights are hashed (opening the bundle hashes its own files).
 
@@ -193,6 +203,7 @@ class OnnxRuntimeBackend(Closing):
         quantized = self.manifest.quantization
         refuse_too_old(self.manifest.model, None if quantized is None else quantized.kv_bits)
         threads = checked_threads(threads)
+        pool: dict[str, Any] = {"threads": threads, "spin": spin}
         self.max_length = self.manifest.model.context_length
         self.picks_inside = False  # logits are in main memory anyway
         self.graphs = "lowered" if self.manifest.cpu else "portable"
@@ -205,14 +216,14 @@ class OnnxRuntimeBackend(Closing):
 
             def pack(source: Path, target: Path) -> None:
                 check_graph(source, bundle.manifest.files)  # before ONNX Runtime reads it
-                _pack(source, target, threads)
+                _pack(source, target, **pool)
 
             shared = packed_graphs(bundle, packed, pack, verify_hashes=verify_hashes)
 
         def opened(name: str, spec: GraphSpec) -> ort.InferenceSession:
             check_graph(bundle.file(spec.file), bundle.manifest.files)
             path = shared.get(name) or bundle.file(spec.file)
-            session = _open(path, path.parent if shared else None, threads=threads)
+            session = _open(path, path.parent if shared else None, **pool)
             check_io(path, spec, session)
             return session
 
@@ -225,7 +236,7 @@ class OnnxRuntimeBackend(Closing):
         self.sessions = {name: loaded[name] for name in graphs}
         for layer in bundle.manifest.exit_layers if shared else ():
             path = shared[f"path_{layer}"]
-            self.paths[layer] = _open(path, path.parent, threads=threads, optimize=False)
+            self.paths[layer] = _open(path, path.parent, optimize=False, **pool)
         self.threads = _pool_threads or threads
         if _pool_lost and threads > 1:
             why = "the process from which this one was forked had loaded a bundle before: load none there, or spawn"
@@ -290,7 +301,7 @@ def _trim_heap() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _pack(source: Path, target: Path, threads: int | None) -> None:
+def _pack(source: Path, target: Path, **pool: Any) -> None:
     """Write the packed form of a graph.
 
     Raises:
@@ -298,10 +309,10 @@ def _pack(source: Path, target: Path, threads: int | None) -> None:
         OSError: the graph can be loaded, but its packed form cannot be written. ONNX Runtime does not tell the two apart.
     """
     try:
-        open_session(source, threads=threads, pack_to=target)
+        open_session(source, pack_to=target, **pool)
     except BundleError as error:
         if is_out_of_memory(error.__cause__):  # packing takes more of it than loading
             raise
-        open_session(source, threads=threads)
+        open_session(source, **pool)
         free_mb = shutil.disk_usage(target.parent).free // 10**6
         raise OSError(errno.EIO, f"ONNX Runtime failed with {free_mb} MB free on the disk") from error
