@@ -155,10 +155,11 @@ def load(
             With a target, a ceiling or a policy, and no device profile, loading measures prices (about half a second).
         profile: device profile written by `balcony-edge profile`. A warning names a profile of another device or bundle.
         threads: threads of the engine's shared pool; by default one for each core of this process that is not slow
-            (hyper-threads count once), and at most four for each CPU. The first engine of a process decides.
+            (hyper-threads count once), and at most four for each CPU. The first engine of a process decides, unless its
+            threads sleep.
         spin: whether the threads of a CPU's engine wait for the next token in circles, which saves waking them and keeps
-            their cores busy for tens of milliseconds. By default they do, unless ``budget`` has a pace or a ceiling that only
-            sensors can see. The first engine of a process decides.
+            their cores busy for tens of milliseconds. By default they do, unless the controller may wait between tokens for
+            ``budget``: for a pace, or to hold watts, degrees, utilization or charge. The first engine of a process decides.
         verify_hashes: whether to check every file against the manifest. Without it only presence and size are checked.
         packed: directory for weights in the form that the engine's kernels read, made at the first load. Processes that load
             the same bundle with it share them in memory.
@@ -175,8 +176,8 @@ def load(
         BundleError: the bundle is missing, damaged or does not match its manifest.
         BudgetError: the budget is refused, or it allows none of the bundle's exits.
         ProfileError: the device profile cannot be read, or is for other exits.
-        InputError: a directory cannot be written, there are too many threads, ``prefix_mb`` is out of range, or packed weights
-            are given for a device other than the CPU.
+        InputError: a directory cannot be written, there are too many threads, ``prefix_mb`` or ``spin`` is wrong, or packed
+            weights are given for a device other than the CPU.
         DeviceError: the device is missing, or has too little memory.
         MissingDependencyError: the engine is not installed.
     """

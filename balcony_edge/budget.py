@@ -47,6 +47,8 @@ _CEILINGS = (
     *("power_w", "energy_j_per_token", "temperature_c", "critical_temperature_c", "gpu_utilization", "cpu_utilization"),
     *("battery_floor_percent", "memory_mb"),
 )
+#: Ceilings for which the controller waits between tokens.
+_PACED = ("power_w", "temperature_c", "gpu_utilization", "cpu_utilization", "battery_floor_percent")
 #: What has no evaluation, and how to get one, in the refusal of ``min_agreement``. A profile has the evaluation that its
 #: bundle had when it was measured.
 UNEVALUATED_BUNDLE = "this bundle was not evaluated: run `balcony-edge eval BUNDLE --text TEXT`"
@@ -293,8 +295,8 @@ class Budget(BaseModel):
 
     @property
     def may_wait(self) -> bool:
-        """Whether the controller may wait between two tokens: for a pace, or to hold a ceiling."""
-        return self.max_pace_tps is not None or self.needs_sensors
+        """Whether the controller may wait between two tokens: for a pace, or to hold one of the ceilings that it paces for."""
+        return self.pacing and any(getattr(self, key) is not None for key in ("max_pace_tps", *_PACED))
 
     @property
     def needs_sensors(self) -> bool:

@@ -20,11 +20,12 @@ Packed = Annotated[
     Path | None, typer.Option(help="Directory for packed weights, which processes share; written by the first run.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads (default: one for each fast core).")]
-Spin = Annotated[
-    bool | None,
+NoSpin = Annotated[
+    bool,
     typer.Option(
-        "--spin/--no-spin",
-        help="Whether idle threads wait in circles (default: unless the budget has a pace or a ceiling of sensors).",
+        "--no-spin",
+        help="Let idle threads sleep, instead of keeping cores busy until the next token "
+        "(default: if the budget has a pace, or a ceiling that is held by pauses).",
     ),
 ]
 OnDevice = Annotated[

@@ -58,7 +58,8 @@ class TraceToken(NamedTuple):
 class LinesWriter(Closing):
     """A file of JSON lines, made or replaced by the first line. A context manager that closes it.
 
-    Nothing is written after a failure, so a full disk cuts off the last line only.
+    No line is taken after a failure, so a full disk cuts off the last line only. The end of the block raises it, unless
+    another error ended the block.
 
     Raises:
         InputError: the file cannot be written.
@@ -93,6 +94,13 @@ class LinesWriter(Closing):
                 self.failure = self._not_written(error)
         if self.failure is not None:
             raise InputError(self.failure)
+
+    def __exit__(self, *raised: object) -> None:
+        try:
+            self.close()
+        except InputError:
+            if raised[0] is None:  # what ended the block says more than its record
+                raise
 
     def close(self) -> None:
         """Close the file.
@@ -129,7 +137,7 @@ class TraceWriter(LinesWriter):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
-        self._lock = threading.Lock()  # Python's text files take no writes of several threads
+        self._lock = threading.RLock()  # Python's text files take no writes of several threads
         self._state: ControllerState | None = None  # after the last line
         self._budget: Budget | None = None
         self._readings: tuple[Reading, ...] = ()
@@ -182,20 +190,24 @@ class TraceWriter(LinesWriter):
         if made_at not in (None, decision.exit_layer):
             line["made_at"] = made_at
         before, after = states
-        with self._lock:
+        with self._lock:  # each is remembered after its line: an interrupt in between writes it again
             if costs is not self._costs:
-                self._costs, self._budget, self._readings = costs, None, ()
                 self._line({"trace": VERSION, "costs": asdict(costs)})
+                self._costs, self._budget, self._readings = costs, None, ()
             if seen.budget is not self._budget:
-                self._budget = seen.budget
                 self._line({"budget": seen.budget.model_dump(exclude_defaults=True)})
+                self._budget = seen.budget
             if before is not self._state:
                 line["state"] = json.loads(_STATE.dump_json(before))
-            self._state = after
             if seen.readings != self._readings:
-                self._readings = seen.readings
                 line["readings"] = [reading.to_dict() for reading in seen.readings]
             self._line(line)
+            self._state, self._readings = after, seen.readings
+
+    def close(self) -> None:
+        """Close the file; see :meth:`LinesWriter.close`."""
+        with self._lock:
+            super().close()
 
 
 def read_trace(path: str | os.PathLike[str]) -> tuple[TraceToken, ...]:

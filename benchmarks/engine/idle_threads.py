@@ -10,8 +10,8 @@ Every sample is a process of its own that streams one reply, with threads that s
     share  a ceiling of the utilization of the CPUs (``cpu_utilization``)
 
 Figures are medians over interleaved rounds: ``tps``, tokens a second; ``cpu_ms``, CPU time of the process for each token in ms;
-``cpu_share``, its share of the time of all CPUs, which ``share`` must hold. The first ``SETTLING_S`` seconds of a reply do not
-count, because the controller learns in them.
+``cpu_share``, its share of the time of all CPUs, which ``share`` must hold. The first seconds of a reply do not count, because
+the controller learns in them.
 
 The output ends with one JSON line: ``cases``: budget, threads → these figures, ``ratios``: budget → sleeping over spinning, the
 median of the ratios within a round.
@@ -30,8 +30,9 @@ from statistics import median
 from balcony_edge.device.machine import available_cpus, cpu_name
 from benchmarks.rounds import Neighbours, aligned, interleave, ratio
 
-SETTLING_S = 3.0
-#: Seconds of a reply that count.
+#: Seconds of a reply that do not count. With threads that spin, a ceiling of utilization is reached in 20.
+SETTLING_S = {"full": 2.0, "pace": 2.0, "share": 25.0}
+#: Seconds that count.
 COUNTED_S = 6.0
 FIGURES = ("tps", "cpu_ms", "cpu_share")
 #: The process: bundle, budget, whether threads spin, seconds that settle and that count, CPUs; prints the figures.
@@ -54,9 +55,9 @@ print(json.dumps({"tps": count / took_s, "cpu_ms": 1e3 * busy_s / count, "cpu_sh
 """
 
 
-def measured(bundle: Path, budget: dict[str, float], spin: bool) -> dict[str, float]:
+def measured(bundle: Path, budget: dict[str, float], spin: bool, settling_s: float) -> dict[str, float]:
     """Figures of one process."""
-    asked = json.dumps([str(bundle), budget, spin, SETTLING_S, COUNTED_S, available_cpus()])
+    asked = json.dumps([str(bundle), budget, spin, settling_s, COUNTED_S, available_cpus()])
     done = subprocess.run([sys.executable, "-c", CHILD, asked], stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
@@ -74,7 +75,7 @@ def main() -> None:
     budgets = {"full": {}, "pace": {"max_pace_tps": options.pace}, "share": {"cpu_utilization": options.utilization}}
     samples = interleave(
         {
-            (name, spin): partial(measured, bundle, budget, spin)
+            (name, spin): partial(measured, bundle, budget, spin, SETTLING_S[name])
             for name, budget in budgets.items()
             for spin in (True, False)
         },

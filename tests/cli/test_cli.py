@@ -141,10 +141,11 @@ def test_a_run_is_recorded_and_shares_packed_weights(exported: Path, tmp_path: P
     done = invoke("run", exported, "the fox", "-n", "6", "--live", env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0 and "last decisions" in done.stderr, done
     done = invoke("run", exported, "the fox", "-n", "60", "--json", "--record", "/dev/full")
-    # the error comes after it began to write, and the reply is shown
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done  # after the reply
     assert len(json.loads(done.stdout)["tokens"]) > 30
     assert "/dev/full: writing failed (No space left on device): free space" in done.stderr
+    done = invoke("run", exported, "the fox", "-n", "60", "--record", "/dev/full")
+    assert done.returncode == 1 and done.stdout.endswith("\n") and "tokens after" in done.stderr, done
 
 
 def test_inspect(exported: Path) -> None:

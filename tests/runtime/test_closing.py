@@ -270,6 +270,25 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_ends_though_it_has_inherited_threads_that_sleep(tiny: Any) -> None:
+    """Each session waits for its threads as it is freed, and they are in the other process."""
+    program = f"""
+import os, sys, balcony_edge
+llm = balcony_edge.load({str(tiny.path)!r}, threads=2, spin=False, device="cpu")
+child = os.fork()
+if child:
+    sys.exit(os.waitpid(child, 0)[1])
+llm.close()
+del llm
+with balcony_edge.load({str(tiny.path)!r}, threads=2, spin=False, device="cpu") as llm:
+    print(llm.engine.backend.threads, len(llm.generate([1, 2], max_new_tokens=2, ignore_eos=True).tokens))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("2 2\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_has_helpers_of_its_own() -> None:
     """A bundle that it loads would wait for ever for a mask from the threads of the other process."""
     program = """

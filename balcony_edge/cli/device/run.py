@@ -13,7 +13,7 @@ import typer
 
 from balcony_edge.budget import Budget, load_budget
 from balcony_edge.cli.console import depth_styles, stderr, stdout, write_text
-from balcony_edge.cli.options import Engines, OnDevice, Packed, Spin, Threads
+from balcony_edge.cli.options import Engines, NoSpin, OnDevice, Packed, Threads
 from balcony_edge.cli.show import show_checks, show_stream, show_summary, summary
 from balcony_edge.errors import BudgetError, InputError
 
@@ -90,7 +90,7 @@ def run(
         ),
     ] = None,
     threads: Threads = None,
-    spin: Spin = None,
+    no_spin: NoSpin = False,
     device: OnDevice = "auto",
     engines: Engines = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -127,7 +127,13 @@ def run(
         raise InputError("--system with --raw: a text to continue has no system message: leave one of them out")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
     asked = _budget(tpot_ms, exit_layer, budget, policy)
-    where: dict[str, Any] = {"threads": threads, "spin": spin, "packed": packed, "device": device, "engines": engines}
+    where: dict[str, Any] = {
+        "threads": threads,
+        "spin": False if no_spin else None,
+        "packed": packed,
+        "device": device,
+        "engines": engines,
+    }
     # before the bundle: a place that cannot be written is refused now
     recorder = nullcontext() if record is None else TraceWriter(record)
     with named_refusal(None if policy else budget):  # of what does not fit this bundle
@@ -150,15 +156,16 @@ def run(
             plain = None if as_json else styles
             interrupted = show_live(stream, styles, llm) if live else show_stream(stream, plain)
             reply, quality = stream.reply, llm.quality
-            if as_json:  # before the trace is closed: it is shown even if its record cannot be kept
+            # before the trace is closed: it is shown even if its record cannot be kept
+            if as_json:
                 seen = {str(e): one._asdict() for e, one in quality.items()} if asked.policy == "confident" else None
                 made = {"text": reply.text, "tokens": [token.to_dict() for token in reply.tokens]}
                 print(json.dumps({**summary(reply), "quality": seen, **made}))  # noqa: T201 - for programs
-        if not as_json:
-            if not (live and stdout.is_terminal):  # the live view on a terminal has ended the reply's last line
-                write_text("\n")
-            show_summary(reply, styles, stderr)
-            show_checks(quality, stderr)
+            else:
+                if not (live and stdout.is_terminal):  # the live view on a terminal has ended the reply's last line
+                    write_text("\n")
+                show_summary(reply, styles, stderr)
+                show_checks(quality, stderr)
     if interrupted:
         raise typer.Exit(130)
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from balcony_edge.cli.console import VisibleLines
-from balcony_edge.cli.options import Engines, OnDevice, Packed, Spin, Threads, finite
+from balcony_edge.cli.options import Engines, NoSpin, OnDevice, Packed, Threads, finite
 from balcony_edge.errors import InputError
 
 #: Logger whose records are JSON already.
@@ -129,7 +129,7 @@ def serve(
         typer.Option(help="Write the decisions about replies at once as a trace, for `balcony-edge replay`."),
     ] = None,
     threads: Threads = None,
-    spin: Spin = None,
+    no_spin: NoSpin = False,
     device: OnDevice = "auto",
     engines: Engines = None,
 ) -> None:
@@ -160,7 +160,7 @@ def serve(
             profile=profile,
             packed=packed,
             threads=threads,
-            spin=spin,
+            spin=False if no_spin else None,
             device=device,
             engines=engines,
             prefix_mb=prefix_mb,

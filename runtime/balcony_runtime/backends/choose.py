@@ -142,10 +142,12 @@ def open_backend(
 
     Raises:
         BundleError: the bundle has no such set, or the set does not fit.
-        InputError: packed weights are given for a device other than the CPU, or their directory is no path.
+        InputError: packed weights are given for a device other than the CPU, or their directory is no path, or ``spin`` is no
+            bool.
         DeviceError: there is no such device, or it is missing.
         MissingDependencyError: the engine is not installed.
     """
+    spins = _checked(spin)
     if device not in (names := get_args(DeviceName)):
         raise DeviceError(f"device = {device!r}: must be one of {', '.join(names)}: give one of those")
     if packed is not None:
@@ -156,15 +158,13 @@ def open_backend(
     if device == "auto":
         device, engines = _chosen(bundle, engines)
         if device == "webgpu":
-            return _faster(bundle, threads, spin, verify_hashes)
+            return _faster(bundle, threads, spins, verify_hashes)
     if device == "cpu" and engines is None:
         from balcony_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: PLC0415 - an engine is an extra
 
         _warn_of_unpacking(bundle)
         place = None if packed is None else Path(packed)
-        return OnnxRuntimeBackend(
-            bundle, threads=threads, spin=spin is not False, packed=place, verify_hashes=verify_hashes
-        )
+        return OnnxRuntimeBackend(bundle, threads=threads, spin=spins, packed=place, verify_hashes=verify_hashes)
     threads = None if threads is None else checked_threads(threads)
     if device == "webgpu":
         if packed is not None or engines is not None:
@@ -190,7 +190,13 @@ def open_backend(
             raise
         _log.warning("%s: runs on the CPU: %s", bundle.path, error)
     # not before: the error holds the sessions that were opened
-    return open_backend(bundle, "cpu", threads=threads, spin=spin, verify_hashes=verify_hashes)
+    return open_backend(bundle, "cpu", threads=threads, spin=spins, verify_hashes=verify_hashes)
+
+
+def _checked(spin: bool | None) -> bool:
+    if spin is not None and not isinstance(spin, bool):
+        raise InputError(f"spin = {spin!r:.40}: must be True, False or None: leave it out for the default")
+    return spin is not False
 
 
 def _warn_of_unpacking(bundle: Bundle) -> None:
@@ -223,7 +229,7 @@ def _chosen(bundle: Bundle, engines: str | None) -> tuple[DeviceName, str | None
     return device, chosen
 
 
-def _faster(bundle: Bundle, threads: int | None, spin: bool | None, verify_hashes: bool) -> Backend:
+def _faster(bundle: Bundle, threads: int | None, spin: bool, verify_hashes: bool) -> Backend:
     """The faster one of GPU and CPU for tokens at the full depth, one by one; only one of them is in memory at a time."""
 
     def on(device: DeviceName) -> Backend:

@@ -324,7 +324,7 @@ class Scheduler:
         decoder = stream.decoder
         if decoder.made:
             budget = decoder.budget
-            waits = budget.may_wait or budget.policy != "plain"
+            waits = budget.max_pace_tps is not None or budget.needs_sensors or budget.policy != "plain"
             waits = waits or (decoder.rows_due > 1 and bool(readers(self._all)))
             return stream.is_slow or (others and waits)
         long = others or (decoder.rows_due > LONG_PROMPT and decoder.budget.ttft_ms is None)

@@ -8,6 +8,7 @@ import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_another_budget_decides_otherwise_on_the_same_trace(tmp_path: Path) -> N
 
 
 def test_what_was_recorded_before_the_disk_was_full_can_be_read(tmp_path: Path) -> None:
-    """The file system takes a part of a line. Nothing follows it, though there is space again."""
+    """The file system takes a part of a line, and nothing follows it. Python 3.14 writes 128 kB at a time."""
     path, limits = tmp_path / "run.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     decided: list[Decision] = []
 
@@ -83,8 +84,12 @@ def test_what_was_recorded_before_the_disk_was_full_can_be_read(tmp_path: Path) 
     def fill(writer: TraceWriter) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, limits[1]))
         with pytest.raises(InputError, match=r"run.jsonl: writing failed \(File too large\): free space"):
-            for _ in range(10):
+            for _ in range(40):
                 reply(writer)
+        with pytest.raises(InputError, match="writing failed"):
+            reply(writer)
+        with pytest.raises(InputError, match="writing failed"):
+            writer.close()
 
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     writer = TraceWriter(path)
@@ -93,15 +98,44 @@ def test_what_was_recorded_before_the_disk_was_full_can_be_read(tmp_path: Path) 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    with pytest.raises(InputError, match="writing failed"):
-        reply(writer)
-    with pytest.raises(InputError, match="writing failed"):
-        writer.close()
     trace = read_trace(path)
     assert 20 < len(trace) < 60 and path.stat().st_size >= 16_000
     again = [one.exit_layer for one in replay(trace)]
     assert again == [token.line["exit_layer"] for token in trace] and len(set(again)) > 1
     assert again[:20] == [one.exit_layer for one in decided[:20]]
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_an_interrupt_between_two_lines_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """Header, budget, state and readings are written again."""
+    state, written, lines = ControllerState.initial(), json.dumps, iter(range(1, 4))
+    readings = (Reading("own", "board", 1.0, watts=9.0),)
+    seen = Observation(Budget(power_w=5), 64, (1,) * 4, (1,) * 4, now_s=1.0, readings=readings)
+    after, decision = Controller(DEMO).decide(state, seen)
+
+    def interrupted(*arguments: Any, **options: Any) -> str:
+        if next(lines) == last:
+            raise KeyboardInterrupt
+        return written(*arguments, **options)
+
+    with TraceWriter(tmp_path / "run.jsonl") as trace:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("balcony_edge.control.trace.json.dumps", interrupted)
+            trace.write(DEMO, (state, after), seen, decision, 20.0, 0)
+        trace.write(DEMO, (state, after), seen, decision, 20.0, 0)
+    (token,) = read_trace(tmp_path / "run.jsonl")
+    assert token.seen == seen and token.start is not None
+
+
+def test_what_ended_a_block_says_more_than_its_record() -> None:
+    state = ControllerState.initial()
+    seen = Observation(Budget(tpot_ms=24), 64, (1,) * 4, (1,) * 4, now_s=1.0)
+    after, decision = Controller(DEMO).decide(state, seen)
+    with pytest.raises(KeyboardInterrupt), TraceWriter("/dev/full") as trace:
+        trace.write(DEMO, (state, after), seen, decision, 20.0, 0)
+        raise KeyboardInterrupt
 
 
 def test_new_prices_begin_without_the_readings_before(tmp_path: Path) -> None:

@@ -50,14 +50,22 @@ _pool_lock = threading.Lock()
 _pool_asked = False
 #: Size of the shared pool; None if the application made it.
 _pool_threads: int | None = None
-_pool_lost = _own_pools = False
+_pool_lost = False
+#: Sessions with pools of their own.
+_pooled: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
 
 
 def _lose_pool() -> None:
-    """In a forked process: the pool cannot be made again, and its threads are in the other process."""
+    """In a forked process: the pool cannot be made again, and its threads are in the other process.
+
+    A session with a pool of its own waits for its threads when it is freed. Here they would never end, so it is never freed.
+    """
     global _pool_threads, _pool_lost
-    if _pool_asked and not _own_pools:
+    inherited = list(_pooled)
+    if _pool_asked and not inherited:
         _pool_threads, _pool_lost = 1, True
+    for session in inherited:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork
@@ -78,13 +86,14 @@ def open_session(
     """Open a session on the process's shared thread pool and memory arena, which the first call makes.
 
     ONNX Runtime then requires every later session of the process to use that pool (``use_per_session_threads = False``),
-    including sessions of the host application: docs/embedding.md. A pool that the host made earlier is used. If no pool can be
-    made any more, or its threads must not ``spin``, every session gets one of its own that sleeps between passes.
+    including sessions of the host application: docs/embedding.md. A pool that the host made earlier is used. If there is none,
+    because none can be made any more or its threads must not ``spin``, the session gets one of its own, whose threads sleep
+    between passes.
 
     Args:
         graph: file of the graph, or the graph itself.
         threads: size of the pool; by default :func:`.best_threads`.
-        spin: whether the pool's threads wait for the next pass in circles. The first session of a process decides.
+        spin: whether the shared pool's threads wait for the next pass in circles. The first session of a process decides.
         pack_to: file to which the graph is also written, with its packed weights in a file next to it.
         optimize: whether ONNX Runtime may change the graph; otherwise its nodes run as they are.
         providers: execution providers of ONNX Runtime, in order of preference.
@@ -97,7 +106,7 @@ def open_session(
     """
     if isinstance(graph, Path):
         _require_utf8(graph.parent)
-    global _pool_asked, _pool_threads, _own_pools  # noqa: PLW0603 - the pool belongs to the process and is requested once
+    global _pool_asked, _pool_threads  # noqa: PLW0603 - the pool belongs to the process and is requested once
     count = threads or best_threads()
     with _pool_lock:
         if not _pool_asked:
@@ -136,11 +145,13 @@ def open_session(
         except RuntimeError as error:
             if "EnvCreatedWithGlobalThreadPools" not in str(error):
                 raise
-        _own_pools = options.use_per_session_threads = True
+        options.use_per_session_threads = True
         options.intra_op_num_threads = count
         for key, value in SLEEPY.items():  # several pools that spin make each other about 5 times slower
             options.add_session_config_entry(key, value)
-        return _quiet_session(graph, options, providers)
+        session = _quiet_session(graph, options, providers)
+        _pooled.add(session)
+        return session
     except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for an unreadable graph
         name = "a graph in memory" if isinstance(graph, bytes) else graph
         cure = "free memory" if is_out_of_memory(error) else "export it again"
