@@ -128,15 +128,14 @@ class RoundTraceWriter(LinesWriter):
             found: the round.
             ended: streams that were taken out of the state since the last round.
         """
-        if costs is not self._costs:
-            self._costs, self._budgets, self._readings = costs, {}, ()
+        if costs is not self._costs:  # remembered after its line, as all else: an interrupt in between writes it again
             known = json.loads(_STATE.dump_json(state))
             self._line({"rounds": VERSION, "costs": asdict(costs), "quality": list(quality), "state": known})
-        told, self._budgets = self._budgets, {stream.key: stream.budget for stream in seen.streams}
+            self._costs, self._budgets, self._readings = costs, {}, ()
         streams = []
         for stream in seen.streams:
             line = stream._asdict()
-            if told.get(stream.key) is stream.budget:
+            if self._budgets.get(stream.key) is stream.budget:
                 del line["budget"]
             else:
                 line["budget"] = stream.budget.model_dump(exclude_defaults=True)
@@ -153,9 +152,9 @@ class RoundTraceWriter(LinesWriter):
         if seen.absent_ms < math.inf:
             document["absent_ms"] = seen.absent_ms
         if seen.readings != self._readings:
-            self._readings = seen.readings
             document["readings"] = [reading.to_dict() for reading in seen.readings]
         self._line(document | outcome_of(found) | {"predicted_ms": found.predicted_ms, "reason": reason_of(found)})
+        self._budgets, self._readings = {stream.key: stream.budget for stream in seen.streams}, seen.readings
 
 
 def is_round_trace(path: str | os.PathLike[str]) -> bool:

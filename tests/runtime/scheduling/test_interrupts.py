@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pkgutil
 import sys
 import threading
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import balcony_edge
+from balcony_edge.budget import Budget
 from balcony_edge.control.company.round_trace import RoundTraceWriter, read_rounds
 from balcony_edge.errors import InputError
 from balcony_runtime.engine import Engine
@@ -77,6 +79,34 @@ def test_an_interrupt_as_a_round_ends_keeps_nobody_running(
     assert found.type is KeyboardInterrupt or not taken
     assert scheduler._leader is None and not scheduler._running and not scheduler._streams
     assert len(ids(llm.generate([1, 2, 3], **OPTIONS))) == 8
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_trace_that_was_interrupted_is_read(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """Header and budgets are written again."""
+    llm.costs = PRICES
+    written, times = json.dumps, itertools.count(1)
+
+    def interrupted(*arguments: Any, **options: Any) -> str:
+        if next(times) == last:
+            raise KeyboardInterrupt
+        return written(*arguments, **options)
+
+    with RoundTraceWriter(tmp_path / "rounds.jsonl") as trace, llm.together() as replies:
+        llm.record_rounds(trace)
+        for number in range(2):
+            replies.add([1, 2, 3 + number], budget=Budget(tpot_ms=1000.0), **OPTIONS)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("balcony_edge.control.trace.json.dumps", interrupted)
+            while replies.open:
+                replies.step()
+        while replies.open:
+            replies.step()
+        llm.record_rounds(None)
+    rounds = read_rounds(tmp_path / "rounds.jsonl").rounds
+    assert len(rounds) > 3 and {stream.budget.tpot_ms for stream in rounds[0].seen.streams} == {1000.0}
 
 
 def test_a_round_that_was_interrupted_is_not_in_the_trace(
