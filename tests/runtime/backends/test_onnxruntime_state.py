@@ -205,4 +205,4 @@ def test_a_graph_without_memory_to_pack_it_is_no_full_disk(tmp_path: Path, monke
 
     monkeypatch.setattr(onnxruntime_backend, "_quiet_session", fail)
     with pytest.raises(BundleError, match=r"^stage_0\.onnx: ONNX Runtime cannot load it \(.*\): free memory$"):
-        onnxruntime_backend._pack(Path("stage_0.onnx"), tmp_path / "stage_0.onnx", None)
+        onnxruntime_backend._pack(Path("stage_0.onnx"), tmp_path / "stage_0.onnx")
