@@ -270,11 +270,14 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_ends_though_it_has_inherited_threads_that_sleep(tiny: Any) -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_forked_process_ends_though_it_has_inherited_threads_that_sleep(tiny: Any, closed: bool) -> None:
     """Each session waits for its threads as it is freed, and they are in the other process."""
     program = f"""
 import os, sys, balcony_edge
 llm = balcony_edge.load({str(tiny.path)!r}, threads=2, spin=False, device="cpu")
+if {closed}:
+    llm.close()
 child = os.fork()
 if child:
     sys.exit(os.waitpid(child, 0)[1])

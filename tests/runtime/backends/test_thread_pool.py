@@ -37,16 +37,14 @@ print(1000 * (time.process_time() - begin))
 
 
 def test_threads_sleep_where_the_controller_may_wait(tiny: Any, tmp_path: Path) -> None:
-    ids, cases = (
-        set(),
-        (
-            ("dict(budget=Budget(tpot_ms=500))", False),
-            ("dict(budget=Budget(max_pace_tps=1000))", True),
-            ("dict(budget=Budget(memory_mb=1e6))", False),
-            ("dict(budget=Budget(cpu_utilization=1.0))", True),
-            ("dict(budget=Budget(max_pace_tps=1000), spin=True)", False),
-            ("dict(spin=False, packed=sys.argv[3])", True),
-        ),
+    ids = set()
+    cases = (
+        ("dict(budget=Budget(tpot_ms=500))", False),
+        ("dict(budget=Budget(max_pace_tps=1000))", True),
+        ("dict(budget=Budget(memory_mb=1e6))", False),
+        ("dict(budget=Budget(cpu_utilization=1.0))", True),
+        ("dict(budget=Budget(max_pace_tps=1000), spin=True)", False),
+        ("dict(spin=False, packed=sys.argv[3])", True),
     )
     for options, own in cases:
         *made, pools, threads = printed(LOAD, tiny.path, options, tmp_path / "packed").split()

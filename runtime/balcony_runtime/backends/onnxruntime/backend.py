@@ -50,7 +50,7 @@ _pool_lock = threading.Lock()
 _pool_asked = False
 #: Size of the shared pool; None if the application made it.
 _pool_threads: int | None = None
-_pool_lost = False
+_pool_lost = _own_pools = False
 #: Sessions with pools of their own.
 _pooled: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
 
@@ -61,10 +61,9 @@ def _lose_pool() -> None:
     A session with a pool of its own waits for its threads when it is freed. Here they would never end, so it is never freed.
     """
     global _pool_threads, _pool_lost
-    inherited = list(_pooled)
-    if _pool_asked and not inherited:
+    if _pool_asked and not _own_pools:
         _pool_threads, _pool_lost = 1, True
-    for session in inherited:
+    for session in list(_pooled):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
@@ -106,15 +105,14 @@ def open_session(
     """
     if isinstance(graph, Path):
         _require_utf8(graph.parent)
-    global _pool_asked, _pool_threads  # noqa: PLW0603 - the pool belongs to the process and is requested once
+    global _pool_asked, _pool_threads, _own_pools  # noqa: PLW0603 - the pool belongs to the process and is requested once
     count = threads or best_threads()
     with _pool_lock:
         if not _pool_asked:
             _pool_asked = True
             if spin:
-                with contextlib.suppress(
-                    Exception
-                ):  # the host has made a pool; the class of this error differs by version
+                # It fails if the host has made a pool; the class of this error differs by version.
+                with contextlib.suppress(Exception):
                     ort.set_global_thread_pool_sizes(count, 1)
                     _pool_threads = count
             ort.create_and_register_allocator(
@@ -145,7 +143,7 @@ def open_session(
         except RuntimeError as error:
             if "EnvCreatedWithGlobalThreadPools" not in str(error):
                 raise
-        options.use_per_session_threads = True
+        _own_pools = options.use_per_session_threads = True
         options.intra_op_num_threads = count
         for key, value in SLEEPY.items():  # several pools that spin make each other about 5 times slower
             options.add_session_config_entry(key, value)
