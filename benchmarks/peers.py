@@ -300,7 +300,7 @@ def bars(
     bars: dict[str, dict[str, Any]] = {}
     for row in (row for row in found if row["ours"] in int4):
         pair = f"{row['ours']} / {row['peer']}"
-        if row["peer"] not in ("ONNX Runtime GenAI int4", "llama.cpp Q4_0"):
+        if not row["peer"].startswith(("ONNX Runtime GenAI int4", "llama.cpp Q4_0")):
             continue
         for figure in (key for key in row if key.startswith(("decode_", "prefill_"))):
             bars[f"{pair}: {figure}"] = bar(row[figure], 1, at_least=True)

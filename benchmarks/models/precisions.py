@@ -57,6 +57,7 @@ PRECISIONS = (
     "int4,block=128,head=4",
     "int4,block=64,head=4 gptq",
     "int4,block=64,down=256,head=4 gptq",
+    "int4,block=128,down=256,head=4 gptq",
     "int4,block=32,head=4 gptq",
     "int4,block=32 gptq",
 )

@@ -108,6 +108,11 @@ PEER_MODELS = (
         {"precision": "int4", "block_size": 64, "symmetric": True, "head": "int4", "activations": "int8"},
     ),
     PeerModel(
+        "ONNX Runtime GenAI int4 (block 128)", "onnxruntime-genai", MODELS / "genai-int4-128",
+        _genai("int4", "block_size=128", "accuracy_level=4", "fuse_mlp_gate_up=true"),
+        {"precision": "int4", "block_size": 128, "symmetric": True, "head": "int4", "activations": "int8"},
+    ),
+    PeerModel(
         "ONNX Runtime GenAI fp32", "onnxruntime-genai", MODELS / "genai-fp32", _genai("fp32"),
         {"precision": "float32", "head": "float32", "activations": "float32"},
     ),

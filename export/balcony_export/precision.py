@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from balcony_edge.bundle.bundle import Bundle
@@ -31,9 +30,9 @@ from balcony_export.model.exits import ExitModel
 from balcony_export.quantize.blocks import Scheme
 from balcony_export.quantize.experts import can_round_experts
 
-#: Fastest first: the fewer bytes a token reads, the faster is decoding (docs/quantization.md has the figures).
+#: Fastest first: fewer bytes and longer blocks make products faster (docs/quantization.md has the figures).
 CANDIDATES: tuple[Scheme | Literal["float32"], ...] = (
-    Scheme(bits=4, block_size=64, down_block_size=256, head_bits=4),
+    Scheme(bits=4, block_size=128, down_block_size=256, head_bits=4),
     Scheme(bits=4, block_size=64, head_bits=4),
     Scheme(bits=4, block_size=32, head_bits=4),
     Scheme(bits=4, block_size=32, head_bits=8),
@@ -169,16 +168,7 @@ def export_within(
 
     left = math.inf
     rounds = traced.lowered and can_round_experts(exits.model)
-    first = CANDIDATES[0]
-    assert isinstance(first, Scheme)
-    narrow = any(
-        isinstance(module, nn.Linear) and first.block_size_of(f"{name}.weight") != first.block_size
-        for root in exits.modules
-        for name, module in root.named_modules()
-    )
-    # Experts have one block size: without a dense down projection the first two candidates are one.
-    candidates = CANDIDATES[0 if narrow else 1 :] if rounds else CANDIDATES[-1:]
-    for precision in candidates:
+    for precision in CANDIDATES if rounds else CANDIDATES[-1:]:
         rows = () if precision == "float32" else options.calibration
         wanted = replace(options, precision=precision, calibration=rows)
         try:

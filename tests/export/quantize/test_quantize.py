@@ -24,7 +24,6 @@ from balcony_export import precision as precisions
 from balcony_export import verify as verify_module
 from balcony_export.export import ExportOptions, export_bundle
 from balcony_export.graph.ir_tools import MICROSOFT
-from balcony_export.model.balcony import init_balconies
 from balcony_export.model.exits import ExitModel
 from balcony_export.precision import CANDIDATES, Judge, QualityBudget, export_within, parse_budget
 from balcony_export.quantize import blocks as quantize
@@ -458,38 +457,25 @@ def test_products_that_a_balcony_enters_twice_are_quantized(
     assert products and {node.op_type for node in products} == {"MatMulNBits"}
 
 
-@pytest.mark.parametrize(("width", "first"), [(48, CANDIDATES[1]), (24, "float32")])
+@pytest.mark.parametrize(("width", "tried"), [(48, CANDIDATES), (24, ("float32",))])
 def test_a_quality_budget_rounds_experts_whose_width_allows_it(
-    width: int, first: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    width: int, tried: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[Any] = []
+    given: list[Any] = []
     any_: Any = SimpleNamespace(lowered=True)  # nothing looks at the judge and the tokenizer
-    monkeypatch.setattr(precisions, "export_bundle", lambda *given, **_: tried.append(given[3].precision))
-    exits, budget = ExitModel(tiny_mixture("mixtral", intermediate_size=width)), QualityBudget(1.0, any_, print)
-    export_within(
-        budget, exits, any_, tmp_path, ExportOptions("m", trained=True), traced=any_, progress=lambda *_: None
-    )
-    assert tried == [first]
 
-
-@pytest.mark.parametrize(("kind", "count"), [("decoder", len(CANDIDATES) - 1), ("dense", len(CANDIDATES))])
-def test_no_precision_is_tried_twice(kind: Any, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first two differ in dense down projections only, which a mixture of experts has in dense balconies at most."""
-    tried: list[Any] = []
-    any_: Any = SimpleNamespace(lowered=True)
-
-    def too_far(*given: Any, **_: Any) -> None:
-        tried.append(given[3].precision)
+    def too_far(*arguments: Any, **_: Any) -> None:
+        given.append(arguments[3].precision)
         raise precisions._TooFarError(1.0)
 
     monkeypatch.setattr(precisions, "export_bundle", too_far)
-    model = tiny_mixture("mixtral", intermediate_size=48)
-    exits, budget = ExitModel(model, init_balconies(model, (2,), kind)), QualityBudget(1.0, any_, lambda line: None)
+    exits = ExitModel(tiny_mixture("mixtral", intermediate_size=width))
+    budget = QualityBudget(1.0, any_, lambda line: None)
     with pytest.raises(InputError, match="float32 itself"):
         export_within(
             budget, exits, any_, tmp_path, ExportOptions("m", trained=True), traced=any_, progress=lambda *_: None
         )
-    assert tried == list(CANDIDATES[-count:])
+    assert given == list(tried)
 
 
 def test_rounded_logits_are_compared_by_their_divergence() -> None:
