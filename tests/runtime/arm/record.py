@@ -31,11 +31,13 @@ WITH_ENGINE_SETS = ("llama", "qwen3", "gemma2", "gemma3", "smollm3", "lfm2")
 ARCHITECTURES = (*WITH_ENGINE_SETS, "llama-small-heads", *HYBRIDS, "falcon-mamba")
 #: Architecture and precision of the schedules in tests/runtime/test_precisions.py.
 PRECISIONS = (("qwen3", "int4,level=1"), *(("llama", precision) for precision in ("int4", "int8", "int4,kv=8", "fp16")))
-#: Precisions of a model that is wide enough for blocks of 64 and 256: every kind of product that a bundle can ask for.
+#: Precisions of a model that is wide enough for blocks of 64 to 256: every kind of product that a bundle can ask for. Its 192
+#: inputs are no multiple of 128, so blocks of 128 are padded, as those of the demo's model are.
 WIDE = (
     "fp32",
     "int4,block=64,down=256,head=4",
-    "int4,block=64,down=256,head=4,level=1",
+    "int4,block=128,down=256,head=4",
+    "int4,block=128,down=256,head=4,level=1",
     "int4,asym",
     "int8,level=1",
     "int8,kv=8",
@@ -84,7 +86,7 @@ def test_precision(
 
 @pytest.fixture(scope="module")
 def wide() -> tuple[ExitModel, Traced]:
-    model = tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32, tie_word_embeddings=True)
+    model = tiny_model("llama", hidden_size=192, intermediate_size=256, head_dim=32, tie_word_embeddings=True)
     exits = ExitModel(model, init_balconies(model, EXITS))
     return exits, trace(exits, ExportOptions("wide", trained=True))
 
