@@ -36,6 +36,7 @@ PRECISIONS = (("qwen3", "int4,level=1"), *(("llama", precision) for precision in
 WIDE = (
     "fp32",
     "int4,block=64,down=256,head=4",
+    "int4,block=64,down=256,head=4,level=1",
     "int4,block=128,down=256,head=4",
     "int4,block=128,down=256,head=4,level=1",
     "int4,asym",
