@@ -89,8 +89,20 @@ def write_text(text: str, style: str = "") -> None:
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
     """Show a progress bar on stderr; yields a function that takes the current step and the share of work done (0 to 1).
 
-    If stderr is not a terminal, there is no bar: rich would write an empty line instead.
+    A terminal that cannot move its cursor (``TERM=dumb``, as with some screen readers) gets a line for each step. If stderr is
+    not a terminal, there is neither: rich would write an empty line instead.
     """
+    if stderr.is_terminal and not stderr.is_interactive:
+        told = ""
+
+        def tell(step: str, done: float) -> None:
+            nonlocal told
+            if step != told:
+                stderr.print(f"{done:4.0%} {step}", markup=False, soft_wrap=True)
+            told = step
+
+        yield tell
+        return
     step_column = TextColumn("{task.description:<22}", markup=False)  # a step may be the name of a file
     columns = (step_column, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:

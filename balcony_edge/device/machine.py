@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 NVML_S = 3.0
 #: Most threads of an engine per CPU: 64 threads on 2 CPUs make 2 tokens a second, 5,000 threads none at all.
 MOST_THREADS_PER_CPU = 4
+#: Files with a cgroup's limit of memory, of version 2 and of version 1.
+_MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
+#: Bytes from which a limit is none.
+_NO_LIMIT = 1 << 60
 
 
 class Gpu(BaseModel):
@@ -155,21 +159,36 @@ def _cpu_quota(root: Path) -> int:
     cgroup v2: ``cpu.max`` is "quota period" or "max period"; v1: ``cpu.cfs_quota_us`` is -1 without one. A part of a CPU does
     not count, since a thread that is stopped for the rest of each period holds up all others.
     """
-    tree, quota = root / "sys/fs/cgroup", 1 << 20
+    quota = 1 << 20
+    for group in _groups(root, "cpu"):
+        given, _, period = (text_of(group / "cpu.max") or "max").partition(" ")
+        given = text_of(group / "cpu.cfs_quota_us") or given
+        period = text_of(group / "cpu.cfs_period_us") or period
+        if given.isdigit() and period.isdigit() and int(period):
+            quota = min(quota, int(given) // int(period))
+    return quota
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that the process's cgroup and those above it allow, as containers set it; None without a limit.
+
+    cgroup v2: ``memory.max`` is bytes or "max"; v1: ``memory.limit_in_bytes`` is more than any machine has without one.
+    """
+    texts = [text_of(group / name) or "" for group in _groups(root, "memory") for name in _MEMORY_LIMITS]
+    limits = [int(text) for text in texts if text.isdigit() and int(text) < _NO_LIMIT]
+    return min(limits, default=None)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Directories of the cgroups that limit this process: its own and those above it, of version 2 and of version 1."""
+    tree = root / "sys/fs/cgroup"
     for line in (text_of(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
-        home = tree if not controllers else tree / "cpu"
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        place = Path(path.strip("/"))
+        home, place = tree / controller if controllers else tree, Path(path.strip("/"))
         for group in (place, *place.parents):  # a container sees its own group at the top
-            if controllers:
-                given, period = text_of(home / group / "cpu.cfs_quota_us"), text_of(home / group / "cpu.cfs_period_us")
-            else:
-                given, _, period = (text_of(home / group / "cpu.max") or "max").partition(" ")
-            if given and period and given.isdigit() and period.isdigit() and int(period):
-                quota = min(quota, int(given) // int(period))
-    return quota
+            yield home / group
 
 
 def best_threads(sysfs: Path = Path("/sys")) -> int:

@@ -1,10 +1,10 @@
 """Cold start: from the start of a process to its first token.
 
-    python -m benchmarks.engine.cold_start BUNDLE [--rounds 9] [--target-ms 60] [--before SOURCE_TREE]
+    python -m benchmarks.engine.cold_start BUNDLE [--rounds 9] [--target-ms 60] [--packed DIR] [--before SOURCE_TREE]
 
 Every sample is a process of its own that imports, loads the bundle and streams the first token of a prompt of 32 tokens, once
-without a target (``plain``) and once with one (``target``), for which it must know what a token costs. The files are in the
-page cache. Times in ms are medians over interleaved rounds:
+without a target (``plain``) and once with one (``target``), for which it must know what a token costs. ``--packed`` repeats
+both with packed weights. The files are in the page cache. Times in ms are medians over interleaved rounds:
 
     python   the interpreter's own start
     imports  modules of the package
@@ -14,7 +14,7 @@ page cache. Times in ms are medians over interleaved rounds:
 
 Peers whose environments are installed (``python benchmarks/peers.py --install``) are measured in the same rounds, and so is
 another source tree with ``--before``. The output ends with one JSON line: ``cases``: name → these times, ``ratios``: peer or
-tree → our ``target`` total over theirs, the median of the ratios within a round.
+tree, or ``target, packed`` → our ``target`` total over theirs, the median of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ import json, sys
 import balcony_edge
 balcony_edge.LLM, balcony_edge.Budget
 moments.append(time.monotonic())
-path, target_ms, prompt = json.loads(sys.argv[1])
-llm = balcony_edge.load(path, budget=balcony_edge.Budget(tpot_ms=target_ms))
+path, target_ms, packed, prompt = json.loads(sys.argv[1])
+llm = balcony_edge.load(path, packed=packed, budget=balcony_edge.Budget(tpot_ms=target_ms))
 moments.append(time.monotonic())
 next(llm.stream(prompt, max_new_tokens=8))
 moments.append(time.monotonic())
@@ -61,11 +61,11 @@ print(json.dumps(moments))
 Times = dict[str, float]
 
 
-def ours(bundle: Path, target_ms: float | None, tree: Path, compiled: str) -> Times:
+def ours(bundle: Path, target_ms: float | None, packed: Path | None, tree: Path, compiled: str) -> Times:
     """Times of one process of a source tree, in ms; ``compiled`` is the directory of compiled modules."""
     environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'runtime'}", "PYTHONPYCACHEPREFIX": compiled}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    asked = json.dumps([str(bundle), target_ms, prompt(PROMPT_TOKENS)])
+    asked = json.dumps([str(bundle), target_ms, None if packed is None else str(packed), prompt(PROMPT_TOKENS)])
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", CHILD, asked], env=environment, cwd=bundle, stdout=subprocess.PIPE, check=True
@@ -94,15 +94,18 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--target-ms", type=float, default=60.0, help="time per output token that `target` asks for")
+    parser.add_argument("--packed", type=Path, help="directory for packed weights, which the first round writes")
     parser.add_argument("--before", type=Path, help="another source tree, to compare with")
     options = parser.parse_args()
     neighbours, bundle = Neighbours(), options.bundle.resolve()
+    ways = {"": None} | ({", packed": options.packed.resolve()} if options.packed else {})
     trees = {"": install.ROOT} | ({"before: ": options.before.resolve()} if options.before else {})
     with tempfile.TemporaryDirectory() as compiled:  # written in the first round, which does not count
         cases: dict[str, Callable[[], Times]] = {
-            f"{name}{budget}": partial(ours, bundle, target_ms, tree, compiled)
+            f"{name}{budget}{way}": partial(ours, bundle, target_ms, packed, tree, compiled)
             for name, tree in trees.items()
             for budget, target_ms in (("plain", None), ("target", options.target_ms))
+            for way, packed in ways.items()
         }
         for model in install.PEER_MODELS:
             if model.name in PEERS and install.python_of(model.peer).exists() and model.located().exists():
@@ -113,7 +116,7 @@ def main() -> None:
         for name, times in samples.items()
     }
     totals = {name: [one["total"] for one in times] for name, times in samples.items()}
-    others = [name for name in cases if name not in ("plain", "target", "before: plain")]
+    others = [name for name in cases if name != "target" and not name.removeprefix("before: ").startswith("plain")]
     ratios = {name: round(ratio(totals["target"], totals[name]), 3) for name in others}
     columns = [*PARTS, "total"]
     print("\n".join(aligned([["", *columns], *([n, *(t.get(c, "") for c in columns)] for n, t in found.items())])))

@@ -13,7 +13,8 @@ memory that Python touches, and on the number of its turns between two calls.
 
 The budgets: a fixed exit (no target); a target that holds an exit in place (the controller decides and stays); and a target
 between two exits, where the controller also switches and works off a backlog. A sampled token, which costs a pass of NumPy over
-the vocabulary, has a line of its own.
+the vocabulary, has a line of its own. The baseline is ``TokenSequence.step`` and the choice of the token in a loop: no
+decision, no text, no reply.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 42
 SKIPPED_TOKENS = 2
 #: A target that is never missed: the controller runs and stays at the deepest exit allowed.
 EASY_MS = 1000.0
+#: The lines of the baseline.
+BARE = "step alone"
 #: The line of a sampled token, and the usual filters.
 SAMPLED, SAMPLING = "sampled", SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=0)
 
@@ -56,6 +59,7 @@ def measure(llm: LLM, rounds: int) -> list[dict[str, Any]]:
     cases: dict[str, Callable[[], list[float]]] = {
         name: partial(_reply, llm, budget, SamplingParams()) for name, budget in budgets.items()
     }
+    cases |= {f"{BARE}, exit {layer}": partial(_steps, llm, layer) for layer in (full, shallow)}
     cases[SAMPLED] = partial(_reply, llm, budgets[f"exit {full}"], SAMPLING)
     rows = []
     for name, replies in interleave(cases, rounds).items():
@@ -79,3 +83,16 @@ def _reply(llm: LLM, budget: Budget, sampling: SamplingParams) -> list[float]:
         if token is None:
             return overhead_us[SKIPPED_TOKENS - 1 :]
         overhead_us.append((wall_ns - (state.busy_ns - busy_ns)) / 1e3)
+
+
+def _steps(llm: LLM, exit_layer: int) -> list[float]:
+    """The same of bare steps."""
+    sequence = llm.engine.new_sequence(max_length=PROMPT_TOKENS + NEW_TOKENS)
+    ids = sequence.advance(exit_layer, prompt(PROMPT_TOKENS))[:, 0].argmax(-1)
+    state = sequence.state
+    overhead_us: list[float] = []
+    for _ in range(NEW_TOKENS - 1):
+        begin, busy_ns = time.perf_counter_ns(), state.busy_ns
+        ids = sequence.step(exit_layer, ids).argmax(-1)
+        overhead_us.append((time.perf_counter_ns() - begin - (state.busy_ns - busy_ns)) / 1e3)
+    return overhead_us[SKIPPED_TOKENS - 1 :]

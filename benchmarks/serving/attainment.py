@@ -59,6 +59,8 @@ from benchmarks.peer_workers import server
 from benchmarks.rounds import Neighbours, aligned, bar, p95, print_bars
 
 LOADS = (0.25, 0.5, 1.0, 2.0, 3.0)
+#: Marker and colour of each server's line: one without the other would not tell them apart in print.
+LOOKS = tuple({"marker": mark, "color": name} for mark, name in (("o", "#1f77b4"), ("s", "#b35900"), ("D", "#1b7337")))
 #: Slots of llama.cpp's server: replies that it writes at once; further requests wait.
 SLOTS = (1, 4)
 #: Seconds during which requests of a load arrive by default, and seconds after which a request is given up.
@@ -381,11 +383,12 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     """Draw attainment and quality-weighted goodput over the load."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for title in dict.fromkeys(point["server"] for point in document["points"]):
+    servers = dict.fromkeys(point["server"] for point in document["points"])
+    for title, look in zip(servers, LOOKS, strict=False):
         points = [point for point in document["points"] if point["server"] == title]
         loads = [point["load"] for point in points]
-        left.plot(loads, [100 * point["attained"] for point in points], "o-", label=title)
-        right.plot(loads, [point["quality_goodput"] for point in points], "o-", label=title)
+        left.plot(loads, [100 * point["attained"] for point in points], **look, label=title)
+        right.plot(loads, [point["quality_goodput"] for point in points], **look, label=title)
     left.set_ylabel("requests answered in time, %")
     right.set_ylabel("tokens in time a second × agreement")
     for axes in (left, right):

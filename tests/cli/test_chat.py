@@ -45,8 +45,15 @@ def test_commands_and_replies(tiny: Any) -> None:
     done = chat(tiny.path, "/stats\nthe fox\n/stats\n/exit 3\nthe\\\nfox\n/stats\n/reset\n/help\n/nonsense\n/quit\n")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
-    for expected in ("there is no reply yet", "│ 5 │", "│ 3 │", "Ctrl-C stops a reply", "/nonsense: is not a command"):
+    for expected in (
+        "there is no reply yet",
+        "│ 5 │",
+        "│ 3 │",
+        "Ctrl-C stops a reply",
+        "Error: /nonsense: is not a command",
+    ):
         assert expected in text, text
+    assert text.startswith("Exits: 2, 3, 5. /help")  # by colour on a terminal only
     assert text.count("tokens after") == 2
 
 

@@ -53,6 +53,17 @@ def test_a_reply_does_not_command_the_terminal(text: str, shown: str, monkeypatc
     assert file.getvalue() == shown
 
 
+def test_a_terminal_that_cannot_move_its_cursor_gets_a_line_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``TERM=dumb``, as Emacs and some screen readers have it, rich shows no bar."""
+    file = io.StringIO()
+    dumb = Console(file=file, force_terminal=True, force_interactive=False, color_system=None)
+    monkeypatch.setattr(console, "stderr", dumb)
+    with console.progress_bar() as report:
+        for step, done in (("trace [1]", 0.0), ("trace [1]", 0.25), ("check", 0.5)):
+            report(step, done)
+    assert file.getvalue() == "  0% trace [1]\n 50% check\n"
+
+
 @pytest.mark.parametrize(("latency_ms", "shown"), [(2500.0, "0.4 tokens a second"), (17.7, "56 tokens a second")])
 def test_a_slow_device_makes_more_than_no_tokens(tiny: Any, latency_ms: float, shown: str) -> None:
     with balcony_edge.load(tiny.path) as llm:

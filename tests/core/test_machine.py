@@ -35,6 +35,12 @@ _NAMED = "model name\t: ARMv8 Processor rev 1 (v8l)\n"
 _BOARD = "Hardware\t: BCM2835\nRevision\t: d04170\nSerial\t\t: 0123\nModel\t\t: Raspberry Pi 5 Model B Rev 1.0\n"
 
 
+def write_all(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+
+
 def cores(*parts: str, maker: str = "0x41") -> str:
     return "".join(_CORE.format(number=number, maker=maker, part=part) for number, part in enumerate(parts))
 
@@ -139,10 +145,7 @@ def test_hyper_threads_and_efficient_cores_get_no_threads(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, text in files.items():
-        file = tmp_path / "devices/system" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{text}\n")
+    write_all(tmp_path / "devices/system", files)
     if atom is not None:
         (tmp_path / "devices/cpu_atom").mkdir(parents=True)
         (tmp_path / "devices/cpu_atom/cpus").write_text(f"{atom}\n")
@@ -184,10 +187,44 @@ def test_a_quota_of_the_container_bounds_the_threads(
     files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
+    write_all(tmp_path, files)
     assert machine.available_cpus(tmp_path) == cpus
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "max"}, None),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "2147483648"}, 1 << 31),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b",
+                "sys/fs/cgroup/a/memory.max": "3000000000",
+                "sys/fs/cgroup/a/b/memory.max": "4000000000",
+            },
+            3_000_000_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/docker/x\n2:cpu:/y",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+                "sys/fs/cgroup/memory/docker/x/memory.limit_in_bytes": "536870912",
+            },
+            1 << 29,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",  # none
+            },
+            None,
+        ),
+    ],
+)
+def test_a_container_limits_the_memory(files: dict[str, str], limit: int | None, tmp_path: Path) -> None:
+    write_all(tmp_path, files)
+    assert machine.memory_limit(tmp_path) == limit
 
 
 @pytest.mark.parametrize(

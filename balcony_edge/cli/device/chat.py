@@ -49,7 +49,8 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
 
     conversation = Conversation(llm, styles, system, options, live=live)
     legend = ", ".join(f"[{style}]{layer}[/]" for layer, style in styles.items())
-    stdout.print(f"Exits by colour: {legend}. /help lists the commands.")
+    colours = stdout.color_system is not None and not stdout.no_color
+    stdout.print(f"Exits{' by colour' if colours else ''}: {legend}. /help lists the commands.")
     while True:
         try:
             with conversation.chat.catching_up():
@@ -66,9 +67,9 @@ def converse(llm: LLM, styles: dict[int, str], system: str | None, options: dict
         except KeyboardInterrupt:
             stdout.print("\n(interrupted; Ctrl-D or /quit ends the chat)")
         except ContextLengthError as error:
-            stdout.print(f"{_FULL}. ({error})", style="red", markup=False, soft_wrap=True)
+            stdout.print(f"Error: {_FULL}. ({error})", style="red", markup=False, soft_wrap=True)
         except BalconyError as error:
-            stdout.print(str(error), style="red", markup=False, soft_wrap=True)
+            stdout.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
 
 
 class Conversation:

@@ -34,7 +34,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show this device, its engines, and every sensor with its value, or with the reason for its absence and a cure."""
-    from balcony_edge.device.machine import this_device
+    from balcony_edge.device.machine import memory_limit, this_device
     from balcony_runtime.sensors import Sensors, device_sources
 
     if sysfs is not None and not sysfs.is_dir():
@@ -49,6 +49,7 @@ def doctor(
         readings, health = sensors.latest(), sensors.health()
     device = {
         **this_device().model_dump(mode="json"),
+        "memory_limit_bytes": memory_limit(),
         "python": platform.python_version(),
         "container": any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv")),  # Docker, Podman
     }
@@ -151,6 +152,8 @@ def _show(
 ) -> None:
     board = f"[bold]{escape(device['board'])}[/]: " if device["board"] else ""
     memory = f", {device['memory_bytes'] / 1e9:.1f} GB of memory" if device["memory_bytes"] else ""
+    if memory and (limit := device["memory_limit_bytes"]) and limit < device["memory_bytes"]:
+        memory += f", of which this process may use {limit / 1e9:.1f} GB"
     stdout.print(f"{board}{device['cpus']} × {escape(device['cpu'])}{memory}")
     for index, gpu in enumerate(device["gpus"]):
         stdout.print(f"GPU {index}: {escape(gpu['name'])}, driver {escape(gpu['driver'])}")

@@ -235,18 +235,55 @@ def test_the_strip_is_drawn_anew_after_the_window_has_changed(page: Chrome) -> N
         until(page, lambda: page.execute_script(fits, part(chat, "strip")))
 
 
-def test_an_answer_is_apart_from_its_thought(page: Chrome) -> None:
-    facts: dict[str, Any] = {"exit": 5, "latency_ms": 1.0, "target_ms": None, "pending_rows": 0, "reason": ""}
-    facts |= {"slots": [0], "tokens_per_exit": {"5": 4}, "ttft_ms": 1.0, "mean_tpot_ms": 1.0, "late_tokens": None}
-    deltas = ({"reasoning_content": "Blue."}, {"content": ""}, {"content": "It is"}, {"content": " blue."})
-    choices: list[dict[str, Any]] = [{"delta": delta, "finish_reason": None} for delta in deltas]
-    choices[-1]["finish_reason"] = "stop"
-    pieces = [json.dumps({"choices": [choice], "balcony": facts}) for choice in choices]
-    events = "".join(f"data: {piece}\n\n" for piece in pieces)
+def told(page: Chrome, *pieces: tuple[dict[str, str], dict[str, Any]]) -> Any:
+    """The chat after a reply of these pieces: the delta of each, and what is said of its token."""
+    said: dict[str, Any] = {"exit": 5, "latency_ms": 1.0, "target_ms": None, "pending_rows": 0, "reason": ""}
+    said |= {"slots": [0], "tokens_per_exit": {"5": 4}, "ttft_ms": 1.0, "mean_tpot_ms": 1.0, "late_tokens": None}
+    events = ""
+    for place, (delta, facts) in enumerate(pieces, 1):
+        choice = {"delta": delta, "finish_reason": "stop" if place == len(pieces) else None}
+        events += f"data: {json.dumps({'choices': [choice], 'balcony': said | facts})}\n\n"
     page.execute_script("const events = arguments[0]; window.fetch = async () => new Response(events)", events)
     (chat,) = chats(page)
     ask(chat, "hello")
     until(page, lambda: chat.find_elements(By.CLASS_NAME, "cost") and ended(chat))
+    return chat
+
+
+def test_who_speaks_and_which_exit_is_told_without_colours(page: Chrome) -> None:
+    late = {"exit": 5, "latency_ms": 20.0, "target_ms": 10.0}
+    pieces = [({"content": text}, facts) for text, facts in (("a", {"exit": 2}), ("b", {"exit": 2}), ("c", late))]
+    chat = told(page, *pieces, ({"content": "d"}, late))
+    spoken = "return getComputedStyle(arguments[0], '::before').content"
+    assert page.execute_script(spoken, part(chat, "you")) == '"You: "'
+    assert page.execute_script(spoken, part(chat, "answer")) == '"Reply: "'
+    assert [token.get_attribute("data-exit") for token in tokens(chat)] == ["2", None, "5", None]
+    assert tokens(chat)[2].get_attribute("title") == "exit 5, 20.0 ms, late: target 10 ms. "
+    assert "late" not in tokens(chat)[1].get_attribute("title")
+    keys = page.find_element(By.ID, part(chat, "log").get_attribute("aria-describedby"))
+    assert "arrow keys" in keys.text
+    number = "return getComputedStyle(arguments[0], '::before').content"
+    assert page.execute_script(number, tokens(chat)[2]) == "none"
+    features = [{"name": "prefers-contrast", "value": "more"}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    assert page.execute_script(number, tokens(chat)[2]) == '"5"'
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_target_is_seen_on_the_bar_of_a_late_token(page: Chrome) -> None:
+    late = {"latency_ms": 20.0, "target_ms": 10.0}
+    chat = told(page, *[({"content": text}, late) for text in "abc"])
+    column = (  # of the second bar, from a little below its top
+        "const c = arguments[0], s = devicePixelRatio, x = Math.round(5 * s), y = Math.round(c.height / 4);"
+        "const p = c.getContext('2d').getImageData(x, y, 1, c.height - y).data.filter((_, at) => at % 4 === 0);"
+        "return Math.max(...p) - Math.min(...p)"
+    )
+    assert page.execute_script(column, part(chat, "strip")) > 100  # of 255
+
+
+def test_an_answer_is_apart_from_its_thought(page: Chrome) -> None:
+    deltas = ({"reasoning_content": "Blue."}, {"content": ""}, {"content": "It is"}, {"content": " blue."})
+    chat = told(page, *[(delta, {}) for delta in deltas])
     assert part(chat, "answer").get_property("textContent") == "Blue.\n\nIt is blue."
     assert part(chat, "status-text").get_property("textContent") == "Reply: It is blue."
     thought = part(chat, "thought")  # paler, it would have too little contrast

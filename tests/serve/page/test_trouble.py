@@ -105,6 +105,9 @@ def test_errors_are_shown(page: Chrome) -> None:
     ask(chat, "hello")
     until(page, lambda: chat.find_elements(By.CLASS_NAME, "error") and ended(chat))
     assert "tpot_ms = 1e-06" in part(chat, "error").text and not tokens(chat)
+    # An error has the colour of the shallowest exit.
+    marked = "return getComputedStyle(arguments[0], '::before').content"
+    assert page.execute_script(marked, part(chat, "error")) == '"Error: "'
     assert [
         entry["message"].split(" ")[0] for entry in page.get_log("browser")
     ]  # the browser itself reports the status 422
@@ -116,10 +119,17 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Callable[..., Server]) -> No
     assert not chats(browser)
     browser.find_element(By.ID, "key").send_keys("wrong, \u043a\u043b\u044e\u0447", Keys.TAB)  # no header may have it
     until(browser, lambda: "not the server's key" in browser.find_element(By.ID, "trouble").text)
-    browser.find_element(By.ID, "key").clear()
+    key = browser.find_element(By.ID, "key")
+    assert key.get_attribute("aria-invalid") == "true" and key.get_attribute("aria-describedby") == "trouble"
+    told_again = "window.told = 0; new MutationObserver(() => window.told++).observe(arguments[0], {childList: true})"
+    browser.execute_script(told_again, browser.find_element(By.ID, "trouble"))
+    key.send_keys(" too", Keys.TAB)
+    until(browser, lambda: browser.execute_script("return window.told") > 1)
+    assert "not the server's key" in browser.find_element(By.ID, "trouble").text
+    key.clear()
     browser.find_element(By.ID, "key").send_keys("secret", Keys.TAB)
     until(browser, lambda: chats(browser))
-    assert browser.find_element(By.ID, "trouble").text == ""
+    assert browser.find_element(By.ID, "trouble").text == "" and key.get_attribute("aria-invalid") is None
     assert "401" in complaints(browser)[0]
 
 
