@@ -20,6 +20,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+#: Script that gives what stands before an element without being part of its text.
+MARK = "return getComputedStyle(arguments[0], '::before').content"
 MARKS = [
     pytest.mark.slow,
     pytest.mark.skipif(

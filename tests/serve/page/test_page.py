@@ -16,6 +16,7 @@ from balcony_edge.device.readings import Reading
 from balcony_runtime.serve.http.server import Server
 from tests.serve.conftest import with_template
 from tests.serve.page.steps import (
+    MARK,
     MARKS,
     By,
     Chrome,
@@ -254,19 +255,17 @@ def test_who_speaks_and_which_exit_is_told_without_colours(page: Chrome) -> None
     late = {"exit": 5, "latency_ms": 20.0, "target_ms": 10.0}
     pieces = [({"content": text}, facts) for text, facts in (("a", {"exit": 2}), ("b", {"exit": 2}), ("c", late))]
     chat = told(page, *pieces, ({"content": "d"}, late))
-    spoken = "return getComputedStyle(arguments[0], '::before').content"
-    assert page.execute_script(spoken, part(chat, "you")) == '"You: "'
-    assert page.execute_script(spoken, part(chat, "answer")) == '"Reply: "'
+    assert page.execute_script(MARK, part(chat, "you")) == '"You: "'
+    assert page.execute_script(MARK, part(chat, "answer")) == '"Reply: "'
     assert [token.get_attribute("data-exit") for token in tokens(chat)] == ["2", None, "5", None]
     assert tokens(chat)[2].get_attribute("title") == "exit 5, 20.0 ms, late: target 10 ms. "
     assert "late" not in tokens(chat)[1].get_attribute("title")
     keys = page.find_element(By.ID, part(chat, "log").get_attribute("aria-describedby"))
     assert "arrow keys" in keys.text
-    number = "return getComputedStyle(arguments[0], '::before').content"
-    assert page.execute_script(number, tokens(chat)[2]) == "none"
+    assert page.execute_script(MARK, tokens(chat)[2]) == "none"
     features = [{"name": "prefers-contrast", "value": "more"}]
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    assert page.execute_script(number, tokens(chat)[2]) == '"5"'
+    assert page.execute_script(MARK, tokens(chat)[2]) == '"5"'
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 

@@ -9,6 +9,7 @@ import pytest
 from balcony_edge.budget import Budget
 from balcony_runtime.serve.http.server import Server
 from tests.serve.page.steps import (
+    MARK,
     MARKS,
     By,
     Chrome,
@@ -106,8 +107,7 @@ def test_errors_are_shown(page: Chrome) -> None:
     until(page, lambda: chat.find_elements(By.CLASS_NAME, "error") and ended(chat))
     assert "tpot_ms = 1e-06" in part(chat, "error").text and not tokens(chat)
     # An error has the colour of the shallowest exit.
-    marked = "return getComputedStyle(arguments[0], '::before').content"
-    assert page.execute_script(marked, part(chat, "error")) == '"Error: "'
+    assert page.execute_script(MARK, part(chat, "error")) == '"Error: "'
     assert [
         entry["message"].split(" ")[0] for entry in page.get_log("browser")
     ]  # the browser itself reports the status 422
@@ -127,7 +127,7 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Callable[..., Server]) -> No
     until(browser, lambda: browser.execute_script("return window.told") > 1)
     assert "not the server's key" in browser.find_element(By.ID, "trouble").text
     key.clear()
-    browser.find_element(By.ID, "key").send_keys("secret", Keys.TAB)
+    key.send_keys("secret", Keys.TAB)
     until(browser, lambda: chats(browser))
     assert browser.find_element(By.ID, "trouble").text == "" and key.get_attribute("aria-invalid") is None
     assert "401" in complaints(browser)[0]
